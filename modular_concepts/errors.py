@@ -1,0 +1,5 @@
+"""The one error class for everything that a user can cause."""
+
+
+class AdapterError(ValueError):
+    """A file, setting or input that cannot be used; the message names it and the way out."""
