@@ -1,0 +1,108 @@
+"""Captions of toy pictures, and the word-level tokenizer that reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .vocabulary import (
+    ACCESSORIES,
+    CLASSES,
+    COLOUR_NAMES,
+    PATTERNS,
+    PRIMARY_PART,
+    SCENE_PHRASES,
+    SCENES,
+    SECONDARY_PART,
+    STYLES,
+    WORDS,
+)
+from .world import Scenes, Subjects
+
+MAX_TOKENS = 40
+START, END, PAD, UNKNOWN = range(4)
+_ROW = {word: row for row, word in enumerate(WORDS)}
+_WORD = re.compile(r"<[^<>\s]+>|[a-z]+|,")
+
+
+def split_words(prompt: str) -> list[str]:
+    """Lower-case words, commas and `<triggers>`; everything else is dropped."""
+    return _WORD.findall(prompt.lower())
+
+
+def unknown_words(prompt: str, triggers: Sequence[str] = ()) -> list[str]:
+    """The words of a prompt that the toy base has never seen."""
+    return [word for word in split_words(prompt) if word not in _ROW and word not in triggers]
+
+
+def tokenize(prompts: Sequence[str], triggers: Mapping[str, Sequence[int]] | None = None) -> Tensor:
+    """(B, 40) int64: start, words, end, then padding with `end` as CLIP does.  A trigger becomes its own ids."""
+    triggers = triggers or {}
+    rows = torch.full((len(prompts), MAX_TOKENS), PAD)
+    for row, prompt in zip(rows, prompts, strict=True):
+        ids = [START]
+        for word in split_words(prompt):
+            ids += triggers[word] if word in triggers else [_ROW.get(word, UNKNOWN)]
+        ids = ids[: MAX_TOKENS - 1] + [END]
+        row[: len(ids)] = torch.tensor(ids)
+    return rows
+
+
+def features(subjects: Subjects, index: int) -> list[str]:
+    """What the words can say of one subject: ["striped red shirt", "green hair", "blue hat"]."""
+    kind = int(subjects.kind[index])
+    pattern = PATTERNS[subjects.pattern[index]]
+    primary = f"{COLOUR_NAMES[subjects.primary_name[index]]} {PRIMARY_PART[kind]}"
+    named = [
+        primary if pattern == "plain" else f"{pattern} {primary}",
+        f"{COLOUR_NAMES[subjects.secondary_name[index]]} {SECONDARY_PART[kind]}",
+    ]
+    accessory = ACCESSORIES[kind][subjects.accessory[index]]
+    if accessory:
+        named.append(f"{COLOUR_NAMES[subjects.accent_name[index]]} {accessory}")
+    return named
+
+
+def subject_phrase(subjects: Subjects, index: int, named: Sequence[str], terse: bool = False) -> str:
+    """"a man with green hair and red shirt"; terse: "man green hair red shirt"."""
+    noun = CLASSES[subjects.kind[index]]
+    if terse:
+        return " ".join([noun, *named])
+    return f"a {noun}" + (" with " + " and ".join(named) if named else "")
+
+
+def scene_phrase(scenes: Scenes, index: int) -> str:
+    return SCENE_PHRASES[SCENES[scenes.kind[index]]]
+
+
+def captions(
+    subjects: Sequence[Subjects],
+    scenes: Scenes,
+    style: Tensor,
+    generator: torch.Generator,
+) -> list[str]:
+    """A caption for each picture; half of them name attributes, some are terse, some leave the scene out."""
+    count = len(scenes)
+    dice = torch.rand(count, 3 + 4 * max(len(subjects), 1), generator=generator).tolist()
+    most = 3 if len(subjects) == 1 else 2
+    texts = []
+    for i, row in enumerate(dice):
+        attributed, terse = row[0] < 0.6, row[1] < 0.25
+        phrases = []
+        for tile, subject in enumerate(subjects):
+            draws = row[3 + 4 * tile : 7 + 4 * tile]
+            named = features(subject, i) if attributed else []
+            named = [text for text, draw in zip(named, draws, strict=False) if draw < 0.75]
+            if draws[3] < 0.5:
+                named.reverse()
+            phrases.append(subject_phrase(subject, i, named[:most], terse))
+        text = " and ".join(phrases)
+        if row[2] < 0.9:
+            text = f"{text} {scene_phrase(scenes, i)}"
+        if style[i]:
+            text = f"{text}, {STYLES[style[i]]} style"
+        texts.append(text)
+    return texts
