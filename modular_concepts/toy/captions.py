@@ -14,6 +14,7 @@ from .vocabulary import (
     COLOUR_NAMES,
     PATTERNS,
     PRIMARY_PART,
+    RESERVED,
     SCENE_PHRASES,
     SCENES,
     SECONDARY_PART,
@@ -35,11 +36,11 @@ def split_words(prompt: str) -> list[str]:
 
 def unknown_words(prompt: str, triggers: Sequence[str] = ()) -> list[str]:
     """The words of a prompt that the toy base has never seen."""
-    return [word for word in split_words(prompt) if word not in _ROW and word not in triggers]
+    return [word for word in split_words(prompt) if (word not in _ROW or word in RESERVED) and word not in triggers]
 
 
 def tokenize(prompts: Sequence[str], triggers: Mapping[str, Sequence[int]] | None = None) -> Tensor:
-    """(B, 40) int64: start, words, end, then padding with `end` as CLIP does.  A trigger becomes its own ids."""
+    """(B, 40) int64: start, words, end, padding.  A trigger becomes its own ids."""
     triggers = triggers or {}
     rows = torch.full((len(prompts), MAX_TOKENS), PAD)
     for row, prompt in zip(rows, prompts, strict=True):

@@ -44,8 +44,12 @@ COLOURS = {
 }
 COLOUR_NAMES = tuple(COLOURS)
 
-# Closed vocabulary, in the order of the embedding rows.  The four first rows are special.
+# Closed vocabulary, in the order of the embedding rows.  The four first rows are special; RESERVED rows belong to
+# words that no caption of the base used, so they mean nothing to it yet.
 SPECIAL = ("<start>", "<end>", "<pad>", "<unknown>")
+RESERVED = ("an", "photo", "picture", "of", "two", "three", "person", "people", "animal", "animals", "left")
+RESERVED += ("right", "middle", "wearing", "no")
+RESERVED += ("men", "women", "dogs", "cats", "robots", "birds", "cars", "houses", "plain")
 WORDS = SPECIAL + tuple(
     dict.fromkeys(
         ("a", "an", "and", "with", "the", "in", "on", "at", ",", "photo", "picture", "of", "style", "two", "three")
