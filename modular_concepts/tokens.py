@@ -1,0 +1,130 @@
+"""Learned words: extra rows behind a text model's vocabulary, which itself is never written.
+
+A trigger word stands for `vectors` extra token ids, vocab_size, vocab_size + 1, ... in the order of the mapping.
+Learned rows are (vectors, width), or (layers, vectors, width) with rows of their own for each cross-attention layer
+(P+, Voynov et al. 2023; ED-LoRA, Gu et al. 2023).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import AdapterError
+
+
+def new_token(
+    start: Tensor, vectors: int, noise: float, generator: torch.Generator, layers: int | None = None
+) -> Tensor:
+    """Rows of a new trigger word: the class word's own rows in turn, plus Gaussian noise.
+
+    start: (k, width) rows of the class word.  noise is relative to the rows' root mean square.
+    Returns (vectors, width), or (layers, vectors, width) with all layers equal; float32 or float64.
+    """
+    if start.dim() != 2 or len(start) == 0:
+        raise AdapterError(
+            f"a new token starts from rows of shape {tuple(start.shape)}; we need (count, width), at least one"
+        )
+    start = start.detach().to(torch.promote_types(start.dtype, torch.float32))
+    rows = start[torch.arange(vectors) % len(start)]
+    drawn = torch.randn(rows.shape, generator=generator).to(rows)
+    rows = rows + noise * start.square().mean().sqrt() * drawn
+    return rows if layers is None else rows.repeat(layers, 1, 1)
+
+
+def token_ids(tokens: Mapping[str, Tensor], vocab_size: int) -> dict[str, list[int]]:
+    """Trigger word -> the extra ids that stand for it."""
+    ids, first = {}, vocab_size
+    for trigger, rows in tokens.items():
+        ids[trigger] = list(range(first, first + rows.shape[-2]))
+        first += rows.shape[-2]
+    return ids
+
+
+def caption_ids(
+    caption: str,
+    tokens: Mapping[str, Tensor],
+    vocab_size: int,
+    tokenize: Callable[[str], list[int]],
+) -> list[int]:
+    """Ids of a caption: `tokenize` (without start, end, padding) between trigger words, extra ids in their place.
+
+    A trigger is found as a whole word, the longest one first.
+    """
+    if not tokens:
+        return list(tokenize(caption))
+    ids = token_ids(tokens, vocab_size)
+    longest_first = "|".join(re.escape(trigger) for trigger in sorted(tokens, key=len, reverse=True))
+    found = []
+    for part in re.split(rf"(?<!\w)({longest_first})(?!\w)", caption):
+        if part in ids:
+            found += ids[part]
+        elif part.strip():
+            found += tokenize(part.strip())
+    return found
+
+
+def learned_rows(tokens: Mapping[str, Tensor], layer: int | None = None) -> Tensor:
+    """All rows in id order, (total vectors, width); `layer` chooses among layer-wise rows.
+
+    Raises AdapterError for layer-wise rows without `layer`.
+    """
+    chosen = []
+    for trigger, rows in tokens.items():
+        if rows.dim() == 3:
+            if layer is None:
+                raise AdapterError(
+                    f"{trigger}: the token has rows for {len(rows)} layers; say which one is meant"
+                )
+            rows = rows[layer]
+        chosen.append(rows)
+    return torch.cat(chosen)
+
+
+@contextmanager
+def learned_tokens(
+    embedding: nn.Embedding, tokens: Mapping[str, Tensor], layer: int | None = None
+) -> Iterator[None]:
+    """Within the block `embedding` looks ids beyond its table up in the learned rows; gradients reach only those.
+
+    embedding: a text model's token table, (ids) -> (..., width), its output in the table's dtype.
+    Hooks are removed on leaving, also by an exception; the table is not written and gets no gradient from us.
+    """
+    if not tokens:
+        yield
+        return
+    rows, vocab_size = learned_rows(tokens, layer), embedding.num_embeddings
+    if rows.shape[1] != embedding.embedding_dim:
+        raise AdapterError(
+            f"the learned tokens are {rows.shape[1]} wide, the text model's {embedding.embedding_dim}; "
+            "they were trained on another base"
+        )
+    asked = []
+
+    def hide(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (ids,) = args
+        asked.append(ids)
+        return (ids.masked_fill(ids >= vocab_size, 0),)
+
+    def fill(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        ids = asked.pop()
+        extra = F.embedding((ids - vocab_size).clamp(min=0), rows.to(output))
+        return torch.where((ids >= vocab_size)[..., None], extra, output)
+
+    handles = [embedding.register_forward_pre_hook(hide), embedding.register_forward_hook(fill)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def bounded(rows: Tensor, norm: float) -> Tensor:
+    """Rows longer than `norm` scaled back to it, the others as they are."""
+    length = rows.norm(dim=-1, keepdim=True)
+    return torch.where(length > norm, rows * (norm / length), rows)

@@ -1,0 +1,30 @@
+"""Training of one concept on a frozen base: methods, loop, losses, exact resume."""
+
+from .attach import attached, frozen
+from .checkpoint import newest_checkpoint, restore_checkpoint, save_checkpoint
+from .loop import Cancelled, Diverged, Progress, train
+from .losses import NoiseSchedule
+from .methods import new_adapters, seeded
+from .problem import Examples, Problem
+from .run import Run, TrainResult
+from .settings import TrainSettings
+
+__all__ = [
+    "Cancelled",
+    "Diverged",
+    "Examples",
+    "NoiseSchedule",
+    "Problem",
+    "Progress",
+    "Run",
+    "TrainResult",
+    "TrainSettings",
+    "attached",
+    "frozen",
+    "new_adapters",
+    "newest_checkpoint",
+    "restore_checkpoint",
+    "save_checkpoint",
+    "seeded",
+    "train",
+]

@@ -1,0 +1,113 @@
+"""Adapters on a loaded model for the length of a `with` block; the model itself is never written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters import ConvGeometry, LowRank
+from ..errors import AdapterError
+
+
+class Residual(Protocol):
+    """What `attached` needs of an adapter that is not a LowRank, a merged layer for instance."""
+
+    def residual(self, x: Tensor) -> Tensor: ...
+
+
+@contextmanager
+def attached(
+    layers: Mapping[str, nn.Module],
+    adapters: Mapping[str, LowRank | Residual],
+    strength: float = 1.0,
+    erasure: Mapping[str, Tensor] | None = None,
+) -> Iterator[None]:
+    """Within the block each layer gives layer(x) + strength * adapter.residual(x).
+
+    layers: layer name -> Linear or Conv2d; adapters: layer name -> adapter, on the layer's device.
+    erasure: layer name -> 0/1 mask (lora_up rows,), read anew at each forward pass; training only.
+    The hooks are removed on leaving, also by an exception.  Strength 0 attaches nothing.
+    Raises AdapterError for an adapter whose layer is not in `layers`.
+    """
+    missing = [name for name in adapters if name not in layers]
+    if missing:
+        raise AdapterError(
+            f"{missing[0]}: the adapter has no layer of this name in the model ({len(missing)} of "
+            f"{len(adapters)} adapters do not fit); it was trained on another architecture"
+        )
+    handles = []
+    try:
+        for name, adapter in adapters.items() if strength != 0 else ():
+            mask = _mask_of(name, erasure)
+            handles.append(layers[name].register_forward_hook(_hook(layers[name], adapter, strength, mask)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block no parameter of `modules` asks for gradients and dropout is off; then all is as it was."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    training = [part for module in modules for part in module.modules() if part.training]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for part in training:
+            part.training = True
+
+
+def _mask_of(name: str, erasure: Mapping[str, Tensor] | None) -> Callable[[], Tensor | None]:
+    return (lambda: None) if erasure is None else (lambda: erasure.get(name))
+
+
+def _hook(
+    module: nn.Module, adapter: LowRank | Residual, strength: float, mask: Callable[[], Tensor | None]
+) -> Callable:
+    conv = ConvGeometry.of(module) if isinstance(module, nn.Conv2d) else None
+
+    def add_linear(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return _plus_low_rank(output, args[0], adapter, strength, mask())
+
+    def add_conv(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + strength * adapter.residual(args[0], conv, mask())
+
+    def add_any(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        extra = adapter.residual(args[0]) if conv is None else adapter.residual(args[0], conv)
+        return output + strength * extra
+
+    if not isinstance(adapter, LowRank):
+        return add_any
+    return add_linear if conv is None else add_conv
+
+
+def _plus_low_rank(
+    output: Tensor, x: Tensor, adapter: LowRank, strength: float, mask: Tensor | None
+) -> Tensor:
+    """output + strength * adapter.residual(x) for a Linear, in one fused pass over the output.
+
+    Only the rank-wide hidden and the factors are kept for backward, x too where lora_down trains.
+    """
+    up, down = adapter.lora_up, adapter.lora_down
+    if mask is not None:
+        up = up * mask[:, None]
+    hidden = F.linear(x, down.to(x.dtype))
+    scale = strength * adapter.scale
+    if adapter.rows is not None:
+        return output.index_add(
+            -1, adapter.rows, F.linear(hidden, up.to(x.dtype)).to(output.dtype), alpha=scale
+        )
+    flat = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), up.to(x.dtype).mT, alpha=scale)
+    return flat.view(output.shape)

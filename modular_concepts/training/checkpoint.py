@@ -1,0 +1,155 @@
+"""Checkpoints: the whole state of a run in one safetensors file, so that resuming continues bit for bit.
+
+Tensors: trained factors and tokens, their optimizer state, generators (uint8), data order, losses.
+Metadata: step, format, and the identity (settings, data set, base, basis) that a resumed run must share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..errors import AdapterError
+from .run import Run
+from .settings import changes
+
+FORMAT = "modular-concepts-checkpoint-1"
+OPTIMIZER_PARTS = ("step", "exp_avg", "exp_avg_sq")
+PATTERN = re.compile(r"step-(\d{8})\.safetensors")
+
+
+def save_checkpoint(folder: Path | str, run: Run) -> Path:
+    """Write step-NNNNNNNN.safetensors, whole or not at all, and drop all but the newest `keep_checkpoints`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": FORMAT, "step": str(run.step), "identity": json.dumps(run.identity, sort_keys=True)}
+    path = folder / f"step-{run.step:08d}.safetensors"
+    _write_whole(path, save(_state(run), metadata))
+    for old in _checkpoints(folder)[: -run.settings.keep_checkpoints]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def restore_checkpoint(path: Path | str, run: Run, accept_changes: bool = False) -> None:
+    """Bring a fresh run to a checkpoint's state.
+
+    path: a checkpoint, or a folder for its newest.
+    Raises AdapterError for a file that cannot be read, or one of another training unless `accept_changes`.
+    """
+    path = newest_checkpoint(path)
+    metadata, tensors = _read(path)
+    if metadata.get("format") != FORMAT:
+        raise AdapterError(f"{path.name} is not a checkpoint of a training; choose a step-….safetensors file")
+    if not accept_changes:
+        _refuse_changes(path, json.loads(metadata["identity"]), run.identity)
+    _check_shapes(path, tensors, run)
+    with torch.no_grad():
+        for name, parameter in run.parameters().items():
+            parameter.copy_(tensors[name])
+            run.optimizer.state[parameter] = {
+                part: tensors[f"optimizer.{name}.{part}"].to(parameter.device) for part in OPTIMIZER_PARTS
+            }
+    run.set_random_state(tensors)
+    run.losses, run.step = [], 0
+    for loss in tensors["losses"].tolist():
+        run.record(loss)
+
+
+def newest_checkpoint(path: Path | str) -> Path:
+    """The checkpoint itself, or the newest in a folder.  Raises AdapterError when there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = _checkpoints(path)
+    if not found:
+        raise AdapterError(f"{path} holds no checkpoint to resume from; start the training without resuming")
+    return found[-1]
+
+
+def _state(run: Run) -> dict[str, Tensor]:
+    tensors = dict(run.random_state())
+    for name, parameter in run.parameters().items():
+        tensors[name] = parameter
+        moments = run.optimizer.state[parameter] or _untouched(parameter)
+        tensors |= {f"optimizer.{name}.{part}": moments[part] for part in OPTIMIZER_PARTS}
+    tensors["losses"] = torch.tensor(run.losses, dtype=torch.float64)
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def _untouched(parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state before a parameter's first gradient, a word that no caption has used yet for instance."""
+    return {
+        "step": torch.zeros(()),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"{path.name} cannot be read as a checkpoint ({error}); choose an older one"
+        ) from error
+
+
+def _refuse_changes(path: Path, before: dict, now: dict) -> None:
+    settings = changes(before["settings"], now["settings"])
+    others = [
+        words
+        for key, words in (
+            ("dataset", "the pictures, captions or masks have changed"),
+            ("base", "the base model is another one"),
+            ("basis", "the orthogonal basis is another one"),
+        )
+        if before[key] != now[key]
+    ]
+    if not settings and not others and before["frozen"] != now["frozen"]:
+        others = ["the frozen factors come out differently"]
+    if settings or others:
+        raise AdapterError(
+            f"{path.name} cannot be resumed: {'; '.join(settings + others)}. "
+            "Put that back as it was, accept the change, or start a new training"
+        )
+
+
+def _check_shapes(path: Path, tensors: dict[str, Tensor], run: Run) -> None:
+    expected = {name: parameter.shape for name, parameter in run.parameters().items()}
+    trained = {name for name in tensors if name.startswith(("adapters.", "tokens."))}
+    differing = sorted(trained ^ set(expected)) or sorted(
+        name for name, shape in expected.items() if tensors[name].shape != shape
+    )
+    if differing:
+        raise AdapterError(
+            f"{path.name} cannot be resumed: {differing[0]} does not fit ({len(differing)} differ); "
+            "method, rank, layers and trigger words must be those of the checkpoint"
+        )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if PATTERN.fullmatch(path.name))
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write beside the target, sync, rename: after a crash at any moment the old file or the new one is there."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise AdapterError(
+            f"{path} could not be written ({error.strerror}); the checkpoint before it is kept"
+        ) from error

@@ -1,0 +1,100 @@
+"""Noise schedule arithmetic and the training loss, as pure functions.
+
+Notation of Ho et al. 2020: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, abar = `alphas_cumprod`.
+Latents are (B, C, H, W), timesteps (B,) int64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """What the base was trained with.  alphas_cumprod: (T,), falling from almost 1 to almost (or exactly) 0."""
+
+    alphas_cumprod: Tensor
+    prediction: str = "epsilon"
+
+    def __post_init__(self):
+        if self.prediction not in PREDICTIONS:
+            raise AdapterError(
+                f"prediction type {self.prediction!r} is not supported; choose one of {', '.join(PREDICTIONS)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+
+def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
+    signal, sigma = _signal_and_noise(alphas_cumprod, timesteps, latents)
+    return signal * latents + sigma * noise
+
+
+def target(latents: Tensor, noise: Tensor, schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
+    """What the base has to predict: the noise, or v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0.
+
+    Source of v: Salimans and Ho 2022, appendix D.
+    """
+    if schedule.prediction == "epsilon":
+        return noise
+    signal, sigma = _signal_and_noise(schedule.alphas_cumprod, timesteps, latents)
+    return signal * noise - sigma * latents
+
+
+def draw_timesteps(count: int, length: int, generator: torch.Generator) -> Tensor:
+    """Uniform over 0..length - 1; (count,) int64 on the CPU."""
+    return torch.randint(length, (count,), generator=generator)
+
+
+def draw_noise(shape: tuple[int, ...], generator: torch.Generator, offset: float = 0.0) -> Tensor:
+    """Gaussian noise (B, C, H, W) float32 on the CPU; `offset` adds one more Gaussian shared by each channel's pixels.
+
+    On the CPU so that every device sees the same noise.
+    """
+    noise = torch.randn(shape, generator=generator)
+    if offset:
+        noise = noise + offset * torch.randn(*shape[:2], 1, 1, generator=generator)
+    return noise
+
+
+def snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """Signal-to-noise ratio abar_t / (1 - abar_t), (B,)."""
+    abar = alphas_cumprod.to(timesteps.device)[timesteps]
+    return abar / (1 - abar)
+
+
+def min_snr_weight(ratio: Tensor, gamma: float, prediction: str) -> Tensor:
+    """Weight of a sample's loss: min(snr, gamma) / snr for epsilon, min(snr, gamma) / (snr + 1) for v.
+
+    ratio: (B,) of `snr`; at snr = 0 the epsilon weight is its limit 1.
+    Source: Hang et al. 2023, Eq. 9.
+    """
+    clipped = ratio.clamp(max=gamma)
+    if prediction == "v_prediction":
+        return clipped / (ratio + 1)
+    return torch.where(ratio > gamma, clipped / ratio, torch.ones_like(ratio))
+
+
+def masked_mean(error: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of each sample over the pixels its mask keeps, sum(error * mask) / sum(mask): (B, C, H, W) -> (B,).
+
+    mask: (B, 1, H, W) in 0..1; a sample with an empty mask counts 0.
+    """
+    if mask is None:
+        return error.flatten(1).mean(dim=1)
+    kept = mask.expand_as(error).flatten(1).sum(dim=1)
+    return (error * mask).flatten(1).sum(dim=1) / kept.clamp(min=1e-8)
+
+
+def _signal_and_noise(alphas_cumprod: Tensor, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    abar = alphas_cumprod.to(like.device)[timesteps.to(like.device)].reshape(-1, 1, 1, 1)
+    return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
