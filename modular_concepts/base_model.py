@@ -1,0 +1,69 @@
+"""A base model for the headless face: the networks, how prompts become context and pictures become latents.
+
+The toy base and a diffusers folder both come as one `BaseModel`; training, sampling and merging see nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .tokens import learned_tokens, token_ids
+from .training.losses import NoiseSchedule
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """tokenize(prompts, ids of trigger words) -> (B, T) int64; encode/decode: pictures (N, 3, H, W) in 0..1 <-> latents.
+
+    multiple: pictures' height and width must be multiples of it; size: (height, width) it was trained on.
+    betas: what diffusers' schedulers need to know of the noise schedule.
+    """
+
+    architecture: str
+    unet: nn.Module
+    text_encoder: nn.Module
+    tokenize: Callable[[Sequence[str], Mapping[str, Sequence[int]]], Tensor]
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    schedule: NoiseSchedule
+    betas: Mapping
+    latent_channels: int
+    downscale: int
+    multiple: int
+    size: tuple[int, int]
+    hash: str
+    unknown_words: Callable[[str, Sequence[str]], list[str]] = lambda prompt, triggers: []
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The text encoder's token table."""
+        return self.text_encoder.get_input_embeddings()
+
+    def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
+        """(B, T, D): last hidden state of the text encoder, trigger words standing for their learned rows."""
+        ids = self.tokenize(prompts, token_ids(tokens, self.embedding.num_embeddings))
+        with learned_tokens(self.embedding, tokens):
+            return self.text_encoder(ids.to(self.embedding.weight.device)).last_hidden_state
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        return self.unet(noisy, timesteps, context, return_dict=False)[0]
+
+    def word_rows(self, words: str) -> Tensor:
+        """(k, width) rows of the token table for some words, without start, end and padding."""
+        ids, bare = self.tokenize([words, ""], {})
+        return self.embedding.weight[[int(i) for i, b in zip(ids, bare, strict=True) if i != b and i not in bare]]
+
+
+def weights_hash(*networks: nn.Module) -> str:
+    """sha256 over the names, shapes and bytes of all weights, in order of name; 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, value in sorted(network.state_dict().items()):
+            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Regions of a picture: where each concept is asked for, and how attention listens to it."""

@@ -1,0 +1,100 @@
+"""Sampling without a host: classifier-free guidance over one of diffusers' samplers, with regions.
+
+Every picture has a seed of its own, and its noise is the same whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base_model import BaseModel
+from .errors import AdapterError
+from .regions.attention import regional_attention
+from .regions.geometry import Region
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """height, width in pixels, None for the base's own; cfg is the guidance scale, 1 is none."""
+
+    steps: int = 20
+    cfg: float = 5.0
+    height: int | None = None
+    width: int | None = None
+    negative: str = ""
+    batch: int = 16
+
+
+@torch.no_grad()
+def sample(
+    base: BaseModel,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    tokens: Mapping[str, Tensor] | None = None,
+    settings: SampleSettings = SampleSettings(),
+    regions: Sequence[Region] = (),
+    callback: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """One picture per (prompt, seed): (N, 3, H, W) in 0..1.
+
+    tokens: trigger word -> learned rows.  regions hold in every picture; their prompts replace the picture's
+    prompt inside.  callback(done, total) counts sampling steps over all batches.
+    """
+    height, width = settings.height or base.size[0], settings.width or base.size[1]
+    if height % base.multiple or width % base.multiple or min(height, width) < base.multiple:
+        raise AdapterError(
+            f"pictures of {width} x {height} pixels do not fit this base; choose multiples of {base.multiple}"
+        )
+    if len(prompts) != len(seeds):
+        raise AdapterError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed for each prompt")
+    chunks = [slice(start, start + settings.batch) for start in range(0, len(prompts), settings.batch)]
+    pictures = []
+    for number, chunk in enumerate(chunks):
+        done = number * settings.steps
+
+        def step_done(step: int, done: int = done) -> None:
+            if callback is not None:
+                callback(done + step, settings.steps * len(chunks))
+
+        latents = _sample_batch(
+            base, prompts[chunk], seeds[chunk], tokens or {}, settings, regions, (height, width), step_done
+        )
+        pictures.append(base.decode(latents))
+    return torch.cat(pictures)
+
+
+def _sample_batch(base, prompts, seeds, tokens, settings, regions, size, step_done) -> Tensor:
+    from diffusers import DPMSolverMultistepScheduler
+
+    count, guided = len(prompts), settings.cfg != 1
+    latent_size = (size[0] // base.downscale, size[1] // base.downscale)
+    scheduler = DPMSolverMultistepScheduler(**base.betas, timestep_spacing="trailing")
+    scheduler.set_timesteps(settings.steps)
+    latents = torch.stack(
+        [
+            torch.randn(base.latent_channels, *latent_size, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+    )
+    context = base.context(prompts, tokens)
+    contexts = [base.context([region.prompt] * count, tokens) for region in regions]
+    if guided:
+        negative = base.context([settings.negative] * count, tokens)
+        context = torch.cat([negative, context])
+        for index, region in enumerate(regions):
+            own = negative if region.negative is None else base.context([region.negative] * count, tokens)
+            contexts[index] = torch.cat([own, contexts[index]])
+    with regional_attention(base.unet, regions, torch.stack(contexts) if regions else None, latent_size):
+        for step, timestep in enumerate(scheduler.timesteps):
+            doubled = torch.cat([latents, latents]) if guided else latents
+            predicted = base.predict(doubled, timestep.expand(len(doubled)), context)
+            if guided:
+                unconditional, conditional = predicted.chunk(2)
+                predicted = unconditional + settings.cfg * (conditional - unconditional)
+            latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
+            step_done(step + 1)
+    return latents

@@ -1,0 +1,38 @@
+"""Load the toy base as a `BaseModel`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from ..base_model import BaseModel, weights_hash
+from ..training.losses import NoiseSchedule
+from . import model
+from .captions import tokenize, unknown_words
+from .world import TILE
+
+
+def load_toy_base(weights: Path | None = None) -> BaseModel:
+    """The toy base in float32 on the CPU, frozen."""
+    folder = weights or model.WEIGHTS
+    unet, text_encoder = model.build_unet(), model.build_text_encoder()
+    for network, name in ((unet, "unet"), (text_encoder, "text_encoder")):
+        network.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
+        network.requires_grad_(False).eval()
+    return BaseModel(
+        architecture="toy",
+        unet=unet,
+        text_encoder=text_encoder,
+        tokenize=tokenize,
+        encode=model.encode_pictures,
+        decode=model.decode_latents,
+        schedule=NoiseSchedule(model.alphas_cumprod().float(), "v_prediction"),
+        betas=model.SCHEDULE,
+        latent_channels=model.LATENT_CHANNELS,
+        downscale=model.PATCH,
+        multiple=4 * model.PATCH,
+        size=(TILE, TILE),
+        hash=weights_hash(unet, text_encoder),
+        unknown_words=unknown_words,
+    )
