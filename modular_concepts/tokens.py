@@ -1,8 +1,8 @@
 """Learned words: extra rows behind a text model's vocabulary, which itself is never written.
 
-A trigger word stands for `vectors` extra token ids, vocab_size, vocab_size + 1, ... in the order of the mapping.
-Learned rows are (vectors, width), or (layers, vectors, width) with rows of their own for each cross-attention layer
-(P+, Voynov et al. 2023; ED-LoRA, Gu et al. 2023).
+A trigger word stands for extra token ids, vocab_size, vocab_size + 1, ... in the order of the mapping.
+Learned rows are (vectors, width), or (layers, vectors, width) with rows of their own for each
+cross-attention layer (P+, Voynov et al. 2023; ED-LoRA, Gu et al. 2023).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def new_token(
     """
     if start.dim() != 2 or len(start) == 0:
         raise AdapterError(
-            f"a new token starts from rows of shape {tuple(start.shape)}; we need (count, width), at least one"
+            f"a new token starts from rows of shape {tuple(start.shape)}; we need (count, width)"
         )
     start = start.detach().to(torch.promote_types(start.dtype, torch.float32))
     rows = start[torch.arange(vectors) % len(start)]
@@ -52,9 +52,9 @@ def caption_ids(
     vocab_size: int,
     tokenize: Callable[[str], list[int]],
 ) -> list[int]:
-    """Ids of a caption: `tokenize` (without start, end, padding) between trigger words, extra ids in their place.
+    """Ids of a caption: extra ids for its trigger words, `tokenize` for what stands between them.
 
-    A trigger is found as a whole word, the longest one first.
+    tokenize gives ids without start, end and padding.  Triggers are found as whole words, longest first.
     """
     if not tokens:
         return list(tokenize(caption))
@@ -78,9 +78,7 @@ def learned_rows(tokens: Mapping[str, Tensor], layer: int | None = None) -> Tens
     for trigger, rows in tokens.items():
         if rows.dim() == 3:
             if layer is None:
-                raise AdapterError(
-                    f"{trigger}: the token has rows for {len(rows)} layers; say which one is meant"
-                )
+                raise AdapterError(f"{trigger}: the token has rows for {len(rows)} layers; name one")
             rows = rows[layer]
         chosen.append(rows)
     return torch.cat(chosen)
@@ -90,10 +88,11 @@ def learned_rows(tokens: Mapping[str, Tensor], layer: int | None = None) -> Tens
 def learned_tokens(
     embedding: nn.Embedding, tokens: Mapping[str, Tensor], layer: int | None = None
 ) -> Iterator[None]:
-    """Within the block `embedding` looks ids beyond its table up in the learned rows; gradients reach only those.
+    """Within the block `embedding` looks ids beyond its table up in the learned rows.
 
     embedding: a text model's token table, (ids) -> (..., width), its output in the table's dtype.
-    Hooks are removed on leaving, also by an exception; the table is not written and gets no gradient from us.
+    Hooks are removed on leaving, also by an exception; gradients reach the learned
+    rows, and the table only if it asks for them.
     """
     if not tokens:
         yield

@@ -26,7 +26,7 @@ PATTERN = re.compile(r"step-(\d{8})\.safetensors")
 
 
 def save_checkpoint(folder: Path | str, run: Run) -> Path:
-    """Write step-NNNNNNNN.safetensors, whole or not at all, and drop all but the newest `keep_checkpoints`."""
+    """Write step-NNNNNNNN.safetensors, whole or not at all, and keep the newest `keep_checkpoints`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "step": str(run.step), "identity": json.dumps(run.identity, sort_keys=True)}
@@ -140,7 +140,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    """Write beside the target, sync, rename: after a crash at any moment the old file or the new one is there."""
+    """Write beside the target, sync, rename: a crash at any moment leaves the old file or the new one."""
     beside = path.with_name(f".{path.name}.part")
     try:
         with beside.open("wb") as file:

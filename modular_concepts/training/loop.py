@@ -1,6 +1,7 @@
 """The training loop: noise the latents, let the hooked base predict, step AdamW on adapters and tokens.
 
-Everything random comes from the run's own generators, derived from the seed; the global one is neither read nor moved.
+Everything random comes from the run's own generators, derived from the seed; the global one is neither
+read nor moved.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Diverged(AdapterError):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback is told after each step.  lr: the adapters' (tokens' without any); seconds since the start."""
+    """What a callback is told after each step.  lr: the adapters', or the tokens' without adapters."""
 
     step: int
     steps: int
@@ -74,7 +75,7 @@ def train(
 
     callback: told of each step; True, or `Cancelled` raised anywhere inside, stops with finished = False.
     checkpoints: folder for one every `settings.checkpoint_every` steps, at the end and at a cancel.
-    resume: a checkpoint, or such a folder for its newest; `accept_changes` goes on with other settings or data.
+    resume: a checkpoint, or such a folder for its newest; `accept_changes` allows other settings or data.
     Raises Diverged when the loss stops being a number, AdapterError for what cannot work.
     """
     started = time.monotonic()
@@ -103,7 +104,8 @@ def _steps(problem: Problem, run: Run, erasure: dict[str, Tensor], after_step: C
             return False
         except torch.OutOfMemoryError as error:
             raise AdapterError(
-                f"memory ran out at step {run.step + 1}; choose a smaller batch, smaller pictures or bf16 precision"
+                f"memory ran out at step {run.step + 1}; "
+                "choose a smaller batch, smaller pictures or bf16 precision"
             ) from error
         if not math.isfinite(loss):
             _copy(good, parameters)

@@ -18,7 +18,7 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """What the base was trained with.  alphas_cumprod: (T,), falling from almost 1 to almost (or exactly) 0."""
+    """What the base was trained with.  alphas_cumprod: (T,), from almost 1 down to almost 0, or 0."""
 
     alphas_cumprod: Tensor
     prediction: str = "epsilon"
@@ -26,7 +26,7 @@ class NoiseSchedule:
     def __post_init__(self):
         if self.prediction not in PREDICTIONS:
             raise AdapterError(
-                f"prediction type {self.prediction!r} is not supported; choose one of {', '.join(PREDICTIONS)}"
+                f"prediction type is {self.prediction!r}; choose one of {', '.join(PREDICTIONS)}"
             )
 
     def __len__(self) -> int:
@@ -56,9 +56,9 @@ def draw_timesteps(count: int, length: int, generator: torch.Generator) -> Tenso
 
 
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator, offset: float = 0.0) -> Tensor:
-    """Gaussian noise (B, C, H, W) float32 on the CPU; `offset` adds one more Gaussian shared by each channel's pixels.
+    """Gaussian noise (B, C, H, W) float32, on the CPU so that every device sees the same.
 
-    On the CPU so that every device sees the same noise.
+    offset: size of one more Gaussian, shared by all pixels of a channel.
     """
     noise = torch.randn(shape, generator=generator)
     if offset:
@@ -85,7 +85,7 @@ def min_snr_weight(ratio: Tensor, gamma: float, prediction: str) -> Tensor:
 
 
 def masked_mean(error: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean of each sample over the pixels its mask keeps, sum(error * mask) / sum(mask): (B, C, H, W) -> (B,).
+    """Mean over the pixels that the mask keeps, sum(error * mask) / sum(mask): (B, C, H, W) -> (B,).
 
     mask: (B, 1, H, W) in 0..1; a sample with an empty mask counts 0.
     """

@@ -18,17 +18,14 @@ from .settings import TrainSettings
 def new_adapters(
     layers: Mapping[str, nn.Module], settings: TrainSettings, basis: OrthogonalBasis | None = None
 ) -> dict[str, LowRank]:
-    """One fresh adapter per layer by `settings.method`, trainable factors as leaf parameters on the layer's device.
+    """One fresh adapter per layer by `settings.method`, its trainable factors as parameters.
 
     The random part of a layer depends on (seed, layer name) alone, whatever other layers there are.
-    float32, or float64 on a float64 layer.  basis None is the default basis.
+    On the layer's device, float32, or float64 for a float64 layer.  basis None is the default basis.
     Raises AdapterError for a rank, slot or number of blocks that a layer cannot hold.
     """
-    if (
-        settings.method != "lora"
-        and settings.slot is None
-        and (settings.method != "orthogonal" or not settings.name)
-    ):
+    by_name = settings.method == "orthogonal" and settings.name
+    if settings.method != "lora" and settings.slot is None and not by_name:
         raise AdapterError(
             f"method {settings.method} needs a slot of the concept's own"
             + (", or a name to derive one from" if settings.method == "orthogonal" else "")

@@ -1,4 +1,4 @@
-"""What training needs to know about a base model and the pictures; nothing here knows which library they come from."""
+"""What training needs to know about a base and the pictures, whatever library they come from."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Problem:
     """A base model and a concept's pictures.
 
     predict(noisy, timesteps, context) -> (B, C, H, W); encode(captions, tokens) -> context, where tokens maps
-    trigger words to learned rows and gradients flow to these rows; the context is only handed from one to the other.
+    trigger words to learned rows that gradients flow to; the context is only passed on to predict.
     layers: canonical layer name -> Linear or Conv2d inside `modules`.
     modules: whole networks, frozen and in eval mode while training lasts.
     triggers: trigger word -> rows (k, width) of the text model's table that its learned rows start from.

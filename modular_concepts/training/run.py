@@ -31,7 +31,7 @@ class TrainResult:
 
 
 class Shuffle:
-    """Endless sequence of 0..count - 1, shuffled anew for each epoch; `pending` is what the epoch has left."""
+    """Endless sequence of 0..count - 1, shuffled for each epoch; `pending` is what is left of it."""
 
     def __init__(self, count: int, generator: torch.Generator):
         self.count, self.generator = count, generator

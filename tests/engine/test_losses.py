@@ -1,0 +1,87 @@
+"""The noise schedule's arithmetic against the formulas, written out in float64."""
+
+import pytest
+import torch
+
+from modular_concepts.errors import AdapterError
+from modular_concepts.training.losses import (
+    NoiseSchedule,
+    add_noise,
+    draw_noise,
+    draw_timesteps,
+    masked_mean,
+    min_snr_weight,
+    snr,
+    target,
+)
+
+ALPHAS = torch.linspace(0.999, 0.0, 50, dtype=torch.float64)
+TIMESTEPS = torch.tensor([0, 20, 49])
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def pair():
+    return torch.randn(2, 3, 4, 5, 6, generator=generator(), dtype=torch.float64)
+
+
+def test_noise_and_targets_are_the_formulas():
+    latents, noise = pair()
+    noisy = add_noise(latents, noise, ALPHAS, TIMESTEPS)
+    velocity = target(latents, noise, NoiseSchedule(ALPHAS, "v_prediction"), TIMESTEPS)
+    for row, timestep in enumerate(TIMESTEPS):
+        signal, sigma = ALPHAS[timestep] ** 0.5, (1 - ALPHAS[timestep]) ** 0.5
+        assert torch.allclose(noisy[row], signal * latents[row] + sigma * noise[row])
+        assert torch.allclose(velocity[row], signal * noise[row] - sigma * latents[row])
+        # the pair (noisy, v) gives both latents and noise back
+        assert torch.allclose(signal * noisy[row] - sigma * velocity[row], latents[row])
+    assert torch.equal(target(latents, noise, NoiseSchedule(ALPHAS), TIMESTEPS), noise)
+    assert not torch.allclose(velocity, noise)
+
+
+def test_min_snr_weight_is_the_formula_and_finite_at_zero_snr():
+    ratio = snr(ALPHAS, TIMESTEPS)
+    assert torch.allclose(
+        ratio, torch.tensor([999.0, ALPHAS[20] / (1 - ALPHAS[20]), 0.0], dtype=torch.float64)
+    )
+    clipped = ratio.clamp(max=5.0)
+    assert torch.allclose(min_snr_weight(ratio, 5.0, "v_prediction"), clipped / (ratio + 1))
+    assert torch.allclose(min_snr_weight(ratio, 5.0, "epsilon")[:2], (clipped / ratio)[:2])
+    assert min_snr_weight(ratio, 5.0, "epsilon")[2] == 1
+
+
+def test_masked_mean_sees_only_the_masked_pixels():
+    error = pair()[0].square()
+    mask = (torch.rand(3, 1, 5, 6, generator=generator(1)) > 0.5).double()
+    mask[2] = 0
+    means = masked_mean(error, mask)
+    for row in range(2):
+        assert torch.allclose(means[row], error[row][:, mask[row, 0] == 1].mean())
+    assert means[2] == 0
+    assert torch.allclose(masked_mean(error), error.mean(dim=(1, 2, 3)))
+    assert torch.allclose(masked_mean(error, torch.ones_like(mask)), masked_mean(error))
+    hidden = torch.where(mask.bool(), error, error + 100)
+    assert torch.equal(masked_mean(hidden, mask), means)
+
+
+def test_draws_come_from_the_generator_alone():
+    state = torch.get_rng_state()
+    first = draw_noise((2, 3, 4, 4), generator(3), 0.5), draw_timesteps(100, 1000, generator(3))
+    again = draw_noise((2, 3, 4, 4), generator(3), 0.5), draw_timesteps(100, 1000, generator(3))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert first[1].min() >= 0 and first[1].max() < 1000 and len(first[1].unique()) > 50
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_offset_moves_whole_channels():
+    plain, moved = draw_noise((2, 3, 4, 4), generator(3)), draw_noise((2, 3, 4, 4), generator(3), 0.5)
+    shift = moved - plain
+    assert torch.allclose(shift, shift[:, :, :1, :1].expand_as(shift), atol=1e-6)
+    assert shift.abs().min() > 1e-3
+
+
+def test_unknown_prediction_type_is_named():
+    with pytest.raises(AdapterError, match="'sample'.*epsilon, v_prediction"):
+        NoiseSchedule(ALPHAS, "sample")
