@@ -82,11 +82,11 @@ def _hook(
         return _plus_low_rank(output, args[0], adapter, strength, mask())
 
     def add_conv(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + strength * adapter.residual(args[0], conv, mask())
+        return torch.add(output, adapter.residual(args[0], conv, mask()), alpha=strength)
 
     def add_any(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         extra = adapter.residual(args[0]) if conv is None else adapter.residual(args[0], conv)
-        return output + strength * extra
+        return torch.add(output, extra, alpha=strength)
 
     if not isinstance(adapter, LowRank):
         return add_any

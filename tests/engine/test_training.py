@@ -40,7 +40,7 @@ def run(settings=SETTINGS, callback=None, problem=None):
 
 
 def planted_problem(method, seed):
-    """Base = identity - planted, where planted is an adapter's delta: with it the noise is predicted exactly."""
+    """Base = identity - planted, where planted is an adapter's delta: with it the prediction is exact."""
     layer = nn.Linear(WIDTH, WIDTH, bias=False)
     settings = settings_of(
         method,
@@ -222,6 +222,8 @@ def test_a_layers_start_does_not_depend_on_other_layers():
     alone = new_adapters({"unet.to_v": layers["unet.to_v"]}, settings_of("lora"))
     assert torch.equal(whole["unet.to_v"].lora_down, alone["unet.to_v"].lora_down)
     assert not torch.equal(whole["unet.to_v"].lora_down, whole["unet.to_k"].lora_down)
+    reseeded = new_adapters(layers, settings_of("lora", seed=1))
+    assert not torch.equal(whole["unet.to_v"].lora_down, reseeded["unet.to_v"].lora_down)
 
 
 # --- tokens, prior, options ---
@@ -236,6 +238,13 @@ def test_tokens_learn_within_their_bound():
     assert start.norm(dim=-1).min() > 0.5
     alone = run(settings_of("lora"), problem=replace(base, layers={}))
     assert not alone.layers and (alone.tokens["<x>"] - start).abs().min() > 1e-5
+
+
+def test_only_adapters_decay():
+    plain = run(settings_of("lora", steps=1, weight_decay=0.0))
+    decayed = run(settings_of("lora", steps=1, weight_decay=10.0))
+    assert torch.equal(plain.tokens["<x>"], decayed.tokens["<x>"])
+    assert decayed.layers["unet.to_v"].lora_down.norm() < 0.95 * plain.layers["unet.to_v"].lora_down.norm()
 
 
 def test_class_pictures_weigh_in():
