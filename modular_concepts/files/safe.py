@@ -1,0 +1,347 @@
+"""Reading safetensors that nobody vouches for, and writing files whole or not at all.
+
+The reader checks the whole header against the file's size before it allocates anything; the tensors
+themselves are read by the safetensors library.  The writer is our own because the library orders metadata by
+chance, and a file saved twice must be the same bytes.  Format: 8 bytes little-endian length, a JSON header,
+the tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import AdapterError
+
+MAX_HEADER = 4 * 2**20  # parsing costs up to twelve times the header, and memory must stay bounded
+MAX_TENSORS = 16384
+MAX_DIMENSIONS = 8
+MAX_TENSOR_NAME = 512
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Header:
+    """A validated header: tensor name -> (dtype name, shape), and the string metadata."""
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    metadata: Mapping[str, str]
+
+
+def read_safetensors(
+    path: Path | str, dtypes: tuple[str, ...] = FLOATS
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors (own memory, stored dtype, finite) and the metadata of an untrusted file.
+
+    Raises AdapterError, in one sentence that names the file, for anything that is not a sound safetensors
+    file.
+    """
+    path = Path(path)
+    header = read_header(path, dtypes)
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name, (dtype, shape) in sorted(header.tensors.items()):
+                tensor = file.get_tensor(name)
+                if tensor.shape != shape or tensor.dtype != DTYPES[dtype]:
+                    raise AdapterError(f"{path.name}: the file changed while it was read; try again")
+                tensors[name] = tensor.clone()
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise AdapterError(
+            f"{path.name}: cannot be read as safetensors ({error}); the file is damaged"
+        ) from error
+    for name, tensor in tensors.items():
+        check_finite(f"{path.name}: {name}", tensor)
+    return tensors, dict(header.metadata)
+
+
+def read_header(path: Path | str, dtypes: tuple[str, ...] = FLOATS) -> Header:
+    """Validate a file's header against its size; reads at most `MAX_HEADER` bytes and no tensor.
+
+    Refused: unknown dtypes, holes, overlaps, trailing or missing bytes, duplicate keys, path-like names.
+    """
+    path = Path(path)
+    raw, data_size = _raw_header(path)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"{path.name}: the header is not UTF-8 text; the file is damaged") from error
+    entries = parse_json(text, f"{path.name}: the header")
+    if not isinstance(entries, dict) or not text.startswith("{"):
+        raise AdapterError(f"{path.name}: the header is not a JSON object; the file is damaged")
+    metadata = _metadata(path, entries.pop("__metadata__", {}))
+    if len(entries) > MAX_TENSORS:
+        raise AdapterError(f"{path.name}: {len(entries)} tensors; we read at most {MAX_TENSORS}")
+    spans, tensors = [], {}
+    for name, entry in entries.items():
+        _check_tensor_name(path.name, name)
+        dtype, shape, begin, end = _entry(f"{path.name}: {name}", entry, dtypes)
+        tensors[name] = (dtype, shape)
+        spans.append((begin, end, name))
+    _check_spans(path, sorted(spans), data_size)
+    return Header(tensors, metadata)
+
+
+def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file that `read_safetensors` and every stock reader takes; the same input gives the same bytes.
+
+    Tensors lie by falling element size, then by name.  Atomic: see `replacing`.
+    Raises AdapterError for what the reader would refuse, before anything is written.
+    """
+    path = Path(path)
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name, tensor in ordered:
+        _check_tensor_name(path.name, name)
+        check_finite(f"{path.name}: {name}", tensor)
+        if tensor.dtype not in _NAMES:
+            raise AdapterError(f"{path.name}: {name} has dtype {tensor.dtype}, which we do not write")
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    raw = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("ascii")
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > MAX_HEADER:
+        raise AdapterError(
+            f"{path.name}: the header would be {len(raw)} bytes; at most {MAX_HEADER} can be read back"
+        )
+    with replacing(path) as handle:
+        handle.write(len(raw).to_bytes(8, "little"))
+        handle.write(raw)
+        for _, tensor in ordered:
+            handle.write(tensor_bytes(tensor))
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Little-endian bytes of a tensor, any dtype and device."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def check_finite(what: str, tensor: Tensor) -> None:
+    """Raise AdapterError when a floating tensor is empty or holds NaN or infinity."""
+    if tensor.numel() == 0:
+        raise AdapterError(f"{what} is empty; the file is damaged")
+    if tensor.is_floating_point():
+        low, high = torch.aminmax(tensor.detach())
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise AdapterError(f"{what} holds NaN or infinity; the training diverged or the file is damaged")
+
+
+def parse_json(text: str, what: str) -> object:
+    """Strict JSON: no duplicate keys, no NaN or Infinity, bounded depth and size."""
+    entries = text.count('"') - text.count('\\"') + text.count("[") + text.count("{")
+    if len(text) > MAX_HEADER or entries > 32 * MAX_TENSORS:
+        raise AdapterError(
+            f"{what} holds more entries than any adapter needs; the file is damaged or not an adapter"
+        )
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except AdapterError as error:
+        raise AdapterError(f"{what} {error}; the file is damaged") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{what} is not sound JSON; the file is damaged") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[BinaryIO]:
+    """Write `path` whole or not at all: temporary file in the same folder, fsync, rename.
+
+    If the body raises, or the disk is full, the old file stays as it was and the temporary one is removed.
+    Raises AdapterError, in words, for what the system refuses.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be written: {_reason(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def safe_name(name: str) -> str:
+    """A file name, without suffix, for what a person typed: no separators, leading dots or reserved names.
+
+    Raises AdapterError when nothing is left.
+    """
+    cleaned = _FORBIDDEN.sub(" ", name)
+    cleaned = "".join(letter if letter.isprintable() else " " for letter in cleaned)
+    cleaned = re.sub(r"\s+", "_", cleaned.strip(" .")).encode()[:120].decode(errors="ignore").strip("._ ")
+    if not cleaned:
+        raise AdapterError(f"name {ascii(name)[:60]}: a name needs at least one letter or digit")
+    return f"_{cleaned}" if _RESERVED.fullmatch(cleaned) else cleaned
+
+
+def safe_child(folder: Path | str, name: str) -> Path:
+    """`folder / name`, resolved; subfolders are fine.  Raises AdapterError when it would leave the folder."""
+    root = Path(folder).resolve()
+    relative = str(name).replace("\\", "/")
+    if not relative.isprintable() or not relative.strip() or re.match(r"[A-Za-z]:", relative):
+        raise AdapterError(f"{ascii(name)[:80]} is not a file name")
+    child = (root / relative).resolve()
+    if child == root or not child.is_relative_to(root):
+        raise AdapterError(
+            f"{ascii(name)[:80]} leads outside the folder {root.name}; choose a name inside it"
+        )
+    return child
+
+
+def _raw_header(path: Path) -> tuple[bytes, int]:
+    """Header bytes and the size of the data behind them."""
+    try:
+        if not path.is_file():
+            raise AdapterError(f"{path}: there is no such file")
+        with open(path, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            prefix = handle.read(8)
+            length = int.from_bytes(prefix, "little")
+            if prefix.startswith((b"\x80", b"PK\x03\x04")) and length > MAX_HEADER:
+                raise AdapterError(
+                    f"{path.name}: this is a pickle or zip archive, not safetensors; pickles can run programs"
+                    " and are never opened here, so convert it to safetensors first"
+                )
+            if len(prefix) < 8 or not 2 <= length <= MAX_HEADER:
+                raise AdapterError(
+                    f"{path.name}: this is not a safetensors file, or its header exceeds {MAX_HEADER} bytes"
+                )
+            if 8 + length > size:
+                raise AdapterError(
+                    f"{path.name}: the file is cut short: its header alone needs {8 + length} bytes"
+                )
+            return handle.read(length), size - 8 - length
+    except (OSError, ValueError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{ascii(str(path))[:200]}: cannot be read ({error})") from error
+
+
+def _metadata(path: Path, metadata: object) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterError(f"{path.name}: the metadata is not a map of texts; the file is damaged")
+    return metadata
+
+
+def _check_tensor_name(file: str, name: str) -> None:
+    bad = not name or len(name) > MAX_TENSOR_NAME or not name.isprintable()
+    if bad or ".." in name or "/" in name or "\\" in name:
+        raise AdapterError(
+            f"{file}: tensor name {ascii(name)[:80]} is not a layer's name; the file is damaged"
+        )
+
+
+def _entry(what: str, entry: object, dtypes: tuple[str, ...]) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, begin, end) of one header entry, consistent with each other."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise AdapterError(
+            f"{what}: the header entry is not a dtype, a shape and two offsets; the file is damaged"
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise AdapterError(f"{what}: dtype {ascii(dtype)[:40]} is not one that we read ({', '.join(dtypes)})")
+    if (
+        not _whole_numbers(shape)
+        or len(shape) > MAX_DIMENSIONS
+        or not _whole_numbers(offsets)
+        or len(offsets) != 2
+    ):
+        raise AdapterError(f"{what}: shape or offsets are not whole numbers; the file is damaged")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * torch.empty(0, dtype=DTYPES[dtype]).element_size() or begin == end:
+        raise AdapterError(f"{what}: shape {shape} does not fit its {end - begin} bytes; the file is damaged")
+    return dtype, tuple(shape), begin, end
+
+
+def _check_spans(path: Path, spans: list[tuple[int, int, str]], data_size: int) -> None:
+    """Tensors must lie end to end and fill the data exactly."""
+    position = 0
+    for begin, end, name in spans:
+        if begin != position:
+            kind = "overlaps another tensor" if begin < position else "leaves a hole before it"
+            raise AdapterError(f"{path.name}: {name} {kind}; the file is damaged or was tampered with")
+        position = end
+    if position > data_size:
+        raise AdapterError(
+            f"{path.name}: the file is cut short: {position - data_size} bytes of tensors are missing"
+        )
+    if position < data_size:
+        raise AdapterError(
+            f"{path.name}: {data_size - position} bytes follow the last tensor; the file is damaged"
+        )
+
+
+def _whole_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**48 for value in values)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise AdapterError("names an entry twice")
+    return result
+
+
+def _refuse_constant(constant: str) -> None:
+    raise AdapterError(f"holds {constant}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable; some systems cannot open a folder, and keep it safe anyway."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _reason(error: OSError) -> str:
+    reasons = {
+        errno.ENOSPC: "the disk is full",
+        errno.EFBIG: "the file would be larger than the system allows",
+        errno.EDQUOT: "your disk quota is used up",
+        errno.EACCES: "you have no permission to write there",
+        errno.EPERM: "you have no permission to write there",
+        errno.EROFS: "the disk is read-only",
+        errno.ENOENT: "the folder does not exist",
+        errno.ENOTDIR: "the folder is a file",
+        errno.ENAMETOOLONG: "the name is too long",
+        errno.EISDIR: "there is a folder of that name",
+    }
+    return reasons.get(error.errno, error.strerror or str(error))
