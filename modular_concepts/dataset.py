@@ -1,0 +1,227 @@
+"""A folder of pictures, with optional captions and masks, as tensors; every fault of a file in plain words.
+
+    kodo-1.png  kodo-1.txt  kodo-1.mask.png
+    kodo-2.jpg  kodo-2.txt  kodo-2.mask.png
+
+Captions are optional, and so are masks, but each as a whole: with some there and some missing, something is
+wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import AdapterError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+MASK_SUFFIX = ".mask.png"
+MAX_ENLARGEMENT = 4
+MAX_PIXELS = 90_000_000
+MAX_CAPTION = 10_000
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Pictures of one concept, ready for training.
+
+    pictures: (N, 3, H, W) float32 in 0..1.  captions: one per picture.
+    masks: (N, 1, H, W) float32 in 0..1, 1 where the concept is, or None.
+    names: file names in order.  fingerprint: sha256 of names, pixels, captions and masks.
+    """
+
+    pictures: Tensor
+    captions: tuple[str, ...]
+    masks: Tensor | None
+    names: tuple[str, ...]
+    fingerprint: str
+
+
+def load_folder(
+    folder: Path | str,
+    size: tuple[int, int],
+    triggers: Sequence[str] = (),
+    class_word: str = "",
+    template: str = "a photo of {concept}",
+) -> Dataset:
+    """Load every picture of `folder`, sorted by name, centre-cropped and resized to `size` (height, width).
+
+    Turned as EXIF says; transparency lies on white.  Subfolders and hidden files are left alone.
+    Without captions every picture gets `template`, where {concept} is the trigger words and the class word.
+    Raises AdapterError that names the file, for anything that cannot be used.
+    """
+    _check_size(size)
+    paths, masks = _find(Path(folder))
+    captions = _captions(paths)
+    if captions is None:
+        concept = " ".join([*triggers, *class_word.split()])
+        captions = (template.replace("{concept}", concept),) * len(paths)
+    images = [_open(path) for path in paths]
+    pixels = np.stack([_fit(path, image, size, "RGB") for path, image in zip(paths, images, strict=True)])
+    covers = None
+    if masks is not None:
+        pairs = zip(masks, images, strict=True)
+        covers = np.stack([_mask(path, image.size, size) for path, image in pairs])
+    names = tuple(path.name for path in paths)
+    return Dataset(
+        pictures=torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255,
+        captions=captions,
+        masks=None if covers is None else torch.from_numpy(covers)[:, None].float() / 255,
+        names=names,
+        fingerprint=_fingerprint(names, captions, pixels, covers),
+    )
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if len(size) != 2 or not all(isinstance(side, int) and 8 <= side <= 8192 for side in size):
+        raise AdapterError(f"training size {size} must be a height and a width between 8 and 8192 pixels")
+
+
+def _find(folder: Path) -> tuple[list[Path], list[Path] | None]:
+    """Pictures sorted by name, and a mask for each or None."""
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: there is no such folder; give the folder that holds the pictures")
+    try:
+        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    except OSError as error:
+        raise AdapterError(f"{folder}: cannot be listed ({error.strerror})") from error
+    masks = {path.name.lower(): path for path in files if path.name.lower().endswith(MASK_SUFFIX)}
+    paths = [path for path in files if path.suffix.lower() in SUFFIXES and path.name.lower() not in masks]
+    if not paths:
+        raise AdapterError(f"{folder}: there is no picture in this folder; we read {', '.join(SUFFIXES)}")
+    wanted = [f"{path.stem.lower()}{MASK_SUFFIX}" for path in paths]
+    orphans = sorted(set(masks) - set(wanted))
+    if orphans:
+        raise AdapterError(
+            f"{folder}: mask {_list(orphans)} belongs to no picture; rename it after its picture"
+        )
+    missing = [path.name for path, mask in zip(paths, wanted, strict=True) if mask not in masks]
+    if masks and missing:
+        raise AdapterError(
+            f"{folder}: some pictures have a mask, but not {_list(missing)}; add the masks or remove all"
+        )
+    return paths, [masks[name] for name in wanted] if masks else None
+
+
+def _captions(paths: Sequence[Path]) -> tuple[str, ...] | None:
+    files = [path.with_suffix(".txt") for path in paths]
+    missing = [path.name for path, file in zip(paths, files, strict=True) if not file.is_file()]
+    if len(missing) == len(paths):
+        return None
+    if missing:
+        raise AdapterError(
+            f"{paths[0].parent}: some pictures have a caption, but not {_list(missing)}; "
+            "write the missing .txt files, or remove all captions to use the trigger words alone"
+        )
+    return tuple(_caption(file) for file in files)
+
+
+def _caption(path: Path) -> str:
+    try:
+        text = path.read_bytes()[: 4 * MAX_CAPTION].decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path}: this caption cannot be read as UTF-8 text ({error})") from error
+    caption = " ".join(text.split())
+    if not caption or len(caption) > MAX_CAPTION or not caption.isprintable():
+        raise AdapterError(f"{path}: this caption is empty, longer than {MAX_CAPTION} letters, or not text")
+    return caption
+
+
+def _open(path: Path) -> Image:
+    """Decode a whole picture, upright, as RGB or L; transparency on white."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise AdapterError("reading pictures needs Pillow; install the headless extra") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as probe:
+                if probe.width * probe.height > MAX_PIXELS:
+                    raise AdapterError(
+                        f"{path}: {probe.width}×{probe.height} pixels are too many; make it smaller"
+                    )
+                probe.verify()
+            with Image.open(path, formats=FORMATS) as image:
+                return _flatten(ImageOps.exif_transpose(image))
+    except AdapterError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
+        raise AdapterError(f"{path}: this is not a picture that can be read, or it is damaged") from error
+
+
+def _flatten(image: Image) -> Image:
+    from PIL import Image as images
+
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        return images.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
+    if "transparency" in image.info or "A" in image.mode or image.mode == "P":
+        image = image.convert("RGBA")
+        white = images.new("RGBA", image.size, (255, 255, 255, 255))
+        return images.alpha_composite(white, image).convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _fit(path: Path, image: Image, size: tuple[int, int], mode: str) -> np.ndarray:
+    """Centre crop to the aspect of `size` and resize; uint8 (H, W, 3) or (H, W)."""
+    from PIL import Image as images
+    from PIL import ImageOps
+
+    height, width = size
+    enlargement = max(height / image.height, width / image.width)
+    if enlargement > MAX_ENLARGEMENT:
+        raise AdapterError(
+            f"{path}: {image.width}×{image.height} pixels are too few to train at {width}×{height}; "
+            f"each side needs at least {-(-width // MAX_ENLARGEMENT)}×{-(-height // MAX_ENLARGEMENT)} "
+            "(width×height)"
+        )
+    # Lanczos rings at edges, which a mask must not.
+    method = images.Resampling.LANCZOS if mode == "RGB" else images.Resampling.BOX
+    fitted = ImageOps.fit(image.convert(mode), (width, height), method=method)
+    return np.array(fitted)
+
+
+def _mask(path: Path, picture_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    image = _open(path)
+    if image.size != picture_size:
+        raise AdapterError(
+            f"{path}: the mask is {image.width}×{image.height} pixels but its picture is "
+            f"{picture_size[0]}×{picture_size[1]}; save it in the picture's size"
+        )
+    cover = _fit(path, image, size, "L")
+    if not cover.any():
+        raise AdapterError(
+            f"{path}: the mask is black all over, or where the crop keeps it; paint the concept white"
+        )
+    return cover
+
+
+def _fingerprint(
+    names: Sequence[str], captions: Sequence[str], pixels: np.ndarray, covers: np.ndarray | None
+) -> str:
+    """Every part with its length before it, so that no two different sets run together."""
+    digest = hashlib.sha256()
+    for index, (name, caption) in enumerate(zip(names, captions, strict=True)):
+        for part in (name.encode(errors="surrogateescape"), pixels[index].tobytes(), caption.encode()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+        if covers is not None:
+            digest.update(covers[index].tobytes())
+    return digest.hexdigest()
+
+
+def _list(names: Sequence[str], shown: int = 5) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
