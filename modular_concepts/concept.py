@@ -1,0 +1,175 @@
+"""A concept: one adapter per layer, its learned words, and the recipe that made them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+
+from torch import Tensor
+
+from .adapters import LowRank, check_adapter
+from .errors import AdapterError
+
+MAX_TEXT = 400
+MAX_VECTORS = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a concept was made: enough to tell whether it fits a base and a merge, and to make it again.
+
+    base_hash: sha256 of the base model's weights.  architecture: its family, such as "sd15" or "toy".
+    triggers: the words that call the concept, in prompt order; class_word: what it is one of ("dog").
+    basis: the shared basis' identity; basis_kind and basis_seed regenerate it ("file" cannot be).
+    slot, slot_policy: how the basis columns were chosen.  blocks, layout: how output rows were.
+    training: settings, origin: where the pictures came from (count, fingerprint); both free-form JSON.
+    """
+
+    method: str = "lora"
+    rank: int = 1
+    alpha: float = 1.0
+    base_hash: str = ""
+    architecture: str = ""
+    triggers: tuple[str, ...] = ()
+    class_word: str = ""
+    basis: str | None = None
+    basis_kind: str | None = None
+    basis_seed: int | None = None
+    slot: int | None = None
+    slot_policy: str | None = None
+    blocks: int | None = None
+    layout: str | None = None
+    training: Mapping[str, object] = field(default_factory=dict)
+    origin: Mapping[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain dict of JSON values, every field present.  Raises AdapterError for what JSON cannot hold."""
+        try:
+            text = json.dumps(asdict(self), allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise AdapterError(f"the recipe cannot be written as JSON: {error}") from error
+        return json.loads(text)
+
+    @classmethod
+    def from_json(cls, data: object) -> Recipe:
+        """Read what `to_json` wrote, from an untrusted source.  Raises AdapterError that names the field."""
+        if not isinstance(data, dict):
+            raise AdapterError("recipe: the file's recipe is not a JSON object; the file is damaged")
+        unknown = set(data) - {entry.name for entry in fields(cls)}
+        if unknown:
+            raise AdapterError(
+                f"recipe: unknown entry {min(unknown)!r}; the file is damaged or newer than this program"
+            )
+        values = {name: _READERS[name](f"recipe: {name}", value) for name, value in data.items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """What training makes and merging takes.
+
+    layers: canonical layer name (`layers.find_layers`) -> adapter.
+    tokens: trigger word -> learned vectors, float32 (vectors, width), or (layers, vectors, width) layer-wise.
+    """
+
+    name: str
+    layers: Mapping[str, LowRank]
+    tokens: Mapping[str, Tensor]
+    recipe: Recipe
+
+
+def check_concept(concept: Concept) -> None:
+    """Check a concept at a boundary.  Raises AdapterError that names the layer, word or field."""
+    check_text("concept name", concept.name)
+    if not concept.name.strip():
+        raise AdapterError("a concept needs a name")
+    if not concept.layers and not concept.tokens:
+        raise AdapterError(
+            f"{concept.name}: the concept has neither adapters nor learned words; nothing to use"
+        )
+    for name, adapter in concept.layers.items():
+        check_adapter(name, adapter)
+    for word, vectors in concept.tokens.items():
+        check_token(word, vectors.shape)
+
+
+def check_token(word: str, shape: tuple[int, ...]) -> None:
+    """A learned word is printable, without spaces, and has (vectors, width) or (layers, vectors, width)."""
+    check_text("trigger word", word)
+    if not word or any(letter.isspace() for letter in word):
+        raise AdapterError(f"trigger word {word!r}: a trigger must be one word without spaces")
+    if len(shape) not in (2, 3) or not all(shape) or math.prod(shape[:-1]) > MAX_VECTORS**2:
+        raise AdapterError(
+            f"trigger word {word!r}: learned vectors have shape {tuple(shape)}; we need (vectors, width) or "
+            "(layers, vectors, width)"
+        )
+
+
+def check_text(what: str, value: object) -> str:
+    """A short printable string, or AdapterError."""
+    if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
+        raise AdapterError(
+            f"{what} must be printable text of at most {MAX_TEXT} characters; got {clip(value)}"
+        )
+    return value
+
+
+def clip(value: object, length: int = 60) -> str:
+    """repr of an untrusted value, ASCII and short enough for a sentence."""
+    text = ascii(value)
+    return text if len(text) <= length else text[:length] + "..."
+
+
+def _integer(what: str, value: object) -> int:
+    if type(value) is not int or not -(2**63) <= value < 2**63:
+        raise AdapterError(f"{what} must be a whole number; got {clip(value)}")
+    return value
+
+
+def _count(what: str, value: object) -> int:
+    if _integer(what, value) < 0:
+        raise AdapterError(f"{what} must not be negative; got {value}")
+    return value
+
+
+def _number(what: str, value: object) -> float:
+    if type(value) not in (int, float) or abs(value) > 1e12 or value != value:
+        raise AdapterError(f"{what} must be a finite number; got {clip(value)}")
+    return float(value)
+
+
+def _mapping(what: str, value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise AdapterError(f"{what} must be a JSON object; got {clip(value)}")
+    return value
+
+
+def _words(what: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise AdapterError(f"{what} must be a list of words; got {clip(value)}")
+    return tuple(check_text(what, word) for word in value)
+
+
+def _optional(reader):
+    return lambda what, value: None if value is None else reader(what, value)
+
+
+_READERS = {
+    "rank": _count,
+    "alpha": _number,
+    "triggers": _words,
+    "basis_seed": _optional(_integer),
+    "slot": _optional(_count),
+    "blocks": _optional(_count),
+    "training": _mapping,
+    "origin": _mapping,
+}
+_READERS |= {
+    entry.name: check_text
+    if entry.default is not MISSING and entry.default is not None
+    else _optional(check_text)
+    for entry in fields(Recipe)
+    if entry.name not in _READERS
+}
