@@ -196,6 +196,12 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
+def write_atomically(path: Path | str, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all; see `replacing`."""
+    with replacing(path) as handle:
+        handle.write(data)
+
+
 def safe_name(name: str) -> str:
     """A file name, without suffix, for what a person typed: no separators, leading dots or reserved names.
 
