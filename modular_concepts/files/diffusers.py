@@ -1,0 +1,123 @@
+"""diffusers' LoRA files in peft's keys: `unet.….lora_A.weight` is lora_down, `lora_B` is lora_up.
+
+These files have no alpha of their own (diffusers takes alpha = rank), so the export folds the scale into
+lora_B.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..concept import Concept
+from ..errors import AdapterError
+from ..layers import canonical_name, check_name
+from .kohya import Imported, Layers, assemble, imported_concept, require_layers
+from .safe import parse_json, read_safetensors, write_safetensors
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+_SETTINGS_KEY = "lora_adapter_metadata"
+_PREFIX = "base_model.model."
+_FACTORS = (
+    (
+        re.compile(
+            r"(.+?)(?:\.lora_A(?:\.default)?|[._]lora\.down|\.lora_linear_layer\.down|\.lora_down)\.weight"
+        ),
+        "down",
+    ),
+    (
+        re.compile(r"(.+?)(?:\.lora_B(?:\.default)?|[._]lora\.up|\.lora_linear_layer\.up|\.lora_up)\.weight"),
+        "up",
+    ),
+    (re.compile(r"(.+?)(?:[._]lora)?\.alpha"), "alpha"),
+    (re.compile(r"(.+?)\.(?:lora_magnitude_vector|lora_B\.bias|dora_scale).*"), "unknown"),
+)
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def export_diffusers(concept: Concept, path: Path | str, dtype: torch.dtype | None = None) -> Path:
+    """Write `pytorch_lora_weights.safetensors` into the folder `path`, or the file `path` itself.
+
+    Returns the file.  dtype: None keeps the adapters' own.  delta is unchanged: lora_B = scale * lora_up.
+    """
+    require_layers(concept)
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    tensors = {}
+    for name, adapter in concept.layers.items():
+        up = adapter.full_up()
+        up = up if adapter.scale == 1 else (up.float() * adapter.scale).to(up.dtype)
+        up = up[:, :, None, None] if adapter.lora_down.dim() == 4 else up
+        tensors[f"{check_name(name)}.lora_A.weight"] = adapter.lora_down
+        tensors[f"{name}.lora_B.weight"] = up
+    if dtype is not None:
+        tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    write_safetensors(path, tensors, {"format": "pt"})
+    return path
+
+
+def import_diffusers(path: Path | str, layers: Layers | None = None, name: str | None = None) -> Imported:
+    """Read a diffusers or peft LoRA file, of today's or the older key forms, as a concept of kind "lora".
+
+    layers, unmatched keys and errors: as `kohya.import_kohya`.  alpha comes from the file's alpha keys, else
+    from its peft settings (`lora_adapter_metadata`), else is the rank.
+    """
+    path = Path(path)
+    tensors, metadata = read_safetensors(path)
+    names = None if layers is None else set(layers)
+
+    def parse(key: str) -> tuple[str | None, str]:
+        for pattern, factor in _FACTORS:
+            if match := pattern.fullmatch(key):
+                found = _name(match[1])
+                return found if names is None or found in names else None, factor
+        return None, "unknown"
+
+    adapters, unmatched = assemble(path, tensors, parse, layers)
+    if _SETTINGS_KEY in metadata:
+        explicit = {parse(key)[0] for key in tensors if key.endswith(".alpha")}
+        settings = parse_json(metadata[_SETTINGS_KEY], f"{path.name}: the peft settings")
+        for layer in set(adapters) - explicit:
+            alpha = _peft_alpha(path, layer, adapters[layer].rank, settings)
+            adapters[layer] = adapters[layer].replace(alpha=alpha)
+    return Imported(imported_concept(path, name, adapters, "diffusers", metadata), unmatched)
+
+
+def _name(path: str) -> str | None:
+    """Canonical name of a diffusers module path, or None."""
+    path = path.removeprefix(_PREFIX).replace(".processor.", ".")
+    part, _, rest = path.partition(".")
+    if part in ("down_blocks", "mid_block", "up_blocks"):
+        part, rest = "unet", path
+    rest = rest.removeprefix(_PREFIX)
+    head, _, last = rest.rpartition(".")
+    if part == "unet" and last == "to_out":
+        rest = f"{rest}.0"
+    if part == "text_encoder" and last in _OLD_TEXT:
+        rest = f"{head}.{_OLD_TEXT[last]}"
+    if part not in ("unet", "text_encoder") or not rest:
+        return None
+    try:
+        return check_name(canonical_name(part, rest))
+    except AdapterError:
+        return None
+
+
+def _peft_alpha(path: Path, layer: str, rank: int, settings: object) -> float:
+    """alpha, where scale = alpha / rank, from peft's settings; rslora scales by lora_alpha / sqrt(rank)."""
+    part, rest = layer.split(".", 1)
+    if not isinstance(settings, Mapping):
+        raise AdapterError(f"{path.name}: the peft settings are not a JSON object; the file is damaged")
+    patterns = settings.get(f"{part}.alpha_pattern") or {}
+    alpha = settings.get(f"{part}.lora_alpha", rank)
+    if isinstance(patterns, Mapping):
+        rest_forms = (rest, rest.removeprefix("text_model."))
+        alpha = next((patterns[form] for form in rest_forms if form in patterns), alpha)
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e12:
+        raise AdapterError(f"{path.name}: lora_alpha {json.dumps(alpha)[:40]} is not a finite number")
+    return float(alpha) * (math.sqrt(rank) if settings.get(f"{part}.use_rslora") is True else 1.0)
