@@ -46,8 +46,7 @@ def import_kohya(path: Path | str, layers: Layers | None = None, name: str | Non
     """Read a kohya file as a concept of kind "lora".
 
     layers: the model's canonical names, or name -> module (`find_layers`), whose weight shapes are then
-    checked too;
-    None derives the names from the keys, which works for SD's module paths.
+    checked too; None derives the names from the keys, which works for SD's module paths.
     A layer with a factor that we do not know (DoRA, LoHa, Tucker) is left out whole and all its keys are
     reported.
     Raises AdapterError for a damaged file, a wrong shape, or when no key at all matches.

@@ -160,7 +160,7 @@ def check_finite(what: str, tensor: Tensor) -> None:
 
 def parse_json(text: str, what: str) -> object:
     """Strict JSON: no duplicate keys, no NaN or Infinity, bounded depth and size."""
-    entries = text.count('"') - text.count('\\"') + text.count("[") + text.count("{")
+    entries = text.count('"') - text.count('\\"') + sum(map(text.count, "[{,"))
     if len(text) > MAX_HEADER or entries > 32 * MAX_TENSORS:
         raise AdapterError(
             f"{what} holds more entries than any adapter needs; the file is damaged or not an adapter"

@@ -66,6 +66,7 @@ ATTACKS = {
     "list": (file_of(b"[1,2,3]"), "not a JSON object"),
     "deep nesting": (file_of(b"[" * 100_000), "not sound JSON"),
     "very many lists": (file_of(b'{"a":[' + b"[]," * 1_000_000 + b"[]]}"), "more entries"),
+    "very many numbers": (file_of(b'{"a":[' + b"-9," * 1_300_000 + b"1]}"), "more entries"),
     "json nan": (file_of(b'{"a":NaN}'), "holds NaN"),
     "long integer": (file_of(b'{"a":' + b"9" * 5000 + b"}"), "not sound JSON"),
     "metadata of numbers": (file_of({"__metadata__": {"a": 1}, "a": A}, bytes(8)), "metadata"),
