@@ -1,0 +1,367 @@
+"""The headless face: demo, pictures, train, merge, sample, inspect, export.
+
+Every command reads its arguments, calls the engine once and says what it wrote.  A fault that a person can mend is
+one sentence on the error stream and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import __version__
+from .adapters import KINDS
+from .errors import AdapterError
+from .files.safe import safe_name
+from .layers import TARGETS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except AdapterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("diffusers", "transformers", "tqdm", "matplotlib", "PIL"):
+            raise
+        print(
+            f"error: {error.name} is not installed; install the headless extra: pip install 'modular-concepts[headless]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .toy.demo import Steps, run_demo
+    from .toy.judges import load_judges
+
+    out = _folder(args.out)
+    report = run_demo(_base("toy"), load_judges(), out, Steps(print, _bar))
+    print((out / "report.md").read_text(encoding="utf-8"))
+    print(f"pictures and figures are in {out} ({report['seconds']:.0f} s)")
+
+
+def _pictures(args: argparse.Namespace) -> None:
+    from .files.safe import replacing
+    from .toy.report import to_image
+    from .toy.standard import BY_NAME, pictures_of
+
+    if args.concept not in BY_NAME:
+        raise AdapterError(f"there is no standard concept {args.concept!r}; choose one of {', '.join(BY_NAME)}")
+    out = _folder(args.out or Path("pictures") / args.concept)
+    pictures, captions = pictures_of(BY_NAME[args.concept])
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        with replacing(out / f"{number:02d}.png") as file:
+            to_image(picture).save(file, "PNG")
+        with replacing(out / f"{number:02d}.txt") as file:
+            file.write(caption.encode())
+    print(f"wrote {len(pictures)} pictures with captions to {out}; train on them with")
+    word = BY_NAME[args.concept].class_word
+    print(f"  python -m modular_concepts train {out} --name {args.concept} --class-word {word} --slot 0")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from .customisation import Subject, Targets, train_concept
+    from .dataset import load_folder
+    from .files.concept import save_concept
+    from .training import TrainSettings
+    from .toy.demo import SETTINGS as TOY
+
+    name = safe_name(args.name)
+    out = args.out or Path("concepts") / f"{name}.safetensors"
+    _check_output(out)
+    base = _base(args.base)
+    preset = TOY if base.architecture == "toy" else TrainSettings()
+    chosen = {
+        key: getattr(args, key)
+        for key in ("rank", "steps", "batch", "adapter_lr", "token_lr", "token_vectors", "seed", "erasure", "blocks")
+        if getattr(args, key) is not None
+    }
+    settings = _settings(preset, method=args.method, name=name, slot=args.slot, **chosen)
+    if args.checkpoints:
+        settings = _settings(settings, checkpoint_every=args.checkpoint_every)
+    trigger = f"<{name}>"
+    template = "a {concept}" if base.architecture == "toy" else "a photo of {concept}"
+    data = load_folder(args.pictures, args.size or base.size, (trigger,), template=template)
+    captions = [text.replace("<TOK>", trigger) for text in data.captions]
+    masks = data.masks
+    if masks is not None:
+        import torch.nn.functional as F
+
+        masks = F.interpolate(masks, scale_factor=1 / base.downscale, mode="area")
+    subject = Subject(name, data.pictures, captions, args.class_word, masks, data.fingerprint)
+    targets = Targets(tuple(args.targets), ("attention",) if args.text_encoder else None)
+    advance = _bar(f"train {name} ({settings.method})", settings.steps)
+    concept, result = train_concept(
+        base, subject, settings, targets, None, lambda at: advance(at.step), args.checkpoints, args.resume
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_concept(concept, out, compact=args.compact)
+    print(f"wrote {out}: {len(concept.layers)} layers of rank {settings.rank}, last loss {result.losses[-1]:.4f}")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from .customisation import merged_concept
+    from .files.concept import save_concept
+
+    _check_output(args.out)
+    concepts, strengths = _concepts(args.concepts)
+    merged = merged_concept(safe_name(args.out.stem), concepts, strengths, args.how)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_concept(merged, args.out)
+    print(f"wrote {args.out}: {' + '.join(c.name for c in concepts)}; triggers {' '.join(merged.tokens) or 'none'}")
+    _say_crosstalk(concepts)
+
+
+def _sample(args: argparse.Namespace) -> None:
+    from .customisation import customised
+    from .files.safe import replacing
+    from .sampling import SampleSettings, sample
+    from .toy.report import to_image
+
+    _check_output(args.out)
+    base = _base(args.base)
+    concepts, strengths = _concepts(args.concept or [])
+    settings = SampleSettings(args.steps, args.cfg, args.height, args.width, args.negative)
+    width, height = args.width or base.size[1], args.height or base.size[0]
+    regions = [_region(text, width, height) for text in args.region or []]
+    prompts = [args.prompt] * args.count
+    seeds = [args.seed + number for number in range(args.count)]
+    advance = _bar("sample", args.steps * -(-args.count // settings.batch))
+    with customised(base, concepts, strengths) as tokens:
+        _warn_unknown(base, [args.prompt, *(region.prompt for region in regions)], list(tokens))
+        pictures = sample(base, prompts, seeds, tokens, settings, regions, lambda done, total: advance(done))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures):
+        path = args.out if args.count == 1 else args.out.with_stem(f"{args.out.stem}-{number:02d}")
+        image = to_image(picture)
+        if args.zoom > 1:
+            image = image.resize((image.width * args.zoom, image.height * args.zoom), 0)
+        with replacing(path) as file:
+            image.save(file, "PNG")
+        print(f"wrote {path} (seed {seeds[number]})")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from .adapters import LowRank
+    from .layers import block_of
+
+    concepts, _ = _concepts(args.concepts)
+    for path, concept in zip(args.concepts, concepts, strict=True):
+        recipe = concept.recipe
+        made = {key: value for key, value in recipe.to_json().items() if value not in (None, "", [], {})}
+        blocks = dict.fromkeys(block_of(name) for name in concept.layers)
+        adapters: list[LowRank] = list(concept.layers.values())
+        size = sum(a.delta().norm().item() ** 2 for a in adapters) ** 0.5
+        print(f"{path}: concept {concept.name!r}")
+        print(f"  {len(adapters)} layers in {', '.join(blocks)}; size of the change ‖ΔW‖ = {size:.3f}")
+        for word, rows in concept.tokens.items():
+            print(f"  learned word {word}: {tuple(rows.shape)}")
+        print("  " + json.dumps({key: value for key, value in made.items() if key != "training"}))
+        if args.verbose:
+            print("  training " + json.dumps(made.get("training", {})))
+    _say_crosstalk(concepts)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .files.diffusers import export_diffusers
+    from .files.embeddings import export_embeddings
+    from .files.kohya import export_kohya
+
+    (concept,), _ = _concepts([args.concept])
+    out = args.out or Path(f"{safe_name(concept.name)}_{args.format}.safetensors")
+    _check_output(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written = export_kohya(concept, out) if args.format == "kohya" else export_diffusers(concept, out)
+    print(f"wrote {written or out}")
+    for path in export_embeddings(concept, out.parent) if concept.tokens else []:
+        print(f"wrote {path}: the learned word, for the embeddings folder")
+
+
+# --- reading arguments --------------------------------------------------------------------------------------
+
+
+def _base(name: str):
+    if name == "toy":
+        from .toy.base import load_toy_base
+
+        return load_toy_base()
+    from .diffusers_base import load_diffusers_base
+
+    return load_diffusers_base(Path(name))
+
+
+def _settings(preset, **changes):
+    from dataclasses import replace
+
+    return replace(preset, **changes)
+
+
+def _concepts(texts: Sequence[str]) -> tuple[list, list[float]]:
+    """FILE or FILE:STRENGTH each."""
+    from .files.concept import load_concept
+
+    concepts, strengths = [], []
+    for text in texts:
+        path, colon, number = str(text).rpartition(":")
+        try:
+            strength = float(number) if colon and not Path(text).exists() else None
+        except ValueError:
+            strength = None
+        concepts.append(load_concept(Path(text if strength is None else path)))
+        strengths.append(1.0 if strength is None else strength)
+    return concepts, strengths
+
+
+def _region(text: str, width: int, height: int):
+    from .regions.geometry import Region, fractions
+
+    box, colon, prompt = text.partition(":")
+    try:
+        numbers = [float(number) for number in box.split(",")]
+    except ValueError:
+        numbers = []
+    if not colon or len(numbers) != 4 or not prompt.strip():
+        raise AdapterError(f"region {text!r} is not LEFT,TOP,RIGHT,BOTTOM:PROMPT, as in 0,0,0.5,1:a <tom> on the beach")
+    return Region(prompt.strip(), fractions(numbers, width, height))
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdapterError(f"the folder {path} cannot be made: {error.strerror}; choose another with --out") from error
+    return path
+
+
+def _check_output(path: Path) -> None:
+    """Refuse before the work begins what could not be written after it."""
+    if path.is_dir():
+        raise AdapterError(f"{path} is a folder; give --out a file name")
+    parent = next((folder for folder in path.absolute().parents if folder.exists()), None)
+    if parent is None or not parent.is_dir():
+        raise AdapterError(f"{path} cannot be written: {parent} is not a folder; choose another --out")
+
+
+def _warn_unknown(base, prompts: Sequence[str], triggers: Sequence[str]) -> None:
+    unknown = sorted({word for prompt in prompts for word in base.unknown_words(prompt, triggers)})
+    if unknown:
+        print(f"note: the base does not know {', '.join(unknown)}; these words change nothing", file=sys.stderr)
+
+
+def _say_crosstalk(concepts: Sequence) -> None:
+    from .crosstalk import crosstalk_table
+
+    if len(concepts) < 2:
+        return
+    for (first, second), figures in crosstalk_table(concepts)["pairs"].items():
+        print(f"crosstalk {first} and {second}: {figures['crosstalk']:.4f}")
+
+
+def _bar(text: str, total: int) -> Callable[[int], None]:
+    """A progress bar; the function that comes back takes the amount done so far."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=total, desc=text, leave=True, dynamic_ncols=True, mininterval=0.5)
+
+    def advance(done: int) -> None:
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return advance
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(height), int(width)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as in 512x512") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="modular_concepts", description="Train concepts apart, sum them, draw them together.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="three concepts trained, summed, drawn and judged on the toy base")
+    demo.add_argument("--out", type=Path, default=Path("demo_output"))
+    demo.set_defaults(run=_demo)
+
+    pictures = commands.add_parser("pictures", help="write the 16 pictures of a standard toy concept, to train on")
+    pictures.add_argument("concept")
+    pictures.add_argument("--out", type=Path, help="folder (default pictures/CONCEPT)")
+    pictures.set_defaults(run=_pictures)
+
+    train = commands.add_parser("train", help="a folder of pictures, optional captions and masks -> a concept file")
+    train.add_argument("pictures", type=Path, help="folder: NAME.png, optional NAME.txt and NAME.mask.png")
+    train.add_argument("--name", required=True, help="the concept's name; its trigger word is <NAME>")
+    train.add_argument("--class-word", required=True, help="what the base calls it: man, dog, ...")
+    train.add_argument("--out", type=Path, help="concept file (default concepts/NAME.safetensors)")
+    train.add_argument("--base", default="toy", help="toy, or a diffusers folder")
+    train.add_argument("--method", choices=KINDS, default="orthogonal")
+    train.add_argument("--slot", type=int, help="the concept's own columns; without it they follow from the name")
+    train.add_argument("--blocks", type=int, help="number of row blocks (block methods)")
+    train.add_argument("--rank", type=int)
+    train.add_argument("--steps", type=int)
+    train.add_argument("--batch", type=int)
+    train.add_argument("--adapter-lr", type=float)
+    train.add_argument("--token-lr", type=float)
+    train.add_argument("--token-vectors", type=int)
+    train.add_argument("--erasure", type=float, help="probability to erase an output row (BlockLoRA)")
+    train.add_argument("--seed", type=int)
+    train.add_argument("--size", type=_size, help="WIDTHxHEIGHT to train at (default: the base's own)")
+    train.add_argument("--targets", nargs="+", choices=TARGETS, default=["attention", "feed_forward"])
+    train.add_argument("--text-encoder", action="store_true", help="adapt the text encoder's attention too")
+    train.add_argument("--compact", action="store_true", help="leave the frozen factors out of the file")
+    train.add_argument("--checkpoints", type=Path, help="folder for checkpoints")
+    train.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
+    train.add_argument("--resume", type=Path, help="a checkpoint, or a folder for its newest")
+    train.set_defaults(run=_train)
+
+    merge = commands.add_parser("merge", help="sum concepts into one file")
+    merge.add_argument("concepts", nargs="+", help="FILE or FILE:STRENGTH")
+    merge.add_argument("--out", type=Path, required=True)
+    merge.add_argument("--how", choices=("sum", "mean", "block"), default="sum")
+    merge.set_defaults(run=_merge)
+
+    sample = commands.add_parser("sample", help="draw a prompt with any number of concepts and regions")
+    sample.add_argument("prompt")
+    sample.add_argument("--concept", action="append", metavar="FILE[:STRENGTH]")
+    sample.add_argument("--region", action="append", metavar="LEFT,TOP,RIGHT,BOTTOM:PROMPT", help="pixels or fractions")
+    sample.add_argument("--out", type=Path, default=Path("sample.png"))
+    sample.add_argument("--base", default="toy")
+    sample.add_argument("--negative", default="")
+    sample.add_argument("--width", type=int)
+    sample.add_argument("--height", type=int)
+    sample.add_argument("--steps", type=int, default=20)
+    sample.add_argument("--cfg", type=float, default=4.0)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--count", type=int, default=1)
+    sample.add_argument("--zoom", type=int, default=1, help="enlarge the file, each pixel to ZOOM x ZOOM")
+    sample.set_defaults(run=_sample)
+
+    inspect = commands.add_parser("inspect", help="what is in concept files, and the crosstalk of several")
+    inspect.add_argument("concepts", nargs="+")
+    inspect.add_argument("-v", "--verbose", action="store_true")
+    inspect.set_defaults(run=_inspect)
+
+    export = commands.add_parser("export", help="for other programs: kohya (ComfyUI, A1111) or diffusers / peft")
+    export.add_argument("concept")
+    export.add_argument("--format", choices=("kohya", "diffusers"), default="kohya")
+    export.add_argument("--out", type=Path)
+    export.set_defaults(run=_export)
+    return parser

@@ -1,0 +1,193 @@
+"""From pictures to a concept on a headless base, and from concepts to a customised base for sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from . import __version__
+from .base_model import BaseModel
+from .bases import OrthogonalBasis
+from .concept import Concept, Recipe
+from .errors import AdapterError
+from .layers import find_layers
+from .merge import merge_concepts
+from .training import Examples, Problem, Progress, TrainResult, TrainSettings, attached, train
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is taught: pictures (N, 3, H, W) in 0..1 and captions in which the trigger word stands for it.
+
+    class_word: what the base calls it; the learned vectors start from its rows.
+    fingerprint: of the files that the pictures came from, kept in the concept.
+    """
+
+    name: str
+    pictures: Tensor
+    captions: Sequence[str]
+    class_word: str
+    masks: Tensor | None = None
+    fingerprint: str = ""
+
+    @property
+    def trigger(self) -> str:
+        return f"<{self.name}>"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which layers get adapters: see `layers.find_layers`.  text_encoder None leaves the text encoder out."""
+
+    unet: tuple[str, ...] = ("attention", "feed_forward")
+    text_encoder: tuple[str, ...] | None = None
+
+
+def concept_layers(base: BaseModel, targets: Targets = Targets()) -> dict[str, nn.Module]:
+    """Canonical layer name -> module."""
+    return find_layers(base.unet, base.text_encoder, targets.unet, targets.text_encoder)
+
+
+def problem_for(base: BaseModel, subject: Subject, targets: Targets = Targets()) -> Problem:
+    """The training problem of one subject on one base."""
+    missing = [text for text in subject.captions if subject.trigger not in text]
+    if missing:
+        raise AdapterError(
+            f"caption {missing[0]!r} does not contain the trigger word {subject.trigger}; "
+            "put it where the class word would stand"
+        )
+    return Problem(
+        predict=base.predict,
+        encode=lambda captions, tokens: base.context(captions, tokens),
+        schedule=base.schedule,
+        layers=concept_layers(base, targets),
+        examples=Examples(base.encode(subject.pictures), list(subject.captions), subject.masks, subject.fingerprint),
+        modules=(base.unet, base.text_encoder),
+        triggers={subject.trigger: base.word_rows(subject.class_word)},
+        base_hash=base.hash,
+    )
+
+
+def train_concept(
+    base: BaseModel,
+    subject: Subject,
+    settings: TrainSettings,
+    targets: Targets = Targets(),
+    basis: OrthogonalBasis | None = None,
+    callback: Callable[[Progress], bool | None] | None = None,
+    checkpoints: Path | None = None,
+    resume: Path | None = None,
+) -> tuple[Concept, TrainResult]:
+    """Train one concept; the base is left as it was.  After a cancel the concept is what was reached by then."""
+    basis = OrthogonalBasis() if basis is None else basis
+    problem = problem_for(base, subject, targets)
+    result = train(problem, settings, callback, resume, basis=basis, checkpoints=checkpoints)
+    return concept_from(base, subject, result, basis, targets), result
+
+
+def concept_from(
+    base: BaseModel, subject: Subject, result: TrainResult, basis: OrthogonalBasis, targets: Targets
+) -> Concept:
+    """Give a training's result its recipe."""
+    settings = result.settings
+    frozen = settings.method in ("orthogonal", "block_orthogonal")
+    in_blocks = settings.method in ("block", "block_orthogonal")
+    recipe = Recipe(
+        method=settings.method,
+        rank=settings.rank,
+        alpha=float(settings.rank if settings.alpha is None else settings.alpha),
+        base_hash=base.hash,
+        architecture=base.architecture,
+        triggers=(subject.trigger,),
+        class_word=subject.class_word,
+        basis=basis.identity if frozen else None,
+        basis_kind=basis.kind if frozen else None,
+        basis_seed=basis.seed if frozen else None,
+        slot=settings.slot if frozen or in_blocks else None,
+        slot_policy=("slot" if settings.slot is not None else "hashed") if frozen else None,
+        blocks=settings.blocks if in_blocks else None,
+        layout=settings.layout if in_blocks else None,
+        training={
+            **asdict(settings),
+            "targets": list(targets.unet),
+            "text_encoder_targets": list(targets.text_encoder or ()),
+            "steps_done": result.step,
+            "finished": result.finished,
+        },
+        origin={
+            "pictures": len(subject.pictures),
+            "fingerprint": subject.fingerprint,
+            "program": f"modular-concepts {__version__}",
+        },
+    )
+    return Concept(subject.name, result.layers, result.tokens, recipe)
+
+
+@contextmanager
+def customised(
+    base: BaseModel, concepts: Sequence[Concept], strengths: Sequence[float], how: str = "sum"
+) -> Iterator[Mapping[str, Tensor]]:
+    """Within the block the base draws with the merged concepts; yields their learned tokens for prompts.
+
+    Raises AdapterError for a concept of another base.
+    """
+    for concept in concepts:
+        if concept.recipe.architecture not in ("", base.architecture):
+            raise AdapterError(
+                f"{concept.name} was trained on {concept.recipe.architecture!r}, this base is {base.architecture!r}; "
+                "train it on this base or load the base it belongs to"
+            )
+    _refuse_shared_triggers(concepts)
+    merged = merge_concepts(concepts, strengths, how=how) if concepts else {}
+    everything = concept_layers(base, Targets(("all_linear",), ("all_linear",)))
+    tokens = {word: rows for concept in concepts for word, rows in concept.tokens.items()}
+    with attached(everything, merged):
+        yield tokens
+
+
+def merged_concept(name: str, concepts: Sequence[Concept], strengths: Sequence[float], how: str = "sum") -> Concept:
+    """One concept that holds the exact merge of several: ranks add up, all trigger words are kept.
+
+    Raises AdapterError when the concepts belong to different bases.
+    """
+    first = concepts[0].recipe
+    for concept in concepts:
+        if (concept.recipe.base_hash, concept.recipe.architecture) != (first.base_hash, first.architecture):
+            raise AdapterError(
+                f"{concepts[0].name} and {concept.name} were trained on different bases; merge concepts of one base"
+            )
+    _refuse_shared_triggers(concepts)
+    layers = {layer: merged.as_low_rank() for layer, merged in merge_concepts(concepts, strengths, how=how).items()}
+    rank = max((adapter.rank for adapter in layers.values()), default=1)
+    recipe = Recipe(
+        method="lora",
+        rank=rank,
+        alpha=float(rank),
+        base_hash=first.base_hash,
+        architecture=first.architecture,
+        triggers=tuple(word for concept in concepts for word in concept.tokens),
+        origin={
+            "program": f"modular-concepts {__version__}",
+            "merge": how,
+            "parts": [
+                {"name": concept.name, "strength": strength, "origin": dict(concept.recipe.origin)}
+                for concept, strength in zip(concepts, strengths, strict=True)
+            ],
+        },
+    )
+    return Concept(name, layers, {word: rows for concept in concepts for word, rows in concept.tokens.items()}, recipe)
+
+
+def _refuse_shared_triggers(concepts: Sequence[Concept]) -> None:
+    owners: dict[str, str] = {}
+    for concept in concepts:
+        for word in concept.tokens:
+            if word in owners:
+                raise AdapterError(
+                    f"{owners[word]} and {concept.name} both answer to {word}; train one of them under another name"
+                )
+            owners[word] = concept.name

@@ -1,0 +1,205 @@
+"""The main job in one run: three concepts trained apart, summed, drawn alone and together, and judged.
+
+Every concept is trained twice, as plain LoRA and orthogonally in a slot of its own, with the same pictures,
+steps, rates and seed; the two trios then go through the same merge, prompts and noise.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..base_model import BaseModel
+from ..concept import Concept
+from ..crosstalk import crosstalk_table
+from ..customisation import Subject, Targets, customised, train_concept
+from ..files.concept import save_concept
+from ..files.safe import replacing
+from ..merge import merge_concepts
+from ..regions.geometry import Region
+from ..sampling import SampleSettings, sample
+from ..training import TrainSettings
+from .judges import Judges
+from .report import contact_sheet, heat_map, joint_sheet, report_text
+from .standard import BY_NAME, StandardConcept, pictures_of
+from .vocabulary import CLASSES, SCENE_PHRASES, SCENES
+from .world import TILE
+
+TRIO = ("tom", "tim", "minka")
+METHODS = ("lora", "orthogonal")
+TARGETS = Targets(("attention", "feed_forward"))
+SETTINGS = TrainSettings(
+    rank=8,
+    steps=300,
+    batch=8,
+    adapter_lr=1e-3,
+    token_lr=1e-2,
+    token_vectors=4,
+    token_noise=0.5,
+    warmup=20,
+    schedule="cosine",
+    weight_decay=0.0,
+)
+SAMPLING = SampleSettings(steps=20, cfg=4.0, batch=24)
+PICTURES_EACH = 24
+JOINT_SCENES = ("beach", "snow", "forest", "city")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How the demo tells what it is doing: `bar(text, total)` gives a function that takes the amount done."""
+
+    say: Callable[[str], None]
+    bar: Callable[[str, int], Callable[[int], None]]
+
+
+def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings: TrainSettings = SETTINGS) -> dict:
+    """Run everything, write pictures, concept files and reports to `out`, return what report.json holds."""
+    started = time.monotonic()
+    folder = out / "concepts"
+    folder.mkdir(parents=True, exist_ok=True)
+    concepts = [BY_NAME[name] for name in TRIO]
+    references = {concept.name: pictures_of(concept) for concept in concepts}
+    baseline = _prior_pictures(base, concepts, steps)
+    methods, sheets, joints, tables = {}, {}, {}, {}
+    for method in METHODS:
+        trained = []
+        for slot, concept in enumerate(concepts):
+            own = replace(settings, method=method, slot=slot if method == "orthogonal" else None, name=concept.name)
+            trained.append(_train(base, concept, references[concept.name], own, steps))
+            save_concept(trained[-1], folder / f"{concept.name}_{method}.safetensors")
+        sheets[method], methods[method] = _judge_trio(base, judges, concepts, trained, references, steps)
+        methods[method]["prior_drift"] = _prior_drift(base, judges, concepts, trained, baseline, steps)
+        joints[method], methods[method]["joint"] = _draw_together(base, judges, concepts, trained, references, steps)
+        tables[method] = crosstalk_table(trained)
+        methods[method]["crosstalk"] = tables[method]["mean"]
+    report = {
+        "methods": methods,
+        "settings": {"steps": settings.steps, "batch": settings.batch, "rank": settings.rank}
+        | {"adapter_lr": settings.adapter_lr, "token_lr": settings.token_lr, "pictures_per_figure": PICTURES_EACH},
+        "judges": {"threshold": judges.threshold, "accuracy": judges.accuracy},
+        "base": base.hash,
+        "seconds": time.monotonic() - started,
+    }
+    contact_sheet(out / "contact_sheet.png", {name: pictures for name, (pictures, _) in references.items()}, sheets)
+    joint_sheet(out / "joint.png", joints)
+    heat_map(out / "crosstalk.png", TRIO, tables)
+    for name, text in (("report.json", json.dumps(report, indent=1) + "\n"), ("report.md", report_text(report))):
+        with replacing(out / name) as file:
+            file.write(text.encode())
+    return report
+
+
+def _train(base, concept: StandardConcept, reference: tuple[Tensor, list[str]], settings, steps: Steps) -> Concept:
+    advance = steps.bar(f"train {concept.name} ({settings.method})", settings.steps)
+    subject = Subject(concept.name, *reference, concept.class_word, fingerprint=f"standard-{concept.name}")
+    trained, _ = train_concept(base, subject, settings, TARGETS, callback=lambda at: advance(at.step))
+    return trained
+
+
+def prompts_for(word: str, count: int) -> tuple[list[str], list[str]]:
+    """`count` prompts for a trigger or class word, over the scenes in turn, and the scenes asked for."""
+    scenes = [SCENES[index % len(SCENES)] for index in range(count)]
+    return [f"a {word} {SCENE_PHRASES[scene]}" for scene in scenes], scenes
+
+
+def _draw(base, concepts: Sequence[Concept], word: str, text: str, steps: Steps, how: str = "sum") -> Tensor:
+    prompts, _ = prompts_for(word, PICTURES_EACH)
+    advance = steps.bar(text, SAMPLING.steps * -(-len(prompts) // SAMPLING.batch))
+    with customised(base, concepts, [1.0] * len(concepts), how) as tokens:
+        return sample(
+            base, prompts, range(len(prompts)), tokens, SAMPLING, callback=lambda done, total: advance(done)
+        )
+
+
+def _judge_trio(base, judges: Judges, concepts, trained, references, steps: Steps) -> tuple[dict, dict]:
+    """Pictures of each concept alone and from the merged model, and what the judges say of them."""
+    before = time.monotonic()
+    merge_concepts(trained, [1.0] * len(trained))
+    merge_ms = (time.monotonic() - before) * 1000
+    pictures, figures = {}, {}
+    for concept, own in zip(concepts, trained, strict=True):
+        refs, _ = references[concept.name]
+        scenes = prompts_for("", PICTURES_EACH)[1]
+        alone = _draw(base, [own], concept.trigger, f"draw {concept.name} alone", steps)
+        merged = _draw(base, trained, concept.trigger, f"draw {concept.name} from the merged model", steps)
+        pictures[concept.name] = {"alone": alone, "merged": merged}
+        figures[concept.name] = {
+            f"{name}_{stage}": value
+            for stage, shown in (("single", alone), ("merged", merged))
+            for name, value in (
+                ("identity", judges.identity(shown, refs)),
+                ("image", judges.image_alignment(shown, refs)),
+                ("text", judges.text_alignment(shown, concept.class_word, scenes)),
+                ("mistaken", _mistaken(judges, shown, concept, concepts, references)),
+            )
+        }
+    return pictures, {"concepts": figures, "merge_ms": merge_ms}
+
+
+def _mistaken(judges: Judges, shown: Tensor, concept, concepts, references) -> float:
+    """Share of pictures that look more like another concept of the trio than like the one asked for."""
+    likeness = torch.stack([judges.similarity(shown, references[other.name][0]) for other in concepts])
+    return (likeness.argmax(0) != concepts.index(concept)).float().mean().item()
+
+
+def _prior_pictures(base, concepts, steps: Steps) -> dict[str, Tensor]:
+    words = dict.fromkeys(concept.class_word for concept in concepts)
+    return {word: _draw(base, [], word, f"draw any {word}, before", steps) for word in words}
+
+
+def _prior_drift(base, judges: Judges, concepts, trained, baseline, steps: Steps) -> dict[str, float]:
+    """Share of pictures of the bare class word that the merged model turns into one of its concepts."""
+    drift = {}
+    for word, before in baseline.items():
+        after = _draw(base, trained, word, f"draw any {word}, from the merged model", steps)
+        rates = []
+        for shown in (before, after):
+            own = [c for c in concepts if c.class_word == word]
+            taken = torch.stack([judges.similarity(shown, pictures_of(c)[0]) > judges.threshold for c in own])
+            rates.append(taken.any(0).float().mean().item())
+        drift[word] = rates[1] - rates[0]
+    return drift
+
+
+def _draw_together(base, judges: Judges, concepts, trained, references, steps: Steps) -> tuple[Tensor, dict]:
+    """One picture of all three for each joint scene, every concept asked for in its own third."""
+    count = len(concepts)
+    settings = replace(SAMPLING, width=count * TILE)
+    pictures = []
+    advance = steps.bar("draw all three in one picture", SAMPLING.steps * len(JOINT_SCENES))
+    with customised(base, trained, [1.0] * count) as tokens:
+        for number, scene in enumerate(JOINT_SCENES):
+            phrase = SCENE_PHRASES[scene]
+            regions = [
+                Region(f"a {concept.trigger} {phrase}", (tile / count, 0.0, (tile + 1) / count, 1.0))
+                for tile, concept in enumerate(concepts)
+            ]
+            everything = " and ".join(f"a {concept.class_word}" for concept in concepts)
+            pictures.append(
+                sample(
+                    base,
+                    [f"{everything} {phrase}"],
+                    [number],
+                    tokens,
+                    settings,
+                    regions,
+                    lambda done, total, before=number * SAMPLING.steps: advance(before + done),
+                )
+            )
+    joint = torch.cat(pictures)
+    figures = {}
+    for tile, concept in enumerate(concepts):
+        shown = joint[..., tile * TILE : (tile + 1) * TILE]
+        figures[concept.name] = {
+            "identity": judges.identity(shown, references[concept.name][0]),
+            "mistaken": _mistaken(judges, shown, concept, concepts, references),
+            "missing": (judges.read(shown)["class"] != CLASSES.index(concept.class_word)).float().mean().item(),
+        }
+    return joint, figures
