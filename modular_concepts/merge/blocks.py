@@ -1,0 +1,99 @@
+"""Block merge: concepts that own disjoint output rows stand side by side.  Zhu et al. 2025, Eq. 4."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..adapters import ConvGeometry, LowRank, low_rank_product, scatter_rows
+from ..errors import AdapterError
+from .sums import MergedLayer, merged_factors
+
+
+@dataclass(frozen=True, eq=False)
+class MergedBlocks:
+    """Disjoint blocks of one layer: delta has each part's rows and zeros elsewhere.
+
+    parts: one per block, each with its own rows, strength inside.  With k blocks that cover the layer the
+    products cost 1/k of a sum's.
+    """
+
+    parts: tuple[MergedLayer, ...]
+    out_features: int
+
+    @property
+    def rank(self) -> int:
+        return sum(part.rank for part in self.parts)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MergedBlocks:
+        return MergedBlocks(tuple(part.to(device, dtype) for part in self.parts), self.out_features)
+
+    def delta(self) -> Tensor:
+        """The weight-shaped sum, float32, or float64 if the factors are."""
+        products = torch.cat([_packed(part).delta() for part in self.parts])
+        return scatter_rows(products, self._rows(), self.out_features, dim=0)
+
+    def residual(self, x: Tensor, conv: ConvGeometry | None = None) -> Tensor:
+        """What the blocks add to the layer's output, in x.dtype; shapes as `LowRank.residual`."""
+        if conv is not None:
+            return self._as_sum().residual(x, conv)
+        outs = [low_rank_product(x, part.up, part.down) for part in self.parts]
+        return scatter_rows(torch.cat(outs, dim=-1), self._rows(), self.out_features, dim=-1)
+
+    def as_low_rank(self) -> LowRank:
+        """The same as one adapter over all rows, for export."""
+        return self._as_sum().as_low_rank()
+
+    def _rows(self) -> Tensor:
+        return torch.cat([part.rows for part in self.parts])
+
+    def _as_sum(self) -> MergedLayer:
+        full = [part.as_low_rank() for part in self.parts]
+        return merged_factors(full, [1.0] * len(full))
+
+
+def merged_blocks(adapters: Sequence[LowRank], strengths: Sequence[float]) -> MergedBlocks:
+    """Put blocks with disjoint rows side by side, each times its strength; see `check_blocks`."""
+    parts = [merged_factors([a], [s]) for a, s in zip(adapters, strengths, strict=True) if s != 0]
+    return MergedBlocks(tuple(parts or [merged_factors(adapters[:1], [0.0])]), adapters[0].out_features)
+
+
+def literal_strengths(strengths: Sequence[float]) -> list[float]:
+    """Zhu's sum of strengths = 1: strength_i / sum; all zero stays zero.  AdapterError for a sum <= 0."""
+    total = sum(strengths)
+    if not any(strengths):
+        return list(strengths)
+    if total <= 0:
+        raise AdapterError(f"the strengths add up to {total:g}; to scale them to 1 the sum must be above 0")
+    return [strength / total for strength in strengths]
+
+
+def check_blocks(layer: str, names: Sequence[str], adapters: Sequence[LowRank]) -> None:
+    """Raises AdapterError when an adapter of this layer is no block, or two blocks share a row."""
+    for name, adapter in zip(names, adapters, strict=True):
+        if adapter.rows is None:
+            raise AdapterError(
+                f"{layer}: {name} is not a block adapter but {adapter.kind}; a block merge takes only "
+                "concepts that were trained in blocks, merge this one by sum"
+            )
+    owned = [(name, set(adapter.rows.tolist())) for name, adapter in zip(names, adapters, strict=True)]
+    for (first, mine), (second, theirs) in itertools.combinations(owned, 2):
+        if mine == theirs:
+            raise AdapterError(
+                f"{layer}: {first} and {second} were trained in the same block slot; "
+                "train one of them again in a free slot, or merge by sum"
+            )
+        if mine & theirs:
+            raise AdapterError(
+                f"{layer}: {first} and {second} both write {len(mine & theirs)} output rows; they were "
+                "trained with different numbers or layouts of blocks, merge them by sum"
+            )
+
+
+def _packed(part: MergedLayer) -> MergedLayer:
+    """The part's own rows as a whole layer."""
+    return MergedLayer(part.up, part.down, None, part.up.shape[0])
