@@ -1,0 +1,84 @@
+# `make` alone lists what there is.  Everything runs in .venv, which the first target that needs it creates.
+#
+#   PYTHON=python3.12          the interpreter to build .venv with (3.11 to 3.14; otherwise the first one found)
+#   TORCH_INDEX=ADDRESS        a package index to take torch from, such as one of CPU builds
+#   PYTEST_FLAGS="-k basis"    handed to pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format install clean
+.NOTPARALLEL:
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/lock.txt
+STAMP := $(VENV)/lock.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# --no-compile: Python compiles what it imports, when it first imports it; that is a fraction of what is installed.
+PIP_INSTALL := $(PIP) install --quiet --no-compile
+PYTEST := $(BIN)/python -m pytest
+FAST_TESTS = $(wildcard tests/engine tests/files tests/nodes)
+
+# Nothing is downloaded when it runs, and compiled modules are kept.
+export HF_HUB_OFFLINE := 1
+export MPLBACKEND := Agg
+unexport PYTHONDONTWRITEBYTECODE
+
+help:
+	@echo "make demo     train three concepts, sum them, draw them together: see demo_output/"
+	@echo "make test     all tests"
+	@echo "make check    format, lint and the fast tests"
+	@echo "make format   put the code into the format that check asks for"
+	@echo "make install  only create $(VENV) with the pinned packages"
+	@echo "make clean    remove $(VENV), demo_output and caches"
+
+demo: $(STAMP)
+	$(BIN)/python -m modular_concepts demo
+
+test: $(STAMP)
+	$(PYTEST) tests $(PYTEST_FLAGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(PYTEST) $(FAST_TESTS) $(PYTEST_FLAGS)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(STAMP)
+
+clean:
+	rm -rf $(VENV) demo_output build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3); do \
+	  "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  echo "Creating $(VENV) with $$python"; \
+	  exec "$$python" -m venv $(VENV); \
+	done; \
+	echo "Python 3.11 or newer with its venv module is needed (Debian, Ubuntu: the package python3-venv)." >&2; \
+	exit 1
+
+# The pins are complete, so pip need not resolve them; the last line adds what this platform's builds ask for
+# beyond them (CUDA packages, if any) and fails if anything does not fit.
+$(STAMP): $(LOCK) | $(BIN)/python
+	@echo "Installing pinned packages into $(VENV) (1 to 2 minutes, about 1 GB; once)"
+	@$(PIP) --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null  # an interrupted start
+ifneq ($(strip $(TORCH_INDEX)),)
+	@$(PIP_INSTALL) --no-deps --index-url "$(TORCH_INDEX)" "$$(grep '^torch==' $(LOCK))"
+endif
+	@$(PIP_INSTALL) --no-deps -r $(LOCK)
+	@command -v nvidia-smi >/dev/null || ! $(BIN)/python -c "$$ASKS_FOR_CUDA" || \
+	  echo "Hint: this torch brings several GB of CUDA packages, and there seems to be no NVIDIA GPU here." \
+	    "For a CPU build: make clean, then TORCH_INDEX=(the address of PyTorch's CPU packages) make ..."
+	@$(PIP_INSTALL) -r $(LOCK)
+	@cp $(LOCK) $@
+
+define ASKS_FOR_CUDA
+import sys
+from importlib.metadata import requires
+sys.exit(not (sys.platform == 'linux' and any('nvidia' in line for line in requires('torch'))))
+endef
+export ASKS_FOR_CUDA
