@@ -14,7 +14,9 @@ LOCK := requirements/lock.txt
 STAMP := $(VENV)/lock.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # --no-compile: Python compiles what it imports, when it first imports it; that is a fraction of what is installed.
-PIP_INSTALL := $(PIP) install --quiet --no-compile
+PIP_INSTALL := $(PIP) install --no-compile
+# On a terminal pip shows its progress; in a log only what goes wrong.
+QUIET := $(if $(shell [ -t 2 ] && echo terminal),,--quiet --quiet)
 PYTEST := $(BIN)/python -m pytest
 FAST_TESTS = $(wildcard tests/engine tests/files tests/nodes)
 
@@ -61,19 +63,22 @@ $(BIN)/python:
 	echo "Python 3.11 or newer with its venv module is needed (Debian, Ubuntu: the package python3-venv)." >&2; \
 	exit 1
 
-# The pins are complete, so pip need not resolve them; the last line adds what this platform's builds ask for
-# beyond them (CUDA packages, if any) and fails if anything does not fit.
+# The pins are complete, so pip need not resolve them, which halves the time; the last step checks that all fit,
+# and adds what this platform's torch asks for beyond them (CUDA packages, if any).
 $(STAMP): $(LOCK) | $(BIN)/python
 	@echo "Installing pinned packages into $(VENV) (1 to 2 minutes, about 1 GB; once)"
-	@$(PIP) --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null  # an interrupted start
+	@$(PIP) --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null  # after an interrupted start
 ifneq ($(strip $(TORCH_INDEX)),)
-	@$(PIP_INSTALL) --no-deps --index-url "$(TORCH_INDEX)" "$$(grep '^torch==' $(LOCK))"
+	@$(PIP_INSTALL) $(QUIET) --no-deps --index-url "$(TORCH_INDEX)" "$$(grep '^torch==' $(LOCK))"
 endif
-	@$(PIP_INSTALL) --no-deps -r $(LOCK)
-	@command -v nvidia-smi >/dev/null || ! $(BIN)/python -c "$$ASKS_FOR_CUDA" || \
-	  echo "Hint: this torch brings several GB of CUDA packages, and there seems to be no NVIDIA GPU here." \
-	    "For a CPU build: make clean, then TORCH_INDEX=(the address of PyTorch's CPU packages) make ..."
-	@$(PIP_INSTALL) -r $(LOCK)
+	@$(PIP_INSTALL) $(QUIET) --no-deps -r $(LOCK)
+	@if $(BIN)/python -c "$$ASKS_FOR_CUDA"; then \
+	  command -v nvidia-smi >/dev/null || echo "Hint: this torch brings several GB of CUDA packages, and there seems" \
+	    "to be no NVIDIA GPU here. For a CPU build: make clean, then make ... TORCH_INDEX=(address of CPU builds)"; \
+	  $(PIP_INSTALL) $(QUIET) -r $(LOCK); \
+	else \
+	  $(PIP_INSTALL) --quiet --quiet -r $(LOCK); \
+	fi
 	@cp $(LOCK) $@
 
 define ASKS_FOR_CUDA

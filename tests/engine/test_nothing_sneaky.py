@@ -30,16 +30,7 @@ MODULES = {
     *(f"os.{name}" for name in dir(os) if name.startswith(("exec", "spawn", "posix_spawn"))),
     *("socket", "http", "urllib.request", "ftplib", "smtplib", "requests", "httpx", "urllib3", "aiohttp"),
 }
-HOST = {
-    "comfy",
-    "comfy_api",
-    "comfy_execution",
-    "comfy_extras",
-    "folder_paths",
-    "nodes",
-    "server",
-    "execution",
-}
+HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server", "execution"}
 HEAVY = {"diffusers", "transformers", "matplotlib", "PIL"}
 
 
@@ -115,7 +106,7 @@ def test_the_scan_sees_what_is_hidden(source):
 def test_the_scan_lets_honest_code_pass():
     assert not sneaky(
         "import re, os, torch\nfrom safetensors.torch import load\nmodel.eval()\nre.compile('x')\n"
-        "code = requests = 1\nos.replace('a', 'b')\nload(b'')\nself.load('x')\nnp.load('x', allow_pickle=False)\n"
+        "code = requests = 1\nos.replace('a', 'b')\nself.load('x')\nnp.load('x', allow_pickle=False)\n"
     )
 
 
@@ -175,7 +166,7 @@ def in_a_new_process(script: str, folder: Path) -> dict:
 
 
 def test_importing_the_engine_leaves_no_trace(tmp_path):
-    """Every module, with sockets and programs blocked: no file, no CUDA, no draw from the global generator."""
+    """Every module, sockets and programs blocked: no file, no CUDA, no draw from the global generator."""
     seen = in_a_new_process(IMPORT_EVERYTHING, tmp_path)
     assert {"modular_concepts.errors", "modular_concepts.training.loop"} <= set(seen["modules"])
     assert seen["calls"] == [] and seen["written"] == [] and list(tmp_path.iterdir()) == []
