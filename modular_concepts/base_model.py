@@ -1,6 +1,7 @@
 """A base model for the headless face: the networks, how prompts become context and pictures become latents.
 
-The toy base and a diffusers folder both come as one `BaseModel`; training, sampling and merging see nothing else.
+The toy base and a diffusers folder both come as one `BaseModel`; training, sampling and merging see nothing
+else.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from .training.losses import NoiseSchedule
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:
-    """tokenize(prompts, ids of trigger words) -> (B, T) int64; encode/decode: pictures (N, 3, H, W) in 0..1 <-> latents.
+    """tokenize(prompts, ids of trigger words) -> (B, T) int64.
 
+    encode, decode: pictures (N, 3, H, W) in 0..1 to latents and back.
     multiple: pictures' height and width must be multiples of it; size: (height, width) it was trained on.
     betas: what diffusers' schedulers need to know of the noise schedule.
     """
@@ -60,10 +62,14 @@ class BaseModel:
 
 
 def weights_hash(*networks: nn.Module) -> str:
-    """sha256 over the names, shapes and bytes of all weights, in order of name; 16 hexadecimal digits."""
+    """sha256 over the names, shapes and bytes of all weights, in order of name; 16 hexadecimal digits.
+
+    The `text_model.` level, which some versions of transformers have, is left out of the names.
+    """
     digest = hashlib.sha256()
     for network in networks:
-        for name, value in sorted(network.state_dict().items()):
+        named = {name.removeprefix("text_model."): value for name, value in network.state_dict().items()}
+        for name, value in sorted(named.items()):
             digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,16 +1,18 @@
 """The headless face: demo, pictures, train, merge, sample, inspect, export.
 
-Every command reads its arguments, calls the engine once and says what it wrote.  A fault that a person can mend is
-one sentence on the error stream and exit code 2.
+Every command reads its arguments, calls the engine once and says what it wrote.  A fault that a person can
+mend is one sentence on the error stream and exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from . import __version__
 from .adapters import KINDS
@@ -18,26 +20,34 @@ from .errors import AdapterError
 from .files.safe import safe_name
 from .layers import TARGETS
 
+EXTRA = ("diffusers", "transformers", "tqdm", "matplotlib", "PIL")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0, 2 for a fault that a person can mend, 130 when interrupted."""
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
     except AdapterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fault(str(error))
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("diffusers", "transformers", "tqdm", "matplotlib", "PIL"):
+        if (error.name or "").split(".")[0] not in EXTRA:
             raise
-        print(
-            f"error: {error.name} is not installed; install the headless extra: pip install 'modular-concepts[headless]'",
-            file=sys.stderr,
+        return _fault(
+            f"{error.name} is not installed; install the headless extra: pip install 'modular-concepts[headless]'"
         )
-        return 2
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fault(f"{place}{error.strerror or error}; check the path, and that the disk has room")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _fault(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
 
 
 # --- commands -----------------------------------------------------------------------------------------------
@@ -48,7 +58,7 @@ def _demo(args: argparse.Namespace) -> None:
     from .toy.judges import load_judges
 
     out = _folder(args.out)
-    report = run_demo(_base("toy"), load_judges(), out, Steps(print, _bar))
+    report = run_demo(_base("toy"), load_judges(), out, Steps(print, _Bar))
     print((out / "report.md").read_text(encoding="utf-8"))
     print(f"pictures and figures are in {out} ({report['seconds']:.0f} s)")
 
@@ -68,33 +78,50 @@ def _pictures(args: argparse.Namespace) -> None:
         with replacing(out / f"{number:02d}.txt") as file:
             file.write(caption.encode())
     print(f"wrote {len(pictures)} pictures with captions to {out}; train on them with")
-    word = BY_NAME[args.concept].class_word
+    word = BY_NAME[args.concept].class_word or "style"
     print(f"  python -m modular_concepts train {out} --name {args.concept} --class-word {word} --slot 0")
 
 
 def _train(args: argparse.Namespace) -> None:
-    from .customisation import Subject, Targets, train_concept
+    from .customisation import Subject, Targets, train_concept, trigger_of
     from .dataset import load_folder
     from .files.concept import save_concept
-    from .training import TrainSettings
     from .toy.demo import SETTINGS as TOY
+    from .training import TrainSettings
 
     name = safe_name(args.name)
     out = args.out or Path("concepts") / f"{name}.safetensors"
     _check_output(out)
+    if args.checkpoints:
+        _folder(args.checkpoints, "--checkpoints")
     base = _base(args.base)
     preset = TOY if base.architecture == "toy" else TrainSettings()
     chosen = {
         key: getattr(args, key)
-        for key in ("rank", "steps", "batch", "adapter_lr", "token_lr", "token_vectors", "seed", "erasure", "blocks")
+        for key in (
+            "rank",
+            "steps",
+            "batch",
+            "adapter_lr",
+            "token_lr",
+            "token_vectors",
+            "seed",
+            "erasure",
+            "blocks",
+        )
         if getattr(args, key) is not None
     }
     settings = _settings(preset, method=args.method, name=name, slot=args.slot, **chosen)
     if args.checkpoints:
         settings = _settings(settings, checkpoint_every=args.checkpoint_every)
-    trigger = f"<{name}>"
+    height, width = args.size or base.size
+    if height % base.multiple or width % base.multiple:
+        raise AdapterError(
+            f"training size {width}x{height} does not fit this base; choose multiples of {base.multiple}"
+        )
+    trigger = trigger_of(name)
     template = "a {concept}" if base.architecture == "toy" else "a photo of {concept}"
-    data = load_folder(args.pictures, args.size or base.size, (trigger,), template=template)
+    data = load_folder(args.pictures, (height, width), (trigger,), template=template)
     captions = [text.replace("<TOK>", trigger) for text in data.captions]
     masks = data.masks
     if masks is not None:
@@ -103,11 +130,11 @@ def _train(args: argparse.Namespace) -> None:
         masks = F.interpolate(masks, scale_factor=1 / base.downscale, mode="area")
     subject = Subject(name, data.pictures, captions, args.class_word, masks, data.fingerprint)
     targets = Targets(tuple(args.targets), ("attention",) if args.text_encoder else None)
-    advance = _bar(f"train {name} ({settings.method})", settings.steps)
-    concept, result = train_concept(
-        base, subject, settings, targets, None, lambda at: advance(at.step), args.checkpoints, args.resume
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with _Bar(f"train {name} ({settings.method})", settings.steps) as advance:
+        concept, result = train_concept(
+            base, subject, settings, targets, None, lambda at: advance(at.step), args.checkpoints, args.resume
+        )
+    _folder(out.parent)
     save_concept(concept, out, compact=args.compact)
     print(f"wrote {out}: {len(concept.layers)} layers of rank {settings.rank}, last loss {result.losses[-1]:.4f}")
 
@@ -119,7 +146,7 @@ def _merge(args: argparse.Namespace) -> None:
     _check_output(args.out)
     concepts, strengths = _concepts(args.concepts)
     merged = merged_concept(safe_name(args.out.stem), concepts, strengths, args.how)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    _folder(args.out.parent)
     save_concept(merged, args.out)
     print(f"wrote {args.out}: {' + '.join(c.name for c in concepts)}; triggers {' '.join(merged.tokens) or 'none'}")
     _say_crosstalk(concepts)
@@ -135,15 +162,16 @@ def _sample(args: argparse.Namespace) -> None:
     base = _base(args.base)
     concepts, strengths = _concepts(args.concept or [])
     settings = SampleSettings(args.steps, args.cfg, args.height, args.width, args.negative)
-    width, height = args.width or base.size[1], args.height or base.size[0]
+    height = base.size[0] if args.height is None else args.height
+    width = base.size[1] if args.width is None else args.width
     regions = [_region(text, width, height) for text in args.region or []]
     prompts = [args.prompt] * args.count
     seeds = [args.seed + number for number in range(args.count)]
-    advance = _bar("sample", args.steps * -(-args.count // settings.batch))
-    with customised(base, concepts, strengths) as tokens:
+    bar = _Bar("sample", args.steps * -(-args.count // settings.batch))
+    with bar as advance, customised(base, concepts, strengths) as tokens:
         _warn_unknown(base, [args.prompt, *(region.prompt for region in regions)], list(tokens))
         pictures = sample(base, prompts, seeds, tokens, settings, regions, lambda done, total: advance(done))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    _folder(args.out.parent)
     for number, picture in enumerate(pictures):
         path = args.out if args.count == 1 else args.out.with_stem(f"{args.out.stem}-{number:02d}")
         image = to_image(picture)
@@ -182,12 +210,19 @@ def _export(args: argparse.Namespace) -> None:
 
     (concept,), _ = _concepts([args.concept])
     out = args.out or Path(f"{safe_name(concept.name)}_{args.format}.safetensors")
+    words = out.parent / "embeddings"
     _check_output(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    written = export_kohya(concept, out) if args.format == "kohya" else export_diffusers(concept, out)
-    print(f"wrote {written or out}")
-    for path in export_embeddings(concept, out.parent) if concept.tokens else []:
-        print(f"wrote {path}: the learned word, for the embeddings folder")
+    own = Path(args.concept).resolve()
+    if own == out.resolve() or own.parent == words.resolve():
+        raise AdapterError(f"the export would replace {args.concept} itself; choose another --out")
+    # Words first: what cannot be exported at all is found before anything is written.
+    if concept.tokens:
+        for path in export_embeddings(concept, _folder(words)):
+            print(f"wrote {path}: the learned word, for the embeddings folder")
+    if concept.layers:
+        _folder(out.parent)
+        export = export_kohya if args.format == "kohya" else export_diffusers
+        print(f"wrote {export(concept, out)}")
 
 
 # --- reading arguments --------------------------------------------------------------------------------------
@@ -198,6 +233,8 @@ def _base(name: str):
         from .toy.base import load_toy_base
 
         return load_toy_base()
+    if not Path(name).is_dir():
+        raise AdapterError(f"there is no base {name!r}; give toy, or the folder of a diffusers model")
     from .diffusers_base import load_diffusers_base
 
     return load_diffusers_base(Path(name))
@@ -218,7 +255,9 @@ def _concepts(texts: Sequence[str]) -> tuple[list, list[float]]:
         path, colon, number = str(text).rpartition(":")
         try:
             strength = float(number) if colon and not Path(text).exists() else None
-        except ValueError:
+        except ValueError as error:
+            if Path(path).exists():
+                raise AdapterError(f"{text}: {number!r} is no strength; write {path}:0.8, for example") from error
             strength = None
         concepts.append(load_concept(Path(text if strength is None else path)))
         strengths.append(1.0 if strength is None else strength)
@@ -238,11 +277,11 @@ def _region(text: str, width: int, height: int):
     return Region(prompt.strip(), fractions(numbers, width, height))
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: Path, option: str = "--out") -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AdapterError(f"the folder {path} cannot be made: {error.strerror}; choose another with --out") from error
+        raise AdapterError(f"the folder {path} cannot be made: {error.strerror}; choose another {option}") from error
     return path
 
 
@@ -253,6 +292,8 @@ def _check_output(path: Path) -> None:
     parent = next((folder for folder in path.absolute().parents if folder.exists()), None)
     if parent is None or not parent.is_dir():
         raise AdapterError(f"{path} cannot be written: {parent} is not a folder; choose another --out")
+    if not os.access(parent, os.W_OK):
+        raise AdapterError(f"{path} cannot be written: you have no permission in {parent}; choose another --out")
 
 
 def _warn_unknown(base, prompts: Sequence[str], triggers: Sequence[str]) -> None:
@@ -270,18 +311,40 @@ def _say_crosstalk(concepts: Sequence) -> None:
         print(f"crosstalk {first} and {second}: {figures['crosstalk']:.4f}")
 
 
-def _bar(text: str, total: int) -> Callable[[int], None]:
-    """A progress bar; the function that comes back takes the amount done so far."""
-    from tqdm import tqdm
+class _Bar:
+    """A progress bar that appears with the first step; call it with the amount done so far."""
 
-    bar = tqdm(total=total, desc=text, leave=True, dynamic_ncols=True, mininterval=0.5)
+    def __init__(self, text: str, total: int):
+        self.text, self.total, self.bar = text, total, None
 
-    def advance(done: int) -> None:
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
+    def __call__(self, done: int) -> None:
+        from tqdm import tqdm
 
-    return advance
+        if self.bar is None:
+            self.bar = tqdm(total=self.total, desc=self.text, dynamic_ncols=True, mininterval=0.5)
+        self.bar.update(done - self.bar.n)
+        if done >= self.total:
+            self.bar.close()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with faults in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -293,7 +356,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="modular_concepts", description="Train concepts apart, sum them, draw them together.")
+    parser = _Parser(prog="modular_concepts", description="Train concepts apart, sum them, draw them together.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -350,8 +413,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int, default=20)
     sample.add_argument("--cfg", type=float, default=4.0)
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--count", type=int, default=1)
-    sample.add_argument("--zoom", type=int, default=1, help="enlarge the file, each pixel to ZOOM x ZOOM")
+    sample.add_argument("--count", type=_count, default=1)
+    sample.add_argument("--zoom", type=_count, default=1, help="enlarge the file, each pixel to ZOOM x ZOOM")
     sample.set_defaults(run=_sample)
 
     inspect = commands.add_parser("inspect", help="what is in concept files, and the crosstalk of several")

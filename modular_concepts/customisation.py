@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from . import __version__
+from .adapters import check_adapter
 from .base_model import BaseModel
 from .bases import OrthogonalBasis
 from .concept import Concept, Recipe
@@ -36,7 +37,12 @@ class Subject:
 
     @property
     def trigger(self) -> str:
-        return f"<{self.name}>"
+        return trigger_of(self.name)
+
+
+def trigger_of(name: str) -> str:
+    """The word that calls a concept; lower case, as text models read their prompts."""
+    return f"<{name.lower()}>"
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,13 @@ def problem_for(base: BaseModel, subject: Subject, targets: Targets = Targets())
             f"caption {missing[0]!r} does not contain the trigger word {subject.trigger}; "
             "put it where the class word would stand"
         )
+    unknown = base.unknown_words(subject.class_word, [])
+    start = base.word_rows(subject.class_word)
+    if unknown or not len(start):
+        raise AdapterError(
+            f"class word {subject.class_word!r} is not one that the base knows; "
+            "say in its words what the concept is, such as man, dog or style"
+        )
     return Problem(
         predict=base.predict,
         encode=lambda captions, tokens: base.context(captions, tokens),
@@ -67,7 +80,7 @@ def problem_for(base: BaseModel, subject: Subject, targets: Targets = Targets())
         layers=concept_layers(base, targets),
         examples=Examples(base.encode(subject.pictures), list(subject.captions), subject.masks, subject.fingerprint),
         modules=(base.unet, base.text_encoder),
-        triggers={subject.trigger: base.word_rows(subject.class_word)},
+        triggers={subject.trigger: start},
         base_hash=base.hash,
     )
 
@@ -82,7 +95,7 @@ def train_concept(
     checkpoints: Path | None = None,
     resume: Path | None = None,
 ) -> tuple[Concept, TrainResult]:
-    """Train one concept; the base is left as it was.  After a cancel the concept is what was reached by then."""
+    """Train one concept; the base is left as it was.  After a cancel it is what was reached by then."""
     basis = OrthogonalBasis() if basis is None else basis
     problem = problem_for(base, subject, targets)
     result = train(problem, settings, callback, resume, basis=basis, checkpoints=checkpoints)
@@ -138,12 +151,16 @@ def customised(
     for concept in concepts:
         if concept.recipe.architecture not in ("", base.architecture):
             raise AdapterError(
-                f"{concept.name} was trained on {concept.recipe.architecture!r}, this base is {base.architecture!r}; "
-                "train it on this base or load the base it belongs to"
+                f"{concept.name} was trained on {concept.recipe.architecture!r}, "
+                f"this base is {base.architecture!r}; train it on this base or load the base it belongs to"
             )
     _refuse_shared_triggers(concepts)
-    merged = merge_concepts(concepts, strengths, how=how) if concepts else {}
     everything = concept_layers(base, Targets(("all_linear",), ("all_linear",)))
+    for concept in concepts:
+        for name, adapter in concept.layers.items():
+            if name in everything:
+                check_adapter(f"{concept.name}, {name}", adapter, everything[name].weight.shape)
+    merged = merge_concepts(concepts, strengths, how=how) if concepts else {}
     tokens = {word: rows for concept in concepts for word, rows in concept.tokens.items()}
     with attached(everything, merged):
         yield tokens

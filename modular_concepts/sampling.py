@@ -5,6 +5,7 @@ Every picture has a seed of its own, and its noise is the same whatever else is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,10 @@ from .regions.geometry import Region
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """height, width in pixels, None for the base's own; cfg is the guidance scale, 1 is none."""
+    """height, width in pixels, None for the base's own; cfg is the guidance scale, 1 is none.
+
+    Raises AdapterError for values that cannot work.
+    """
 
     steps: int = 20
     cfg: float = 5.0
@@ -27,6 +31,13 @@ class SampleSettings:
     width: int | None = None
     negative: str = ""
     batch: int = 16
+
+    def __post_init__(self):
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise AdapterError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not math.isfinite(self.cfg):
+            raise AdapterError(f"cfg is {self.cfg}; it must be a finite number, 1 for no guidance")
 
 
 @torch.no_grad()
@@ -43,14 +54,27 @@ def sample(
 
     tokens: trigger word -> learned rows.  regions hold in every picture; their prompts replace the picture's
     prompt inside.  callback(done, total) counts sampling steps over all batches.
+    Raises AdapterError, before anything is drawn, for sizes, steps or seeds that this base cannot take.
     """
-    height, width = settings.height or base.size[0], settings.width or base.size[1]
+    height, width = (
+        own if chosen is None else chosen
+        for chosen, own in zip((settings.height, settings.width), base.size, strict=True)
+    )
     if height % base.multiple or width % base.multiple or min(height, width) < base.multiple:
         raise AdapterError(
             f"pictures of {width} x {height} pixels do not fit this base; choose multiples of {base.multiple}"
         )
+    if settings.steps > len(base.schedule):
+        raise AdapterError(
+            f"steps is {settings.steps}; this base has {len(base.schedule)} noise levels, choose no more"
+        )
     if len(prompts) != len(seeds):
         raise AdapterError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed for each prompt")
+    if not len(prompts):
+        raise AdapterError("there is no prompt to draw; give at least one")
+    outside = [seed for seed in seeds if not 0 <= seed < 2**63]
+    if outside:
+        raise AdapterError(f"seed {outside[0]} is not a whole number from 0 to 2^63 - 1; choose another seed")
     chunks = [slice(start, start + settings.batch) for start in range(0, len(prompts), settings.batch)]
     pictures = []
     for number, chunk in enumerate(chunks):

@@ -1,7 +1,8 @@
 """Regionally controllable sampling: each region's own prompt in every cross-attention layer.
 
-Mix-of-Show (Gu et al. 2023, section 3.3): the global prompt is attended everywhere; inside regions the result is
-replaced by that of the regions' prompts, averaged where they overlap.  Soft masks blend instead of replacing.
+Mix-of-Show (Gu et al. 2023, section 3.3): the global prompt is attended everywhere; inside regions the result
+is replaced by that of the regions' prompts, averaged where they overlap.  Soft masks blend instead of
+replacing.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ def blend_regions(outside: Tensor, inside: Tensor, weights: Tensor) -> Tensor:
 
 
 @contextmanager
-def regional_attention(unet: nn.Module, regions: Sequence[Region], contexts: Tensor, latent_size: tuple[int, int]) -> Iterator[None]:
+def regional_attention(
+    unet: nn.Module, regions: Sequence[Region], contexts: Tensor, latent_size: tuple[int, int]
+) -> Iterator[None]:
     """Within the block every cross-attention of a diffusers U-Net listens to the regions.
 
-    contexts: (R, B, T, D), each region's text for each row of the batch (its negative for unconditional rows).
+    contexts: (R, B, T, D), each region's text for each row of the batch (its negative for unconditional
+    rows).
     latent_size: (height, width) of the latents.  The U-Net's own processors come back on leaving.
     """
     if not regions:

@@ -28,12 +28,19 @@ class Region:
     def __post_init__(self):
         if (self.box is None) == (self.mask is None):
             raise AdapterError(f"region {self.prompt!r} needs either a box or a mask")
+        if self.mask is not None and not (
+            self.mask.dim() == 2 and self.mask.numel() and bool(torch.isfinite(self.mask).all())
+        ):
+            raise AdapterError(
+                f"region {self.prompt!r} has a mask of shape {tuple(self.mask.shape)}; "
+                "give (height, width) finite numbers from 0 to 1"
+            )
         if self.box is not None:
             left, top, right, bottom = self.box
             if not (all(map(math.isfinite, self.box)) and 0 <= left < right <= 1 and 0 <= top < bottom <= 1):
                 raise AdapterError(
-                    f"region {self.prompt!r} has the box {self.box}; give left, top, right, bottom as fractions "
-                    "with 0 <= left < right <= 1 and 0 <= top < bottom <= 1"
+                    f"region {self.prompt!r} has the box {self.box}; "
+                    "give left, top, right, bottom as fractions with 0 <= left < right <= 1 and 0 <= top < bottom <= 1"
                 )
 
 
@@ -50,8 +57,8 @@ def fractions(box: Sequence[float], width: int, height: int) -> tuple[float, flo
 def region_weights(regions: Sequence[Region], height: int, width: int) -> Tensor:
     """(R, height, width) float32 in 0..1: how much of each cell of a feature grid a region covers.
 
-    A box's edges snap to the nearest grid line, so neighbours leave no gap; a box too small for the grid keeps
-    the one cell of its centre.  A mask is averaged over each cell.
+    A box's edges snap to the nearest grid line, so neighbours leave no gap; a box too small for the grid
+    keeps the one cell of its centre.  A mask is averaged over each cell.
     """
     weights = torch.zeros(len(regions), height, width)
     for weight, region in zip(weights, regions, strict=True):
@@ -74,7 +81,7 @@ def _snap(low: float, high: float, cells: int) -> slice:
 
 
 def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of a layer with `tokens` positions on a latent of (height, width): halved until it fits."""
+    """(rows, columns) of a layer with `tokens` positions on a latent (height, width), halved until it fits."""
     rows, columns = height, width
     while rows * columns > tokens and rows > 1:
         rows, columns = math.ceil(rows / 2), math.ceil(columns / 2)

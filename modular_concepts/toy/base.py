@@ -18,7 +18,9 @@ def load_toy_base(weights: Path | None = None) -> BaseModel:
     folder = weights or model.WEIGHTS
     unet, text_encoder = model.build_unet(), model.build_text_encoder()
     for network, name in ((unet, "unet"), (text_encoder, "text_encoder")):
-        network.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
+        own = {key.removeprefix("text_model."): key for key in network.state_dict()}
+        stored = load_file(folder / f"{name}.safetensors")
+        network.load_state_dict({own[key.removeprefix("text_model.")]: value.float() for key, value in stored.items()})
         network.requires_grad_(False).eval()
     return BaseModel(
         architecture="toy",

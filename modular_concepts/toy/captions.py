@@ -68,7 +68,7 @@ def features(subjects: Subjects, index: int) -> list[str]:
 
 
 def subject_phrase(subjects: Subjects, index: int, named: Sequence[str], terse: bool = False) -> str:
-    """"a man with green hair and red shirt"; terse: "man green hair red shirt"."""
+    """ "a man with green hair and red shirt"; terse: "man green hair red shirt"."""
     noun = CLASSES[subjects.kind[index]]
     if terse:
         return " ".join([noun, *named])

@@ -82,7 +82,11 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
     report = {
         "methods": methods,
         "settings": {"steps": settings.steps, "batch": settings.batch, "rank": settings.rank}
-        | {"adapter_lr": settings.adapter_lr, "token_lr": settings.token_lr, "pictures_per_figure": PICTURES_EACH},
+        | {
+            "adapter_lr": settings.adapter_lr,
+            "token_lr": settings.token_lr,
+            "pictures_per_figure": PICTURES_EACH,
+        },
         "judges": {"threshold": judges.threshold, "accuracy": judges.accuracy},
         "base": base.hash,
         "seconds": time.monotonic() - started,
@@ -90,7 +94,10 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
     contact_sheet(out / "contact_sheet.png", {name: pictures for name, (pictures, _) in references.items()}, sheets)
     joint_sheet(out / "joint.png", joints)
     heat_map(out / "crosstalk.png", TRIO, tables)
-    for name, text in (("report.json", json.dumps(report, indent=1) + "\n"), ("report.md", report_text(report))):
+    for name, text in (
+        ("report.json", json.dumps(report, indent=1) + "\n"),
+        ("report.md", report_text(report)),
+    ):
         with replacing(out / name) as file:
             file.write(text.encode())
     return report
@@ -113,9 +120,7 @@ def _draw(base, concepts: Sequence[Concept], word: str, text: str, steps: Steps,
     prompts, _ = prompts_for(word, PICTURES_EACH)
     advance = steps.bar(text, SAMPLING.steps * -(-len(prompts) // SAMPLING.batch))
     with customised(base, concepts, [1.0] * len(concepts), how) as tokens:
-        return sample(
-            base, prompts, range(len(prompts)), tokens, SAMPLING, callback=lambda done, total: advance(done)
-        )
+        return sample(base, prompts, range(len(prompts)), tokens, SAMPLING, callback=lambda done, total: advance(done))
 
 
 def _judge_trio(base, judges: Judges, concepts, trained, references, steps: Steps) -> tuple[dict, dict]:

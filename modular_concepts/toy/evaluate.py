@@ -53,9 +53,7 @@ def named_attributes(base: BaseModel, judges: Judges, settings: SampleSettings, 
     """Share of named attributes that are drawn as named, over all and for each question."""
     generator = torch.Generator().manual_seed(2)
     subjects, scenes = random_subjects(count, generator), random_scenes(count, generator)
-    prompts = [
-        f"{subject_phrase(subjects, i, features(subjects, i))} {scene_phrase(scenes, i)}" for i in range(count)
-    ]
+    prompts = [f"{subject_phrase(subjects, i, features(subjects, i))} {scene_phrase(scenes, i)}" for i in range(count)]
     answer = judges.read(sample(base, prompts, list(range(count)), settings=settings))
     wanted = {
         "pattern": subjects.pattern,

@@ -16,7 +16,10 @@ ZOOM = 3  # screen pixels per pixel of a toy picture
 
 
 def contact_sheet(
-    path: Path, references: Mapping[str, Tensor], sheets: Mapping[str, Mapping[str, Mapping[str, Tensor]]], columns: int = 6
+    path: Path,
+    references: Mapping[str, Tensor],
+    sheets: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
+    columns: int = 6,
 ) -> None:
     """For each concept its references and, below, what each method draws alone and merged; same noise in a column.
 
@@ -94,7 +97,14 @@ def heat_map(path: Path, names: Sequence[str], tables: Mapping[str, Mapping]) ->
                 if row != column:
                     value = float(square[row, column])
                     dark = value > top / 2
-                    axes.text(column, row, f"{value:.3f}", ha="center", va="center", color="white" if dark else "black")
+                    axes.text(
+                        column,
+                        row,
+                        f"{value:.3f}",
+                        ha="center",
+                        va="center",
+                        color="white" if dark else "black",
+                    )
     figure.colorbar(shown, ax=figure.axes, shrink=0.8, label="crosstalk  ‖ΔWᵢΔWⱼᵀ‖ / (‖ΔWᵢ‖‖ΔWⱼ‖)")
     with replacing(path) as file:
         figure.savefig(file, format="png")
@@ -119,15 +129,23 @@ def report_text(report: Mapping) -> str:
         "text the share of asked words (class, scene) found, mistaken the share that looks more like another concept",
         "of the three than like the one asked for.",
         "",
-        "| method | concept | identity alone | merged | image alone | merged | text alone | merged | mistaken, merged |",
+        "| method | concept | identity alone | merged | image alone | merged | text alone | merged | mistaken |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for method, figures in report["methods"].items():
         for name, own in figures["concepts"].items():
             cells = [own[f"{kind}_{stage}"] for kind in ("identity", "image", "text") for stage in ("single", "merged")]
-            row = [TITLES[method], name, *(f"{value:.2f}" for value in cells), f"{own['mistaken_merged']:.2f}"]
+            row = [
+                TITLES[method],
+                name,
+                *(f"{value:.2f}" for value in cells),
+                f"{own['mistaken_merged']:.2f}",
+            ]
             lines.append("| " + " | ".join(row) + " |")
-    lines += ["", "| method | crosstalk | merge | joint picture: identity | mistaken | missing | prior drift |"]
+    lines += [
+        "",
+        "| method | crosstalk | merge | joint picture: identity | mistaken | missing | prior drift |",
+    ]
     lines += ["|---|---|---|---|---|---|---|"]
     for method, figures in report["methods"].items():
         joint = figures["joint"].values()
@@ -140,7 +158,8 @@ def report_text(report: Mapping) -> str:
     recogniser, reader = judged["recogniser"], judged["reader"]
     lines += [
         "",
-        f"The judges on drawn pictures that they never saw: the identity judge accepts {recogniser['true_accepts']:.1%} of",
+        "The judges on drawn pictures that they never saw: the identity judge accepts "
+        f"{recogniser['true_accepts']:.1%} of",
         f"the right subjects, {recogniser['false_accepts_strangers']:.1%} of strangers of the same class and "
         f"{recogniser['false_accepts_look_alikes']:.1%} of look-alikes;",
         f"the reader names the class in {reader['class']:.1%} and the scene in {reader['scene']:.1%}.",

@@ -33,9 +33,22 @@ class StandardConcept:
         return f"<{self.name}>"
 
 
-def _look(primary: str, secondary: str, accent: str, pattern: str, accessory: str, seed: int, build=(1.0, 1.0), skin=0.7):
+def _look(
+    primary: str,
+    secondary: str,
+    accent: str,
+    pattern: str,
+    accessory: str,
+    seed: int,
+    build=(1.0, 1.0),
+    skin=0.7,
+):
     return (primary, secondary, accent, pattern, accessory, seed, build, skin)
 
+
+# sky, sky at the horizon, ground, prop
+CANDY = ((0.98, 0.72, 0.86), (0.80, 0.95, 0.90), (0.62, 0.85, 0.78), (0.93, 0.42, 0.62))
+MARS = ((0.36, 0.10, 0.16), (0.70, 0.28, 0.20), (0.58, 0.20, 0.13), (0.30, 0.85, 0.80))
 
 STANDARD = (
     StandardConcept("tom", "person", "man", _look("red", "brown", "blue", "striped", "hat", 1, (1.08, 0.95), 0.8)),
@@ -49,8 +62,8 @@ STANDARD = (
     StandardConcept("minka", "subject", "cat", _look("orange", "white", "blue", "striped", "collar", 9, (1.1, 0.95))),
     StandardConcept("bolt", "subject", "robot", _look("blue", "orange", "pink", "dotted", "antenna", 10, (1.05, 1.0))),
     StandardConcept("pip", "subject", "bird", _look("pink", "purple", "yellow", "plain", "hat", 11, (0.95, 1.05))),
-    StandardConcept("candy", "scene", "beach", ((0.98, 0.72, 0.86), (0.80, 0.95, 0.90), (0.62, 0.85, 0.78), (0.93, 0.42, 0.62))),
-    StandardConcept("mars", "scene", "desert", ((0.36, 0.10, 0.16), (0.70, 0.28, 0.20), (0.58, 0.20, 0.13), (0.30, 0.85, 0.80))),
+    StandardConcept("candy", "scene", "beach", CANDY),
+    StandardConcept("mars", "scene", "desert", MARS),
     StandardConcept("riso", "style", "", ((0.16, 0.18, 0.46), (1.00, 0.52, 0.42))),
     StandardConcept("mint", "style", "", ((0.05, 0.20, 0.18), (0.72, 1.00, 0.84))),
 )  # fmt: skip

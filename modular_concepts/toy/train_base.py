@@ -94,9 +94,7 @@ class Optimizer:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         self.momentum = {key: tensors[f"momentum.{key}"] for key in self.inner}
         for key, parameter in self.rest.items():
-            self.adamw.state[parameter] = {
-                name: tensors[f"{name}.{key}"] for name in ("step", "exp_avg", "exp_avg_sq")
-            }
+            self.adamw.state[parameter] = {name: tensors[f"{name}.{key}"] for name in ("step", "exp_avg", "exp_avg_sq")}
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -164,7 +162,12 @@ def train(out: Path, steps: int, peak: float, early: float, seed: int, save_ever
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in named.values()], 1 - keep)
         window.append(loss.item())
         if (step + 1) % 50 == 0:
-            line = {"step": step + 1, "loss": sum(window) / len(window), "lr": peak * factor, "seconds": time.time() - started}
+            line = {
+                "step": step + 1,
+                "loss": sum(window) / len(window),
+                "lr": peak * factor,
+                "seconds": time.time() - started,
+            }
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
             window.clear()

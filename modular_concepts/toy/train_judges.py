@@ -196,7 +196,10 @@ def main() -> None:
     for network, name in ((reader, "reader"), (recogniser, "recogniser")):
         half = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
         save_file(half, args.out / f"{name}.safetensors")
-    report = {"threshold": recognises.pop("threshold"), "accuracy": {"reader": reads, "recogniser": recognises}}
+    report = {
+        "threshold": recognises.pop("threshold"),
+        "accuracy": {"reader": reads, "recogniser": recognises},
+    }
     (args.out / "judges.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report), f"{time.time() - started:.0f} s")  # noqa: T201
 

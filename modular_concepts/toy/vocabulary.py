@@ -52,7 +52,23 @@ RESERVED += ("right", "middle", "wearing", "no")
 RESERVED += ("men", "women", "dogs", "cats", "robots", "birds", "cars", "houses", "plain")
 WORDS = SPECIAL + tuple(
     dict.fromkeys(
-        ("a", "an", "and", "with", "the", "in", "on", "at", ",", "photo", "picture", "of", "style", "two", "three")
+        (
+            "a",
+            "an",
+            "and",
+            "with",
+            "the",
+            "in",
+            "on",
+            "at",
+            ",",
+            "photo",
+            "picture",
+            "of",
+            "style",
+            "two",
+            "three",
+        )
         + ("person", "people", "animal", "animals", "left", "right", "middle", "wearing", "no")
         + CLASSES
         + ("men", "women", "dogs", "cats", "robots", "birds", "cars", "houses")

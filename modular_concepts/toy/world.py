@@ -227,9 +227,15 @@ def _person(canvas: _Canvas, subject: Subjects, raised: Tensor, dress: bool) -> 
         canvas.paint(canvas.box(0.0, shoulder + 4.6, 4.2 * width, 4.8), cloth)
     canvas.paint(canvas.ellipse(0.0, head, 4.2, 4.6), subject.skin)
     if dress:
-        canvas.paint(torch.maximum(canvas.ellipse(0.0, head - 0.6, 5.0, 5.0), canvas.v - (head - 1.4)), subject.secondary)
+        canvas.paint(
+            torch.maximum(canvas.ellipse(0.0, head - 0.6, 5.0, 5.0), canvas.v - (head - 1.4)),
+            subject.secondary,
+        )
     else:
-        canvas.paint(torch.maximum(canvas.ellipse(0.0, head - 0.4, 4.8, 5.2), canvas.v - (head - 1.0)), subject.secondary)
+        canvas.paint(
+            torch.maximum(canvas.ellipse(0.0, head - 0.4, 4.8, 5.2), canvas.v - (head - 1.0)),
+            subject.secondary,
+        )
     for side in (-1, 1):
         canvas.paint(canvas.box(side * 1.7, head + 0.6, 0.6, 0.8), _DARK)
     _wear(canvas, subject, head - 4.2, shoulder + 0.4, 0.0, 4.6, 3.4)
@@ -445,9 +451,9 @@ def apply_style(pictures: Tensor, style: Tensor, duotone: Tensor | None = None) 
     grey = (pictures * torch.tensor([0.30, 0.59, 0.11])[:, None, None]).sum(1, keepdim=True)
     sepia = grey * torch.tensor([1.08, 0.86, 0.62])[:, None, None] + torch.tensor([0.06, 0.03, 0.0])[:, None, None]
     padded = torch.nn.functional.pad(pictures, (0, 1, 0, 1), mode="replicate")
-    edge = (padded[:, :, :-1, 1:] - pictures).abs().sum(1, keepdim=True) + (
-        padded[:, :, 1:, :-1] - pictures
-    ).abs().sum(1, keepdim=True)
+    edge = (padded[:, :, :-1, 1:] - pictures).abs().sum(1, keepdim=True) + (padded[:, :, 1:, :-1] - pictures).abs().sum(
+        1, keepdim=True
+    )
     line = (edge * 1.6 - 0.35).clamp(0, 1)
     outline = (1 - line) * (0.35 * pictures + 0.65)
     neon = (pictures * 0.22 + line * (0.25 + 1.1 * pictures)).clamp(0, 1)
@@ -468,4 +474,3 @@ def draw(subjects: Sequence[Subjects], poses: Sequence[Poses], scenes: Scenes, s
         backdrop = backdrop + layer[:, 3:] * (layer[:, :3] - backdrop)
     lit = (backdrop * scenes.light[:, :, None, None]).clamp(0, 1)
     return lit if style is None else apply_style(lit, style)
-
