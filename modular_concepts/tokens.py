@@ -8,7 +8,7 @@ cross-attention layer (P+, Voynov et al. 2023; ED-LoRA, Gu et al. 2023).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,9 +27,7 @@ def new_token(
     Returns (vectors, width), or (layers, vectors, width) with all layers equal; float32 or float64.
     """
     if start.dim() != 2 or len(start) == 0:
-        raise AdapterError(
-            f"a new token starts from rows of shape {tuple(start.shape)}; we need (count, width)"
-        )
+        raise AdapterError(f"a new token starts from rows of shape {tuple(start.shape)}; we need (count, width)")
     start = start.detach().to(torch.promote_types(start.dtype, torch.float32))
     rows = start[torch.arange(vectors) % len(start)]
     drawn = torch.randn(rows.shape, generator=generator).to(rows)
@@ -46,20 +44,14 @@ def token_ids(tokens: Mapping[str, Tensor], vocab_size: int) -> dict[str, list[i
     return ids
 
 
-def caption_ids(
-    caption: str,
-    tokens: Mapping[str, Tensor],
-    vocab_size: int,
-    tokenize: Callable[[str], list[int]],
-) -> list[int]:
-    """Ids of a caption: extra ids for its trigger words, `tokenize` for what stands between them.
+def spelled(caption: str, ids: Mapping[str, Sequence[int]], tokenize: Callable[[str], list[int]]) -> list[int]:
+    """Ids of a caption: `ids` of the trigger words in it, `tokenize` for what stands between them.
 
     tokenize gives ids without start, end and padding.  Triggers are found as whole words, longest first.
     """
-    if not tokens:
+    if not ids:
         return list(tokenize(caption))
-    ids = token_ids(tokens, vocab_size)
-    longest_first = "|".join(re.escape(trigger) for trigger in sorted(tokens, key=len, reverse=True))
+    longest_first = "|".join(re.escape(trigger) for trigger in sorted(ids, key=len, reverse=True))
     found = []
     for part in re.split(rf"(?<!\w)({longest_first})(?!\w)", caption):
         if part in ids:
@@ -67,6 +59,16 @@ def caption_ids(
         elif part.strip():
             found += tokenize(part.strip())
     return found
+
+
+def caption_ids(
+    caption: str,
+    tokens: Mapping[str, Tensor],
+    vocab_size: int,
+    tokenize: Callable[[str], list[int]],
+) -> list[int]:
+    """`spelled` with the extra ids that the learned words `tokens` have behind a vocabulary."""
+    return spelled(caption, token_ids(tokens, vocab_size), tokenize)
 
 
 def learned_rows(tokens: Mapping[str, Tensor], layer: int | None = None) -> Tensor:
@@ -85,9 +87,7 @@ def learned_rows(tokens: Mapping[str, Tensor], layer: int | None = None) -> Tens
 
 
 @contextmanager
-def learned_tokens(
-    embedding: nn.Embedding, tokens: Mapping[str, Tensor], layer: int | None = None
-) -> Iterator[None]:
+def learned_tokens(embedding: nn.Embedding, tokens: Mapping[str, Tensor], layer: int | None = None) -> Iterator[None]:
     """Within the block `embedding` looks ids beyond its table up in the learned rows.
 
     embedding: a text model's token table, (ids) -> (..., width), its output in the table's dtype.
