@@ -14,13 +14,15 @@ from torch import nn
 
 from .errors import AdapterError
 
-TARGETS = ("attention", "feed_forward", "all_linear")
+TARGETS = ("attention", "cross_attention", "cross_attention_kv", "feed_forward", "all_linear")
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 MAX_NAME = 256
 
 _NAME = re.compile(r"(unet|text_encoder)(\.[A-Za-z0-9_]+)+")
 _UNET = {
     "attention": re.compile(r"\.attentions\..*\.attn[12]\.to_(q|k|v|out\.0)$"),
+    "cross_attention": re.compile(r"\.attentions\..*\.attn2\.to_(q|k|v|out\.0)$"),
+    "cross_attention_kv": re.compile(r"\.attentions\..*\.attn2\.to_[kv]$"),
     "feed_forward": re.compile(r"\.attentions\..*\.ff\.net\.(0\.proj|2)$"),
     "all_linear": re.compile(r"\.attentions\."),
 }
@@ -56,6 +58,8 @@ def find_layers(
     `text_model`.
     attention: to_q, to_k, to_v, to_out of attn1 and attn2; in the text encoder the four projections of
     self_attn.
+    cross_attention: those of attn2 alone; cross_attention_kv: its to_k and to_v, which read the text (Custom
+    Diffusion's choice).  Neither means anything in the text encoder.
     feed_forward: both Linear layers of ff; in the text encoder mlp.fc1 and fc2.
     all_linear: every Linear within the attention blocks, so also proj_in and proj_out where they are Linear
     (they are 1x1 convolutions in SD 1.5); time embeddings and ResNets are left alone.
