@@ -1,0 +1,329 @@
+"""A Stable Diffusion 1.x or 2.x model in diffusers' folder layout as a `BaseModel`.
+
+    model_index.json  unet/  text_encoder/  vae/  tokenizer/  scheduler/
+
+Networks are built without memory and take the file's own tensors as their weights, so nothing is held twice.
+Only safetensors are read, nothing is fetched, and what such a folder says is not trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .base_model import BaseModel, weights_hash
+from .errors import AdapterError
+from .files.safe import FLOATS, parse_json, read_safetensors, safe_child
+from .tokens import spelled
+from .training.losses import NoiseSchedule
+
+PIPELINE = "StableDiffusionPipeline"
+PARTS = {
+    "unet": ("UNet2DConditionModel",),
+    "text_encoder": ("CLIPTextModel",),
+    "vae": ("AutoencoderKL",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+ARCHITECTURES = {768: "sd15", 1024: "sd2"}
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+CONVERT = (
+    "convert a model that you trust with diffusers: "
+    "StableDiffusionPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
+)
+_FROM_FILE = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+_BETAS = (
+    *("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps"),
+    *("prediction_type", "rescale_betas_zero_snr"),
+)
+# Further inputs that a U-Net of another family waits for, and nobody here gives.
+_UNMET = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim")
+_OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def load_diffusers_base(folder: Path | str) -> BaseModel:
+    """The model in `folder`, in float32 on the CPU, frozen; half precision weights are widened.
+
+    Prompts become what StableDiffusionPipeline gives the U-Net; a prompt too long for the text encoder loses
+    its end.  Pictures become the mode of the VAE's posterior, times its scaling factor.
+    Raises AdapterError, naming the file, for other models and for folders that are damaged or incomplete.
+    """
+    folder = Path(folder)
+    _check_index(folder)
+    schedule, betas = _schedule(folder / "scheduler" / "scheduler_config.json")
+    tokenizer = _tokenizer(folder / "tokenizer")
+    unet = _network(folder / "unet", "diffusion_pytorch_model", _build_unet)
+    text_encoder = _network(folder / "text_encoder", "model", _build_text_encoder)
+    vae = _network(folder / "vae", "diffusion_pytorch_model", _build_vae)
+    _check_fit(folder, unet, text_encoder, vae, tokenizer)
+    downscale = 2 ** (len(vae.config.block_out_channels) - 1)
+    multiple = downscale * 2 ** (len(unet.config.block_out_channels) - 1)
+    length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    width = unet.config.cross_attention_dim
+    return BaseModel(
+        architecture=ARCHITECTURES.get(width, f"sd-{width}"),
+        unet=unet,
+        text_encoder=text_encoder,
+        tokenize=lambda prompts, triggers: _tokenize(tokenizer, length, prompts, triggers),
+        encode=lambda pictures: _encode(vae, multiple, pictures),
+        decode=lambda latents: _decode(vae, latents),
+        schedule=schedule,
+        betas=betas,
+        latent_channels=vae.config.latent_channels,
+        downscale=downscale,
+        multiple=multiple,
+        size=_size(folder / "unet" / "config.json", unet.config.sample_size, downscale),
+        hash=weights_hash(unet, text_encoder),
+    )
+
+
+# --- what the networks do -----------------------------------------------------------------------------------
+
+
+def _tokenize(tokenizer, length: int, prompts: Sequence[str], triggers: Mapping[str, Sequence[int]]) -> Tensor:
+    """(B, length) int64: start, words, end, padding."""
+
+    def words(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows = torch.full((len(prompts), length), end if pad is None else pad)
+    for row, prompt in zip(rows, prompts, strict=True):
+        ids = [start, *spelled(prompt, triggers, words)[: length - 2], end]
+        row[: len(ids)] = torch.tensor(ids)
+    return rows
+
+
+@torch.no_grad()
+def _encode(vae: nn.Module, multiple: int, pictures: Tensor) -> Tensor:
+    """(N, 3, H, W) in 0..1 -> (N, C, H/8, W/8), one picture at a time: a VAE needs much memory for each."""
+    height, width = pictures.shape[2:]
+    if height % multiple or width % multiple:
+        raise AdapterError(
+            f"pictures of {width} x {height} pixels do not fit this base; choose multiples of {multiple}"
+        )
+    modes = [vae.encode(picture[None] * 2 - 1).latent_dist.mode() for picture in pictures]
+    return torch.cat(modes) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def _decode(vae: nn.Module, latents: Tensor) -> Tensor:
+    """(N, C, h, w) -> pictures (N, 3, 8h, 8w) in 0..1, one at a time."""
+    decoded = [vae.decode(latent[None] / vae.config.scaling_factor, return_dict=False)[0] for latent in latents]
+    return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
+
+
+# --- reading the folder -------------------------------------------------------------------------------------
+
+
+def _check_index(folder: Path) -> None:
+    """Refuse what is not a Stable Diffusion 1.x or 2.x folder, in words that name what it is."""
+    if folder.is_file():
+        raise AdapterError(
+            f"{folder}: this is a file, and a base is a folder in diffusers' layout; "
+            f"convert a checkpoint with diffusers: {_FROM_FILE}"
+        )
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: there is no such folder; a base is toy, or a folder in diffusers' layout")
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise AdapterError(
+            f"{folder}: there is no model_index.json in it, so it is not a model in diffusers' layout; "
+            "give the folder that holds unet, text_encoder, vae, tokenizer and scheduler"
+        )
+    index = _json(path)
+    found = index.get("_class_name")
+    if found != PIPELINE:
+        raise AdapterError(
+            f"{path}: this is a {ascii(found)[:80]}; only Stable Diffusion 1.x and 2.x ({PIPELINE}) can be the base"
+        )
+    for part, known in PARTS.items():
+        entry = index.get(part)
+        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if name not in known:
+            raise AdapterError(f"{path}: its {part} is {ascii(name)[:80]}; it must be a {known[0]}")
+
+
+def _json(path: Path) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is missing or cannot be read" if isinstance(error, OSError) else "is not UTF-8 text"
+        raise AdapterError(f"{path}: {reason}; the model's folder is incomplete or damaged") from error
+    content = parse_json(text, str(path))
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path}: this is not a JSON object; the file is damaged")
+    return content
+
+
+def _schedule(path: Path) -> tuple[NoiseSchedule, dict]:
+    from diffusers import DPMSolverMultistepScheduler
+
+    config = _json(path)
+    betas = {key: config[key] for key in _BETAS if config.get(key) is not None}
+    if "trained_betas" not in betas and not {"beta_start", "beta_end", "beta_schedule"} <= set(betas):
+        raise AdapterError(
+            f"{path}: {ascii(config.get('_class_name'))[:80]} has no betas; "
+            "we need beta_start, beta_end and beta_schedule, as Stable Diffusion 1.x and 2.x have them"
+        )
+    try:
+        alphas_cumprod = DPMSolverMultistepScheduler(**betas).alphas_cumprod
+        return NoiseSchedule(alphas_cumprod, betas.get("prediction_type", "epsilon")), betas
+    except (AdapterError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise AdapterError(f"{path}: {error}") from error
+
+
+def _tokenizer(folder: Path):
+    from transformers import CLIPTokenizer
+
+    names = ("vocab.json", "merges.txt")
+    missing = [folder / name for name in names if not (folder / name).is_file()]
+    if missing and not (folder / "tokenizer.json").is_file():
+        raise AdapterError(f"{missing[0]}: is missing; the model's folder is incomplete")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the library under it raises plain Exception for a damaged vocabulary
+        raise AdapterError(f"{folder}: the tokenizer cannot be read ({error}); a file in it is damaged") from error
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise AdapterError(f"{folder}: the vocabulary has no start or end token; a file in it is damaged")
+    return tokenizer
+
+
+def _build_unet(config: Mapping) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_config(config)
+
+
+def _build_text_encoder(config: Mapping) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(CLIPTextConfig.from_dict(config))
+
+
+def _build_vae(config: Mapping) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_config(config)
+
+
+def _network(folder: Path, stem: str, build: Callable[[Mapping], nn.Module]) -> nn.Module:
+    """A frozen network whose weights are the very tensors that were read, as float32."""
+    config = _json(folder / "config.json")
+    try:
+        with torch.device("meta"):
+            network = build(config)
+    except Exception as error:  # a wrong entry meets any line of the networks' constructors
+        reason = f"{folder / 'config.json'}: no network can be built from it ({error}); the file is damaged"
+        raise AdapterError(reason) from error
+    files = _weight_files(folder, stem)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            read, _ = read_safetensors(file, (*FLOATS, "I64"))
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {error}") from error
+        while read:
+            name, tensor = read.popitem()
+            tensors[_short(name)] = tensor.float()
+    wanted = {_short(name): name for name in network.state_dict()}
+    state = {wanted[name]: tensor for name, tensor in tensors.items() if name in wanted}
+    odd = [name for name in tensors if name not in wanted and not name.endswith("position_ids")]
+    _check_shapes(files[0], network, state, odd)
+    network.load_state_dict(state, assign=True)
+    _fill_positions(folder, network)
+    return network.requires_grad_(False).eval()
+
+
+def _weight_files(folder: Path, stem: str) -> list[Path]:
+    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+        if (folder / name).is_file():
+            return [folder / name]
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        shards = _json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(n, str) for n in shards.values()):
+            raise AdapterError(f"{index}: the list of weight files is missing or empty; the file is damaged")
+        return [safe_child(folder, name) for name in sorted(set(shards.values()))]
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise AdapterError(
+            f"{pickles[0]}: this is a pickle, which can run programs and is never opened here; {CONVERT}"
+        )
+    raise AdapterError(f"{folder / stem}.safetensors: is missing; the model's folder is incomplete")
+
+
+def _short(name: str) -> str:
+    """One name for what versions of the libraries call differently: the text model's level, the VAE's attention."""
+    name = name.removeprefix("text_model.")
+    if ".attentions." in name:
+        for old, new in _OLD_VAE_NAMES.items():
+            name = name.replace(old, new)
+    return name
+
+
+def _check_shapes(file: Path, network: nn.Module, state: Mapping[str, Tensor], odd: Sequence[str]) -> None:
+    wanted = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    missing = [name for name in wanted if name not in state]
+    if missing or odd:
+        name, fault = (missing[0], "is missing") if missing else (odd[0], "is not part of the network")
+        raise AdapterError(
+            f"{file}: {name} {fault} ({len(missing)} missing, {len(odd)} too many); "
+            "the file is damaged or does not belong to the config.json beside it"
+        )
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != wanted[name]:
+            raise AdapterError(
+                f"{file}: {name} has shape {tuple(tensor.shape)}, config.json asks for {wanted[name]}; "
+                "the two files do not belong together"
+            )
+
+
+def _fill_positions(folder: Path, network: nn.Module) -> None:
+    """Positions 0, 1, 2, ... are a text model's only buffer that no file holds."""
+    for path, buffer in list(network.named_buffers()):
+        if not buffer.is_meta:
+            continue
+        parent, _, name = path.rpartition(".")
+        if name != "position_ids":
+            raise AdapterError(f"{folder / 'config.json'}: {path} has no weights in the file; other model family")
+        network.get_submodule(parent).position_ids = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+
+
+def _check_fit(folder: Path, unet: nn.Module, text_encoder: nn.Module, vae: nn.Module, tokenizer) -> None:
+    """The parts fit each other, and the U-Net wants nothing but latents, timesteps and text."""
+    where = folder / "unet" / "config.json"
+    unmet = [name for name in _UNMET if getattr(unet.config, name, None) is not None]
+    if unmet:
+        raise AdapterError(
+            f"{where}: the U-Net has {unmet[0]}, so it is of another family (SDXL, LCM, upscaler, ...); "
+            "only Stable Diffusion 1.x and 2.x can be the base"
+        )
+    channels, latent_channels = unet.config.in_channels, vae.config.latent_channels
+    if channels != latent_channels or unet.config.out_channels != latent_channels:
+        raise AdapterError(
+            f"{where}: the U-Net takes {channels} channels where the VAE gives {latent_channels}, as models for "
+            "inpainting, depth and upscaling do; only a plain text-to-image model can be the base"
+        )
+    hidden = text_encoder.config.hidden_size
+    if unet.config.cross_attention_dim != hidden:
+        raise AdapterError(
+            f"{where}: the U-Net listens to text {unet.config.cross_attention_dim} wide, the text encoder gives "
+            f"{hidden}; the two do not belong together"
+        )
+    rows = text_encoder.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise AdapterError(
+            f"{folder / 'tokenizer'}: the tokenizer has {len(tokenizer)} tokens, the text encoder {rows}; "
+            "the two do not belong together"
+        )
+
+
+def _size(path: Path, sample_size: object, downscale: int) -> tuple[int, int]:
+    """(height, width) in pixels; sample_size is one number or two, in latents."""
+    sides = list(sample_size) if isinstance(sample_size, (list, tuple)) else [sample_size] * 2
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= 1024 for side in sides):
+        raise AdapterError(f"{path}: sample_size is {ascii(sample_size)[:40]}; it must be a whole number, as 64")
+    return sides[0] * downscale, sides[1] * downscale
