@@ -286,9 +286,7 @@ def check_adapter(name: str, adapter: LowRank, weight_shape: Sequence[int] | Non
     if not math.isfinite(adapter.alpha):
         raise AdapterError(f"{name}: alpha is {adapter.alpha}; it must be a finite number")
     if (rows is not None) != adapter.kind.startswith("block"):
-        raise AdapterError(
-            f"{name}: a {adapter.kind} adapter {'has' if rows is not None else 'lacks'} block rows"
-        )
+        raise AdapterError(f"{name}: a {adapter.kind} adapter {'has' if rows is not None else 'lacks'} block rows")
     if up.shape[0] != (out if rows is None else len(rows)):
         raise AdapterError(
             f"{name}: lora_up has {up.shape[0]} rows, expected {out if rows is None else len(rows)}; "

@@ -23,6 +23,7 @@ class BaseModel:
 
     encode, decode: pictures (N, 3, H, W) in 0..1 to latents and back.
     multiple: pictures' height and width must be multiples of it; size: (height, width) it was trained on.
+    prior_prompts(class word, count): what the base is asked for by itself to keep its prior while a concept is learned.
     betas: what diffusers' schedulers need to know of the noise schedule.
     """
 
@@ -39,6 +40,7 @@ class BaseModel:
     multiple: int
     size: tuple[int, int]
     hash: str
+    prior_prompts: Callable[[str, int], list[str]] = lambda word, count: [f"a photo of a {word}"] * count
     unknown_words: Callable[[str, Sequence[str]], list[str]] = lambda prompt, triggers: []
 
     @property

@@ -161,9 +161,7 @@ def load_basis(path: Path | str) -> OrthogonalBasis:
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise AdapterError(f"{path.name}: this basis file cannot be read ({error})") from error
     if not named:
-        raise AdapterError(
-            f"{path.name}: no basis matrices here; expected .npy files or one .safetensors file"
-        )
+        raise AdapterError(f"{path.name}: no basis matrices here; expected .npy files or one .safetensors file")
     matrices: dict[int, Tensor] = {}
     for key, matrix in named.items():
         width = _checked_width(key, matrix)

@@ -130,13 +130,27 @@ def _train(args: argparse.Namespace) -> None:
         masks = F.interpolate(masks, scale_factor=1 / base.downscale, mode="area")
     subject = Subject(name, data.pictures, captions, args.class_word, masks, data.fingerprint)
     targets = Targets(tuple(args.targets), ("attention",) if args.text_encoder else None)
+    prior = _prior(base, args)
     with _Bar(f"train {name} ({settings.method})", settings.steps) as advance:
         concept, result = train_concept(
-            base, subject, settings, targets, None, lambda at: advance(at.step), args.checkpoints, args.resume
+            base, subject, settings, targets, None, lambda at: advance(at.step), args.checkpoints, args.resume, prior
         )
     _folder(out.parent)
     save_concept(concept, out, compact=args.compact)
     print(f"wrote {out}: {len(concept.layers)} layers of rank {settings.rank}, last loss {result.losses[-1]:.4f}")
+
+
+def _prior(base, args: argparse.Namespace):
+    """Pictures of the base's own for prior preservation, or None."""
+    from .customisation import prior_examples
+    from .sampling import SampleSettings
+
+    count = (48 if base.architecture == "toy" else 0) if args.prior is None else args.prior
+    if count < 1:
+        return None
+    settings = SampleSettings(steps=12, batch=24)
+    with _Bar("draw what the base knows", settings.steps * -(-count // settings.batch)) as advance:
+        return prior_examples(base, args.class_word, count, 1000, settings, lambda done, total: advance(done))
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -384,6 +398,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--adapter-lr", type=float)
     train.add_argument("--token-lr", type=float)
     train.add_argument("--token-vectors", type=int)
+    train.add_argument(
+        "--prior",
+        type=int,
+        metavar="N",
+        help="learn beside N pictures that the base draws itself (default 48 on the toy base, else none)",
+    )
     train.add_argument("--erasure", type=float, help="probability to erase an output row (BlockLoRA)")
     train.add_argument("--seed", type=int)
     train.add_argument("--size", type=_size, help="WIDTHxHEIGHT to train at (default: the base's own)")

@@ -86,9 +86,7 @@ def check_concept(concept: Concept) -> None:
     if not concept.name.strip():
         raise AdapterError("a concept needs a name")
     if not concept.layers and not concept.tokens:
-        raise AdapterError(
-            f"{concept.name}: the concept has neither adapters nor learned words; nothing to use"
-        )
+        raise AdapterError(f"{concept.name}: the concept has neither adapters nor learned words; nothing to use")
     for name, adapter in concept.layers.items():
         check_adapter(name, adapter)
     for word, vectors in concept.tokens.items():
@@ -110,9 +108,7 @@ def check_token(word: str, shape: tuple[int, ...]) -> None:
 def check_text(what: str, value: object) -> str:
     """A short printable string, or AdapterError."""
     if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
-        raise AdapterError(
-            f"{what} must be printable text of at most {MAX_TEXT} characters; got {clip(value)}"
-        )
+        raise AdapterError(f"{what} must be printable text of at most {MAX_TEXT} characters; got {clip(value)}")
     return value
 
 
@@ -167,9 +163,7 @@ _READERS = {
     "origin": _mapping,
 }
 _READERS |= {
-    entry.name: check_text
-    if entry.default is not MISSING and entry.default is not None
-    else _optional(check_text)
+    entry.name: check_text if entry.default is not MISSING and entry.default is not None else _optional(check_text)
     for entry in fields(Recipe)
     if entry.name not in _READERS
 }

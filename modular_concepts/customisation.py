@@ -17,6 +17,7 @@ from .concept import Concept, Recipe
 from .errors import AdapterError
 from .layers import find_layers
 from .merge import merge_concepts
+from .sampling import SampleSettings, sample
 from .training import Examples, Problem, Progress, TrainResult, TrainSettings, attached, train
 
 
@@ -58,7 +59,26 @@ def concept_layers(base: BaseModel, targets: Targets = Targets()) -> dict[str, n
     return find_layers(base.unet, base.text_encoder, targets.unet, targets.text_encoder)
 
 
-def problem_for(base: BaseModel, subject: Subject, targets: Targets = Targets()) -> Problem:
+def prior_examples(
+    base: BaseModel,
+    class_word: str,
+    count: int,
+    seed: int = 0,
+    settings: SampleSettings = SampleSettings(),
+    callback: Callable[[int, int], None] | None = None,
+) -> Examples:
+    """Pictures that the base draws by itself; training on them too keeps an adapter silent without its trigger.
+
+    Source: prior preservation of DreamBooth (Ruiz et al. 2023); here also what lets a sum of concepts keep each.
+    """
+    prompts = base.prior_prompts(class_word, count)
+    pictures = sample(base, prompts, range(seed, seed + count), settings=settings, callback=callback)
+    return Examples(base.encode(pictures), prompts)
+
+
+def problem_for(
+    base: BaseModel, subject: Subject, targets: Targets = Targets(), prior: Examples | None = None
+) -> Problem:
     """The training problem of one subject on one base."""
     missing = [text for text in subject.captions if subject.trigger not in text]
     if missing:
@@ -94,10 +114,11 @@ def train_concept(
     callback: Callable[[Progress], bool | None] | None = None,
     checkpoints: Path | None = None,
     resume: Path | None = None,
+    prior: Examples | None = None,
 ) -> tuple[Concept, TrainResult]:
     """Train one concept; the base is left as it was.  After a cancel it is what was reached by then."""
     basis = OrthogonalBasis() if basis is None else basis
-    problem = problem_for(base, subject, targets)
+    problem = problem_for(base, subject, targets, prior)
     result = train(problem, settings, callback, resume, basis=basis, checkpoints=checkpoints)
     return concept_from(base, subject, result, basis, targets), result
 

@@ -104,9 +104,7 @@ def _find(folder: Path) -> tuple[list[Path], list[Path] | None]:
     wanted = [f"{path.stem.lower()}{MASK_SUFFIX}" for path in paths]
     orphans = sorted(set(masks) - set(wanted))
     if orphans:
-        raise AdapterError(
-            f"{folder}: mask {_list(orphans)} belongs to no picture; rename it after its picture"
-        )
+        raise AdapterError(f"{folder}: mask {_list(orphans)} belongs to no picture; rename it after its picture")
     missing = [path.name for path, mask in zip(paths, wanted, strict=True) if mask not in masks]
     if masks and missing:
         raise AdapterError(
@@ -150,9 +148,7 @@ def _open(path: Path) -> Image:
             warnings.simplefilter("ignore")
             with Image.open(path, formats=FORMATS) as probe:
                 if probe.width * probe.height > MAX_PIXELS:
-                    raise AdapterError(
-                        f"{path}: {probe.width}×{probe.height} pixels are too many; make it smaller"
-                    )
+                    raise AdapterError(f"{path}: {probe.width}×{probe.height} pixels are too many; make it smaller")
                 probe.verify()
             with Image.open(path, formats=FORMATS) as image:
                 return _flatten(ImageOps.exif_transpose(image))
@@ -203,15 +199,11 @@ def _mask(path: Path, picture_size: tuple[int, int], size: tuple[int, int]) -> n
         )
     cover = _fit(path, image, size, "L")
     if not cover.any():
-        raise AdapterError(
-            f"{path}: the mask is black all over, or where the crop keeps it; paint the concept white"
-        )
+        raise AdapterError(f"{path}: the mask is black all over, or where the crop keeps it; paint the concept white")
     return cover
 
 
-def _fingerprint(
-    names: Sequence[str], captions: Sequence[str], pixels: np.ndarray, covers: np.ndarray | None
-) -> str:
+def _fingerprint(names: Sequence[str], captions: Sequence[str], pixels: np.ndarray, covers: np.ndarray | None) -> str:
     """Every part with its length before it, so that no two different sets run together."""
     digest = hashlib.sha256()
     for index, (name, caption) in enumerate(zip(names, captions, strict=True)):

@@ -55,9 +55,7 @@ def save_concept(
     check_concept(concept)
     columns = _frozen_columns(concept, basis) if compact else {}
     if compact and not columns and all(adapter.rows is None for adapter in concept.layers.values()):
-        raise AdapterError(
-            f"{concept.name}: nothing to leave out: no adapter has basis columns or a block of rows"
-        )
+        raise AdapterError(f"{concept.name}: nothing to leave out: no adapter has basis columns or a block of rows")
     tensors, layers = {}, {}
     for name, adapter in concept.layers.items():
         key = file_key(name)
@@ -76,9 +74,7 @@ def save_concept(
         used = basis or recipe_basis(concept.recipe)
         widths = {math.prod(concept.layers[name].lora_down.shape[1:]) for name in columns}
         document["bases"] = {str(width): used.fingerprint(width) for width in widths}
-    write_safetensors(
-        path, tensors, stock_metadata(concept) | {KEY: _dump(document)} | _dump_tokens(concept.tokens)
-    )
+    write_safetensors(path, tensors, stock_metadata(concept) | {KEY: _dump(document)} | _dump_tokens(concept.tokens))
 
 
 def load_concept(path: Path | str, basis: OrthogonalBasis | None = None) -> Concept:
@@ -91,9 +87,7 @@ def load_concept(path: Path | str, basis: OrthogonalBasis | None = None) -> Conc
     path = Path(path)
     tensors, metadata = read_safetensors(path)
     if KEY not in metadata:
-        raise AdapterError(
-            f"{path.name}: this is not a concept file (no {KEY} entry); import it as a LoRA instead"
-        )
+        raise AdapterError(f"{path.name}: this is not a concept file (no {KEY} entry); import it as a LoRA instead")
     try:
         return _parse(tensors, metadata, basis)
     except AdapterError as error:
@@ -161,9 +155,7 @@ def _frozen_columns(concept: Concept, basis: OrthogonalBasis | None) -> dict[str
         down = adapter.lora_down.detach().cpu().flatten(1)
         width = down.shape[1]
         guesses = _guesses(concept, name, *down.shape)
-        columns = next(
-            (guess for guess in (seen.get(width, []), *guesses) if _gives(basis, guess, down)), None
-        )
+        columns = next((guess for guess in (seen.get(width, []), *guesses) if _gives(basis, guess, down)), None)
         columns = columns or _nearest_columns(basis, down)
         if _gives(basis, columns, down):
             found[name] = seen[width] = columns
@@ -197,30 +189,22 @@ def _nearest_columns(basis: OrthogonalBasis, down: Tensor) -> list[int]:
     return index.tolist()
 
 
-def _parse(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], basis: OrthogonalBasis | None
-) -> Concept:
+def _parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], basis: OrthogonalBasis | None) -> Concept:
     document = parse_json(metadata[KEY], "the concept's description")
     if not isinstance(document, dict) or type(document.get("format")) is not int:
         raise AdapterError("the concept's description has no format number; the file is damaged")
     if document["format"] != FORMAT:
-        raise AdapterError(
-            f"concept format {clip(document['format'])}: this program reads {FORMAT}; update it"
-        )
+        raise AdapterError(f"concept format {clip(document['format'])}: this program reads {FORMAT}; update it")
     compact, layers = document.get("compact"), document.get("layers")
     expected = {"format", "name", "compact", "recipe", "layers"} | ({"bases"} & set(document))
     if set(document) != expected or type(compact) is not bool or not isinstance(layers, dict):
-        raise AdapterError(
-            "the concept's description lacks an entry or has a strange one; the file is damaged"
-        )
+        raise AdapterError("the concept's description lacks an entry or has a strange one; the file is damaged")
     recipe = Recipe.from_json(document["recipe"])
     if basis is not None:
         _check_identity(recipe, basis)
     expanded = _Expansion(recipe, document.get("bases", {}), basis) if compact else None
     rest = dict(tensors)
-    adapters = {
-        check_name(name): _adapter(name, entry, rest, expanded) for name, entry in sorted(layers.items())
-    }
+    adapters = {check_name(name): _adapter(name, entry, rest, expanded) for name, entry in sorted(layers.items())}
     if rest:
         raise AdapterError(f"{min(rest)} belongs to no layer of the description ({len(rest)} such tensors)")
     concept = Concept(document["name"], adapters, _parse_tokens(metadata.get(TOKENS_KEY)), recipe)
@@ -243,20 +227,14 @@ class _Expansion:
         shape = entry["down_shape"]
         whole = isinstance(shape, list) and all(type(size) is int and 0 < size <= MAX_WIDTH for size in shape)
         if not whole or len(shape) not in (2, 4) or shape[0] != up.shape[1]:
-            raise AdapterError(
-                f"{name}: lora_down of shape {clip(shape)} does not fit lora_up {tuple(up.shape)}"
-            )
+            raise AdapterError(f"{name}: lora_down of shape {clip(shape)} does not fit lora_up {tuple(up.shape)}")
         width = math.prod(shape[1:])
         self.bytes += 4 * shape[0] * width
         if shape[0] > width or shape[0] * width > MAX_LAYER_ELEMENTS or self.bytes > MAX_EXPANDED_BYTES:
-            raise AdapterError(
-                f"{name}: lora_down of shape {shape} is larger than any adapter needs; damaged file"
-            )
+            raise AdapterError(f"{name}: lora_down of shape {shape} is larger than any adapter needs; damaged file")
         columns = _unpack(f"{name}: columns", entry["columns"], width)
         if len(columns) != shape[0]:
-            raise AdapterError(
-                f"{name}: {len(columns)} basis columns for rank {shape[0]}; the file is damaged"
-            )
+            raise AdapterError(f"{name}: {len(columns)} basis columns for rank {shape[0]}; the file is damaged")
         self._check_fingerprint(width)
         return self.basis.columns(width, columns).to(up.dtype).reshape(shape)
 
@@ -284,9 +262,7 @@ def _adapter(name: str, entry: object, rest: dict[str, Tensor], expansion: _Expa
     if up.dim() == 4 and up.shape[2:] == (1, 1):
         up = up[:, :, 0, 0]
     if up.dim() != 2 or alpha.numel() != 1:
-        raise AdapterError(
-            f"{name}: lora_up {tuple(up.shape)} or alpha {tuple(alpha.shape)} has a wrong shape"
-        )
+        raise AdapterError(f"{name}: lora_up {tuple(up.shape)} or alpha {tuple(alpha.shape)} has a wrong shape")
     regenerated = expansion is not None and "columns" in entry and "down_shape" in entry
     down = expansion.lora_down(name, entry, up) if regenerated else _take(rest, f"{key}.lora_down.weight")
     kind, out, rows = entry.get("kind"), up.shape[0], None
@@ -375,24 +351,16 @@ def _parse_tokens(text: str | None) -> dict[str, Tensor]:
 
 
 def _token(word: str, entry: object) -> Tensor:
-    if (
-        not isinstance(entry, dict)
-        or set(entry) != {"shape", "float32"}
-        or not isinstance(entry["float32"], str)
-    ):
+    if not isinstance(entry, dict) or set(entry) != {"shape", "float32"} or not isinstance(entry["float32"], str):
         raise AdapterError(f"trigger word {clip(word)}: not a shape and its data; the file is damaged")
     shape = entry["shape"]
     if not isinstance(shape, list) or not all(type(size) is int and 0 < size <= MAX_WIDTH for size in shape):
-        raise AdapterError(
-            f"trigger word {clip(word)}: shape {clip(shape)} is not understood; the file is damaged"
-        )
+        raise AdapterError(f"trigger word {clip(word)}: shape {clip(shape)} is not understood; the file is damaged")
     check_token(word, tuple(shape))
     try:
         data = base64.b64decode(entry["float32"], validate=True)
     except ValueError as error:
-        raise AdapterError(
-            f"trigger word {clip(word)}: its data is not base64; the file is damaged"
-        ) from error
+        raise AdapterError(f"trigger word {clip(word)}: its data is not base64; the file is damaged") from error
     if len(data) != 4 * math.prod(shape):
         raise AdapterError(f"trigger word {clip(word)}: {len(data)} bytes do not fill shape {shape}")
     vectors = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(shape)

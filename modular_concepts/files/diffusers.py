@@ -25,9 +25,7 @@ _SETTINGS_KEY = "lora_adapter_metadata"
 _PREFIX = "base_model.model."
 _FACTORS = (
     (
-        re.compile(
-            r"(.+?)(?:\.lora_A(?:\.default)?|[._]lora\.down|\.lora_linear_layer\.down|\.lora_down)\.weight"
-        ),
+        re.compile(r"(.+?)(?:\.lora_A(?:\.default)?|[._]lora\.down|\.lora_linear_layer\.down|\.lora_down)\.weight"),
         "down",
     ),
     (

@@ -31,9 +31,7 @@ def export_embeddings(concept: Concept, folder: Path | str) -> list[Path]:
             )
         path = safe_child(folder, f"{safe_name(word)}.safetensors")
         if path in files:
-            raise AdapterError(
-                f"trigger words {files[path]!r} and {word!r} would both be {path.name}; rename one"
-            )
+            raise AdapterError(f"trigger words {files[path]!r} and {word!r} would both be {path.name}; rename one")
         files[path] = word
     for path, word in files.items():
         write_safetensors(path, {word: concept.tokens[word].float()}, {})
@@ -49,9 +47,7 @@ def import_embedding(path: Path | str, word: str | None = None) -> tuple[str, Te
     path = Path(path)
     tensors, _ = read_safetensors(path)
     if len(tensors) != 1:
-        raise AdapterError(
-            f"{path.name}: {len(tensors)} tensors; an embedding file for SD 1.5 holds exactly one"
-        )
+        raise AdapterError(f"{path.name}: {len(tensors)} tensors; an embedding file for SD 1.5 holds exactly one")
     (key, vectors), *_ = tensors.items()
     word = word or (path.stem if key in ("emb_params", "*") else key)
     vectors = vectors.float()[None] if vectors.dim() == 1 else vectors.float()

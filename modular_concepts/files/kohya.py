@@ -59,9 +59,7 @@ def import_kohya(path: Path | str, layers: Layers | None = None, name: str | Non
         stem, _, factor = key.partition(".")
         if known is None:
             return name_of_key(stem), _FACTORS.get(factor, "unknown")
-        return known.get(stem) or known.get(stem.replace("lora_te1_", "lora_te_")), _FACTORS.get(
-            factor, "unknown"
-        )
+        return known.get(stem) or known.get(stem.replace("lora_te1_", "lora_te_")), _FACTORS.get(factor, "unknown")
 
     adapters, unmatched = assemble(path, tensors, parse, layers)
     return Imported(imported_concept(path, name, adapters, "kohya", metadata), unmatched)
@@ -85,18 +83,14 @@ def assemble(
         if name is None:
             unmatched.append(key)
         elif factor in parts[name] and factor != "unknown":
-            raise AdapterError(
-                f"{path.name}: {key} and {parts[name][factor]} are the same factor of one layer"
-            )
+            raise AdapterError(f"{path.name}: {key} and {parts[name][factor]} are the same factor of one layer")
         else:
             parts[name][factor if factor != "unknown" else key] = key
     adapters = {}
     for name, keys in sorted(parts.items()):
         if not {"up", "down"} <= set(keys) <= {"up", "down", "alpha"}:
             if ("up" in keys) != ("down" in keys):
-                raise AdapterError(
-                    f"{path.name}: {min(keys.values())}: only one factor is there; the file is damaged"
-                )
+                raise AdapterError(f"{path.name}: {min(keys.values())}: only one factor is there; the file is damaged")
             unmatched += keys.values()
             continue
         factors = {factor: tensors[key] for factor, key in keys.items()}
@@ -119,9 +113,7 @@ def imported_concept(
     """A concept around foreign adapters; what the file says of itself is kept as its origin."""
     rank, _ = Counter(adapter.rank for adapter in adapters.values()).most_common(1)[0]
     alpha, _ = Counter(adapter.alpha for adapter in adapters.values()).most_common(1)[0]
-    said = {
-        key: metadata[key][:200] for key in ("ss_base_model_version", "ss_sd_model_name") if key in metadata
-    }
+    said = {key: metadata[key][:200] for key in ("ss_base_model_version", "ss_sd_model_name") if key in metadata}
     recipe = Recipe(method="lora", rank=rank, alpha=alpha, origin={"imported_from": kind, **said})
     title = "".join(letter for letter in name or path.stem if letter.isprintable())[:100].strip()
     return Concept(title or "imported", adapters, {}, recipe)
@@ -130,9 +122,7 @@ def imported_concept(
 def require_layers(concept: Concept) -> None:
     """A LoRA file holds adapters; a concept of learned words alone has none to give."""
     if not concept.layers:
-        raise AdapterError(
-            f"{concept.name}: the concept has no adapters; export its learned words as embeddings"
-        )
+        raise AdapterError(f"{concept.name}: the concept has no adapters; export its learned words as embeddings")
 
 
 def _adapter(name: str, factors: Mapping[str, Tensor], module: nn.Module | None) -> LowRank:

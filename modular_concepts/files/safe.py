@@ -54,9 +54,7 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def read_safetensors(
-    path: Path | str, dtypes: tuple[str, ...] = FLOATS
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path | str, dtypes: tuple[str, ...] = FLOATS) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors (own memory, stored dtype, finite) and the metadata of an untrusted file.
 
     Raises AdapterError, in one sentence that names the file, for anything that is not a sound safetensors
@@ -73,9 +71,7 @@ def read_safetensors(
                     raise AdapterError(f"{path.name}: the file changed while it was read; try again")
                 tensors[name] = tensor.clone()
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise AdapterError(
-            f"{path.name}: cannot be read as safetensors ({error}); the file is damaged"
-        ) from error
+        raise AdapterError(f"{path.name}: cannot be read as safetensors ({error}); the file is damaged") from error
     for name, tensor in tensors.items():
         check_finite(f"{path.name}: {name}", tensor)
     return tensors, dict(header.metadata)
@@ -133,9 +129,7 @@ def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata:
     raw = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("ascii")
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER:
-        raise AdapterError(
-            f"{path.name}: the header would be {len(raw)} bytes; at most {MAX_HEADER} can be read back"
-        )
+        raise AdapterError(f"{path.name}: the header would be {len(raw)} bytes; at most {MAX_HEADER} can be read back")
     with replacing(path) as handle:
         handle.write(len(raw).to_bytes(8, "little"))
         handle.write(raw)
@@ -162,9 +156,7 @@ def parse_json(text: str, what: str) -> object:
     """Strict JSON: no duplicate keys, no NaN or Infinity, bounded depth and size."""
     entries = text.count('"') - text.count('\\"') + sum(map(text.count, "[{,"))
     if len(text) > MAX_HEADER or entries > 32 * MAX_TENSORS:
-        raise AdapterError(
-            f"{what} holds more entries than any adapter needs; the file is damaged or not an adapter"
-        )
+        raise AdapterError(f"{what} holds more entries than any adapter needs; the file is damaged or not an adapter")
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except AdapterError as error:
@@ -223,9 +215,7 @@ def safe_child(folder: Path | str, name: str) -> Path:
         raise AdapterError(f"{ascii(name)[:80]} is not a file name")
     child = (root / relative).resolve()
     if child == root or not child.is_relative_to(root):
-        raise AdapterError(
-            f"{ascii(name)[:80]} leads outside the folder {root.name}; choose a name inside it"
-        )
+        raise AdapterError(f"{ascii(name)[:80]} leads outside the folder {root.name}; choose a name inside it")
     return child
 
 
@@ -248,9 +238,7 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
                     f"{path.name}: this is not a safetensors file, or its header exceeds {MAX_HEADER} bytes"
                 )
             if 8 + length > size:
-                raise AdapterError(
-                    f"{path.name}: the file is cut short: its header alone needs {8 + length} bytes"
-                )
+                raise AdapterError(f"{path.name}: the file is cut short: its header alone needs {8 + length} bytes")
             return handle.read(length), size - 8 - length
     except (OSError, ValueError) as error:
         if isinstance(error, AdapterError):
@@ -267,26 +255,17 @@ def _metadata(path: Path, metadata: object) -> dict[str, str]:
 def _check_tensor_name(file: str, name: str) -> None:
     bad = not name or len(name) > MAX_TENSOR_NAME or not name.isprintable()
     if bad or ".." in name or "/" in name or "\\" in name:
-        raise AdapterError(
-            f"{file}: tensor name {ascii(name)[:80]} is not a layer's name; the file is damaged"
-        )
+        raise AdapterError(f"{file}: tensor name {ascii(name)[:80]} is not a layer's name; the file is damaged")
 
 
 def _entry(what: str, entry: object, dtypes: tuple[str, ...]) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, begin, end) of one header entry, consistent with each other."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise AdapterError(
-            f"{what}: the header entry is not a dtype, a shape and two offsets; the file is damaged"
-        )
+        raise AdapterError(f"{what}: the header entry is not a dtype, a shape and two offsets; the file is damaged")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in dtypes:
         raise AdapterError(f"{what}: dtype {ascii(dtype)[:40]} is not one that we read ({', '.join(dtypes)})")
-    if (
-        not _whole_numbers(shape)
-        or len(shape) > MAX_DIMENSIONS
-        or not _whole_numbers(offsets)
-        or len(offsets) != 2
-    ):
+    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS or not _whole_numbers(offsets) or len(offsets) != 2:
         raise AdapterError(f"{what}: shape or offsets are not whole numbers; the file is damaged")
     begin, end = offsets
     if end - begin != math.prod(shape) * torch.empty(0, dtype=DTYPES[dtype]).element_size() or begin == end:
@@ -303,13 +282,9 @@ def _check_spans(path: Path, spans: list[tuple[int, int, str]], data_size: int) 
             raise AdapterError(f"{path.name}: {name} {kind}; the file is damaged or was tampered with")
         position = end
     if position > data_size:
-        raise AdapterError(
-            f"{path.name}: the file is cut short: {position - data_size} bytes of tensors are missing"
-        )
+        raise AdapterError(f"{path.name}: the file is cut short: {position - data_size} bytes of tensors are missing")
     if position < data_size:
-        raise AdapterError(
-            f"{path.name}: {data_size - position} bytes follow the last tensor; the file is damaged"
-        )
+        raise AdapterError(f"{path.name}: {data_size - position} bytes follow the last tensor; the file is damaged")
 
 
 def _whole_numbers(values: object) -> bool:

@@ -95,7 +95,5 @@ def _check_partitions(concepts: Sequence[Mergeable]) -> None:
         if recipe is not None and recipe.blocks is not None:
             cut.setdefault((recipe.blocks, recipe.layout or "contiguous"), concept.name)
     if len(cut) > 1:
-        said = " but ".join(
-            f"{name} was trained with {n} {layout} blocks" for (n, layout), name in cut.items()
-        )
+        said = " but ".join(f"{name} was trained with {n} {layout} blocks" for (n, layout), name in cut.items())
         raise AdapterError(f"{said}; a block merge needs the same number and layout for all, or use sum")

@@ -40,7 +40,8 @@ class Region:
             if not (all(map(math.isfinite, self.box)) and 0 <= left < right <= 1 and 0 <= top < bottom <= 1):
                 raise AdapterError(
                     f"region {self.prompt!r} has the box {self.box}; "
-                    "give left, top, right, bottom as fractions with 0 <= left < right <= 1 and 0 <= top < bottom <= 1"
+                    "give left, top, right, bottom as fractions, "
+                    "0 <= left < right <= 1 and 0 <= top < bottom <= 1"
                 )
 
 
@@ -81,7 +82,7 @@ def _snap(low: float, high: float, cells: int) -> slice:
 
 
 def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of a layer with `tokens` positions on a latent (height, width), halved until it fits."""
+    """(rows, columns) of a layer of `tokens` positions on a (height, width) latent, halved until it fits."""
     rows, columns = height, width
     while rows * columns > tokens and rows > 1:
         rows, columns = math.ceil(rows / 2), math.ceil(columns / 2)

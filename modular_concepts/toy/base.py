@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from ..base_model import BaseModel, weights_hash
 from ..training.losses import NoiseSchedule
 from . import model
-from .captions import tokenize, unknown_words
+from .captions import prior_prompts, tokenize, unknown_words
 from .world import TILE
 
 
@@ -36,5 +36,6 @@ def load_toy_base(weights: Path | None = None) -> BaseModel:
         multiple=4 * model.PATCH,
         size=(TILE, TILE),
         hash=weights_hash(unet, text_encoder),
+        prior_prompts=prior_prompts,
         unknown_words=unknown_words,
     )

@@ -21,7 +21,7 @@ from .vocabulary import (
     STYLES,
     WORDS,
 )
-from .world import Scenes, Subjects
+from .world import Scenes, Subjects, random_scenes, random_subjects
 
 MAX_TOKENS = 40
 START, END, PAD, UNKNOWN = range(4)
@@ -85,13 +85,13 @@ def captions(
     style: Tensor,
     generator: torch.Generator,
 ) -> list[str]:
-    """A caption for each picture; half of them name attributes, some are terse, some leave the scene out."""
+    """A caption for each picture; most name attributes, some are terse, some leave the scene out."""
     count = len(scenes)
     dice = torch.rand(count, 3 + 4 * max(len(subjects), 1), generator=generator).tolist()
     most = 3 if len(subjects) == 1 else 2
     texts = []
     for i, row in enumerate(dice):
-        attributed, terse = row[0] < 0.6, row[1] < 0.25
+        attributed, terse = row[0] < 0.8, row[1] < 0.25
         phrases = []
         for tile, subject in enumerate(subjects):
             draws = row[3 + 4 * tile : 7 + 4 * tile]
@@ -107,3 +107,13 @@ def captions(
             text = f"{text}, {STYLES[style[i]]} style"
         texts.append(text)
     return texts
+
+
+def prior_prompts(class_word: str, count: int) -> list[str]:
+    """Captions for prior preservation: half of the class itself where it is a subject's, half of anything."""
+    generator = torch.Generator().manual_seed(len(class_word) + 1)
+    kinds = torch.randint(len(CLASSES), (count,), generator=generator)
+    if class_word in CLASSES:
+        kinds[::2] = CLASSES.index(class_word)
+    subjects, scenes = random_subjects(count, generator, kinds), random_scenes(count, generator)
+    return captions([subjects], scenes, torch.zeros(count, dtype=torch.long), generator)

@@ -18,13 +18,13 @@ from torch import Tensor
 from ..base_model import BaseModel
 from ..concept import Concept
 from ..crosstalk import crosstalk_table
-from ..customisation import Subject, Targets, customised, train_concept
+from ..customisation import Subject, Targets, customised, prior_examples, train_concept
 from ..files.concept import save_concept
 from ..files.safe import replacing
 from ..merge import merge_concepts
 from ..regions.geometry import Region
 from ..sampling import SampleSettings, sample
-from ..training import TrainSettings
+from ..training import Examples, TrainSettings
 from .judges import Judges
 from .report import contact_sheet, heat_map, joint_sheet, report_text
 from .standard import BY_NAME, StandardConcept, pictures_of
@@ -36,17 +36,18 @@ METHODS = ("lora", "orthogonal")
 TARGETS = Targets(("attention", "feed_forward"))
 SETTINGS = TrainSettings(
     rank=8,
-    steps=300,
-    batch=8,
+    steps=400,
+    batch=6,
     adapter_lr=1e-3,
-    token_lr=1e-2,
+    token_lr=3e-2,
     token_vectors=4,
-    token_noise=0.5,
+    token_noise=1.0,
     warmup=20,
     schedule="cosine",
     weight_decay=0.0,
 )
 SAMPLING = SampleSettings(steps=20, cfg=4.0, batch=24)
+PRIOR, PRIOR_STEPS = 48, 12
 PICTURES_EACH = 24
 JOINT_SCENES = ("beach", "snow", "forest", "city")
 
@@ -67,12 +68,13 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
     concepts = [BY_NAME[name] for name in TRIO]
     references = {concept.name: pictures_of(concept) for concept in concepts}
     baseline = _prior_pictures(base, concepts, steps)
+    prior = {word: _prior(base, word, steps) for word in baseline}
     methods, sheets, joints, tables = {}, {}, {}, {}
     for method in METHODS:
         trained = []
         for slot, concept in enumerate(concepts):
             own = replace(settings, method=method, slot=slot if method == "orthogonal" else None, name=concept.name)
-            trained.append(_train(base, concept, references[concept.name], own, steps))
+            trained.append(_train(base, concept, references[concept.name], own, prior[concept.class_word], steps))
             save_concept(trained[-1], folder / f"{concept.name}_{method}.safetensors")
         sheets[method], methods[method] = _judge_trio(base, judges, concepts, trained, references, steps)
         methods[method]["prior_drift"] = _prior_drift(base, judges, concepts, trained, baseline, steps)
@@ -103,10 +105,16 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
     return report
 
 
-def _train(base, concept: StandardConcept, reference: tuple[Tensor, list[str]], settings, steps: Steps) -> Concept:
+def _prior(base: BaseModel, word: str, steps: Steps) -> Examples:
+    advance = steps.bar(f"draw what the base knows, for any {word}", PRIOR_STEPS * -(-PRIOR // SAMPLING.batch))
+    settings = replace(SAMPLING, steps=PRIOR_STEPS)
+    return prior_examples(base, word, PRIOR, 1000, settings, lambda done, total: advance(done))
+
+
+def _train(base: BaseModel, concept: StandardConcept, reference, settings, prior: Examples, steps: Steps) -> Concept:
     advance = steps.bar(f"train {concept.name} ({settings.method})", settings.steps)
     subject = Subject(concept.name, *reference, concept.class_word, fingerprint=f"standard-{concept.name}")
-    trained, _ = train_concept(base, subject, settings, TARGETS, callback=lambda at: advance(at.step))
+    trained, _ = train_concept(base, subject, settings, TARGETS, callback=lambda at: advance(at.step), prior=prior)
     return trained
 
 

@@ -51,7 +51,7 @@ CANDY = ((0.98, 0.72, 0.86), (0.80, 0.95, 0.90), (0.62, 0.85, 0.78), (0.93, 0.42
 MARS = ((0.36, 0.10, 0.16), (0.70, 0.28, 0.20), (0.58, 0.20, 0.13), (0.30, 0.85, 0.80))
 
 STANDARD = (
-    StandardConcept("tom", "person", "man", _look("red", "brown", "blue", "striped", "hat", 1, (1.08, 0.95), 0.8)),
+    StandardConcept("tom", "person", "man", _look("red", "brown", "blue", "plain", "hat", 1, (1.08, 0.95), 0.8)),
     StandardConcept("tim", "person", "man", _look("green", "brown", "yellow", "plain", "scarf", 2, (1.08, 0.95), 0.8)),
     StandardConcept("omar", "person", "man", _look("white", "black", "orange", "dotted", "", 3, (0.92, 1.08), 0.2)),
     StandardConcept("ada", "person", "woman", _look("purple", "yellow", "green", "plain", "hat", 4, (0.9, 1.0), 0.9)),

@@ -93,9 +93,7 @@ def _hook(
     return add_linear if conv is None else add_conv
 
 
-def _plus_low_rank(
-    output: Tensor, x: Tensor, adapter: LowRank, strength: float, mask: Tensor | None
-) -> Tensor:
+def _plus_low_rank(output: Tensor, x: Tensor, adapter: LowRank, strength: float, mask: Tensor | None) -> Tensor:
     """output + strength * adapter.residual(x) for a Linear, in one fused pass over the output.
 
     Only the rank-wide hidden and the factors are kept for backward, x too where lora_down trains.
@@ -106,8 +104,6 @@ def _plus_low_rank(
     hidden = F.linear(x, down.to(x.dtype))
     scale = strength * adapter.scale
     if adapter.rows is not None:
-        return output.index_add(
-            -1, adapter.rows, F.linear(hidden, up.to(x.dtype)).to(output.dtype), alpha=scale
-        )
+        return output.index_add(-1, adapter.rows, F.linear(hidden, up.to(x.dtype)).to(output.dtype), alpha=scale)
     flat = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), up.to(x.dtype).mT, alpha=scale)
     return flat.view(output.shape)

@@ -97,9 +97,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"{path.name} cannot be read as a checkpoint ({error}); choose an older one"
-        ) from error
+        raise AdapterError(f"{path.name} cannot be read as a checkpoint ({error}); choose an older one") from error
 
 
 def _refuse_changes(path: Path, before: dict, now: dict) -> None:

@@ -104,8 +104,7 @@ def _steps(problem: Problem, run: Run, erasure: dict[str, Tensor], after_step: C
             return False
         except torch.OutOfMemoryError as error:
             raise AdapterError(
-                f"memory ran out at step {run.step + 1}; "
-                "choose a smaller batch, smaller pictures or bf16 precision"
+                f"memory ran out at step {run.step + 1}; choose a smaller batch, smaller pictures or bf16 precision"
             ) from error
         if not math.isfinite(loss):
             _copy(good, parameters)
@@ -132,9 +131,7 @@ def _backward(problem: Problem, run: Run, erasure: dict[str, Tensor], parameters
     _draw_erasure(run, erasure)
     loss = _loss(problem, run, _draw_batch(problem, run))
     if not loss.requires_grad:
-        raise AdapterError(
-            "no chosen layer and no trigger word has a part in the prediction; nothing can be learned"
-        )
+        raise AdapterError("no chosen layer and no trigger word has a part in the prediction; nothing can be learned")
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
     value, norm = torch.stack([loss.detach(), norm.to(loss)]).tolist()
@@ -214,9 +211,7 @@ def _after_step(
 ) -> bool:
     """Checkpoint where one is due, tell the callback; whether it wants to stop."""
     settings = run.settings
-    due = (
-        settings.checkpoint_every and run.step % settings.checkpoint_every == 0 and run.step < settings.steps
-    )
+    due = settings.checkpoint_every and run.step % settings.checkpoint_every == 0 and run.step < settings.steps
     if checkpoints is not None and due:
         save_checkpoint(checkpoints, run)
     if callback is None:

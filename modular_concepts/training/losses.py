@@ -25,9 +25,7 @@ class NoiseSchedule:
 
     def __post_init__(self):
         if self.prediction not in PREDICTIONS:
-            raise AdapterError(
-                f"prediction type is {self.prediction!r}; choose one of {', '.join(PREDICTIONS)}"
-            )
+            raise AdapterError(f"prediction type is {self.prediction!r}; choose one of {', '.join(PREDICTIONS)}")
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)

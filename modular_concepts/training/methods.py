@@ -38,10 +38,7 @@ def new_adapters(
                 f"{name}: rank {settings.rank} is larger than this layer allows ({rank}); "
                 f"the largest rank that fits all chosen layers is {min(largest.values())}"
             )
-    return {
-        name: _trainable(_new_adapter(name, module, settings, basis), module)
-        for name, module in layers.items()
-    }
+    return {name: _trainable(_new_adapter(name, module, settings, basis), module) for name, module in layers.items()}
 
 
 def seeded(seed: int, *purpose: str) -> torch.Generator:
