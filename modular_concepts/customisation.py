@@ -64,7 +64,7 @@ def prior_examples(
     class_word: str,
     count: int,
     seed: int = 0,
-    settings: SampleSettings = SampleSettings(),
+    settings: SampleSettings | None = None,
     callback: Callable[[int, int], None] | None = None,
 ) -> Examples:
     """Pictures that the base draws by itself; training on them too keeps an adapter silent without its trigger.
@@ -72,7 +72,7 @@ def prior_examples(
     Source: prior preservation of DreamBooth (Ruiz et al. 2023); here also what lets a sum of concepts keep each.
     """
     prompts = base.prior_prompts(class_word, count)
-    pictures = sample(base, prompts, range(seed, seed + count), settings=settings, callback=callback)
+    pictures = sample(base, prompts, range(seed, seed + count), None, settings or SampleSettings(), callback=callback)
     return Examples(base.encode(pictures), prompts)
 
 
