@@ -47,7 +47,7 @@ SETTINGS = TrainSettings(
     weight_decay=0.0,
 )
 SAMPLING = SampleSettings(steps=20, cfg=4.0, batch=24)
-PRIOR, PRIOR_STEPS = 48, 12
+PRIOR, PRIOR_STEPS = 64, 12
 PICTURES_EACH = 24
 JOINT_SCENES = ("beach", "snow", "forest", "city")
 
