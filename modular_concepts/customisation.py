@@ -101,6 +101,7 @@ def problem_for(
         examples=Examples(base.encode(subject.pictures), list(subject.captions), subject.masks, subject.fingerprint),
         modules=(base.unet, base.text_encoder),
         triggers={subject.trigger: start},
+        prior=prior,
         base_hash=base.hash,
     )
 
