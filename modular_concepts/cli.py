@@ -83,7 +83,7 @@ def _pictures(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from .customisation import Subject, Targets, train_concept, trigger_of
+    from .customisation import Subject, Targets, check_training, train_concept, trigger_of
     from .dataset import load_folder
     from .files.concept import save_concept
     from .toy.demo import SETTINGS as TOY
@@ -130,7 +130,8 @@ def _train(args: argparse.Namespace) -> None:
         masks = F.interpolate(masks, scale_factor=1 / base.downscale, mode="area")
     subject = Subject(name, data.pictures, captions, args.class_word, masks, data.fingerprint)
     targets = Targets(tuple(args.targets), ("attention",) if args.text_encoder else None)
-    prior = _prior(base, args)
+    check_training(base, subject, settings, targets)
+    prior = _prior(base, args, height, width)
     with _Bar(f"train {name} ({settings.method})", settings.steps) as advance:
         concept, result = train_concept(
             base, subject, settings, targets, None, lambda at: advance(at.step), args.checkpoints, args.resume, prior
@@ -140,15 +141,15 @@ def _train(args: argparse.Namespace) -> None:
     print(f"wrote {out}: {len(concept.layers)} layers of rank {settings.rank}, last loss {result.losses[-1]:.4f}")
 
 
-def _prior(base, args: argparse.Namespace):
-    """Pictures of the base's own for prior preservation, or None."""
+def _prior(base, args: argparse.Namespace, height: int, width: int):
+    """Pictures of the base's own for prior preservation, in the training's size, or None."""
     from .customisation import prior_examples
     from .sampling import SampleSettings
 
     count = (48 if base.architecture == "toy" else 0) if args.prior is None else args.prior
     if count < 1:
         return None
-    settings = SampleSettings(steps=12, batch=24)
+    settings = SampleSettings(steps=12, height=height, width=width, batch=24)
     with _Bar("draw what the base knows", settings.steps * -(-count // settings.batch)) as advance:
         return prior_examples(base, args.class_word, count, 1000, settings, lambda done, total: advance(done))
 

@@ -19,6 +19,7 @@ from .layers import find_layers
 from .merge import merge_concepts
 from .sampling import SampleSettings, sample
 from .training import Examples, Problem, Progress, TrainResult, TrainSettings, attached, train
+from .training.methods import new_adapters
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,28 @@ def problem_for(
     base: BaseModel, subject: Subject, targets: Targets = Targets(), prior: Examples | None = None
 ) -> Problem:
     """The training problem of one subject on one base."""
+    start = _start_rows(base, subject)
+    return Problem(
+        predict=base.predict,
+        encode=lambda captions, tokens: base.context(captions, tokens),
+        schedule=base.schedule,
+        layers=concept_layers(base, targets),
+        examples=Examples(base.encode(subject.pictures), list(subject.captions), subject.masks, subject.fingerprint),
+        modules=(base.unet, base.text_encoder),
+        triggers={subject.trigger: start},
+        prior=prior,
+        base_hash=base.hash,
+    )
+
+
+def check_training(base: BaseModel, subject: Subject, settings: TrainSettings, targets: Targets = Targets()) -> None:
+    """Raise AdapterError at once for words, rank or slot that a training would refuse once its prior is drawn."""
+    _start_rows(base, subject)
+    new_adapters(concept_layers(base, targets), settings)
+
+
+def _start_rows(base: BaseModel, subject: Subject) -> Tensor:
+    """(k, width) rows of the class word, when it and the captions can be used."""
     missing = [text for text in subject.captions if subject.trigger not in text]
     if missing:
         raise AdapterError(
@@ -93,17 +116,7 @@ def problem_for(
             f"class word {subject.class_word!r} is not one that the base knows; "
             "say in its words what the concept is, such as man, dog or style"
         )
-    return Problem(
-        predict=base.predict,
-        encode=lambda captions, tokens: base.context(captions, tokens),
-        schedule=base.schedule,
-        layers=concept_layers(base, targets),
-        examples=Examples(base.encode(subject.pictures), list(subject.captions), subject.masks, subject.fingerprint),
-        modules=(base.unet, base.text_encoder),
-        triggers={subject.trigger: start},
-        prior=prior,
-        base_hash=base.hash,
-    )
+    return start
 
 
 def train_concept(
