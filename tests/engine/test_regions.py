@@ -1,0 +1,186 @@
+"""Promise 10: regions are consistent, at the layer where they act and in the picture."""
+
+import itertools
+
+import pytest
+import torch
+from laws import EFFECT, relative_error, seeded
+from untrained_toy import QUICK, filled_concept, picture, traces, untrained_base
+
+from modular_concepts.customisation import customised
+from modular_concepts.errors import AdapterError
+from modular_concepts.regions.attention import blend_regions, regional_attention
+from modular_concepts.regions.geometry import Region, fractions, grid_of, region_weights
+from modular_concepts.sampling import SampleSettings
+
+WHOLE, LEFT, RIGHT = (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+EVERYWHERE, HERE = "a man on the beach", "a red car at night"
+
+
+def soft_mask(seed: int) -> torch.Tensor:
+    return torch.rand(13, 9, generator=seeded(seed))
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@pytest.mark.parametrize("where", [{"box": WHOLE}, {"mask": torch.ones(5, 7)}], ids=["box", "mask"])
+def test_one_full_region_is_plain_sampling_with_its_prompt(cfg, where):
+    settings = SampleSettings(steps=2, cfg=cfg)
+    regional = picture(EVERYWHERE, settings=settings, regions=[Region(HERE, **where)])
+    assert torch.equal(regional, picture(HERE, settings=settings))
+    assert relative_error(regional, picture(EVERYWHERE, settings=settings)) > EFFECT
+
+
+def test_one_full_region_is_plain_sampling_with_concepts_too():
+    concepts = [filled_concept("tom", 1), filled_concept("tim", 2)]
+    with customised(untrained_base(), concepts, [1.0, 0.7]) as tokens:
+        regional = picture(EVERYWHERE, tokens=tokens, regions=[Region("a <tim> at night", WHOLE)])
+        plain = picture("a <tim> at night", tokens=tokens)
+    assert torch.equal(regional, plain)
+    assert relative_error(plain, picture("a man at night")) > EFFECT
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [{"box": LEFT}, {"box": RIGHT}],
+        [{"box": (0.1, 0.2, 0.7, 0.9)}, {"box": (0.4, 0.0, 1.0, 0.6)}],
+        [{"mask": soft_mask(1)}],
+        [{"mask": soft_mask(2)}, {"mask": soft_mask(3) * 0.2}, {"box": LEFT}],
+    ],
+    ids=["neighbours", "overlap and gap", "soft", "soft and hard"],
+)
+def test_the_same_prompt_in_any_masks_is_plain_sampling(places):
+    regional = picture(EVERYWHERE, regions=[Region(EVERYWHERE, **place) for place in places])
+    assert relative_error(regional, picture(EVERYWHERE)) < 1e-5
+    other = picture(EVERYWHERE, regions=[Region(HERE, **place) for place in places])
+    assert relative_error(other, regional) > EFFECT
+
+
+def test_the_order_of_regions_does_not_matter():
+    regions = [
+        Region(HERE, (0.0, 0.0, 0.6, 1.0)),
+        Region("a white cat in the snow", (0.4, 0.0, 1.0, 0.7)),
+        Region("a robot in the city", mask=soft_mask(4)),
+    ]
+    first = picture(EVERYWHERE, regions=regions)
+    for shuffled in itertools.permutations(regions):
+        assert relative_error(picture(EVERYWHERE, regions=shuffled), first) < 1e-5
+    assert relative_error(picture(EVERYWHERE, regions=regions[:2]), first) > EFFECT
+
+
+def test_adding_a_region_draws_nothing_random():
+    before = torch.get_rng_state()
+    nowhere = picture(EVERYWHERE, regions=[Region(HERE, mask=torch.zeros(4, 4)), Region(HERE, mask=torch.zeros(1, 1))])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(nowhere, picture(EVERYWHERE))
+
+
+def test_a_region_changes_nothing_outside_its_mask_at_the_first_layer_where_it_acts():
+    def first_cross_attention(regions):
+        seen = []
+        layer = next(module for name, module in untrained_base().unet.named_modules() if name.endswith("attn2"))
+        handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(output))
+        try:
+            picture(EVERYWHERE, settings=SampleSettings(steps=1, cfg=4.0), regions=regions)
+        finally:
+            handle.remove()
+        return seen[0].unflatten(1, grid_of(seen[0].shape[1], 16, 16))
+
+    plain, regional = first_cross_attention([]), first_cross_attention([Region(HERE, LEFT)])
+    half = plain.shape[2] // 2
+    assert torch.equal(regional[1:, :, half:], plain[1:, :, half:])
+    assert relative_error(regional[1:, :, :half], plain[1:, :, :half]) > EFFECT
+    assert torch.equal(regional[0], plain[0])  # the unconditional row has the same negative prompt everywhere
+
+
+def test_a_region_has_its_own_negative_prompt():
+    same = picture(EVERYWHERE, regions=[Region(HERE, LEFT, negative="")])
+    assert torch.equal(same, picture(EVERYWHERE, regions=[Region(HERE, LEFT)]))
+    own = picture(EVERYWHERE, regions=[Region(HERE, LEFT, negative="a man")])
+    assert relative_error(own, same) > EFFECT
+
+
+def test_the_base_gets_its_processors_back_also_after_an_exception():
+    base = untrained_base()
+    before = traces(base)
+
+    def fail(_done, _total):
+        raise RuntimeError("on purpose")
+
+    from modular_concepts.sampling import sample
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        sample(base, [EVERYWHERE], [0], settings=QUICK, regions=[Region(HERE, LEFT)], callback=fail)
+    assert traces(base) == before
+    with regional_attention(base.unet, [Region(HERE, LEFT)], torch.zeros(1, 1, 2, 128), (16, 16)):
+        assert traces(base)[2] != before[2]
+    assert traces(base) == before
+
+
+def test_every_cell_is_shared_out_whole():
+    """Sources told apart as unit vectors: what comes back are their shares."""
+    weights = torch.cat([torch.rand(3, 40, generator=seeded(5)), torch.zeros(3, 8), torch.ones(3, 8)], dim=1)
+    weights[1, 48:] = 0
+    sources = torch.eye(4)[:, None, None].expand(4, 1, weights.shape[1], 4)
+    shares = blend_regions(sources[0], sources[1:], weights)[0]
+    assert (shares.sum(1) - 1).abs().max() < 1e-6 and shares.min() >= 0
+    assert torch.equal(shares[40:48], torch.eye(4)[:1].expand(8, 4))
+    assert torch.equal(shares[48:], torch.tensor([0.0, 0.5, 0.0, 0.5]).expand(8, 4))
+
+
+def test_neighbours_leave_no_gap_and_small_boxes_keep_a_cell():
+    generator = seeded(6)
+    for height, width in ((1, 1), (2, 2), (8, 8), (8, 24), (7, 5)):
+        for _ in range(40):
+            cuts = [0.0, *torch.rand(2, generator=generator).sort().values.tolist(), 1.0]
+            boxes = [(left, 0.0, right, 1.0) for left, right in itertools.pairwise(cuts) if left < right]
+            weights = region_weights([Region("", box) for box in boxes], height, width)
+            assert weights.sum(0).min() >= 1
+            assert weights.flatten(1).sum(1).min() >= height
+            corner = (torch.rand(2, generator=generator) * 0.999).tolist()
+            small = Region("", (*corner, corner[0] + 1e-3, corner[1] + 1e-3))
+            assert region_weights([small], height, width).sum() >= 1
+    thirds = [Region("", (i / 3, 0.0, (i + 1) / 3, 1.0)) for i in range(3)]
+    for width in (3, 6, 16, 24, 48):
+        assert torch.equal(region_weights(thirds, 4, width).sum(0), torch.ones(4, width))
+
+
+def test_a_mask_is_averaged_over_each_cell():
+    mask = torch.zeros(4, 4)
+    mask[:2, :1] = 1
+    assert torch.equal(region_weights([Region("", mask=mask)], 2, 2)[0], torch.tensor([[0.5, 0.0], [0.0, 0.0]]))
+
+
+def test_boxes_are_fractions_or_pixels():
+    assert fractions((0, 0, 0.5, 1), 64, 32) == (0.0, 0.0, 0.5, 1.0)
+    assert fractions((0, 8, 32, 32), 64, 32) == (0.0, 0.25, 0.5, 1.0)
+    assert grid_of(16 * 48, 16, 48) == (16, 48) and grid_of(8 * 24, 16, 48) == (8, 24)
+    assert grid_of(2 * 3, 7, 9) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {},
+        {"box": WHOLE, "mask": torch.ones(2, 2)},
+        {"box": (0.5, 0.0, 0.5, 1.0)},
+        {"box": (0.6, 0.0, 0.5, 1.0)},
+        {"box": (-0.1, 0.0, 0.5, 1.0)},
+        {"box": (0.0, 0.0, 1.1, 1.0)},
+        {"box": (0.0, 0.0, float("nan"), 1.0)},
+        {"box": (0.0, 0.0, float("inf"), 1.0)},
+        {"mask": torch.ones(1, 4, 4)},
+        {"mask": torch.ones(0, 4)},
+        {"mask": torch.full((4, 4), float("nan"))},
+    ],
+)
+def test_a_region_that_is_none_is_refused(where):
+    with pytest.raises(AdapterError, match="'a dog'"):
+        Region("a dog", **where)
+
+
+def test_a_layer_that_is_no_halving_is_refused():
+    with pytest.raises(AdapterError, match="63 positions"):
+        grid_of(63, 16, 16)
+    with pytest.raises(AdapterError, match="four numbers"):
+        fractions((0, 1, 2), 64, 64)
