@@ -1,7 +1,7 @@
 """The main job in one run: three concepts trained apart, summed, drawn alone and together, and judged.
 
 Every concept is trained twice, as plain LoRA and orthogonally in a slot of its own, with the same pictures,
-steps, rates and seed; the two trios then go through the same merge, prompts and noise.
+steps, rates and seeds; the two trios then go through the same merge, prompts and noise.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
     for method in METHODS:
         trained = []
         for slot, concept in enumerate(concepts):
-            own = replace(settings, method=method, slot=slot if method == "orthogonal" else None, name=concept.name)
+            # A seed for each concept, or plain LoRAs would all start from one lora_down: their worst case.
+            own = replace(settings, method=method, seed=slot, name=concept.name)
+            if method == "orthogonal":
+                own = replace(own, slot=slot)
             trained.append(_train(base, concept, references[concept.name], own, prior[concept.class_word], steps))
             save_concept(trained[-1], folder / f"{concept.name}_{method}.safetensors")
         sheets[method], methods[method] = _judge_trio(base, judges, concepts, trained, references, steps)
