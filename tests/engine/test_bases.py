@@ -104,9 +104,7 @@ def test_disjoint_slots_are_orthogonal(kernel):
     width = 320 * (9 if kernel else 1)
     slots = [slot_indices(width, 20, slot) for slot in range(capacity(width, 20))][:16]
     assert len(set(itertools.chain(*slots))) == 20 * 16
-    downs = [
-        new_orthogonal(8, 320, 20, None, OrthogonalBasis(), s, kernel).lora_down.flatten(1) for s in slots
-    ]
+    downs = [new_orthogonal(8, 320, 20, None, OrthogonalBasis(), s, kernel).lora_down.flatten(1) for s in slots]
     for first, second in itertools.combinations(downs, 2):
         assert (first @ second.mT).abs().max() <= 1e-6
     assert (downs[0] @ downs[0].mT).abs().max() > 0.99

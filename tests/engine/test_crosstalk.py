@@ -75,8 +75,7 @@ def test_disjoint_blocks_never_move_the_same_weight():
 def test_the_gaussian_variant_has_more_crosstalk_than_disjoint_slots():
     ups = [torch.randn(OUT, RANK, generator=seeded(i)) for i in (1, 2)]
     gaussian = [
-        new_frozen(OUT, gaussian_down(INP, RANK, seeded(i)), None).replace(lora_up=up)
-        for i, up in enumerate(ups)
+        new_frozen(OUT, gaussian_down(INP, RANK, seeded(i)), None).replace(lora_up=up) for i, up in enumerate(ups)
     ]
     assert crosstalk(*gaussian) > 1e-2
 

@@ -71,9 +71,7 @@ def test_text_layers_have_one_name_with_and_without_the_text_model_level(text_en
     inner = text_encoder.text_model if hasattr(text_encoder, "text_model") else text_encoder
     wrapped.text_model = inner
     bare.encoder = inner.encoder
-    found = [
-        find_layers(None, model, text_encoder_targets="attention") for model in (wrapped, bare, text_encoder)
-    ]
+    found = [find_layers(None, model, text_encoder_targets="attention") for model in (wrapped, bare, text_encoder)]
     assert list(found[0]) == list(found[1]) == list(found[2]) and len(found[0]) == 8
     assert "text_encoder.text_model.encoder.layers.1.self_attn.out_proj" in found[0]
     assert all(one is other for one, other in zip(found[0].values(), found[1].values(), strict=True))

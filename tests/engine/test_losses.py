@@ -43,9 +43,7 @@ def test_noise_and_targets_are_the_formulas():
 
 def test_min_snr_weight_is_the_formula_and_finite_at_zero_snr():
     ratio = snr(ALPHAS, TIMESTEPS)
-    assert torch.allclose(
-        ratio, torch.tensor([999.0, ALPHAS[20] / (1 - ALPHAS[20]), 0.0], dtype=torch.float64)
-    )
+    assert torch.allclose(ratio, torch.tensor([999.0, ALPHAS[20] / (1 - ALPHAS[20]), 0.0], dtype=torch.float64))
     clipped = ratio.clamp(max=5.0)
     assert torch.allclose(min_snr_weight(ratio, 5.0, "v_prediction"), clipped / (ratio + 1))
     assert torch.allclose(min_snr_weight(ratio, 5.0, "epsilon")[:2], (clipped / ratio)[:2])

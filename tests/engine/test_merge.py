@@ -125,9 +125,7 @@ def test_blocks_stand_side_by_side_untouched(layout, kernel):
 def test_literal_strengths_add_up_to_one():
     concepts = trio()
     literal = merge_concepts(concepts, [1.0, 1.0, 2.0], "block", literal=True)["to_q"]
-    assert (
-        relative_error(4 * literal.delta(), formula([c.layers["to_q"] for c in concepts], [1, 1, 2])) < 1e-6
-    )
+    assert relative_error(4 * literal.delta(), formula([c.layers["to_q"] for c in concepts], [1, 1, 2])) < 1e-6
     assert not merge_concepts(concepts, [0.0] * 3, "block", literal=True)["to_q"].delta().any()
     with pytest.raises(AdapterError, match="above 0"):
         merge_concepts(concepts, [1.0, -1.0, 0.0], "block", literal=True)

@@ -86,9 +86,7 @@ def test_a_cancel_inside_a_step_loses_nothing(tmp_path, straight, step):
 
 def test_only_the_newest_checkpoints_stay(tmp_path):
     run(tmp_path, settings=replace(RESUME_SETTINGS, keep_checkpoints=3))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"step-{step:08d}.safetensors" for step in (18, 19, 20)
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}.safetensors" for step in (18, 19, 20)]
 
 
 @pytest.fixture(scope="module")

@@ -56,11 +56,7 @@ def planted_problem(method, seed):
     )
     generator = torch.Generator().manual_seed(seed)
     adapter = new_adapters({"layer": layer}, settings, tiny_basis())["layer"]
-    planted = (
-        adapter.replace(lora_up=0.3 * torch.randn(adapter.lora_up.shape, generator=generator))
-        .delta()
-        .detach()
-    )
+    planted = adapter.replace(lora_up=0.3 * torch.randn(adapter.lora_up.shape, generator=generator)).delta().detach()
     with torch.no_grad():
         layer.weight.copy_(torch.eye(WIDTH) - planted)
     alphas = torch.linspace(0.9, 0.1, 1000)
@@ -281,9 +277,7 @@ def test_learning_rate_warms_up_and_falls():
     assert factors() == [1.0] * 10
     assert factors(warmup=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     linear, cosine = factors(warmup=2, schedule="linear"), factors(warmup=2, schedule="cosine")
-    assert (
-        linear[2] == cosine[2] == 1.0 and linear[6] == pytest.approx(0.5) and cosine[6] == pytest.approx(0.5)
-    )
+    assert linear[2] == cosine[2] == 1.0 and linear[6] == pytest.approx(0.5) and cosine[6] == pytest.approx(0.5)
     assert linear == sorted(linear[:2]) + sorted(linear[2:], reverse=True) and 0 < cosine[9] < linear[9] < 0.2
 
 
@@ -364,11 +358,7 @@ def test_nothing_to_train_says_so():
         run(problem=tiny_problem(layers={}, triggers={}))
     aside = {"unet.aside": nn.Linear(8, 8)}
     with pytest.raises(AdapterError, match="nothing can be learned"):
-        run(
-            problem=tiny_problem(
-                layers=aside, triggers={}, examples=Examples(torch.zeros(1, 4, 6, 5), ("a man",))
-            )
-        )
+        run(problem=tiny_problem(layers=aside, triggers={}, examples=Examples(torch.zeros(1, 4, 6, 5), ("a man",))))
 
 
 def test_examples_that_do_not_fit_together_are_refused():

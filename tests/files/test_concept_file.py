@@ -22,9 +22,7 @@ GOLDEN_KIND = "block_orthogonal"
 
 
 @pytest.mark.parametrize("compact", [False, True])
-def test_golden_file_of_version_1_is_written_and_read_the_same_for_ever(
-    make_concept, same_concept, tmp_path, compact
-):
+def test_golden_file_of_version_1_is_written_and_read_the_same_for_ever(make_concept, same_concept, tmp_path, compact):
     golden = GOLDEN / ("concept-v1-compact.safetensors" if compact else "concept-v1.safetensors")
     concept = make_concept(GOLDEN_KIND)
     same_concept(load_concept(golden), concept)
@@ -100,9 +98,7 @@ def test_compact_keeps_a_frozen_factor_that_the_basis_does_not_give(make_concept
 
 def test_compact_is_refused_where_it_would_leave_out_nothing(make_concept, tmp_path):
     gaussian = make_concept("orthogonal")
-    layers = {
-        name: adapter.replace(lora_down=adapter.lora_down * 2) for name, adapter in gaussian.layers.items()
-    }
+    layers = {name: adapter.replace(lora_down=adapter.lora_down * 2) for name, adapter in gaussian.layers.items()}
     for concept in (make_concept("lora"), dataclasses.replace(gaussian, layers=layers)):
         with pytest.raises(AdapterError, match="nothing to leave out"):
             save_concept(concept, tmp_path / "x", compact=True)
@@ -112,9 +108,7 @@ def test_compact_is_refused_where_it_would_leave_out_nothing(make_concept, tmp_p
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_adapters_come_back_in_their_own_bits(make_concept, same_concept, tmp_path, dtype):
     concept = make_concept("block_orthogonal")
-    half = dataclasses.replace(
-        concept, layers={name: a.to(dtype=dtype) for name, a in concept.layers.items()}
-    )
+    half = dataclasses.replace(concept, layers={name: a.to(dtype=dtype) for name, a in concept.layers.items()})
     for compact in (False, True):
         save_concept(half, tmp_path / "half", compact)
         loaded = load_concept(tmp_path / "half")
@@ -164,20 +158,14 @@ def test_basis_from_a_file_is_asked_for(make_concept, same_concept, tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["slot", "hashed"])
-def test_columns_of_the_recipes_own_policy_are_found_without_a_search(
-    make_concept, tmp_path, monkeypatch, policy
-):
+def test_columns_of_the_recipes_own_policy_are_found_without_a_search(make_concept, tmp_path, monkeypatch, policy):
     concept = make_concept("orthogonal")
     basis = OrthogonalBasis("hadamard", 7)
     layers = {}
     for name, adapter in concept.layers.items():
         width = adapter.lora_down[0].numel()
-        chosen = (
-            slot_indices(width, 4, 1) if policy == "slot" else hashed_indices(width, 4, concept.name, name)
-        )
-        layers[name] = adapter.replace(
-            lora_down=basis.columns(width, chosen).reshape(adapter.lora_down.shape)
-        )
+        chosen = slot_indices(width, 4, 1) if policy == "slot" else hashed_indices(width, 4, concept.name, name)
+        layers[name] = adapter.replace(lora_down=basis.columns(width, chosen).reshape(adapter.lora_down.shape))
     recipe = dataclasses.replace(concept.recipe, slot=1 if policy == "slot" else None, slot_policy=policy)
     monkeypatch.setattr("modular_concepts.files.concept._nearest_columns", None)
     save_concept(dataclasses.replace(concept, layers=layers, recipe=recipe), tmp_path / "x", compact=True)

@@ -63,9 +63,7 @@ def mutate_bytes(data: bytearray, rng: random.Random) -> bytearray:
         case 4:
             data += rng.randbytes(length)
         case 5:
-            data[:8] = rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(data), len(data) + 1]).to_bytes(
-                8, "little"
-            )
+            data[:8] = rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(data), len(data) + 1]).to_bytes(8, "little")
         case 6:
             data[at : at + 4] = b"\x00\x00\xc0\x7f"
     return data

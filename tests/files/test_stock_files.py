@@ -111,11 +111,7 @@ def test_older_diffusers_keys_are_understood(tmp_path):
 
 
 def test_alpha_of_peft_settings_is_applied(tmp_path):
-    keys = [
-        f"{part}.a.to_q.lora_{side}.weight"
-        for part in ("base_model.model.unet", "text_encoder")
-        for side in "AB"
-    ]
+    keys = [f"{part}.a.to_q.lora_{side}.weight" for part in ("base_model.model.unet", "text_encoder") for side in "AB"]
     shapes = [(4, 6), (3, 4)] * 2
     tensors = {key: torch.ones(shape) for key, shape in zip(keys, shapes, strict=True)}
     settings = {
@@ -176,9 +172,7 @@ def unet_concept(concept, unet):
     """The concept's adapters, repeated over every attention layer of the same shape."""
     by_shape = {adapter.weight_shape: adapter for adapter in concept.layers.values()}
     layers = find_layers(unet, None, "attention")
-    return dataclasses.replace(
-        concept, layers={name: by_shape[tuple(m.weight.shape)] for name, m in layers.items()}
-    )
+    return dataclasses.replace(concept, layers={name: by_shape[tuple(m.weight.shape)] for name, m in layers.items()})
 
 
 @pytest.mark.parametrize("form", ["concept file", "kohya", "diffusers"])
