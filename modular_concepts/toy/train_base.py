@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .base import load_toy_base
 from .captions import captions, tokenize
 from .model import alphas_cumprod, build_text_encoder, build_unet, encode_pictures
 from .vocabulary import STYLES
@@ -117,9 +118,16 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def train(out: Path, steps: int, peak: float, early: float, seed: int, save_every: int) -> None:
+def train(
+    out: Path, steps: int, peak: float, early: float, seed: int, save_every: int, start: Path | None = None
+) -> None:
+    """Train and save to `out`; a run that is there goes on.  start: weights to begin from instead of chance."""
     torch.manual_seed(seed)
-    unet, text = build_unet(), build_text_encoder()
+    if start is None:
+        unet, text = build_unet(), build_text_encoder()
+    else:
+        base = load_toy_base(start)
+        unet, text = base.unet.requires_grad_(True).train(), base.text_encoder.requires_grad_(True).train()
     named = {f"unet.{k}": p for k, p in unet.named_parameters()} | {
         f"text_encoder.{k}": p for k, p in text.named_parameters()
     }
@@ -190,12 +198,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--early", type=float, default=0.4, help="share of steps on single subjects alone")
+    parser.add_argument("--start", type=Path, help="folder of weights to begin from, such as toy/weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.out, args.steps, args.lr, args.early, args.seed, args.save_every)
+    train(args.out, args.steps, args.lr, args.early, args.seed, args.save_every, args.start)
 
 
 if __name__ == "__main__":
