@@ -45,10 +45,19 @@ def test_two_subjects_are_drawn_side_by_side(base, judges):
     assert found["both_classes"] >= 0.6, found
 
 
-def test_named_attributes_are_drawn(base, judges):
-    """Ten colours, so chance is 0.1.  Finer attributes are still weak: docs/toy-base.md has the figures."""
-    found = evaluate.named_attributes(base, judges, SETTINGS, 24)
-    assert found["primary"] >= 0.5, found
+@pytest.fixture(scope="module")
+def attributes(base, judges):
+    return evaluate.named_attributes(base, judges, SETTINGS, 24)
+
+
+def test_the_first_named_colour_is_drawn(attributes):
+    """Ten colours, so chance is 0.1."""
+    assert attributes["primary"] >= 0.5, attributes
+
+
+@pytest.mark.xfail(strict=True, reason="the base is trained too briefly for the finer words: docs/toy-base.md")
+def test_named_attributes_are_drawn(attributes):
+    assert attributes["attributes"] >= 0.75, attributes
 
 
 def test_the_reader_reads_drawn_pictures(judges):
