@@ -1,0 +1,1 @@
+"""Everything that touches the host's own modules (`comfy.*`)."""
