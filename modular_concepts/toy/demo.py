@@ -18,13 +18,13 @@ from torch import Tensor
 from ..base_model import BaseModel
 from ..concept import Concept
 from ..crosstalk import crosstalk_table
-from ..customisation import Subject, Targets, customised, prior_examples, train_concept
+from ..customisation import Subject, Targets, customised, train_concept
 from ..files.concept import save_concept
 from ..files.safe import replacing
 from ..merge import merge_concepts
 from ..regions.geometry import Region
 from ..sampling import SampleSettings, sample
-from ..training import Examples, TrainSettings
+from ..training import TrainSettings
 from .judges import Judges
 from .report import contact_sheet, heat_map, joint_sheet, report_text
 from .standard import BY_NAME, StandardConcept, pictures_of
@@ -47,7 +47,6 @@ SETTINGS = TrainSettings(
     weight_decay=0.0,
 )
 SAMPLING = SampleSettings(steps=20, cfg=4.0, batch=24)
-PRIOR, PRIOR_STEPS = 64, 12
 PICTURES_EACH = 24
 JOINT_SCENES = ("beach", "snow", "forest", "city")
 
@@ -68,7 +67,6 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
     concepts = [BY_NAME[name] for name in TRIO]
     references = {concept.name: pictures_of(concept) for concept in concepts}
     baseline = _prior_pictures(base, concepts, steps)
-    prior = {word: _prior(base, word, steps) for word in baseline}
     methods, sheets, joints, tables = {}, {}, {}, {}
     for method in METHODS:
         trained = []
@@ -77,7 +75,7 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
             own = replace(settings, method=method, seed=slot, name=concept.name)
             if method == "orthogonal":
                 own = replace(own, slot=slot)
-            trained.append(_train(base, concept, references[concept.name], own, prior[concept.class_word], steps))
+            trained.append(_train(base, concept, references[concept.name], own, steps))
             save_concept(trained[-1], folder / f"{concept.name}_{method}.safetensors")
         sheets[method], methods[method] = _judge_trio(base, judges, concepts, trained, references, steps)
         methods[method]["prior_drift"] = _prior_drift(base, judges, concepts, trained, baseline, steps)
@@ -108,16 +106,10 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
     return report
 
 
-def _prior(base: BaseModel, word: str, steps: Steps) -> Examples:
-    advance = steps.bar(f"draw what the base knows, for any {word}", PRIOR_STEPS * -(-PRIOR // SAMPLING.batch))
-    settings = replace(SAMPLING, steps=PRIOR_STEPS)
-    return prior_examples(base, word, PRIOR, 1000, settings, lambda done, total: advance(done))
-
-
-def _train(base: BaseModel, concept: StandardConcept, reference, settings, prior: Examples, steps: Steps) -> Concept:
+def _train(base: BaseModel, concept: StandardConcept, reference, settings, steps: Steps) -> Concept:
     advance = steps.bar(f"train {concept.name} ({settings.method})", settings.steps)
     subject = Subject(concept.name, *reference, concept.class_word, fingerprint=f"standard-{concept.name}")
-    trained, _ = train_concept(base, subject, settings, TARGETS, callback=lambda at: advance(at.step), prior=prior)
+    trained, _ = train_concept(base, subject, settings, TARGETS, callback=lambda at: advance(at.step))
     return trained
 
 
