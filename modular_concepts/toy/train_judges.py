@@ -88,7 +88,7 @@ def train_reader(steps: int, batch: int, seed: int) -> tuple[Reader, dict]:
         optimizer.step()
         schedule.step()
         if (step + 1) % 100 == 0:
-            print(f"reader {step + 1}/{steps} loss {loss.item():.3f}", flush=True)  # noqa: T201
+            print(f"reader {step + 1}/{steps} loss {loss.item():.3f}", flush=True)
     reader.eval()
     right: dict[str, list[Tensor]] = {name: [] for name in HEADS}
     with torch.no_grad():
@@ -150,7 +150,7 @@ def train_recogniser(steps: int, batch: int, seed: int) -> tuple[Recogniser, dic
         optimizer.step()
         schedule.step()
         if (step + 1) % 100 == 0:
-            print(f"recogniser {step + 1}/{steps} loss {loss.item():.3f}", flush=True)  # noqa: T201
+            print(f"recogniser {step + 1}/{steps} loss {loss.item():.3f}", flush=True)
     recogniser.eval()
     return recogniser, calibrate(recogniser)
 
@@ -201,7 +201,7 @@ def main() -> None:
         "accuracy": {"reader": reads, "recogniser": recognises},
     }
     (args.out / "judges.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report), f"{time.time() - started:.0f} s")  # noqa: T201
+    print(json.dumps(report), f"{time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":
