@@ -96,7 +96,7 @@ def captions(
         for tile, subject in enumerate(subjects):
             draws = row[3 + 4 * tile : 7 + 4 * tile]
             named = features(subject, i) if attributed else []
-            named = [text for text, draw in zip(named, draws, strict=False) if draw < 0.75]
+            named = [text for text, draw in zip(named, draws, strict=False) if draw < 0.85]
             if draws[3] < 0.5:
                 named.reverse()
             phrases.append(subject_phrase(subject, i, named[:most], terse))

@@ -15,23 +15,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .base import load_toy_base
 from .captions import captions, tokenize
-from .model import alphas_cumprod, build_text_encoder, build_unet, encode_pictures
+from .model import PATCH, alphas_cumprod, build_text_encoder, build_unet, encode_pictures
 from .vocabulary import STYLES
-from .world import Subjects, draw, random_poses, random_scenes, random_subjects
+from .world import Poses, Subjects, draw, draw_subjects, random_poses, random_scenes, random_subjects
 
-# (subjects, batch, share of steps): single subjects alone until the classes are learned, then wider pictures too.
 OUTER = re.compile(r"embedding|conv_in|conv_out")
+# (subjects, batch, share of steps): single subjects alone until the classes are learned, then wider pictures too.
 EARLY = ((1, 24, 1.0),)
-LATE = ((1, 24, 0.60), (2, 12, 0.25), (3, 8, 0.15))
+LATE = ((1, 24, 0.50), (2, 12, 0.28), (3, 8, 0.22))
+SUBJECT_WEIGHT = 3.0  # of a subject's pixels in the loss, against 1 for the scene's
+NOISY = 0.6  # half of the timesteps are drawn from this share of the schedule on, where the words decide
 
 
-def random_batch(tiles: int, count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-    """Pictures (N, 3, 32, 32·tiles) in 0..1 and their captions; a tenth of the captions is empty."""
+def random_batch(tiles: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
+    """Pictures (N, 3, 32, 32·tiles) in 0..1, where the subjects are (N, 1, 32, 32·tiles), and captions.
+
+    A tenth of the captions is empty.
+    """
     subjects: list[Subjects] = [random_subjects(count, generator) for _ in range(tiles)]
     poses = [random_poses(count, generator) for _ in range(tiles)]
     scenes = random_scenes(count, generator)
@@ -41,9 +47,18 @@ def random_batch(tiles: int, count: int, generator: torch.Generator) -> tuple[Te
         0,
     )
     pictures = draw(subjects, poses, scenes, style)
+    shapes = draw_subjects(Subjects.cat(subjects), Poses.cat(poses))[:, 3:]
     texts = captions(subjects, scenes, style, generator)
     dropped = torch.rand(count, generator=generator) < 0.1
-    return pictures, ["" if drop else text for drop, text in zip(dropped.tolist(), texts, strict=True)]
+    texts = ["" if drop else text for drop, text in zip(dropped.tolist(), texts, strict=True)]
+    return pictures, torch.cat(shapes.chunk(tiles), dim=-1), texts
+
+
+def random_timesteps(count: int, generator: torch.Generator) -> Tensor:
+    """(N,) timesteps, spread evenly over a batch: half over the whole schedule, half over its noisy part."""
+    place = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    place = torch.where(place < 0.5, 2 * place, NOISY + (1 - NOISY) * (2 * place - 1))
+    return (1000 * place).long().clamp(max=999)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int = 100) -> float:
@@ -150,15 +165,17 @@ def train(
         widths = EARLY if step < early * steps else LATE
         shares = torch.tensor([share for _, _, share in widths])
         tiles, count, _ = widths[int(torch.multinomial(shares, 1, generator=generator))]
-        pictures, texts = random_batch(tiles, count, generator)
+        pictures, shapes, texts = random_batch(tiles, count, generator)
         latents = encode_pictures(pictures)
-        timesteps = torch.randint(1000, (count,), generator=generator)
+        weight = 1 + (SUBJECT_WEIGHT - 1) * F.pixel_unshuffle(shapes, PATCH).repeat(1, 3, 1, 1)
+        timesteps = random_timesteps(count, generator)
         noise = torch.randn(latents.shape, generator=generator)
         signal = kept[timesteps][:, None, None, None].sqrt()
         level = (1 - kept[timesteps])[:, None, None, None].sqrt()
         context = text(tokenize(texts)).last_hidden_state
         predicted = unet(signal * latents + level * noise, timesteps, context).sample
-        loss = torch.mean((predicted - (signal * noise - level * latents)) ** 2)
+        error = (predicted - (signal * noise - level * latents)) ** 2
+        loss = (weight * error).sum() / weight.sum()
         unet.zero_grad()
         text.zero_grad()
         loss.backward()
