@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .adapters import at_least_float32
 from .tokens import learned_tokens, token_ids
 from .training.losses import NoiseSchedule
 
@@ -64,14 +65,22 @@ class BaseModel:
 
 
 def weights_hash(*networks: nn.Module) -> str:
+    """`tables_hash` of the networks' weights, without the level `text_model.` that some transformers have."""
+    return tables_hash(
+        *({name.removeprefix("text_model."): value for name, value in n.state_dict().items()} for n in networks)
+    )
+
+
+def tables_hash(*tables: Mapping[str, Tensor]) -> str:
     """sha256 over the names, shapes and bytes of all weights, in order of name; 16 hexadecimal digits.
 
-    The `text_model.` level, which some versions of transformers have, is left out of the names.
+    Half precision counts as the float32 that it widens to, so a model is the same however it is stored.
     """
     digest = hashlib.sha256()
-    for network in networks:
-        named = {name.removeprefix("text_model."): value for name, value in network.state_dict().items()}
-        for name, value in sorted(named.items()):
+    for table in tables:
+        for name, value in sorted(table.items(), key=lambda item: item[0]):
+            if value.is_floating_point():
+                value = at_least_float32(value.detach())
             digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

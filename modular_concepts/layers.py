@@ -8,7 +8,7 @@ underscores.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -52,10 +52,28 @@ def find_layers(
     targets: str | Iterable[str] = "attention",
     text_encoder_targets: str | Iterable[str] | None = None,
 ) -> dict[str, nn.Module]:
-    """Canonical name -> Linear module, in the model's own order: the layers that adapters go to.
+    """`chosen_layers` of a diffusers U-Net and a transformers text encoder; None leaves a model out.
 
     unet: diffusers' UNet2DConditionModel.  text_encoder: transformers' CLIPTextModel, with or without
     `text_model`.
+    """
+    named = {
+        canonical_name(part, path): module
+        for part, model in (("unet", unet), ("text_encoder", text_encoder))
+        if model is not None
+        for path, module in model.named_modules()
+    }
+    return chosen_layers(named, targets, text_encoder_targets)
+
+
+def chosen_layers(
+    named: Mapping[str, nn.Module],
+    targets: str | Iterable[str] = "attention",
+    text_encoder_targets: str | Iterable[str] | None = None,
+) -> dict[str, nn.Module]:
+    """Canonical name -> Linear module, in the order of reading, down to up and then text: the layers that adapters go to.
+
+    named: any modules of a model by canonical name; what is no Linear is passed over.
     attention: to_q, to_k, to_v, to_out of attn1 and attn2; in the text encoder the four projections of
     self_attn.
     cross_attention: those of attn2 alone; cross_attention_kv: its to_k and to_v, which read the text (Custom
@@ -63,13 +81,18 @@ def find_layers(
     feed_forward: both Linear layers of ff; in the text encoder mlp.fc1 and fc2.
     all_linear: every Linear within the attention blocks, so also proj_in and proj_out where they are Linear
     (they are 1x1 convolutions in SD 1.5); time embeddings and ResNets are left alone.
-    Several targets add up; None leaves a model out.  Raises AdapterError when nothing matches.
+    Several targets add up; None leaves the text encoder out.  Raises AdapterError when nothing matches.
     """
-    found = {}
-    if unet is not None and targets:
-        found |= _matching("unet", unet, _patterns(targets, _UNET))
-    if text_encoder is not None and text_encoder_targets:
-        found |= _matching("text_encoder", text_encoder, _patterns(text_encoder_targets, _TEXT))
+    patterns = {
+        "unet": _patterns(targets or (), _UNET),
+        "text_encoder": _patterns(text_encoder_targets or (), _TEXT),
+    }
+    found = {
+        name: named[name]
+        for name in sorted(named, key=_reading_order)
+        if isinstance(named[name], nn.Linear)
+        and any(pattern.search(name) for pattern in patterns[name.split(".", 1)[0]])
+    }
     if not found:
         raise AdapterError(
             f"no layer matches the targets {targets!r} and {text_encoder_targets!r}; "
@@ -134,10 +157,10 @@ def _patterns(targets: str | Iterable[str], known: dict[str, re.Pattern]) -> lis
     return [known[name] for name in names]
 
 
-def _matching(part: str, model: nn.Module, patterns: list[re.Pattern]) -> dict[str, nn.Module]:
-    named = ((canonical_name(part, path), module) for path, module in model.named_modules())
-    return {
-        name: module
-        for name, module in named
-        if isinstance(module, nn.Linear) and any(pattern.search(name) for pattern in patterns)
-    }
+def _reading_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts the U-Net before the text encoder and layers.2 before layers.10.
+
+    Libraries list their modules in orders of their own, and the order of layers must not depend on them.
+    """
+    part = (int(name.startswith("text_encoder.")), "")
+    return [part, *((int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name))]

@@ -110,7 +110,7 @@ def test_strange_names_have_no_key(name):
 
 def test_blocks_have_a_persons_words(unet, text_encoder):
     names = find_layers(unet, text_encoder, "attention", "attention")
-    assert list(dict.fromkeys(map(block_of, names))) == ["down 0", "up 1", "mid", "text 0", "text 1"]
+    assert list(dict.fromkeys(map(block_of, names))) == ["down 0", "mid", "up 1", "text 0", "text 1"]
     assert block_of("unet.time_embedding.linear_1") == "other"
 
 

@@ -1,0 +1,159 @@
+"""The layers of the host's models under our canonical names, what family a model is, and which weights it has.
+
+The host keeps Stable Diffusion's U-Nets in their original layout and wraps text encoders; patches name weights
+by those paths.  Here each canonical name (`modular_concepts/layers.py`) meets its weight key and its module.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.utils
+from torch import Tensor, nn
+
+from ..modular_concepts.base_model import tables_hash
+from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.layers import canonical_name
+from .toy import ToyConfig
+
+UNET_PREFIX = "diffusion_model."
+_HASHES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class HostLayer:
+    """part: "unet" (patches go to MODEL) or "text_encoder" (to CLIP).  key: the weight's name in the patcher."""
+
+    part: str
+    key: str
+    module: nn.Module
+
+
+def host_layers(model: comfy.model_patcher.ModelPatcher | None, clip: comfy.sd.CLIP | None) -> dict[str, HostLayer]:
+    """Canonical name -> layer, for every Linear and convolution that has a name in diffusers' or transformers' tree.
+
+    Either may be None.  Raises AdapterError for a MODEL that is no U-Net of the Stable Diffusion family.
+    """
+    return (_unet_layers(model) if model is not None else {}) | (_text_layers(clip) if clip is not None else {})
+
+
+def architecture_of(model: comfy.model_patcher.ModelPatcher) -> str:
+    """The family as concept files name it: "toy", "sd15", "sd2", "sdxl".
+
+    Raises AdapterError, naming what the model is, for one that concepts cannot be made for.
+    """
+    config = getattr(model.model, "model_config", None)
+    if isinstance(config, ToyConfig):
+        return "toy"
+    known = getattr(config, "unet_config", {})
+    width, adm = known.get("context_dim"), known.get("adm_in_channels")
+    if _is_unet(known) and isinstance(width, int):
+        if adm is None and width in (768, 1024):
+            return {768: "sd15", 1024: "sd2"}[width]
+        if width == 2048 and isinstance(model.model, comfy.model_base.SDXL):
+            return "sdxl"
+    raise AdapterError(
+        f"the model is a {type(config).__name__ if config is not None else type(model.model).__name__}, and concepts "
+        "are for Stable Diffusion 1.x, 2.x and XL and for the toy base; load one of these"
+    )
+
+
+def base_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None) -> str:
+    """The same digits that the headless face gives the same weights (`base_model.weights_hash`), as float32.
+
+    Patches that are applied just now do not count: it is the loader's own weights.
+    """
+    text = model.model if clip is None else clip.cond_stage_model
+    known = _HASHES.setdefault(model.model, weakref.WeakKeyDictionary())
+    if text not in known:
+        tables = [_unpatched(model, _diffusers_names(model))]
+        for name, encoder in _text_encoders(clip).items() if clip is not None else ():
+            tables.append(_unpatched(clip.patcher, _text_names(name, encoder)))
+        known[text] = tables_hash(*tables)
+    return known[text]
+
+
+def _unpatched(patcher: comfy.model_patcher.ModelPatcher, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Canonical name -> weight as it was loaded; where a patch is applied, the patcher keeps it aside."""
+    weights = patcher.model.state_dict()
+    kept = {key: entry.weight for key, entry in patcher.backup.items()}
+    return {name: kept.get(key, weights[key]) for name, key in names.items()}
+
+
+# -- U-Net
+
+
+def _is_unet(config: dict) -> bool:
+    return "num_res_blocks" in config and "transformer_depth" in config
+
+
+def _diffusers_names(model: comfy.model_patcher.ModelPatcher) -> dict[str, str]:
+    """diffusers' parameter name -> the patcher's, in order of name, for those that the model has."""
+    architecture_of(model)
+    there = model.model.state_dict().keys()
+    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    # The host lists the label embedding of SDXL twice, under diffusers' old name too.
+    return {
+        name: UNET_PREFIX + key
+        for name, key in sorted(names.items())
+        if UNET_PREFIX + key in there and not name.startswith("class_embedding.")
+    }
+
+
+def _unet_layers(model: comfy.model_patcher.ModelPatcher) -> dict[str, HostLayer]:
+    return {
+        canonical_name("unet", name.removesuffix(".weight")): HostLayer("unet", key, module)
+        for name, key in _diffusers_names(model).items()
+        if name.endswith(".weight")
+        and isinstance(module := model.model.get_submodule(key.removesuffix(".weight")), nn.Linear | nn.Conv2d)
+    }
+
+
+# -- text encoders
+
+
+def _text_encoders(clip: comfy.sd.CLIP) -> dict[str, comfy.sd1_clip.SDClipModel]:
+    """Attribute name in the CLIP's model -> encoder, for every CLIP text model in it; CLIP-L first."""
+    found = {
+        name: child
+        for name, child in clip.cond_stage_model.named_children()
+        if isinstance(child, comfy.sd1_clip.SDClipModel) and hasattr(child.transformer, "text_model")
+    }
+    return dict(sorted(found.items(), key=lambda item: item[0] != "clip_l"))
+
+
+def text_encoder_of(clip: comfy.sd.CLIP) -> tuple[str, comfy.sd1_clip.SDClipModel]:
+    """(attribute name, encoder) of the text model that `text_encoder.` names: CLIP-L where there are two.
+
+    Raises AdapterError for a CLIP without one.
+    """
+    for name, encoder in _text_encoders(clip).items():
+        return name, encoder
+    raise AdapterError(
+        f"the CLIP is a {type(clip.cond_stage_model).__name__} without a CLIP text model; "
+        "load the text encoder of Stable Diffusion 1.x, 2.x or XL, or the toy base's"
+    )
+
+
+def _text_names(name: str, encoder: comfy.sd1_clip.SDClipModel) -> dict[str, str]:
+    """transformers' parameter name without `text_model.` -> the patcher's."""
+    return {
+        key.removeprefix("text_model."): f"{name}.transformer.{key}"
+        for key in encoder.transformer.state_dict()
+        if key.startswith("text_model.")
+    }
+
+
+def _text_layers(clip: comfy.sd.CLIP) -> dict[str, HostLayer]:
+    name, encoder = text_encoder_of(clip)
+    return {
+        canonical_name("text_encoder", path): HostLayer("text_encoder", f"{name}.transformer.{path}.weight", module)
+        for path, module in encoder.transformer.named_modules()
+        if path.startswith("text_model.") and isinstance(module, nn.Linear | nn.Conv2d)
+    }
