@@ -71,7 +71,7 @@ def chosen_layers(
     targets: str | Iterable[str] = "attention",
     text_encoder_targets: str | Iterable[str] | None = None,
 ) -> dict[str, nn.Module]:
-    """Canonical name -> Linear module, in the order of reading, down to up and then text: the layers that adapters go to.
+    """Canonical name -> Linear module, from the U-Net's first block to the text encoder's last: what adapters go to.
 
     named: any modules of a model by canonical name; what is no Linear is passed over.
     attention: to_q, to_k, to_v, to_out of attn1 and attn2; in the text encoder the four projections of

@@ -1,0 +1,148 @@
+"""Gradients through a frozen network that save nothing of its weights: no second copy, whatever holds them.
+
+dL/dx of a layer needs its weight again, not a saved copy of it: Linear gives grad W, a convolution its
+transpose.  A program that keeps its weights as inference tensors, on another device, or quantised, can be
+trained on this way: the weight is asked for at each forward and backward pass, and let go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+Weights = Callable[[nn.Module, Tensor], AbstractContextManager[tuple[Tensor | None, Tensor | None]]]
+
+
+def own_weights(module: nn.Module, like: Tensor) -> AbstractContextManager[tuple[Tensor | None, Tensor | None]]:
+    """(weight, bias) of a module in the dtype and on the device of `like`; a missing one is None."""
+    parameters = (module.weight, getattr(module, "bias", None))
+    return nullcontext(tuple(None if value is None else value.detach().to(like) for value in parameters))
+
+
+@contextmanager
+def frozen_forward(networks: Iterable[nn.Module], weights: Weights = own_weights) -> Iterator[None]:
+    """Within the block every Linear, Conv2d, LayerNorm, GroupNorm and Embedding of `networks` is frozen.
+
+    Outputs are the same bit for bit; gradients reach inputs and never parameters; hooks act as before.
+    weights(module, like): how a layer's weight and bias are had in the dtype and on the device of `like`.
+    The modules' own forwards come back on leaving, also by an exception.
+    """
+    before = []
+    try:
+        for module in dict.fromkeys(part for network in networks for part in network.modules()):
+            frozen = _frozen(module, weights)
+            if frozen is not None:
+                before.append((module, module.__dict__.get("forward")))
+                module.forward = frozen
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+
+def _frozen(module: nn.Module, weights: Weights) -> Callable | None:
+    """The forward to put in place of the module's own, or None where it has no weight that we know."""
+    if isinstance(module, nn.Embedding):
+        return torch.no_grad()(module.forward)
+    if isinstance(module, nn.Conv2d) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
+        return None
+    for kind, function in _FUNCTIONS.items():
+        if isinstance(module, kind):
+            return partial(_apply, function, module, weights)
+    return None
+
+
+def _apply(function: type[Function], module: nn.Module, weights: Weights, input: Tensor) -> Tensor:
+    return function.apply(input, module, weights)
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx, x, module, weights):
+        ctx.module, ctx.weights = module, weights
+        with weights(module, x) as (weight, bias):
+            return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        with ctx.weights(ctx.module, grad) as (weight, _):
+            return grad @ weight, None, None
+
+
+class _Conv2d(Function):
+    @staticmethod
+    def forward(ctx, x, module, weights):
+        ctx.module, ctx.weights, ctx.shape = module, weights, x.shape
+        with weights(module, x) as (weight, bias):
+            return F.conv2d(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        at = ctx.module
+        with ctx.weights(at, grad) as (weight, _):
+            grad = torch.nn.grad.conv2d_input(ctx.shape, weight, grad, at.stride, at.padding, at.dilation, at.groups)
+        return grad, None, None
+
+
+class _LayerNorm(Function):
+    """The input is kept as a copy, since the text model of some programs adds to it in place."""
+
+    @staticmethod
+    def forward(ctx, x, module, weights):
+        with weights(module, x) as (weight, bias):
+            out, mean, deviation = torch.native_layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+        ctx.module, ctx.weights = module, weights
+        ctx.save_for_backward(x.clone(), mean, deviation)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, mean, deviation = ctx.saved_tensors
+        with ctx.weights(ctx.module, x) as (weight, bias):
+            grad, _, _ = torch.ops.aten.native_layer_norm_backward(
+                grad.to(x), x, ctx.module.normalized_shape, mean, deviation, weight, bias, [True, False, False]
+            )
+        return grad, None, None
+
+
+class _GroupNorm(Function):
+    @staticmethod
+    def forward(ctx, x, module, weights):
+        x = x.contiguous()
+        ctx.module, ctx.weights = module, weights
+        ctx.sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), module.num_groups)
+        with weights(module, x) as (weight, bias):
+            out, mean, deviation = torch.native_group_norm(x, weight, bias, *ctx.sizes, module.eps)
+        ctx.save_for_backward(x, mean, deviation)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, mean, deviation = ctx.saved_tensors
+        with ctx.weights(ctx.module, x) as (weight, _):
+            grad, _, _ = torch.ops.aten.native_group_norm_backward(
+                grad.to(x).contiguous(), x, mean, deviation, weight, *ctx.sizes, [True, False, False]
+            )
+        return grad, None, None
+
+
+_FUNCTIONS: dict[type[nn.Module], type[Function]] = {
+    nn.Linear: _Linear,
+    nn.Conv2d: _Conv2d,
+    nn.LayerNorm: _LayerNorm,
+    nn.GroupNorm: _GroupNorm,
+}

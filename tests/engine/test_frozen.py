@@ -1,0 +1,168 @@
+"""A frozen network: the same numbers and gradients, and nothing of its weights in what autograd saves."""
+
+import pytest
+import torch
+from laws import relative_error, seeded
+from torch import nn
+
+from modular_concepts.training.attach import attached
+from modular_concepts.training.frozen import frozen_forward, own_weights
+
+
+class Net(nn.Module):
+    """One layer of each kind, with an addition in place behind the norm as the host's text model does it."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.words = nn.Embedding(11, 8, dtype=dtype)
+        self.first, self.second = nn.Linear(8, 8, dtype=dtype), nn.Linear(8, 8, bias=False, dtype=dtype)
+        self.norm = nn.LayerNorm(8, dtype=dtype)
+        self.bare = nn.LayerNorm(8, elementwise_affine=False)
+        self.groups = nn.GroupNorm(2, 4, dtype=dtype)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, groups=2, dtype=dtype)
+        self.down = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False, dtype=dtype)
+        generator = seeded(3)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x, ids):
+        x = x + self.words(ids)
+        x += self.second(torch.relu(self.first(self.norm(x))))
+        x = self.bare(x)
+        return self.down(torch.relu(self.conv(self.groups(x.unflatten(1, (4, -1))))))
+
+
+def _input(dtype=torch.float32):
+    return torch.randn(2, 20, 8, generator=seeded(1)).to(dtype).requires_grad_(), torch.arange(40).view(2, 20) % 11
+
+
+def _plain(net, x, ids):
+    """The same function without the addition in place, which plain autograd refuses."""
+    x = x + net.words(ids)
+    x = net.bare(x + net.second(torch.relu(net.first(net.norm(x)))))
+    return net.down(torch.relu(net.conv(net.groups(x.unflatten(1, (4, -1))))))
+
+
+def test_outputs_and_gradients_are_those_of_plain_autograd():
+    net = Net()
+    x, ids = _input()
+    expected = _plain(net, x, ids)
+    (slope,) = torch.autograd.grad(expected.square().sum(), x)
+    with frozen_forward([net]):
+        found = net(x, ids)
+        (gradient,) = torch.autograd.grad(found.square().sum(), x)
+    assert torch.equal(found, expected) and slope.norm() > 1
+    assert relative_error(gradient, slope) < 1e-6
+
+
+def test_gradients_pass_gradcheck_in_double_precision():
+    net = Net(torch.float64)
+    x, ids = (
+        torch.randn(1, 20, 8, generator=seeded(5), dtype=torch.float64).requires_grad_(),
+        torch.arange(20)[None] % 11,
+    )
+    with frozen_forward([net]):
+        assert torch.autograd.gradcheck(lambda x: net(x, ids), (x,))
+
+
+def test_autograd_saves_no_weight_and_gives_none_a_gradient():
+    net, saved = Net(), []
+    x, ids = _input()
+
+    def look(tensor):
+        saved.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with frozen_forward([net]), torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        net(x, ids).sum().backward()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+    assert saved and not weights & set(saved)
+    assert x.grad is not None and all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_inference_tensors_can_be_trained_on():
+    """The host loads its weights within inference mode; plain autograd cannot save them."""
+    with torch.inference_mode():
+        net = Net().requires_grad_(False)
+    kept = {name: value.clone() for name, value in net.state_dict().items()}
+    x, ids = _input()
+    with pytest.raises(RuntimeError, match="[Ii]nference tensor"):
+        _plain(net, x, ids)
+    with frozen_forward([net]):
+        net(x, ids).square().sum().backward()
+    assert x.grad.norm() > 1
+    assert all(torch.equal(value, kept[name]) for name, value in net.state_dict().items())
+
+
+def test_adapters_attach_to_frozen_layers_and_learn():
+    from modular_concepts.adapters import new_lora
+
+    with torch.inference_mode():
+        net = Net().requires_grad_(False)
+    x, ids = _input()
+    adapter = new_lora(8, 8, 2, None, seeded(2))
+    adapter = adapter.replace(lora_up=nn.Parameter(torch.randn(8, 2, generator=seeded(4))))
+    with torch.no_grad():
+        bare = net(x.detach().clone(), ids)
+    with frozen_forward([net]), attached({"first": net.first}, {"first": adapter}):
+        found = net(x, ids)
+        found.sum().backward()
+    assert relative_error(found, bare) > 1e-2 and adapter.lora_up.grad.norm() > 0
+
+
+def test_the_weight_is_asked_for_at_each_pass_and_let_go():
+    net, asked, held = Net(), [], set()
+
+    class Weights:
+        def __init__(self, module, like):
+            self.module, self.like = module, like
+
+        def __enter__(self):
+            asked.append(self.module)
+            held.add(self.module)
+            return own_weights(self.module, self.like).__enter__()
+
+        def __exit__(self, *_):
+            held.discard(self.module)
+
+    x, ids = _input()
+    with frozen_forward([net], Weights):
+        out = net(x, ids)
+        assert asked.count(net.first) == 1 and not held
+        out.sum().backward()
+    assert asked.count(net.first) == asked.count(net.conv) == 2 and not held
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_serve_a_float32_training(dtype):
+    net = Net().to(dtype)
+    x, ids = _input()
+    with frozen_forward([net]):
+        found = net(x, ids)
+        found.sum().backward()
+    wide = net.float()
+    (expected,) = torch.autograd.grad(_plain(wide, x, ids).sum(), x)
+    assert found.dtype == torch.float32 and relative_error(x.grad, expected) < 1e-5
+
+
+def test_autocast_computes_in_bfloat16():
+    net = Net()
+    x, ids = _input()
+    with frozen_forward([net]), torch.autocast("cpu", torch.bfloat16):
+        found = net(x, ids)
+    found.float().square().sum().backward()
+    reference, _ = _input()
+    (expected,) = torch.autograd.grad(_plain(net, reference, ids).square().sum(), reference)
+    assert found.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
+    assert 1e-4 < relative_error(x.grad, expected) < 0.1
+
+
+def test_forwards_come_back_also_after_an_exception_and_others_replacements_stay():
+    net, x_ids = Net(), _input()
+    net.second.forward = own = lambda x: x
+    with pytest.raises(ZeroDivisionError), frozen_forward([net, net.first]):
+        assert "forward" in vars(net.first)
+        raise ZeroDivisionError
+    assert [name for name, part in net.named_modules() if "forward" in vars(part)] == ["second"]
+    assert net.second.forward is own and net(*x_ids).isfinite().all()
