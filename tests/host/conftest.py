@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from server import HostServer
 
 PACK = Path(__file__).resolve().parents[2]
 HOW = (
@@ -65,6 +67,14 @@ def host() -> Host:
         _without_host.append(found)
         pytest.skip(f"HOST TESTS SKIPPED: {found}")
     return found
+
+
+@pytest.fixture(scope="session")
+def server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostServer]:
+    """One server for all tests that leave it answering; its folders hold nothing but a copy of the pack."""
+    running = HostServer(host, tmp_path_factory.mktemp("server"))
+    yield running
+    running.stop()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,0 +1,252 @@
+"""Queue a workflow many times, with other values each time, and wait for the pictures.
+
+Only Python's standard library is needed.  The workflow is in API format (`workflows/api/`, or the browser's menu
+"Export (API)"); the server is a running ComfyUI.
+
+    python scripts/queue_workflow.py workflows/api/2_train_three_and_merge.json \\
+        --set "strength of tom.strength=0.4,0.8,1.2" --set "sampler.seed=1,2" --save pictures
+
+queues six prompts: every strength with every seed.  What a changed value does not touch is taken from the
+server's cache, so the three concepts are trained once.  NODE in NODE.INPUT=VALUES is a node's title or its id.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import copy
+import itertools
+import json
+import os
+import socket
+import struct
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
+
+
+class Refused(Exception):
+    """The server did not queue a prompt.  `faults` has one (node id, node class, reason) for each thing amiss."""
+
+    def __init__(self, answer: dict):
+        nodes = answer.get("node_errors") or {}
+        self.faults = [
+            (node, found["class_type"], f"{fault['message']}: {fault['details']}")
+            for node, found in nodes.items()
+            for fault in found["errors"]
+        ]
+        error = answer.get("error") or {}
+        whole = f"{error.get('message', answer)} {error.get('details', '')}".strip()
+        super().__init__("; ".join(f"{kind} (node {node}): {reason}" for node, kind, reason in self.faults) or whole)
+
+
+class Server:
+    """A running ComfyUI.  address: host:port.  `client` is the name under which it sends us its messages."""
+
+    def __init__(self, address: str = "127.0.0.1:8188"):
+        self.address, self.client = address, uuid.uuid4().hex
+
+    def get(self, path: str, **query: str) -> bytes:
+        return self._ask(urllib.request.Request(f"http://{self.address}{path}?{urllib.parse.urlencode(query)}"))  # noqa: S310
+
+    def post(self, path: str, body: dict) -> bytes:
+        return self._ask(
+            urllib.request.Request(  # noqa: S310
+                f"http://{self.address}{path}",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+        )
+
+    def queue(self, prompt: dict) -> str:
+        """Put a prompt into the queue; its id.  Raises Refused when the server finds fault with it."""
+        try:
+            return json.loads(self.post("/prompt", {"prompt": prompt, "client_id": self.client}))["prompt_id"]
+        except urllib.error.HTTPError as error:
+            answer = error.read()
+            raise Refused(
+                json.loads(answer) if answer.startswith(b"{") else {"error": {"message": str(error)}}
+            ) from None
+
+    def outputs(self, prompt_id: str) -> dict:
+        """Node id -> what the node showed: {"images": [{"filename": ...}], "text": [...]}."""
+        return json.loads(self.get(f"/history/{prompt_id}"))[prompt_id]["outputs"]
+
+    def picture(self, image: dict) -> bytes:
+        """The file of one entry of "images"."""
+        return self.get("/view", **{key: image[key] for key in ("filename", "subfolder", "type")})
+
+    def _ask(self, request: urllib.request.Request) -> bytes:
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+            return answer.read()
+
+
+class Messages:
+    """What the server tells over /ws: JSON texts as dicts, pictures as bytes.  RFC 6455, client side."""
+
+    def __init__(self, server: Server, timeout: float | None = None):
+        host, _, port = server.address.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)), timeout)
+        key = base64.b64encode(os.urandom(16)).decode()
+        self._socket.sendall(
+            f"GET /ws?clientId={server.client} HTTP/1.1\r\nHost: {server.address}\r\nUpgrade: websocket\r\n"
+            f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        self._stream = self._socket.makefile("rb")
+        status = self._stream.readline().split()
+        if status[1:2] != [b"101"]:
+            raise ConnectionError(f"{server.address} does not speak WebSocket: {b' '.join(status).decode()}")
+        while self._stream.readline().strip():
+            pass
+
+    def __iter__(self) -> Iterator[dict | bytes]:
+        """Messages until the server goes away."""
+        parts, kind = [], 0
+        while frame := self._frame():
+            final, code, data = frame
+            if code == 8:  # closing
+                return
+            if code == 9:  # ping
+                self.send(data, code=10)
+            elif code < 8:
+                kind = code or kind
+                parts.append(data)
+                if final:
+                    whole, parts = b"".join(parts), []
+                    yield json.loads(whole) if kind == 1 else whole
+
+    def send(self, data: bytes, code: int = 1) -> None:
+        mask = os.urandom(4)
+        size = len(data)
+        head = bytes([0x80 | code]) + (
+            bytes([0x80 | size]) if size < 126 else struct.pack("!BH", 0xFE, size)
+        )  # we send no more than 64 KiB
+        self._socket.sendall(head + mask + bytes(b ^ mask[i % 4] for i, b in enumerate(data)))
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _frame(self) -> tuple[bool, int, bytes] | None:
+        head = self._stream.read(2)
+        if len(head) < 2:
+            return None
+        size = head[1] & 0x7F
+        if size > 125:
+            size = int.from_bytes(self._stream.read(2 if size == 126 else 8), "big")
+        return bool(head[0] & 0x80), head[0] & 0x0F, self._stream.read(size)
+
+
+def variants(workflow: dict, choices: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    """(what was set, prompt) for every combination of the values in NODE.INPUT=VALUE,VALUE,..."""
+    settings = []
+    for choice in choices:
+        target, _, values = choice.partition("=")
+        title, _, name = target.rpartition(".")
+        node = find_node(workflow, title)
+        if name not in workflow[node]["inputs"]:
+            raise SystemExit(f"{title!r} has no input {name!r}; it has {', '.join(workflow[node]['inputs'])}")
+        settings.append([(node, target, name, value) for value in values.split(",")])
+    for combination in itertools.product(*settings):
+        prompt = copy.deepcopy(workflow)
+        for node, _, name, value in combination:
+            prompt[node]["inputs"][name] = _value(value)
+        yield ", ".join(f"{target}={value}" for _, target, _, value in combination) or "as it is", prompt
+
+
+def find_node(workflow: dict, title: str) -> str:
+    """The id of the node that has this id or title."""
+    titled = [node for node, found in workflow.items() if found.get("_meta", {}).get("title") == title]
+    if title in workflow:
+        return title
+    if len(titled) != 1:
+        known = ", ".join(f"{node} ({found.get('_meta', {}).get('title')})" for node, found in workflow.items())
+        raise SystemExit(f"{len(titled)} nodes are titled {title!r}; there are: {known}")
+    return titled[0]
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def run_all(server: Server, prompts: Sequence[tuple[str, dict]], save: Path | None) -> int:
+    """Queue everything, report as it goes, return the number of prompts that failed."""
+    messages = Messages(server)  # before the first prompt, so that nothing is missed
+    waiting, failed = {}, 0
+    for name, prompt in prompts:
+        try:
+            waiting[server.queue(prompt)] = name
+        except Refused as refused:
+            failed += 1
+            _say(f"{name}: refused: {refused}")
+    total = len(prompts)
+    for message in messages if waiting else ():
+        if isinstance(message, bytes):
+            continue  # a preview picture: 8 bytes, then a JPEG or PNG
+        data = message["data"]
+        name = waiting.get(data.get("prompt_id"))
+        if name is None:
+            continue
+        if message["type"] == "progress":
+            _say(f"\r{name}: node {data['node']}: {data['value']} of {data['max']}   ", end="")
+        if message["type"] not in ENDINGS:
+            continue
+        prompt_id = data["prompt_id"]
+        del waiting[prompt_id]
+        if message["type"] == "execution_success":
+            shown = server.outputs(prompt_id)
+            images = [image for node in shown.values() for image in node.get("images", []) if image["type"] == "output"]
+            _say(f"\r{name}: done, {len(images)} pictures ({total - len(waiting)} of {total})          ")
+            for image in images if save else ():
+                save.mkdir(parents=True, exist_ok=True)
+                (save / f"{prompt_id[:8]}_{Path(image['filename']).name}").write_bytes(server.picture(image))
+        else:
+            failed += 1
+            reason = data.get("exception_message", "interrupted").strip()
+            _say(f"\r{name}: {data.get('node_type')} (node {data.get('node_id')}): {reason}")
+        if not waiting:
+            break
+    else:
+        failed += len(waiting)
+        if waiting:
+            _say(f"\nthe server went away with {len(waiting)} prompts unfinished")
+    messages.close()
+    return failed
+
+
+def _say(text: str, end: str = "\n") -> None:
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Queue a workflow many times, with other values each time.")
+    parser.add_argument("workflow", type=Path, help="a workflow in API format, such as workflows/api/*.json")
+    parser.add_argument("--server", default="127.0.0.1:8188", metavar="HOST:PORT", help="default: %(default)s")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NODE.INPUT=VALUES",
+        help="values to try, separated by commas; several --set are combined",
+    )
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="also download the pictures to this folder")
+    chosen = parser.parse_args(arguments)
+    workflow = json.loads(chosen.workflow.read_text(encoding="utf-8"))
+    try:
+        return min(run_all(Server(chosen.server), list(variants(workflow, chosen.set)), chosen.save), 1)
+    except (ConnectionError, urllib.error.URLError) as error:
+        _say(f"no ComfyUI answers at {chosen.server}: {error}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
