@@ -1,7 +1,7 @@
-"""A base model for the headless face: the networks, how prompts become context and pictures become latents.
+"""A base model: the networks, how prompts become context and pictures become latents.
 
-The toy base and a diffusers folder both come as one `BaseModel`; training, sampling and merging see nothing
-else.
+The toy base and a diffusers folder both come as one `BaseModel`; sampling and merging see nothing else.
+Training asks for less, a `Base`, which a host's loaded models are too (`host/base.py`).
 """
 
 from __future__ import annotations
@@ -9,13 +9,41 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import at_least_float32
+from .layers import find_layers
 from .tokens import learned_tokens, token_ids
 from .training.losses import NoiseSchedule
+
+
+class Base(Protocol):
+    """What training needs; shapes and meanings are those of `BaseModel`.
+
+    modules: whole networks, to be frozen while a training lasts.
+    """
+
+    architecture: str
+    hash: str
+    schedule: NoiseSchedule
+    modules: Sequence[nn.Module]
+
+    def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, nn.Module]: ...
+
+    def encode(self, pictures: Tensor) -> Tensor: ...
+
+    def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor: ...
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor: ...
+
+    def word_rows(self, words: str) -> Tensor: ...
+
+    def unknown_words(self, prompt: str, triggers: Sequence[str]) -> list[str]: ...
+
+    def prior_prompts(self, class_word: str, count: int) -> list[str]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +71,14 @@ class BaseModel:
     hash: str
     prior_prompts: Callable[[str, int], list[str]] = lambda word, count: [f"a photo of a {word}"] * count
     unknown_words: Callable[[str, Sequence[str]], list[str]] = lambda prompt, triggers: []
+
+    @property
+    def modules(self) -> tuple[nn.Module, nn.Module]:
+        return self.unet, self.text_encoder
+
+    def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, nn.Module]:
+        """Canonical layer name -> module: see `layers.chosen_layers`."""
+        return find_layers(self.unet, self.text_encoder, targets, text_encoder_targets)
 
     @property
     def embedding(self) -> nn.Embedding:

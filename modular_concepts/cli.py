@@ -123,12 +123,7 @@ def _train(args: argparse.Namespace) -> None:
     template = "a {concept}" if base.architecture == "toy" else "a photo of {concept}"
     data = load_folder(args.pictures, (height, width), (trigger,), template=template)
     captions = [text.replace("<TOK>", trigger) for text in data.captions]
-    masks = data.masks
-    if masks is not None:
-        import torch.nn.functional as F
-
-        masks = F.interpolate(masks, scale_factor=1 / base.downscale, mode="area")
-    subject = Subject(name, data.pictures, captions, args.class_word, masks, data.fingerprint)
+    subject = Subject(name, data.pictures, captions, args.class_word, data.masks, data.fingerprint)
     targets = Targets(tuple(args.targets), ("attention",) if args.text_encoder else None)
     check_training(base, subject, settings, targets)
     prior = _prior(base, args, height, width)

@@ -1,4 +1,4 @@
-"""From pictures to a concept on a headless base, and from concepts to a customised base for sampling."""
+"""From pictures to a concept on a base, and from concepts to a customised headless base for sampling."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import __version__
 from .adapters import check_adapter
-from .base_model import BaseModel
+from .base_model import Base, BaseModel
 from .bases import OrthogonalBasis
 from .concept import Concept, Recipe
 from .errors import AdapterError
-from .layers import find_layers
 from .merge import merge_concepts
 from .sampling import SampleSettings, sample
 from .training import Examples, Problem, Progress, TrainResult, TrainSettings, attached, train
@@ -26,6 +26,7 @@ from .training.methods import new_adapters
 class Subject:
     """What is taught: pictures (N, 3, H, W) in 0..1 and captions in which the trigger word stands for it.
 
+    masks: (N, 1, H, W) in 0..1, in the pictures' size or the latents', or None.
     class_word: what the base calls it; the learned vectors start from its rows.
     fingerprint: of the files that the pictures came from, kept in the concept.
     """
@@ -49,59 +50,67 @@ def trigger_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Targets:
-    """Which layers get adapters: see `layers.find_layers`.  text_encoder None leaves the text encoder out."""
+    """Which layers get adapters: see `layers.chosen_layers`.  text_encoder None leaves the text encoder out."""
 
     unet: tuple[str, ...] = ("attention", "feed_forward")
     text_encoder: tuple[str, ...] | None = None
 
 
-def concept_layers(base: BaseModel, targets: Targets = Targets()) -> dict[str, nn.Module]:
+def concept_layers(base: Base, targets: Targets = Targets()) -> dict[str, nn.Module]:
     """Canonical layer name -> module."""
-    return find_layers(base.unet, base.text_encoder, targets.unet, targets.text_encoder)
+    return base.layers(targets.unet, targets.text_encoder)
 
 
 def prior_examples(
-    base: BaseModel,
+    base: Base,
     class_word: str,
     count: int,
     seed: int = 0,
     settings: SampleSettings | None = None,
     callback: Callable[[int, int], None] | None = None,
+    draw: Callable[..., Tensor] = sample,
 ) -> Examples:
     """Pictures that the base draws by itself; training on them too keeps an adapter silent without its trigger.
 
+    draw: `sampling.sample`, or what a host has in its place.
     Source: prior preservation of DreamBooth (Ruiz et al. 2023); here also what lets a sum of concepts keep each.
     """
     prompts = base.prior_prompts(class_word, count)
-    pictures = sample(base, prompts, range(seed, seed + count), None, settings or SampleSettings(), callback=callback)
+    pictures = draw(base, prompts, range(seed, seed + count), None, settings or SampleSettings(), callback=callback)
     return Examples(base.encode(pictures), prompts)
 
 
-def problem_for(
-    base: BaseModel, subject: Subject, targets: Targets = Targets(), prior: Examples | None = None
-) -> Problem:
+def problem_for(base: Base, subject: Subject, targets: Targets = Targets(), prior: Examples | None = None) -> Problem:
     """The training problem of one subject on one base."""
     start = _start_rows(base, subject)
+    latents = base.encode(subject.pictures)
     return Problem(
         predict=base.predict,
         encode=lambda captions, tokens: base.context(captions, tokens),
         schedule=base.schedule,
         layers=concept_layers(base, targets),
-        examples=Examples(base.encode(subject.pictures), list(subject.captions), subject.masks, subject.fingerprint),
-        modules=(base.unet, base.text_encoder),
+        examples=Examples(latents, list(subject.captions), _latent_masks(subject, latents), subject.fingerprint),
+        modules=base.modules,
         triggers={subject.trigger: start},
         prior=prior,
         base_hash=base.hash,
     )
 
 
-def check_training(base: BaseModel, subject: Subject, settings: TrainSettings, targets: Targets = Targets()) -> None:
+def check_training(base: Base, subject: Subject, settings: TrainSettings, targets: Targets = Targets()) -> None:
     """Raise AdapterError at once for words, rank or slot that a training would refuse once its prior is drawn."""
     _start_rows(base, subject)
     new_adapters(concept_layers(base, targets), settings)
 
 
-def _start_rows(base: BaseModel, subject: Subject) -> Tensor:
+def _latent_masks(subject: Subject, latents: Tensor) -> Tensor | None:
+    """Each latent's mask is the mean over the pixels that it stands for."""
+    if subject.masks is None or subject.masks.shape[2:] == latents.shape[2:]:
+        return subject.masks
+    return F.interpolate(subject.masks, size=latents.shape[2:], mode="area")
+
+
+def _start_rows(base: Base, subject: Subject) -> Tensor:
     """(k, width) rows of the class word, when it and the captions can be used."""
     missing = [text for text in subject.captions if subject.trigger not in text]
     if missing:
@@ -120,7 +129,7 @@ def _start_rows(base: BaseModel, subject: Subject) -> Tensor:
 
 
 def train_concept(
-    base: BaseModel,
+    base: Base,
     subject: Subject,
     settings: TrainSettings,
     targets: Targets = Targets(),
@@ -138,7 +147,7 @@ def train_concept(
 
 
 def concept_from(
-    base: BaseModel, subject: Subject, result: TrainResult, basis: OrthogonalBasis, targets: Targets
+    base: Base, subject: Subject, result: TrainResult, basis: OrthogonalBasis, targets: Targets
 ) -> Concept:
     """Give a training's result its recipe."""
     settings = result.settings

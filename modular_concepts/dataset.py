@@ -1,4 +1,4 @@
-"""A folder of pictures, with optional captions and masks, as tensors; every fault of a file in plain words.
+"""Pictures of one concept, with captions and optional masks, as tensors; every fault of a file in plain words.
 
     kodo-1.png  kodo-1.txt  kodo-1.mask.png
     kodo-2.jpg  kodo-2.txt  kodo-2.mask.png
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ MASK_SUFFIX = ".mask.png"
 MAX_ENLARGEMENT = 4
 MAX_PIXELS = 90_000_000
 MAX_CAPTION = 10_000
+PLACE = "{concept}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +67,7 @@ def load_folder(
     paths, masks = _find(Path(folder))
     captions = _captions(paths)
     if captions is None:
-        concept = " ".join([*triggers, *class_word.split()])
-        captions = (template.replace("{concept}", concept),) * len(paths)
+        captions = (with_words(template, triggers, class_word),) * len(paths)
     images = [_open(path) for path in paths]
     pixels = np.stack([_fit(path, image, size, "RGB") for path, image in zip(paths, images, strict=True)])
     covers = None
@@ -82,6 +82,79 @@ def load_folder(
         names=names,
         fingerprint=_fingerprint(names, captions, pixels, covers),
     )
+
+
+def with_words(caption: str, triggers: Sequence[str], class_word: str) -> str:
+    """A caption with the trigger words and the class word where it says {concept}."""
+    return caption.replace(PLACE, " ".join([*triggers, *class_word.split()]))
+
+
+def filled_in(dataset: Dataset, triggers: Sequence[str], class_word: str) -> Dataset:
+    """The data set with every {concept} in its captions filled in (`with_words`)."""
+    captions = tuple(with_words(caption, triggers, class_word) for caption in dataset.captions)
+    if captions == dataset.captions:
+        return dataset
+    digest = hashlib.sha256("\0".join([dataset.fingerprint, *captions]).encode())
+    return replace(dataset, captions=captions, fingerprint=digest.hexdigest())
+
+
+def of_pictures(
+    pictures: Sequence[Tensor], captions: Sequence[str], masks: Sequence[Tensor] | None, size: tuple[int, int]
+) -> Dataset:
+    """A data set of pictures that are loaded already, cropped and resized to `size` as `load_folder` does it.
+
+    pictures: each (3, H, W) in 0..1, of any size.  captions: one each, or one for all.
+    masks: each (H, W) in 0..1, in its picture's size; one each, or one for all.
+    Raises AdapterError that says which picture cannot be used, and why.
+    """
+    _check_size(size)
+    if not pictures:
+        raise AdapterError("there is no picture to train on; give at least one")
+    captions = tuple(_one_each("caption", [_checked(text, "a caption") for text in captions], len(pictures)))
+    names = tuple(f"picture {number + 1}" for number in range(len(pictures)))
+    fitted = [_fit_tensor(name, picture, size) for name, picture in zip(names, pictures, strict=True)]
+    covers = None
+    if masks is not None:
+        pairs = zip(names, pictures, _one_each("mask", masks, len(pictures)), strict=True)
+        covers = torch.stack([_fit_cover(name, picture, mask, size) for name, picture, mask in pairs])
+    pixels = np.stack([(picture.permute(1, 2, 0) * 255).round().byte().numpy() for picture in fitted])
+    coverage = None if covers is None else (covers[:, 0] * 255).round().byte().numpy()
+    return Dataset(torch.stack(fitted), captions, covers, names, _fingerprint(names, captions, pixels, coverage))
+
+
+def _one_each(what: str, given: Sequence, count: int) -> Sequence:
+    if len(given) not in (1, count):
+        raise AdapterError(f"{len(given)} {what}s for {count} pictures; give one {what} for each, or one for all")
+    return given if len(given) == count else list(given) * count
+
+
+def _fit_tensor(name: str, picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) as it is, or through the same cropping that files get."""
+    from PIL import Image as images
+
+    if picture.dim() != 3 or picture.shape[0] != 3 or not picture.isfinite().all():
+        raise AdapterError(f"{name}: it has shape {tuple(picture.shape)} or holds NaN; we need finite RGB (3, H, W)")
+    picture = picture.detach().float().cpu().clamp(0, 1).clone()
+    if picture.shape[1:] == size:
+        return picture
+    image = images.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
+    return torch.from_numpy(_fit(name, image, size, "RGB")).permute(2, 0, 1).float() / 255
+
+
+def _fit_cover(name: str, picture: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """(1, H, W) of a mask (H, W) that lies on `picture`."""
+    from PIL import Image as images
+
+    if mask.shape != picture.shape[1:]:
+        raise AdapterError(
+            f"{name}: the mask is {mask.shape[-1]}×{mask.shape[0]} pixels but its picture is "
+            f"{picture.shape[2]}×{picture.shape[1]}; give it in the picture's size"
+        )
+    image = images.fromarray((mask.detach().float().cpu().nan_to_num().clamp(0, 1) * 255).round().byte().numpy())
+    cover = _fit(name, image, size, "L")
+    if not cover.any():
+        raise AdapterError(f"{name}: the mask is black all over, or where the crop keeps it; paint the concept white")
+    return torch.from_numpy(cover)[None].float() / 255
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -131,9 +204,13 @@ def _caption(path: Path) -> str:
         text = path.read_bytes()[: 4 * MAX_CAPTION].decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise AdapterError(f"{path}: this caption cannot be read as UTF-8 text ({error})") from error
+    return _checked(text, str(path))
+
+
+def _checked(text: str, where: str) -> str:
     caption = " ".join(text.split())
     if not caption or len(caption) > MAX_CAPTION or not caption.isprintable():
-        raise AdapterError(f"{path}: this caption is empty, longer than {MAX_CAPTION} letters, or not text")
+        raise AdapterError(f"{where}: this caption is empty, longer than {MAX_CAPTION} letters, or not text")
     return caption
 
 
@@ -171,7 +248,7 @@ def _flatten(image: Image) -> Image:
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def _fit(path: Path, image: Image, size: tuple[int, int], mode: str) -> np.ndarray:
+def _fit(path: Path | str, image: Image, size: tuple[int, int], mode: str) -> np.ndarray:
     """Centre crop to the aspect of `size` and resize; uint8 (H, W, 3) or (H, W)."""
     from PIL import Image as images
     from PIL import ImageOps

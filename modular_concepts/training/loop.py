@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -41,7 +41,10 @@ class Diverged(AdapterError):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback is told after each step.  lr: the adapters', or the tokens' without adapters."""
+    """What a callback is told after each step.  lr: the adapters', or the tokens' without adapters.
+
+    tokens: trigger word -> its rows as they are learned just now, for a preview; the adapters are attached.
+    """
 
     step: int
     steps: int
@@ -49,6 +52,7 @@ class Progress:
     smoothed_loss: float
     lr: float
     seconds: float
+    tokens: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +221,9 @@ def _after_step(
     if callback is None:
         return False
     lr, seconds = run.optimizer.param_groups[0]["lr"], time.monotonic() - started
-    return bool(callback(Progress(run.step, settings.steps, run.losses[-1], run.smoothed_loss, lr, seconds)))
+    tokens = {trigger: rows.detach() for trigger, rows in run.tokens.items()}
+    progress = Progress(run.step, settings.steps, run.losses[-1], run.smoothed_loss, lr, seconds, tokens)
+    return bool(callback(progress))
 
 
 def _diverged(run: Run) -> Diverged:
