@@ -1,0 +1,34 @@
+"""The pack's nodes, as the host asks for them."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..host import folders
+from .concepts import ConceptLoader, ConceptSave, ConceptStrength, ConceptTextEncode
+from .merging import BlockLoRAMerge, ConceptMerge
+from .regions import ConceptRegion, RegionalConceptSampler
+from .reports import CrosstalkReport
+from .toy import ToyBaseLoader, ToyPictures
+
+NODES: list[type[io.ComfyNode]] = [
+    ToyBaseLoader,
+    ToyPictures,
+    ConceptLoader,
+    ConceptStrength,
+    ConceptSave,
+    ConceptTextEncode,
+    ConceptMerge,
+    BlockLoRAMerge,
+    ConceptRegion,
+    RegionalConceptSampler,
+    CrosstalkReport,
+]
+
+
+class ModularConcepts(ComfyExtension):
+    async def on_load(self) -> None:
+        folders.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

@@ -1,0 +1,34 @@
+"""What concepts do to each other, as a picture and in numbers."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..modular_concepts.heatmap import crosstalk_report
+from . import stacks
+from .types import many_concepts_input
+
+
+class CrosstalkReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CrosstalkReport",
+            display_name="Crosstalk Report",
+            category="modular concepts",
+            description="How much concepts step on each other when they are merged, for every pair and for every part "
+            "of the model: 0 not at all, 1 as much as two copies of one. Computed from their weights, nothing is drawn.",
+            search_aliases=["lora conflict", "lora analysis", "interference", "orthogonality", "compare loras"],
+            is_output_node=True,
+            inputs=[many_concepts_input("A concept or a stack; strengths do not matter here")],
+            outputs=[
+                io.Image.Output("heat_map", display_name="IMAGE", tooltip="Heat map of the pairs and of the layers"),
+                io.String.Output("text", display_name="text", tooltip="The same in numbers"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, concepts: dict) -> io.NodeOutput:
+        picture, text = crosstalk_report(stacks.parts(stacks.joined(concepts))[0])
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
+        return io.NodeOutput(picture, text, ui=shown)

@@ -1,0 +1,44 @@
+"""A concept stack: concepts in order, a strength with each.  The strength enters the merge once, from here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from ..modular_concepts.concept import Concept
+from ..modular_concepts.errors import AdapterError
+
+Stack = tuple[tuple[Concept, float], ...]
+
+
+def as_stack(value: Concept | Stack | None) -> Stack:
+    """A CONCEPT (strength 1), a CONCEPT_STACK or nothing, as a stack."""
+    if value is None:
+        return ()
+    return ((value, 1.0),) if isinstance(value, Concept) else tuple(value)
+
+
+def joined(values: Mapping[str, Concept | Stack] | Iterable[Concept | Stack]) -> Stack:
+    """The stacks of several sockets as one, in the sockets' order."""
+    return tuple(
+        pair for value in (values.values() if isinstance(values, Mapping) else values) for pair in as_stack(value)
+    )
+
+
+def scaled(value: Concept | Stack, strength: float) -> Stack:
+    """Every strength of a stack times `strength`.  Raises AdapterError for what is no finite number."""
+    stack = as_stack(value)
+    if not math.isfinite(strength):
+        names = ", ".join(concept.name for concept, _ in stack)
+        raise AdapterError(f"{names}: strength is {strength}; it must be a finite number, 1 for as trained")
+    return tuple((concept, own * strength) for concept, own in stack)
+
+
+def parts(stack: Stack) -> tuple[list[Concept], list[float]]:
+    """(concepts, strengths), as the engine takes them."""
+    return [concept for concept, _ in stack], [strength for _, strength in stack]
+
+
+def triggers(stack: Stack) -> str:
+    """The words that call the concepts, for a prompt, with a space between."""
+    return " ".join(word for concept, _ in stack for word in (concept.recipe.triggers or concept.tokens))

@@ -1,0 +1,35 @@
+"""What travels between our nodes, and the widgets that several of them share."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+CONCEPT = io.Custom("CONCEPT")
+CONCEPT_STACK = io.Custom("CONCEPT_STACK")
+CONCEPT_REGIONS = io.Custom("CONCEPT_REGIONS")
+MAX_CONCEPTS = 100
+
+
+def concepts_input(name: str = "concept", tooltip: str = "", optional: bool = False) -> io.MultiType.Input:
+    """A socket that takes a CONCEPT (strength 1) or a CONCEPT_STACK."""
+    return io.MultiType.Input(name, [CONCEPT_STACK, CONCEPT], optional=optional, tooltip=tooltip)
+
+
+def many_concepts_input(tooltip: str) -> io.Autogrow.Input:
+    """Sockets concepts.concept0, concepts.concept1, ...: a new one appears as soon as the last is connected."""
+    template = io.Autogrow.TemplatePrefix(concepts_input("concept", tooltip), prefix="concept", min=1, max=MAX_CONCEPTS)
+    return io.Autogrow.Input("concepts", template=template, tooltip=tooltip)
+
+
+def strength_input(tooltip: str) -> io.Float.Input:
+    # The slider widget ignores `step` unless `round` is given too.
+    return io.Float.Input(
+        "strength",
+        default=1.0,
+        min=-2.0,
+        max=2.0,
+        step=0.05,
+        round=0.05,
+        display_mode=io.NumberDisplay.slider,
+        tooltip=tooltip,
+    )
