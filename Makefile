@@ -5,7 +5,7 @@
 #   PYTEST_FLAGS="-k basis"    handed to pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format install clean
+.PHONY: help demo test test-host check format install clean
 .NOTPARALLEL:
 
 VENV := .venv
@@ -26,18 +26,22 @@ export MPLBACKEND := Agg
 unexport PYTHONDONTWRITEBYTECODE
 
 help:
-	@echo "make demo     train three concepts, sum them, draw them together: see demo_output/"
-	@echo "make test     all tests"
-	@echo "make check    format, lint and the fast tests"
-	@echo "make format   put the code into the format that check asks for"
-	@echo "make install  only create $(VENV) with the pinned packages"
-	@echo "make clean    remove $(VENV), demo_output and caches"
+	@echo "make demo       train three concepts, sum them, draw them together: see demo_output/"
+	@echo "make test       all tests"
+	@echo "make test-host  only those in the real ComfyUI (in COMFYUI_PATH, else ~/comfy/ComfyUI)"
+	@echo "make check      format, lint and the fast tests"
+	@echo "make format     put the code into the format that check asks for"
+	@echo "make install    only create $(VENV) with the pinned packages"
+	@echo "make clean      remove $(VENV), demo_output and caches"
 
 demo: $(STAMP)
 	$(BIN)/python -m modular_concepts demo
 
 test: $(STAMP)
 	$(PYTEST) tests $(PYTEST_FLAGS)
+
+test-host: $(STAMP)
+	$(PYTEST) tests/host $(PYTEST_FLAGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
