@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -83,11 +85,12 @@ def _pictures(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from .customisation import Subject, Targets, check_training, train_concept, trigger_of
+    from .bases import OrthogonalBasis
+    from .customisation import Subject, Targets, check_training, concept_from, train_concept, trigger_of
     from .dataset import load_folder
     from .files.concept import save_concept
     from .toy.demo import SETTINGS as TOY
-    from .training import TrainSettings
+    from .training import TrainSettings, Unfinished, check_checkpoint
 
     name = safe_name(args.name)
     out = args.out or Path("concepts") / f"{name}.safetensors"
@@ -126,14 +129,33 @@ def _train(args: argparse.Namespace) -> None:
     subject = Subject(name, data.pictures, captions, args.class_word, data.masks, data.fingerprint)
     targets = Targets(tuple(args.targets), ("attention",) if args.text_encoder else None)
     check_training(base, subject, settings, targets)
-    prior = _prior(base, args, height, width)
-    with _Bar(f"train {name} ({settings.method})", settings.steps) as advance:
-        concept, result = train_concept(
-            base, subject, settings, targets, None, lambda at: advance(at.step), args.checkpoints, args.resume, prior
-        )
-    _folder(out.parent)
-    save_concept(concept, out, compact=args.compact)
-    print(f"wrote {out}: {len(concept.layers)} layers of rank {settings.rank}, last loss {result.losses[-1]:.4f}")
+    if args.resume:
+        check_checkpoint(args.resume)
+    prior, basis = _prior(base, args, height, width), OrthogonalBasis()
+    fault = None
+    try:
+        with _Bar(f"train {name} ({settings.method})", settings.steps) as advance, _Interruption() as interrupted:
+
+            def after_step(at) -> bool:
+                advance(at.step)
+                return interrupted()
+
+            concept, result = train_concept(
+                base, subject, settings, targets, basis, after_step, args.checkpoints, args.resume, prior
+            )
+    except Unfinished as error:
+        fault, result = error, error.result
+        concept = concept_from(base, subject, result, basis, targets)
+    if not result.finished:
+        out = out.with_name(f"{out.stem}-step{result.step}.safetensors")
+    if result.losses:
+        _folder(out.parent)
+        save_concept(concept, out, compact=args.compact)
+        print(f"wrote {out}: {len(concept.layers)} layers of rank {settings.rank}, last loss {result.losses[-1]:.4f}")
+    if fault is not None:
+        raise AdapterError(f"{fault}" + (f" in {out}" if result.losses else "")) from fault
+    if not result.finished:
+        raise KeyboardInterrupt
 
 
 def _prior(base, args: argparse.Namespace, height: int, width: int):
@@ -319,6 +341,29 @@ def _say_crosstalk(concepts: Sequence) -> None:
         return
     for (first, second), figures in crosstalk_table(concepts)["pairs"].items():
         print(f"crosstalk {first} and {second}: {figures['crosstalk']:.4f}")
+
+
+class _Interruption:
+    """Within the block the first Ctrl-C is only noted, so that a step is finished; the second one acts at once."""
+
+    def __enter__(self) -> _Interruption:
+        self.asked = False
+        self.in_main = threading.current_thread() is threading.main_thread()
+        if self.in_main:
+            self.before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.in_main:
+            signal.signal(signal.SIGINT, self.before)
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def _note(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before)
+        print("stopping after this step; once more to stop at once", file=sys.stderr)
 
 
 class _Bar:

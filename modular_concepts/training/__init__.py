@@ -1,8 +1,8 @@
 """Training of one concept on a frozen base: methods, loop, losses, exact resume."""
 
 from .attach import attached, frozen
-from .checkpoint import newest_checkpoint, restore_checkpoint, save_checkpoint
-from .loop import Cancelled, Diverged, Progress, train
+from .checkpoint import check_checkpoint, newest_checkpoint, restore_checkpoint, save_checkpoint
+from .loop import Cancelled, Diverged, Progress, Unfinished, train
 from .losses import NoiseSchedule
 from .methods import new_adapters, seeded
 from .problem import Examples, Problem
@@ -19,7 +19,9 @@ __all__ = [
     "Run",
     "TrainResult",
     "TrainSettings",
+    "Unfinished",
     "attached",
+    "check_checkpoint",
     "frozen",
     "new_adapters",
     "newest_checkpoint",

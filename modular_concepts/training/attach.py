@@ -101,9 +101,11 @@ def _plus_low_rank(output: Tensor, x: Tensor, adapter: LowRank, strength: float,
     up, down = adapter.lora_up, adapter.lora_down
     if mask is not None:
         up = up * mask[:, None]
-    hidden = F.linear(x, down.to(x.dtype))
+    hidden = F.linear(x, down.to(x))
     scale = strength * adapter.scale
     if adapter.rows is not None:
-        return output.index_add(-1, adapter.rows, F.linear(hidden, up.to(x.dtype)).to(output.dtype), alpha=scale)
-    flat = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), up.to(x.dtype).mT, alpha=scale)
+        return output.index_add(
+            -1, adapter.rows.to(output.device), F.linear(hidden, up.to(x)).to(output.dtype), alpha=scale
+        )
+    flat = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), up.to(x).mT, alpha=scale)
     return flat.view(output.shape)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,7 +30,12 @@ PATTERN = re.compile(r"step-(\d{8})\.safetensors")
 def save_checkpoint(folder: Path | str, run: Run) -> Path:
     """Write step-NNNNNNNN.safetensors, whole or not at all, and keep the newest `keep_checkpoints`."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdapterError(
+            f"the folder {folder} cannot be made ({error.strerror}); choose another for checkpoints"
+        ) from error
     metadata = {"format": FORMAT, "step": str(run.step), "identity": json.dumps(run.identity, sort_keys=True)}
     path = folder / f"step-{run.step:08d}.safetensors"
     _write_whole(path, save(_state(run), metadata))
@@ -43,10 +50,8 @@ def restore_checkpoint(path: Path | str, run: Run, accept_changes: bool = False)
     path: a checkpoint, or a folder for its newest.
     Raises AdapterError for a file that cannot be read, or one of another training unless `accept_changes`.
     """
-    path = newest_checkpoint(path)
+    path = check_checkpoint(path)
     metadata, tensors = _read(path)
-    if metadata.get("format") != FORMAT:
-        raise AdapterError(f"{path.name} is not a checkpoint of a training; choose a step-….safetensors file")
     if not accept_changes:
         _refuse_changes(path, json.loads(metadata["identity"]), run.identity)
     _check_shapes(path, tensors, run)
@@ -60,6 +65,14 @@ def restore_checkpoint(path: Path | str, run: Run, accept_changes: bool = False)
     run.losses, run.step = [], 0
     for loss in tensors["losses"].tolist():
         run.record(loss)
+
+
+def check_checkpoint(path: Path | str) -> Path:
+    """The checkpoint that `path` names (`newest_checkpoint`), once its header says that it is one."""
+    path = newest_checkpoint(path)
+    if _read_metadata(path).get("format") != FORMAT:
+        raise AdapterError(f"{path.name} is not a checkpoint of a training; choose a step-….safetensors file")
+    return path
 
 
 def newest_checkpoint(path: Path | str) -> Path:
@@ -92,10 +105,21 @@ def _untouched(parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
+def _read_metadata(path: Path) -> dict[str, str]:
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with _opened(path) as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path.name} cannot be read as a checkpoint ({error}); choose an older one") from error
 

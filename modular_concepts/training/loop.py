@@ -31,12 +31,16 @@ class Cancelled(Exception):
     """Raised by a callback, or by anything that the base calls, to stop a training; its state is kept."""
 
 
-class Diverged(AdapterError):
-    """Loss or gradient is no finite number any more; `result` holds the last state whose loss was finite."""
+class Unfinished(AdapterError):
+    """A fault in mid-training that loses nothing: `result` holds what was learned until then."""
 
     def __init__(self, message: str, result: TrainResult):
         super().__init__(message)
         self.result = result
+
+
+class Diverged(Unfinished):
+    """Loss or gradient is no finite number any more; `result` is the last state whose loss was finite."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def train(
     callback: told of each step; True, or `Cancelled` raised anywhere inside, stops with finished = False.
     checkpoints: folder for one every `settings.checkpoint_every` steps, at the end and at a cancel.
     resume: a checkpoint, or such a folder for its newest; `accept_changes` allows other settings or data.
-    Raises Diverged when the loss stops being a number, AdapterError for what cannot work.
+    Raises Diverged when the loss stops being a number, Unfinished when a checkpoint cannot be written (both hold
+    what was learned), AdapterError for what cannot work.
     """
     started = time.monotonic()
     with torch.inference_mode(False), torch.enable_grad():
@@ -91,7 +96,7 @@ def train(
         with frozen(problem.modules), attached(problem.layers, run.adapters, erasure=erasure):
             finished = _steps(problem, run, erasure, lambda: _after_step(run, callback, checkpoints, started))
         if checkpoints is not None:
-            save_checkpoint(checkpoints, run)
+            _save(checkpoints, run, finished)
         return run.result(finished)
 
 
@@ -137,6 +142,7 @@ def _backward(problem: Problem, run: Run, erasure: dict[str, Tensor], parameters
     if not loss.requires_grad:
         raise AdapterError("no chosen layer and no trigger word has a part in the prediction; nothing can be learned")
     loss.backward()
+    erasure.clear()  # so that a callback's previews show the whole adapter
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
     value, norm = torch.stack([loss.detach(), norm.to(loss)]).tolist()
     return value if math.isfinite(norm) else math.nan
@@ -217,13 +223,20 @@ def _after_step(
     settings = run.settings
     due = settings.checkpoint_every and run.step % settings.checkpoint_every == 0 and run.step < settings.steps
     if checkpoints is not None and due:
-        save_checkpoint(checkpoints, run)
+        _save(checkpoints, run, finished=False)
     if callback is None:
         return False
     lr, seconds = run.optimizer.param_groups[0]["lr"], time.monotonic() - started
     tokens = {trigger: rows.detach() for trigger, rows in run.tokens.items()}
     progress = Progress(run.step, settings.steps, run.losses[-1], run.smoothed_loss, lr, seconds, tokens)
     return bool(callback(progress))
+
+
+def _save(checkpoints: Path | str, run: Run, finished: bool) -> None:
+    try:
+        save_checkpoint(checkpoints, run)
+    except AdapterError as error:
+        raise Unfinished(f"{error}. What was learned up to step {run.step} is kept", run.result(finished)) from error
 
 
 def _diverged(run: Run) -> Diverged:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from untrained_toy import write_untrained
 
 from modular_concepts import cli
+from modular_concepts.errors import AdapterError
 from modular_concepts.files import load_concept
 from modular_concepts.files.diffusers import import_diffusers
 from modular_concepts.files.kohya import import_kohya
@@ -448,13 +450,41 @@ def test_a_folder_that_cannot_be_made(made, here, capsys, monkeypatch):
         refused(capsys, here, command, "cannot be made", "Permission denied", "--out")
 
 
-def test_an_interruption_writes_nothing(made, here, capsys, monkeypatch):
-    def interrupt(self, done):
-        raise KeyboardInterrupt
+def test_an_interrupted_training_keeps_what_was_learned(made, here, capsys, monkeypatch):
+    monkeypatch.setattr(cli._Bar, "__call__", lambda self, done: signal.raise_signal(signal.SIGINT))
+    train = train_on(made / "pictures/tom", "--name", "tom", "--checkpoints", "steps")
+    code, out, err = run(capsys, *train)
+    assert code == 130 and err.endswith("stopped\n") and "wrote concepts/tom-step1.safetensors" in out
+    assert load_concept(here / "concepts/tom-step1.safetensors").recipe.training["finished"] is False
+    assert set(files(here)) == {"concepts/tom-step1.safetensors", "steps/step-00000001.safetensors"}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-    monkeypatch.setattr(cli._Bar, "__call__", interrupt)
+
+def test_a_second_interruption_stops_at_once_and_writes_nothing(made, here, capsys, monkeypatch):
+    def twice(self, done):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cli._Bar, "__call__", twice)
     code, _, err = run(capsys, *train_on(made / "pictures/tom", "--name", "tom"))
-    assert (code, err) == (130, "stopped\n") and files(here) == {}
+    assert code == 130 and err.endswith("stopped\n") and files(here) == {}
+
+
+def test_a_training_that_diverges_keeps_what_was_learned_and_says_where(made, here, capsys):
+    code, out, err = run(capsys, *train_on(made / "pictures/tom", "--name", "tom", "--adapter-lr", "1e30"))
+    assert code == 2 and "no longer a finite number" in err and "is kept in concepts/tom-step" in err
+    (kept,) = files(here)
+    assert max(adapter.delta().isfinite().all() for adapter in load_concept(here / kept).layers.values())
+
+
+def test_a_checkpoint_that_cannot_be_written_keeps_what_was_learned(made, here, capsys, monkeypatch):
+    def full(path, data):
+        raise AdapterError(f"{path} could not be written (No space left on device)")
+
+    monkeypatch.setattr("modular_concepts.training.checkpoint._write_whole", full)
+    code, out, err = run(capsys, *train_on(made / "pictures/tom", "--name", "tom", "--checkpoints", "steps"))
+    assert code == 2 and "No space left" in err and "is kept in concepts/tom.safetensors" in err
+    assert load_concept(here / "concepts/tom.safetensors").recipe.training["finished"] is True
 
 
 def test_a_base_without_weights(here, capsys, monkeypatch):
