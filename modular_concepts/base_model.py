@@ -7,6 +7,7 @@ Training asks for less, a `Base`, which a host's loaded models are too (`host/ba
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import at_least_float32
+from .errors import AdapterError
 from .layers import find_layers
 from .tokens import learned_tokens, token_ids
 from .training.losses import NoiseSchedule
@@ -86,8 +88,13 @@ class BaseModel:
         return self.text_encoder.get_input_embeddings()
 
     def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
-        """(B, T, D): last hidden state of the text encoder, trigger words standing for their learned rows."""
-        ids = self.tokenize(prompts, token_ids(tokens, self.embedding.num_embeddings))
+        """(B, T, D): last hidden state of the text encoder, trigger words standing for their learned rows.
+
+        Raises AdapterError for a prompt so long that a trigger word in it is cut off.
+        """
+        extra = token_ids(tokens, self.embedding.num_embeddings)
+        ids = self.tokenize(prompts, extra)
+        _check_reach(prompts, extra, ids)
         with learned_tokens(self.embedding, tokens):
             return self.text_encoder(ids.to(self.embedding.weight.device)).last_hidden_state
 
@@ -98,6 +105,16 @@ class BaseModel:
         """(k, width) rows of the token table for some words, without start, end and padding."""
         ids, bare = self.tokenize([words, ""], {})
         return self.embedding.weight[[int(i) for i, b in zip(ids, bare, strict=True) if i != b and i not in bare]]
+
+
+def _check_reach(prompts: Sequence[str], extra: Mapping[str, Sequence[int]], ids: Tensor) -> None:
+    for prompt, row in zip(prompts, ids.tolist(), strict=True):
+        for trigger, own in extra.items():
+            if own[-1] not in row and re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt):
+                raise AdapterError(
+                    f"{prompt!r}: {trigger} stands beyond the {len(row)} tokens that the text model reads; "
+                    "shorten the text, or say it earlier"
+                )
 
 
 def weights_hash(*networks: nn.Module) -> str:

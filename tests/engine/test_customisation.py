@@ -157,6 +157,15 @@ def test_two_concepts_of_one_trigger_are_refused(trio):
             use()
 
 
+def test_concepts_on_two_orthogonal_bases_are_refused(trio):
+    on_bases = [
+        replace(concept, recipe=replace(concept.recipe, method="orthogonal", basis=basis))
+        for concept, basis in zip(trio[:2], ("a" * 16, "b" * 16), strict=True)
+    ]
+    with pytest.raises(AdapterError, match="trained on shared basis a{16}, .* on b{16}"):
+        draw(on_bases, [1.0, 1.0])
+
+
 def test_a_concept_of_another_base_is_refused(trio):
     before = traces(untrained_base())
     foreign = replace(trio[0], recipe=replace(trio[0].recipe, architecture="sd15"))
@@ -169,7 +178,7 @@ def test_a_concept_of_another_base_is_refused(trio):
     with pytest.raises(AdapterError, match=r"tom, unet.*the adapter is for a weight of shape \(12, 16\)"):
         draw([misfit], [1.0])
     unknown = replace(trio[0], layers={"unet.nowhere.to_q": trio[0].layers[layer]})
-    with pytest.raises(AdapterError, match="unet.nowhere.to_q: the adapter has no layer of this name"):
+    with pytest.raises(AdapterError, match="tom, unet.nowhere.to_q: the base has no layer of this name"):
         draw([unknown], [1.0])
     narrow = replace(trio[0], tokens={"<tom>": torch.ones(2, 64)})
     with pytest.raises(AdapterError, match="64 wide"):
@@ -188,3 +197,12 @@ def test_what_cannot_be_trained_is_refused():
     ):
         with pytest.raises(AdapterError, match=words):
             train_concept(untrained_base(), made, settings, ATTENTION)
+
+
+def test_a_trigger_beyond_what_the_text_model_reads_is_refused(trio):
+    base, concept, long = untrained_base(), trio[0], "a man " * 19
+    fits, cut = f"a <{concept.name}> {long}", f"{long} a <{concept.name}>"
+    with customised(base, [concept], [1.0]) as tokens:
+        base.context([fits], tokens)
+        with pytest.raises(AdapterError, match=f"<{concept.name}> stands beyond the 40 tokens"):
+            base.context([cut], tokens)
