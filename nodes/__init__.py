@@ -5,15 +5,23 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..host import folders
+from .bases import OrthoBasisLoader
 from .concepts import ConceptLoader, ConceptSave, ConceptStrength, ConceptTextEncode
+from .datasets import ConceptDataset
 from .merging import BlockLoRAMerge, ConceptMerge
 from .regions import ConceptRegion, RegionalConceptSampler
 from .reports import CrosstalkReport
 from .toy import ToyBaseLoader, ToyPictures
+from .training import BlockLoRATrainer, LoRATrainer, OrthoLoRATrainer
 
 NODES: list[type[io.ComfyNode]] = [
     ToyBaseLoader,
     ToyPictures,
+    OrthoBasisLoader,
+    ConceptDataset,
+    OrthoLoRATrainer,
+    BlockLoRATrainer,
+    LoRATrainer,
     ConceptLoader,
     ConceptStrength,
     ConceptSave,

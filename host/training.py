@@ -1,0 +1,228 @@
+"""One concept's training inside the host: its progress bar, previews and cancel, checkpoints and kept files.
+
+output/modular_concepts/NAME/   checkpoints; those of the training before in before/
+models/concepts/                what a cancelled training had learned by then
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..modular_concepts.bases import OrthogonalBasis
+from ..modular_concepts.concept import Concept, check_token
+from ..modular_concepts.customisation import (
+    Subject,
+    Targets,
+    check_training,
+    concept_from,
+    prior_examples,
+    train_concept,
+    trigger_of,
+)
+from ..modular_concepts.dataset import Dataset, filled_in
+from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.files.concept import layer_tensors, save_concept
+from ..modular_concepts.files.safe import safe_name
+from ..modular_concepts.layers import file_key
+from ..modular_concepts.sampling import SampleSettings
+from ..modular_concepts.training import (
+    Cancelled,
+    Examples,
+    Progress,
+    TrainResult,
+    TrainSettings,
+    Unfinished,
+    newest_checkpoint,
+)
+from ..modular_concepts.training.checkpoint import PATTERN
+from .base import HostBase, draw
+
+PRIOR_SEED = 1000
+PRIOR_STEPS = 12
+PREVIEW = dict(steps=12, cfg=4.0)
+PREVIEW_SIDE = 256  # screen pixels that a small preview is enlarged to
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training in the host needs beside the engine's settings.
+
+    prior_pictures: how many pictures of its own the base draws first, for prior preservation.
+    preview_every: steps between previews, 0 for none; preview_prompt: with trigger and class word filled in.
+    resume: go on from the newest checkpoint of this name, where there is one.
+    """
+
+    subject: Subject
+    settings: TrainSettings
+    targets: Targets
+    basis: OrthogonalBasis
+    prior_pictures: int = 0
+    preview_every: int = 0
+    preview_prompt: str = ""
+    resume: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the pictures."""
+        return tuple(self.subject.pictures.shape[2:])
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Step sizes of AdamW for the layers and for the learned word."""
+
+    adapter: float
+    token: float
+
+
+def subject_of(dataset: Dataset, name: str, class_word: str) -> Subject:
+    """The data set under a name, {concept} in its captions filled in.  Raises AdapterError for a bad name or word."""
+    name, class_word = safe_name(name), " ".join(class_word.split())
+    check_token(trigger_of(name), (1, 1))
+    if not class_word:
+        raise AdapterError("the class word is empty; say in the base's words what the concept is, such as man or dog")
+    dataset = filled_in(dataset, (trigger_of(name),), class_word)
+    return Subject(name, dataset.pictures, dataset.captions, class_word, dataset.masks, dataset.fingerprint)
+
+
+def settings_for(architecture: str, rates: Rates, **chosen) -> TrainSettings:
+    """The settings that a person chose, with ours for the rest.  Raises AdapterError for values that cannot work."""
+    return TrainSettings(
+        adapter_lr=rates.adapter,
+        token_lr=rates.token,
+        warmup=min(20, chosen["steps"] // 10),
+        schedule="cosine",
+        weight_decay=0.0,
+        # The toy's few hundred words lie close together; a new one needs a place of its own.
+        token_noise=1.0 if architecture == "toy" else 0.1,
+        **chosen,
+    )
+
+
+def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
+    """Train one concept on the host's loaded models, which stay bit for bit as they are.
+
+    An interrupt keeps a checkpoint and a concept file NAME-cancelled-stepN, then goes on to the host.
+    Raises AdapterError for what cannot work, most of it before anything is drawn or trained.
+    """
+    subject = plan.subject
+    check_training(base, subject, plan.settings, plan.targets)
+    folder = checkpoint_folder(subject.name)
+    with base.trainable(), _interruptible():
+        prior = _prior(base, plan)
+        resume = _resume(folder, plan)
+        watch = _Watch(base, plan)
+        try:
+            concept, result = train_concept(
+                base, subject, plan.settings, plan.targets, plan.basis, watch, folder, resume, prior
+            )
+        except Unfinished as error:
+            kept = keep_unfinished(concept_from(base, subject, error.result, plan.basis, plan.targets), error.result)
+            raise AdapterError(f"{error} in {kept}" if kept else str(error)) from error
+    if not result.finished:
+        keep_unfinished(concept, result)
+        # The flag is cleared when it is raised, by us or by whichever layer saw it first.
+        comfy.model_management.interrupt_current_processing(False)
+        raise comfy.model_management.InterruptProcessingException
+    return concept, result
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A cancel outside of the training loop, as the host's own interrupt."""
+    try:
+        yield
+    except Cancelled as cancelled:
+        raise comfy.model_management.InterruptProcessingException from cancelled
+
+
+def checkpoint_folder(name: str) -> Path:
+    return Path(folder_paths.get_output_directory()) / "modular_concepts" / safe_name(name)
+
+
+def keep_unfinished(concept: Concept, result: TrainResult) -> Path | None:
+    """Save what was learned as models/concepts/NAME-cancelled-stepN.safetensors; nothing after no step."""
+    if not result.step:
+        return None
+    path = Path(folder_paths.get_folder_paths("concepts")[0])
+    path.mkdir(parents=True, exist_ok=True)
+    path = path / f"{safe_name(concept.name)}-cancelled-step{result.step}.safetensors"
+    save_concept(concept, path)
+    logging.info("%s: stopped after %d steps; what was learned is in %s", concept.name, result.step, path)
+    return path
+
+
+def lora_of(concept: Concept) -> dict[str, Tensor]:
+    """The adapters under kohya's names, as the host's own LoRA nodes take them (LORA_MODEL)."""
+    return {
+        key: tensor
+        for name, adapter in concept.layers.items()
+        for key, tensor in layer_tensors(file_key(name), adapter).items()
+    }
+
+
+def _prior(base: HostBase, plan: Plan) -> Examples | None:
+    if plan.prior_pictures < 1:
+        return None
+    height, width = plan.size
+    settings = SampleSettings(steps=PRIOR_STEPS, height=height, width=width)
+    bar = comfy.utils.ProgressBar(1)
+    return prior_examples(
+        base, plan.subject.class_word, plan.prior_pictures, PRIOR_SEED, settings, bar.update_absolute, draw
+    )
+
+
+def _resume(folder: Path, plan: Plan) -> Path | None:
+    """The checkpoint to go on from; a training from the start puts those of the one before aside first.
+
+    Checkpoints are told apart by their step alone, so a longer training's would outlive the new one's.
+    """
+    found = sorted(path for path in folder.iterdir() if PATTERN.fullmatch(path.name)) if folder.is_dir() else []
+    if not found:
+        return None
+    if plan.resume:
+        return newest_checkpoint(folder)
+    before = folder / "before"
+    before.mkdir(exist_ok=True)
+    for old in before.iterdir():
+        if PATTERN.fullmatch(old.name):
+            old.unlink()
+    for path in found:
+        path.replace(before / path.name)
+    return None
+
+
+class _Watch:
+    """Told of each step: moves the progress bar, draws a preview when one is due, sees an interrupt."""
+
+    def __init__(self, base: HostBase, plan: Plan):
+        self.base, self.plan = base, plan
+        self.bar = comfy.utils.ProgressBar(plan.settings.steps)
+
+    def __call__(self, at: Progress) -> bool:
+        due = self.plan.preview_every and (at.step % self.plan.preview_every == 0 or at.step == at.steps)
+        try:
+            preview = ("JPEG", self._preview(at.tokens), 512) if due else None
+        except comfy.model_management.InterruptProcessingException:
+            return True
+        self.bar.update_absolute(at.step, at.steps, preview)
+        return comfy.model_management.processing_interrupted()
+
+    def _preview(self, tokens: Mapping[str, Tensor]) -> Image.Image:
+        height, width = self.plan.size
+        settings = SampleSettings(**PREVIEW, height=height, width=width)
+        (picture,) = draw(self.base, [self.plan.preview_prompt], [self.plan.settings.seed], tokens, settings)
+        image = Image.fromarray((picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+        larger = max(1, PREVIEW_SIDE // max(image.size))
+        return image.resize((image.width * larger, image.height * larger), Image.Resampling.NEAREST)

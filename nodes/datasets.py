@@ -1,0 +1,142 @@
+"""The pictures, captions and masks that a concept is learned from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..host.files import input_folder
+from ..host.messages import show_text
+from ..modular_concepts.dataset import Dataset, load_folder, of_pictures
+from ..modular_concepts.errors import AdapterError
+
+CONCEPT_DATASET = io.Custom("CONCEPT_DATASET")
+SIDE = 512  # of pictures in a folder, where no size is chosen
+STEP = 8
+
+
+class ConceptDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConceptDataset",
+            display_name="Concept Pictures",
+            category="modular concepts/training",
+            description="Pictures of one person, thing, place or style, with captions and masks, for the concept "
+            "trainers. Cropped to the middle and resized; what you see on the node is what is trained on.",
+            search_aliases=["training data", "dataset", "dreambooth images", "lora dataset", "captions"],
+            is_input_list=True,
+            inputs=[
+                io.Image.Input(
+                    "images", optional=True, tooltip="A batch or a list of pictures; or name a folder below"
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="White where the concept is, one for each picture or one for all; only there it is learned",
+                ),
+                io.String.Input(
+                    "folder",
+                    default="",
+                    optional=True,
+                    tooltip="A folder inside ComfyUI's input folder, instead of images: pictures, a .txt caption of "
+                    "the same name for each (or none at all), and NAME.mask.png masks (or none at all)",
+                ),
+                io.String.Input(
+                    "captions",
+                    default="a photo of {concept}",
+                    multiline=True,
+                    tooltip="One line for all pictures, or one line for each. {concept} becomes the trigger and the "
+                    "class word. A folder's .txt files come first",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=STEP,
+                    tooltip=f"Training size in pixels; 0: as wide as the first picture ({SIDE} for a folder)",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=STEP,
+                    tooltip=f"Training size in pixels; 0: as high as the first picture ({SIDE} for a folder)",
+                ),
+            ],
+            outputs=[
+                CONCEPT_DATASET.Output("dataset", display_name="CONCEPT_DATASET", tooltip="For the concept trainers")
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder=("",), **_widgets) -> str:
+        """What lies in the folder, so that a changed picture or caption is noticed."""
+        name = (folder or [""])[0] or ""
+        if not name.strip():
+            return ""
+        files = sorted(path for path in input_folder(name).iterdir() if path.is_file())
+        return " ".join(f"{path.name} {path.stat().st_mtime_ns} {path.stat().st_size}" for path in files)
+
+    @classmethod
+    def execute(cls, captions, width, height, images=None, masks=None, folder=None) -> io.NodeOutput:
+        lines = [line for text in captions for line in (text or "").splitlines() if line.strip()]
+        name = ((folder or [""])[0] or "").strip()
+        pictures = [picture for batch in images or [] if batch is not None for picture in batch]
+        covers = [cover for batch in masks or [] if batch is not None for cover in batch.reshape(-1, *batch.shape[-2:])]
+        dataset = _dataset(pictures, covers, name, lines, (height[0], width[0]))
+        text = describe(dataset)
+        show_text(cls.hidden.unique_id, text)
+        shown = {
+            **ui.PreviewImage(dataset.pictures.movedim(1, -1), cls=None).as_dict(),
+            **ui.PreviewText(text).as_dict(),
+        }
+        return io.NodeOutput(dataset, ui=shown)
+
+
+def describe(dataset: Dataset) -> str:
+    """How many pictures of what size, and what is said of them."""
+    count, _, height, width = dataset.pictures.shape
+    masked = "" if dataset.masks is None else ", with masks"
+    lines = [f"{count} {'picture' if count == 1 else 'pictures'} of {width} x {height} pixels{masked}"]
+    if count == 1:
+        lines.append("one picture works, but its background and pose are learned too; four and more are better")
+    captions = dict.fromkeys(dataset.captions)
+    lines += list(captions)[:8]
+    if len(captions) > 8:
+        lines.append(f"... and {len(captions) - 8} more captions")
+    return "\n".join(lines)
+
+
+def _dataset(
+    pictures: list[torch.Tensor],
+    covers: list[torch.Tensor],
+    folder: str,
+    captions: list[str],
+    size: tuple[int, int],
+) -> Dataset:
+    if pictures and folder:
+        raise AdapterError(f"there are images and the folder {folder!r}; disconnect the images or empty the folder")
+    if not pictures and not folder:
+        raise AdapterError("there is no picture to train on; connect images, or name a folder in the input folder")
+    if not captions:
+        raise AdapterError("captions are empty; write at least one line, such as: a photo of {concept}")
+    if folder:
+        return _of_folder(input_folder(folder), captions, tuple(side or SIDE for side in size))
+    first = pictures[0].shape[:2]
+    size = tuple(chosen or int(own) // STEP * STEP for chosen, own in zip(size, first, strict=True))
+    return of_pictures([picture[..., :3].movedim(-1, 0) for picture in pictures], captions, covers or None, size)
+
+
+def _of_folder(folder: Path, captions: list[str], size: tuple[int, int]) -> Dataset:
+    if len(captions) > 1 and not any(folder.glob("*.txt")):
+        raise AdapterError(
+            f"{len(captions)} lines of captions for a folder; write one line for all, or a .txt file for each picture"
+        )
+    # {concept} stays in the captions: the trainer knows trigger and class word.
+    return load_folder(folder, size, ("{concept}",), template=captions[0])
