@@ -1,6 +1,10 @@
-"""Registration with the host, and nothing else: importing this loads neither torch nor the engine.
+"""Registration with the host, and nothing else: importing this loads neither torch nor the engine."""
 
-There are no nodes yet, and the host takes an empty table for an answer.  The engine is `modular_concepts/`.
-"""
+WEB_DIRECTORY = "./js"  # help pages, in docs/
 
-NODE_CLASS_MAPPINGS = {}
+
+async def comfy_entrypoint():
+    """Called by the host once it has started; the nodes, and all that they need, are loaded here."""
+    from .nodes import ModularConcepts
+
+    return ModularConcepts()

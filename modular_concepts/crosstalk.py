@@ -83,7 +83,7 @@ def crosstalk_table(concepts: Sequence[Layered], signs: bool = False) -> dict[st
     "layers": {layer: {(name, name): {...}}}, "mean": mean crosstalk over pairs that share a layer, else 0.0}.
     A name that comes twice is numbered.
     """
-    named = list(zip(_distinct([concept.name for concept in concepts]), concepts, strict=True))
+    named = list(zip(distinct_names(concepts), concepts, strict=True))
     layers: dict[str, dict[Pair, dict[str, float]]] = {}
     pairs: dict[Pair, dict[str, float]] = {}
     for (first, a), (second, b) in itertools.combinations(named, 2):
@@ -120,7 +120,9 @@ def _norm(adapter: LowRank) -> float:
     return abs(adapter.scale) * squared.sqrt().item()
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def distinct_names(concepts: Sequence[Layered]) -> list[str]:
+    """Names as the table has them: those that come twice are numbered."""
+    names = [concept.name for concept in concepts]
     seen: dict[str, int] = {}
     for name in names:
         seen[name] = seen.get(name, 0) + 1

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import __version__
-from .adapters import check_adapter
 from .base_model import Base, BaseModel
 from .bases import OrthogonalBasis
 from .concept import Concept, Recipe
 from .errors import AdapterError
+from .fitting import fitted, refuse_shared_triggers
 from .merge import merge_concepts
 from .sampling import SampleSettings, sample
 from .training import Examples, Problem, Progress, TrainResult, TrainSettings, attached, train
@@ -75,9 +76,11 @@ def prior_examples(
     draw: `sampling.sample`, or what a host has in its place.
     Source: prior preservation of DreamBooth (Ruiz et al. 2023); here also what lets a sum of concepts keep each.
     """
-    prompts = base.prior_prompts(class_word, count)
-    pictures = draw(base, prompts, range(seed, seed + count), None, settings or SampleSettings(), callback=callback)
-    return Examples(base.encode(pictures), prompts)
+    prompts, settings = base.prior_prompts(class_word, count), settings or SampleSettings()
+    pictures = draw(base, prompts, range(seed, seed + count), None, settings, callback=callback)
+    # How they were made and not their bits, so that a training resumes where drawing is not exact to the bit.
+    made = f"{base.hash} {draw.__name__} {prompts} {seed} {settings}"
+    return Examples(base.encode(pictures), prompts, fingerprint=sha256(made.encode()).hexdigest()[:16])
 
 
 def problem_for(base: Base, subject: Subject, targets: Targets = Targets(), prior: Examples | None = None) -> Problem:
@@ -192,20 +195,9 @@ def customised(
 
     Raises AdapterError for a concept of another base.
     """
-    for concept in concepts:
-        if concept.recipe.architecture not in ("", base.architecture):
-            raise AdapterError(
-                f"{concept.name} was trained on {concept.recipe.architecture!r}, "
-                f"this base is {base.architecture!r}; train it on this base or load the base it belongs to"
-            )
-    _refuse_shared_triggers(concepts)
     everything = concept_layers(base, Targets(("all_linear",), ("all_linear",)))
-    for concept in concepts:
-        for name, adapter in concept.layers.items():
-            if name in everything:
-                check_adapter(f"{concept.name}, {name}", adapter, everything[name].weight.shape)
-    merged = merge_concepts(concepts, strengths, how=how) if concepts else {}
-    tokens = {word: rows for concept in concepts for word, rows in concept.tokens.items()}
+    shapes = {name: module.weight.shape for name, module in everything.items()}
+    merged, tokens = fitted(base.architecture, shapes, concepts, strengths, how)
     with attached(everything, merged):
         yield tokens
 
@@ -221,7 +213,7 @@ def merged_concept(name: str, concepts: Sequence[Concept], strengths: Sequence[f
             raise AdapterError(
                 f"{concepts[0].name} and {concept.name} were trained on different bases; merge concepts of one base"
             )
-    _refuse_shared_triggers(concepts)
+    refuse_shared_triggers(concepts)
     layers = {layer: merged.as_low_rank() for layer, merged in merge_concepts(concepts, strengths, how=how).items()}
     rank = max((adapter.rank for adapter in layers.values()), default=1)
     recipe = Recipe(
@@ -241,14 +233,3 @@ def merged_concept(name: str, concepts: Sequence[Concept], strengths: Sequence[f
         },
     )
     return Concept(name, layers, {word: rows for concept in concepts for word, rows in concept.tokens.items()}, recipe)
-
-
-def _refuse_shared_triggers(concepts: Sequence[Concept]) -> None:
-    owners: dict[str, str] = {}
-    for concept in concepts:
-        for word in concept.tokens:
-            if word in owners:
-                raise AdapterError(
-                    f"{owners[word]} and {concept.name} both answer to {word}; train one of them under another name"
-                )
-            owners[word] = concept.name

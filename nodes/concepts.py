@@ -130,8 +130,8 @@ class ConceptTextEncode(io.ComfyNode):
             node_id="ConceptTextEncode",
             display_name="Concept Prompt",
             category="modular concepts",
-            description="A prompt with trigger words, as conditioning for any sampler. A CLIP from Merge Concepts knows "
-            "its concepts' words already; connect concepts only for words that it does not know yet.",
+            description="A prompt with trigger words, as conditioning for any sampler. A CLIP from Merge Concepts "
+            "knows its concepts' words already; connect concepts only for words that it does not know yet.",
             search_aliases=["prompt", "clip text encode", "trigger word", "textual inversion", "dreambooth"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder, plain or from Merge Concepts"),
@@ -140,7 +140,7 @@ class ConceptTextEncode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="The prompt; trigger words such as <tom> stand where the class word would, (words:1.2) weighs",
+                    tooltip="The prompt; trigger words such as <tom> stand before the class word, (words:1.2) weighs",
                 ),
                 concepts_input(
                     "concepts", "Concepts whose learned words the prompt may use; not merged", optional=True

@@ -41,7 +41,7 @@ class ConceptRegion(io.ComfyNode):
                     "units",
                     options=["fractions", "pixels"],
                     default="fractions",
-                    tooltip="What the four edges and the feather are counted in: fractions of the picture, or its pixels",
+                    tooltip="What the edges and the feather are counted in: fractions of the picture, or its pixels",
                 ),
                 io.Float.Input("left", default=0.0, tooltip="Left edge: 0 is the picture's left", **edge),
                 io.Float.Input("top", default=0.0, tooltip="Top edge: 0 is the picture's top", **edge),
@@ -52,8 +52,8 @@ class ConceptRegion(io.ComfyNode):
                 io.Float.Input(
                     "feather",
                     default=0.0,
-                    tooltip="Width of the soft edge, half of it on each side: a fraction of the picture's shorter side, "
-                    "or pixels; 0 is a hard edge",
+                    tooltip="Width of the soft edge, half of it on each side: a fraction of the picture's shorter "
+                    "side, or pixels; 0 is a hard edge",
                     **edge,
                 ),
                 io.Float.Input(
@@ -64,7 +64,8 @@ class ConceptRegion(io.ComfyNode):
                     step=0.05,
                     round=0.05,
                     display_mode=io.NumberDisplay.slider,
-                    tooltip="How far this prompt replaces the global one inside: 1 wholly, 0.5 half of each, 0 not at all",
+                    tooltip="How far this prompt replaces the global one inside: 1 wholly, 0.5 half of each, 0 not "
+                    "at all",
                 ),
                 io.String.Input(
                     "negative",
@@ -78,7 +79,8 @@ class ConceptRegion(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White where the region is, any size; takes the place of the box, whose edges then mean nothing",
+                    tooltip="White where the region is, any size; takes the place of the box, whose edges then mean "
+                    "nothing",
                 ),
                 CONCEPT_REGIONS.Input("regions", optional=True, tooltip="Regions before this one"),
             ],
@@ -104,8 +106,8 @@ class RegionalConceptSampler(io.ComfyNode):
             node_id="RegionalConceptSampler",
             display_name="Regional Concept Sampler",
             category="modular concepts/regions",
-            description="Draws one picture in which every region follows a prompt of its own, all in one pass, with any "
-            "sampler and any number of regions. The global prompt holds outside of them.",
+            description="Draws one picture in which every region follows a prompt of its own, all in one pass, with "
+            "any sampler and any number of regions. The global prompt holds outside of them.",
             search_aliases=["regional lora", "regional prompt", "attention couple", "ksampler", "multi character"],
             inputs=[
                 io.Model.Input("model", tooltip="The base, or the model from Merge Concepts"),

@@ -16,8 +16,8 @@ class CrosstalkReport(io.ComfyNode):
             node_id="CrosstalkReport",
             display_name="Crosstalk Report",
             category="modular concepts",
-            description="How much concepts step on each other when they are merged, for every pair and for every part "
-            "of the model: 0 not at all, 1 as much as two copies of one. Computed from their weights, nothing is drawn.",
+            description="How much concepts step on each other when they are merged, for every pair and every "
+            "part of the model: 0 not at all, 1 as much as two copies of one. Read from their weights alone.",
             search_aliases=["lora conflict", "lora analysis", "interference", "orthogonality", "compare loras"],
             is_output_node=True,
             inputs=[many_concepts_input("A concept or a stack; strengths do not matter here")],

@@ -39,8 +39,8 @@ class ToyPictures(io.ComfyNode):
             node_id="ToyPictures",
             display_name="Toy Pictures",
             category="modular concepts/toy",
-            description="Pictures of one of the fifteen standard concepts of the toy world, with captions, to train on: "
-            "six people, five animals and things, two places, two styles. The toy base has never seen them.",
+            description="Pictures of one of the fifteen standard concepts of the toy world, with captions, to train "
+            "on: six people, five animals and things, two places, two styles. The toy base has never seen them.",
             search_aliases=["example dataset", "training pictures", "toy dataset", "demo images"],
             inputs=[
                 io.Combo.Input(

@@ -24,18 +24,26 @@ def export_embeddings(concept: Concept, folder: Path | str) -> list[Path]:
     """
     files: dict[Path, str] = {}
     for word, vectors in concept.tokens.items():
-        check_token(word, vectors.shape)
-        if vectors.dim() != 2:
-            raise AdapterError(
-                f"trigger word {word!r} has one embedding per layer; stock embedding files hold only one"
-            )
+        _check_stock(word, vectors)
         path = safe_child(folder, f"{safe_name(word)}.safetensors")
         if path in files:
             raise AdapterError(f"trigger words {files[path]!r} and {word!r} would both be {path.name}; rename one")
         files[path] = word
     for path, word in files.items():
-        write_safetensors(path, {word: concept.tokens[word].float()}, {})
+        export_embedding(word, concept.tokens[word], path)
     return list(files)
+
+
+def export_embedding(word: str, vectors: Tensor, path: Path | str) -> None:
+    """Write one learned word, (vectors, width).  Raises AdapterError for a layer-wise one."""
+    _check_stock(word, vectors)
+    write_safetensors(path, {word: vectors.float()}, {})
+
+
+def _check_stock(word: str, vectors: Tensor) -> None:
+    check_token(word, vectors.shape)
+    if vectors.dim() != 2:
+        raise AdapterError(f"trigger word {word!r} has one embedding per layer; stock embedding files hold only one")
 
 
 def import_embedding(path: Path | str, word: str | None = None) -> tuple[str, Tensor]:

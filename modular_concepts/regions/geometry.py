@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,22 +12,38 @@ from torch import Tensor
 
 from ..errors import AdapterError
 
+_MOST_PIXELS = 2**20
+
 
 @dataclass(frozen=True)
 class Region:
     """A prompt and where it holds.
 
     box: (left, top, right, bottom), fractions 0..1 of the picture; mask: (H, W) in 0..1 of any size instead.
+    feather: width of the soft edge, half of it on each side, as a fraction of the picture's shorter side.
+    strength: how far the prompt replaces the global one inside, 0..1.
+    pixels: box and feather count pixels of a picture that is not known yet; see `placed`.
     """
 
     prompt: str
     box: tuple[float, float, float, float] | None = None
     mask: Tensor | None = None
     negative: str | None = None
+    feather: float = 0.0
+    strength: float = 1.0
+    pixels: bool = False
 
     def __post_init__(self):
         if (self.box is None) == (self.mask is None):
             raise AdapterError(f"region {self.prompt!r} needs either a box or a mask")
+        if not 0 <= self.strength <= 1:
+            raise AdapterError(f"region {self.prompt!r} has strength {self.strength}; it must be from 0 to 1")
+        if not 0 <= self.feather <= (_MOST_PIXELS if self.pixels else 1):
+            raise AdapterError(
+                f"region {self.prompt!r} has a feather of {self.feather:g}"
+                f"{' pixels' if self.pixels else ''}; it must be from 0 to the picture's shorter side"
+                f"{'' if self.pixels else ', which is 1'}"
+            )
         if self.mask is not None and not (
             self.mask.dim() == 2 and self.mask.numel() and bool(torch.isfinite(self.mask).all())
         ):
@@ -37,12 +53,50 @@ class Region:
             )
         if self.box is not None:
             left, top, right, bottom = self.box
-            if not (all(map(math.isfinite, self.box)) and 0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            most = math.inf if self.pixels else 1
+            if not (all(map(math.isfinite, self.box)) and 0 <= left < right <= most and 0 <= top < bottom <= most):
+                unit, limit = ("pixels", "") if self.pixels else ("fractions", " <= 1")
                 raise AdapterError(
                     f"region {self.prompt!r} has the box {self.box}; "
-                    "give left, top, right, bottom as fractions, "
-                    "0 <= left < right <= 1 and 0 <= top < bottom <= 1"
+                    f"give left, top, right, bottom as {unit}, 0 <= left < right{limit} and 0 <= top < bottom{limit}"
                 )
+
+    def placed(self, width: int, height: int) -> Region:
+        """The same in fractions of a picture of this size.  AdapterError for a box in pixels that leaves it."""
+        if not self.pixels:
+            return self
+        box = None
+        if self.box is not None:
+            left, top, right, bottom = self.box
+            if right > width or bottom > height:
+                raise AdapterError(
+                    f"region {self.prompt!r} reaches to ({right:g}, {bottom:g}), but the picture is only "
+                    f"{width} x {height} pixels; move it inside or make the picture larger"
+                )
+            box = (left / width, top / height, right / width, bottom / height)
+        return replace(self, box=box, feather=self.feather / min(width, height), pixels=False)
+
+
+def region_from(
+    prompt: str,
+    box: tuple[float, float, float, float],
+    pixels: bool,
+    mask: Tensor | None,
+    feather: float,
+    strength: float,
+    negative: str,
+) -> Region:
+    """A region from what a person filled in: a mask, (H, W) or (1, H, W), takes the place of the box."""
+    if mask is not None and mask.dim() == 3:
+        if len(mask) != 1:
+            raise AdapterError(f"region {prompt!r} has {len(mask)} masks; give one, a region for each")
+        mask = mask[0]
+    if mask is None and not pixels and max(box) > 1 and all(map(math.isfinite, box)):
+        raise AdapterError(
+            f"region {prompt!r} has the box {box}, which reaches outside the picture: as fractions all four are "
+            "at most 1; correct them, or set units to pixels"
+        )
+    return Region(prompt, None if mask is not None else box, mask, negative.strip() or None, feather, strength, pixels)
 
 
 def fractions(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
@@ -59,18 +113,42 @@ def region_weights(regions: Sequence[Region], height: int, width: int) -> Tensor
     """(R, height, width) float32 in 0..1: how much of each cell of a feature grid a region covers.
 
     A box's edges snap to the nearest grid line, so neighbours leave no gap; a box too small for the grid
-    keeps the one cell of its centre.  A mask is averaged over each cell.
+    keeps the one cell of its centre.  A mask is averaged over each cell.  Feathers blur what that gives, so
+    neighbours with one feather still add up to 1; then the strength multiplies.
     """
     weights = torch.zeros(len(regions), height, width)
     for weight, region in zip(weights, regions, strict=True):
-        if region.mask is not None:
-            mask = region.mask.to(weight)[None, None]
-            weight.copy_(F.interpolate(mask, size=(height, width), mode="area")[0, 0].clamp(0, 1))
-            continue
-        left, top, right, bottom = region.box
-        rows, columns = _snap(top, bottom, height), _snap(left, right, width)
-        weight[rows, columns] = 1.0
+        weight.copy_(_cover(region, height, width))
+        if region.feather:
+            weight.copy_(_blurred(weight, region.feather * min(height, width)))
+        if region.strength != 1:
+            weight.mul_(region.strength)
     return weights
+
+
+def _cover(region: Region, height: int, width: int) -> Tensor:
+    if region.pixels:
+        raise AdapterError(f"region {region.prompt!r} counts pixels of a picture that nobody named; place it first")
+    if region.mask is not None:
+        mask = region.mask.float().cpu()[None, None]
+        return F.interpolate(mask, size=(height, width), mode="area")[0, 0].clamp(0, 1)
+    left, top, right, bottom = region.box
+    cover = torch.zeros(height, width)
+    cover[_snap(top, bottom, height), _snap(left, right, width)] = 1.0
+    return cover
+
+
+def _blurred(cover: Tensor, cells: float) -> Tensor:
+    """Mean over a square of `cells` cells, which may be a broken number; the picture's border repeats outside."""
+    reach = math.ceil((cells - 1) / 2)
+    if reach < 1:
+        return cover
+    kernel = torch.ones(2 * reach + 1, dtype=torch.float64)  # or a cover of 1 would come back as 0.9999999
+    kernel[[0, -1]] = (cells - (2 * reach - 1)) / 2
+    kernel = kernel / kernel.sum()
+    padded = F.pad(cover.double()[None, None], (reach, reach, reach, reach), mode="replicate")
+    rows = F.conv2d(padded, kernel[None, None, :, None])
+    return F.conv2d(rows, kernel[None, None, None, :])[0, 0].clamp(0, 1).float()
 
 
 def _snap(low: float, high: float, cells: int) -> slice:

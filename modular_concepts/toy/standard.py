@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from .vocabulary import ACCESSORIES, CLASSES, COLOUR_NAMES, PATTERNS, SCENE_PHRASES, SCENES
-from .world import PALETTE, Scenes, Subjects, apply_style, draw, random_poses, random_scenes, random_subjects
+from .world import (
+    PALETTE,
+    Poses,
+    Scenes,
+    Subjects,
+    apply_style,
+    draw,
+    draw_subjects,
+    random_poses,
+    random_scenes,
+    random_subjects,
+)
 
 PICTURES = 16
 
@@ -90,15 +101,47 @@ def subjects_of(concept: StandardConcept, count: int) -> Subjects:
     return one[torch.zeros(count, dtype=torch.long)]
 
 
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What one teaches a concept with: pictures (count, 3, 32, 32) and masks (count, 1, 32, 32) in 0..1.
+
+    captions: {concept} stands for the concept's own words, such as "<tom> man".
+    masks: the subject's outline; all ones for scenes and styles, which are everywhere.
+    """
+
+    pictures: Tensor
+    captions: list[str]
+    masks: Tensor
+    class_word: str
+
+
+def lesson_of(concept: StandardConcept, count: int = PICTURES, seed: int = 0) -> Lesson:
+    """`pictures_of` with a place for any trigger in the captions, and with masks."""
+    pictures, captions = pictures_of(concept, count, seed)
+    masks = torch.ones(count, 1, *pictures.shape[2:])
+    if concept.family in ("person", "subject"):
+        _, poses, _ = _settings(concept, count, seed)
+        masks = draw_subjects(subjects_of(concept, count), poses)[:, 3:]
+    # The trigger stands where the class word would; only a style's caption says "style" beside it.
+    called = f"{concept.trigger} style" if concept.family == "style" else concept.trigger
+    captions = [text.replace(called, "{concept}") for text in captions]
+    return Lesson(pictures, captions, masks, concept.class_word or "style")
+
+
+def _settings(concept: StandardConcept, count: int, seed: int) -> tuple[Scenes, Poses, torch.Generator]:
+    """Scenes and poses of a concept's pictures, and the generator that draws what is left."""
+    generator = torch.Generator().manual_seed(seed * 65_537 + crc32(concept.name.encode()))
+    scenes = random_scenes(count, generator, torch.arange(count) % len(SCENES))
+    return scenes, random_poses(count, generator), generator
+
+
 def pictures_of(concept: StandardConcept, count: int = PICTURES, seed: int = 0) -> tuple[Tensor, list[str]]:
     """Pictures (count, 3, 32, 32) in 0..1 and captions with the trigger in the place of the class word.
 
     `seed` 0 is the training set; any other seed draws further pictures of the same concept.
     """
-    generator = torch.Generator().manual_seed(seed * 65_537 + crc32(concept.name.encode()))
-    kinds = torch.arange(count) % len(SCENES)
-    scenes, poses = random_scenes(count, generator, kinds), random_poses(count, generator)
-    where = [SCENE_PHRASES[SCENES[kind]] for kind in kinds]
+    scenes, poses, generator = _settings(concept, count, seed)
+    where = [SCENE_PHRASES[SCENES[index % len(SCENES)]] for index in range(count)]
     if concept.family in ("person", "subject"):
         pictures = draw([subjects_of(concept, count)], [poses], scenes)
         return pictures, [f"a {concept.trigger} {place}" for place in where]

@@ -1,0 +1,107 @@
+"""Concepts in the host's MODEL and CLIP: one adapter for each layer, whatever the number of concepts.
+
+The loaded model is never written by us: the host's ModelPatcher keeps every weight aside before it patches a
+clone's, and brings it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import torch
+from comfy.weight_adapter.base import WeightAdapterBase
+from torch import Tensor
+
+from ..modular_concepts.adapters import ConvGeometry
+from ..modular_concepts.concept import Concept
+from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.fitting import fitted
+from ..modular_concepts.merge import MergedBlocks, MergedLayer
+from .clip import with_tokens
+from .layers import architecture_of, host_layers
+
+INSIDE = "modular_concepts"
+Part = tuple[Tensor, Tensor, Tensor | None, int]
+
+
+class MergedWeight(WeightAdapterBase):
+    """All concepts of one layer as one of the host's adapters, for weights and for bypass.
+
+    weights: (up, down, rows, out_features) of each part, plain so that the host can move the tensors.
+    """
+
+    name = "modular concepts"
+
+    def __init__(self, loaded_keys: set[str], weights: Sequence[Part]):
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    @classmethod
+    def of(cls, merged: MergedLayer | MergedBlocks) -> MergedWeight:
+        pieces = merged.parts if isinstance(merged, MergedBlocks) else (merged,)
+        return cls(set(), [(part.up, part.down, part.rows, part.out_features) for part in pieces])
+
+    def merged(self) -> MergedLayer | MergedBlocks:
+        pieces = tuple(MergedLayer(*part) for part in self.weights)
+        return pieces[0] if len(pieces) == 1 else MergedBlocks(pieces, pieces[0].out_features)
+
+    def calculate_weight(
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset,
+        function,
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight=None,
+    ) -> Tensor:
+        """weight + strength * delta, in place as the host expects; the delta is float32."""
+        delta = self.merged().to(weight.device).delta().reshape(weight.shape)
+        weight += function((strength * delta).to(weight.dtype))
+        return weight
+
+    def h(self, x: Tensor, base_out: Tensor) -> Tensor:
+        """What bypass adds to a layer's output; the host tells of convolutions in attributes."""
+        conv = ConvGeometry(**getattr(self, "kw_dict", {})) if getattr(self, "is_conv", False) else None
+        return self.multiplier * self.merged().to(x.device).residual(x, conv)
+
+
+def merged(
+    model: comfy.model_patcher.ModelPatcher,
+    clip: comfy.sd.CLIP,
+    stack: Sequence[tuple[Concept, float]],
+    how: str = "sum",
+    literal: bool = False,
+) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP]:
+    """Clones of MODEL and CLIP with the concepts in their weights, and their words in the CLIP.
+
+    how, literal: as `merge_concepts`.  Raises AdapterError for concepts that do not fit the model, each other,
+    or are in it already.
+    """
+    concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
+    before = concepts_in(model)
+    for concept in concepts:
+        if concept.name in before:
+            raise AdapterError(
+                f"{concept.name} is in this model already; take the model from before the first merge, or leave "
+                "the concept out"
+            )
+    layers = host_layers(model, clip)
+    shapes = {name: layer.module.weight.shape for name, layer in layers.items()}
+    adapters, tokens = fitted(architecture_of(model), shapes, concepts, strengths, how, literal)
+    patches: dict[str, dict[str, MergedWeight]] = {"unet": {}, "text_encoder": {}}
+    for name, adapter in adapters.items():
+        patches[layers[name].part][layers[name].key] = MergedWeight.of(adapter)
+    model, clip = model.clone(), with_tokens(clip.clone(), tokens)
+    model.add_patches(patches["unet"])
+    clip.add_patches(patches["text_encoder"])
+    model.set_attachments(INSIDE, (*before, *(concept.name for concept in concepts)))
+    return model, clip
+
+
+def concepts_in(model: comfy.model_patcher.ModelPatcher) -> tuple[str, ...]:
+    """Names of the concepts that were merged into a MODEL."""
+    return model.get_attachment(INSIDE) or ()
