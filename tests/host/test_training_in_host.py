@@ -1,0 +1,252 @@
+"""Training in the host is headless training: same seed, same pictures, same concept; and the model is as it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from modular_concepts.bases import OrthogonalBasis
+from modular_concepts.customisation import Subject, Targets, customised, train_concept
+from modular_concepts.dataset import filled_in, of_pictures
+from modular_concepts.files.concept import load_concept, save_concept
+from modular_concepts.sampling import SampleSettings, sample
+from modular_concepts.toy.base import load_toy_base
+from modular_concepts.toy.standard import BY_NAME, pictures_of
+from modular_concepts.training import TrainSettings
+
+STEPS = 16
+COMMON = {"steps": STEPS, "batch": 3, "token_vectors": 3}
+CASES = [
+    {
+        "name": "ortho",
+        "settings": {**COMMON, "method": "orthogonal", "rank": 4, "slot": 1},
+        "text_encoder": True,
+        "preview_every": 8,
+    },
+    {
+        "name": "blocks",
+        "settings": {**COMMON, "method": "block", "rank": 4, "slot": 2, "blocks": 5, "erasure": 0.3},
+        "masks": True,
+    },
+    {"name": "plain", "settings": {**COMMON, "method": "lora", "rank": 4, "seed": 3}, "prior": 2},
+]
+STOPPED = {
+    "name": "stopped",
+    "settings": {"method": "orthogonal", "rank": 2, "slot": 0, "steps": 8, "batch": 2, "checkpoint_every": 3},
+    "preview_every": 1,
+    "stop_at": 5,
+}
+SD_CASES = [
+    {
+        "name": "ortho",
+        "settings": {"method": "orthogonal", "rank": 4, "slot": 3, "steps": 12, "batch": 2},
+        "learning_rate": 5e-3,
+        "token_learning_rate": 1e-2,
+        "masks": True,
+        "preview_every": 12,
+    },
+    {
+        "name": "blocks",
+        "settings": {"method": "block", "rank": 4, "slot": 1, "blocks": 4, "steps": 4, "batch": 1},
+        "learning_rate": 5e-3,
+        "text_encoder": True,
+    },
+]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_toy_base()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Pictures (6, 3, 32, 32), masks (6, 32, 32) and captions that both sides train on."""
+    drawn, captions = pictures_of(BY_NAME["tom"], 6)
+    generator = torch.Generator().manual_seed(1)
+    masks = (torch.rand(6, 32, 32, generator=generator) * 255).round() / 255
+    return drawn, masks, [text.replace("<tom>", "{concept}") for text in captions]
+
+
+def dataset_of(pictures, masked: bool):
+    drawn, masks, captions = pictures
+    return of_pictures(list(drawn), captions, list(masks) if masked else None, (32, 32))
+
+
+def headless(base, pictures, name: str, settings: TrainSettings, text: bool, masked: bool):
+    """The same training without a host."""
+    trigger = f"<{name}>"
+    data = filled_in(dataset_of(pictures, masked), (trigger,), "man")
+    subject = Subject(name, data.pictures, data.captions, "man", data.masks, data.fingerprint)
+    targets = Targets(("attention",), ("attention",) if text else None)
+    return train_concept(base, subject, settings, targets, OrthogonalBasis())
+
+
+@pytest.fixture(scope="module")
+def found(host, base, pictures, tmp_path_factory):
+    place = tmp_path_factory.mktemp("training")
+    drawn, masks, captions = pictures
+    save_file({"pictures": drawn, "masks": masks}, place / "asked.safetensors")
+    (place / "asked.json").write_text(json.dumps({"captions": captions, "cases": CASES, "stopped": STOPPED}))
+    settings = TrainSettings(**STOPPED["settings"], name="headless", adapter_lr=1e-3, token_lr=3e-2)
+    concept, _ = headless(base, pictures, "headless", settings, False, False)
+    save_concept(concept, place / "headless.safetensors")
+    host.run("host_training.py", place)
+    return place, json.loads((place / "facts.json").read_text())
+
+
+def test_the_host_knows_the_toy_base_as_the_headless_face_does(base, found):
+    assert found[1]["base"] == [base.architecture, base.hash, 4]
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case["name"])
+def test_training_in_the_host_gives_the_headless_concept(base, pictures, found, case):
+    place, facts = found
+    concept = load_concept(place / f"{case['name']}.safetensors")
+    known = TrainSettings.__dataclass_fields__
+    settings = TrainSettings(**{key: value for key, value in concept.recipe.training.items() if key in known})
+    expected, result = headless(
+        base, pictures, case["name"], settings, case.get("text_encoder", False), case.get("masks", False)
+    )
+    assert concept.layers.keys() == expected.layers.keys() and len(concept.layers) >= 24
+    worst = max(
+        float((concept.layers[name].lora_up - adapter.lora_up).abs().max()) for name, adapter in expected.layers.items()
+    )
+    learned = max(float(adapter.lora_up.abs().max()) for adapter in expected.layers.values())
+    (rows,), (wanted,) = concept.tokens.values(), expected.tokens.values()
+    assert worst < 1e-5 and learned > 1e-3
+    assert relative_error(rows, wanted) < 1e-5
+    assert facts[case["name"]]["losses"] == pytest.approx(result.losses, rel=1e-5)
+    same = {key: value for key, value in expected.recipe.to_json().items()}
+    assert concept.recipe.to_json() == same
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_the_loss_falls_and_the_model_is_as_it_was(found, case):
+    facts = found[1][case["name"]]
+    before, after = facts["fixed"]
+    assert after < 0.99 * before
+    assert facts["untouched"] and facts["plain"]
+    assert facts["steps"][-1] == [STEPS, STEPS]
+
+
+def test_previews_come_when_they_are_due(found):
+    assert found[1]["ortho"]["previews"] == [["JPEG", 256, 256]] * 2
+    assert found[1]["plain"]["previews"] == []
+
+
+def test_core_puts_our_lora_into_the_weights_and_takes_it_out_again(found):
+    worst, moved, every_layer, known, as_before = found[1]["core"]
+    assert worst <= 1e-6 and moved > 1e-5
+    assert every_layer and known and as_before
+
+
+def test_a_patched_model_keeps_its_name_and_is_not_trained_on(base, found):
+    assert found[1]["hash_while_patched"] == base.hash
+    assert "as its loader gives it" in found[1]["patched_base"]
+
+
+def test_a_cancel_keeps_a_concept_and_a_checkpoint_and_resuming_is_exact(base, found):
+    place, facts = found
+    assert facts["stopped"] == ["interrupted", False, True]
+    assert facts["stopped_inside"] == "interrupted"
+    assert (
+        "stopped-cancelled-step5.safetensors" in facts["kept"]
+        and "stopped-cancelled-step6.safetensors" in facts["kept"]
+    )
+    assert facts["resumed"] == [7, 8, True, True]  # first step, losses, layers and words as without a pause
+    assert facts["checkpoints"][-1] == "step-00000008.safetensors"
+    kept = load_concept(place / "concepts" / "stopped-cancelled-step5.safetensors")
+    assert kept.recipe.training["steps_done"] == 5 and not kept.recipe.training["finished"]
+    with customised(base, [kept], [1.0]):
+        pass
+
+
+def test_a_new_start_puts_old_checkpoints_aside_and_resume_refuses_other_settings(found):
+    names = found[1]["checkpoints_of_a_new_start"]
+    assert "step-00000002.safetensors" in names and "before/step-00000008.safetensors" in names
+    assert "steps was 2, is now 3" in found[1]["other_steps"]
+
+
+def test_faults_in_mid_training_leave_the_model_as_it_was(found):
+    assert found[1]["broken"] == ["ZeroDivisionError: a fault of somebody else's", True]
+    message, as_before = found[1]["diverged"]
+    assert message.startswith("AdapterError: the loss is no longer a finite number") and as_before
+
+
+@pytest.mark.parametrize("direction", ["host to headless", "headless to host"])
+@torch.no_grad()
+def test_concepts_go_both_ways(base, found, direction):
+    place, facts = found
+    if direction == "headless to host":
+        same_base, same_family, loss = facts["headless"]
+        assert same_base and same_family and 0 < loss < 1
+        return
+    concept = load_concept(place / "ortho.safetensors")
+    prompts, settings = ["a <ortho> man on the beach"], SampleSettings(steps=4, cfg=3.0)
+    plain = sample(base, ["a man man man man on the beach"], [0], None, settings)
+    with customised(base, [concept], [1.0]) as tokens:
+        taught = sample(base, prompts, [0], tokens, settings)
+    assert taught.isfinite().all() and relative_error(taught, plain) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("rank", "rank 500 is larger than this layer allows"),
+        ("slot", "slot 99 does not exist"),
+        ("no vae", "the vae is missing"),
+        ("no clip", "the clip is missing"),
+        ("no class word", "the class word is empty"),
+        ("unknown class word", "class word 'zebra' is not one that the base knows"),
+        ("bad name", "a name needs at least one letter or digit"),
+        ("no trigger", "does not contain the trigger word <odd>"),
+        ("one picture", "worked"),
+        ("tiny picture", "picture 1: 4×4 pixels are too few to train at 32×32"),
+        ("captions", "2 captions for 1 pictures"),
+        ("mask size", "the mask is 16×16 pixels but its picture is 32×32"),
+        ("empty mask", "the mask is black all over"),
+        ("odd size", "choose multiples of 4"),
+        ("flow model", "which training does not know"),
+        ("not a unet", "concepts are for Stable Diffusion 1.x, 2.x and XL"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_sentence(found, what, words):
+    message = found[1]["refusals"][what]
+    assert words in message
+    assert message == "worked" or message.startswith("AdapterError: ")
+    assert "\n" not in message
+
+
+@pytest.fixture(scope="module")
+def sd(host, pictures, tmp_path_factory):
+    """Two short trainings on a generated checkpoint in Stable Diffusion 1.5's layout, half precision."""
+    place = tmp_path_factory.mktemp("sd15")
+    host.run("tiny_checkpoint.py", place)
+    generator = torch.Generator().manual_seed(2)
+    drawn, masks = torch.rand(3, 3, 64, 64, generator=generator), torch.ones(3, 64, 64)
+    masks[:, :, :16] = 0
+    save_file({"sd_pictures": drawn, "sd_masks": masks}, place / "asked.safetensors")
+    captions = ["a photo of {concept}", "a photo of {concept} (outside)", "{concept} at home"]
+    (place / "asked.json").write_text(json.dumps({"captions": captions, "sd_cases": SD_CASES}))
+    host.run("host_training.py", place)
+    return place, json.loads((place / "facts.json").read_text())
+
+
+@pytest.mark.parametrize("case", SD_CASES, ids=lambda case: case["name"])
+def test_stable_diffusion_learns_and_is_as_it_was(sd, case):
+    facts = sd[1][f"sd_{case['name']}"]
+    before, after = facts["fixed"]
+    assert after < before and facts["untouched"]
+    assert sd[1]["sd_base"][0] == "sd15"
+    concept = load_concept(sd[0] / f"sd_{case['name']}.safetensors")
+    assert concept.recipe.architecture == "sd15" and len(concept.layers) >= 16 * 2
+    assert any(name.startswith("text_encoder.") for name in concept.layers) == case.get("text_encoder", False)
+    assert concept.tokens[f"<{case['name']}>"].shape[1] == 768
