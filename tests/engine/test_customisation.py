@@ -15,6 +15,7 @@ from modular_concepts.customisation import (
     concept_layers,
     customised,
     merged_concept,
+    problem_for,
     train_concept,
 )
 from modular_concepts.errors import AdapterError
@@ -61,6 +62,21 @@ def test_training_leaves_the_base_as_it_was(method):
     moved = {name: adapter.delta().norm() for name, adapter in concept.layers.items()}
     assert set(moved) == set(concept_layers(untrained_base(), ATTENTION)) and min(moved.values()) > 1e-4
     assert relative_error(draw([concept], [1.0], "a <tom> on the beach"), picture(PROMPT)) > EFFECT / 10
+
+
+def test_masks_in_pixels_weigh_the_latents_that_stand_for_them():
+    masks = torch.zeros(4, 1, 32, 32)
+    masks[:, :, 1, 0] = 1
+    problem = problem_for(untrained_base(), replace(subject(), masks=masks))
+    assert problem.examples.masks.shape == (4, 1, 16, 16)
+    assert problem.examples.masks[0, 0, 0, 0] == 0.25 and problem.examples.masks.sum() == 1
+
+
+def test_a_callback_sees_the_words_as_they_are_learned():
+    seen = []
+    train(callback=lambda at: seen.append(at.tokens["<tom>"].clone()), slot=0)
+    assert len(seen) == 3 and not seen[0].requires_grad
+    assert relative_error(seen[2], seen[0]) > EFFECT / 10
 
 
 def test_a_cancel_or_an_exception_leaves_the_base_as_it_was(trio):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from modular_concepts.dataset import load_folder
+from modular_concepts.dataset import filled_in, load_folder, of_pictures
 from modular_concepts.errors import AdapterError
 
 Image = pytest.importorskip("PIL.Image")
@@ -196,3 +197,54 @@ def test_mutated_pictures_end_in_a_value_or_an_adapter_error(folder, name):
             refused += 1
             assert name in str(error) and "\n" not in str(error)
     assert refused > 10
+
+
+def loaded(folder, name="a.png", mode="RGB"):
+    """A picture or mask as a host hands it over: (3, H, W) or (H, W) in 0..1."""
+    with Image.open(folder / name) as image:
+        pixels = torch.from_numpy(np.array(image.convert(mode))).float() / 255
+    return pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels
+
+
+def test_loaded_pictures_become_what_their_files_become(tmp_path):
+    picture(tmp_path / "a.png")
+    cover = Image.new("L", (48, 32), 0)
+    cover.paste(255, (8, 8, 30, 30))
+    cover.save(tmp_path / "a.mask.png")
+    from_files = load_folder(tmp_path, SIZE, ("<kodo>",))
+    given = [loaded(tmp_path)], ["a photo of {concept}"], [loaded(tmp_path, "a.mask.png", "L")]
+    data = filled_in(of_pictures(*given, SIZE), ("<kodo>",), "")
+    assert torch.equal(data.pictures, from_files.pictures) and torch.equal(data.masks, from_files.masks)
+    assert data.captions == from_files.captions == ("a photo of <kodo>",)
+
+
+def test_loaded_pictures_of_the_right_size_are_untouched_and_one_caption_serves_all():
+    pictures = torch.rand(3, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    data = of_pictures(list(pictures), ["a dog\n"], None, SIZE)
+    assert torch.equal(data.pictures, pictures)
+    assert data.captions == ("a dog",) * 3 and data.masks is None
+
+
+def test_the_place_for_the_concept_is_filled_in_and_changes_the_fingerprint():
+    data = of_pictures([torch.ones(3, *SIZE)] * 2, ["a {concept}, {concept}", "a dog"], None, SIZE)
+    named = filled_in(data, ("<kodo>",), "big  dog")
+    assert named.captions == ("a <kodo> big dog, <kodo> big dog", "a dog")
+    assert named.fingerprint != data.fingerprint
+    assert filled_in(named, ("<other>",), "cat") is named
+
+
+@pytest.mark.parametrize(
+    ("pictures", "captions", "masks", "words"),
+    [
+        ([], ["a"], None, "there is no picture"),
+        ([torch.ones(3, 16, 24)] * 3, ["a", "b"], None, "2 captions for 3 pictures"),
+        ([torch.ones(3, 16, 24)], [" "], None, "this caption is empty"),
+        ([torch.full((3, 16, 24), float("nan"))], ["a"], None, "picture 1: .* NaN"),
+        ([torch.ones(3, 3, 3)], ["a"], None, "picture 1: 3×3 pixels are too few"),
+        ([torch.ones(3, 16, 24)], ["a"], [torch.ones(8, 8)], "picture 1: the mask is 8×8"),
+        ([torch.ones(3, 16, 24)], ["a"], [torch.zeros(16, 24)], "picture 1: the mask is black"),
+    ],
+)
+def test_loaded_pictures_that_cannot_be_used_are_named(pictures, captions, masks, words):
+    with pytest.raises(AdapterError, match=words):
+        of_pictures(pictures, captions, masks, SIZE)
