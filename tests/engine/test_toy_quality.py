@@ -42,7 +42,7 @@ def test_classes_and_scenes_are_drawn(base, judges):
 
 def test_two_subjects_are_drawn_side_by_side(base, judges):
     found = evaluate.two_subjects(base, judges, SETTINGS, 20)
-    assert found["both_classes"] >= 0.6, found
+    assert found["both_classes"] >= 0.75, found
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,9 @@ def attributes(base, judges):
 
 def test_the_first_named_colour_is_drawn(attributes):
     """Ten colours, so chance is 0.1."""
-    assert attributes["primary"] >= 0.5, attributes
+    assert attributes["primary"] >= 0.8, attributes
 
 
-@pytest.mark.xfail(strict=True, reason="the base is trained too briefly for the finer words: docs/toy-base.md")
 def test_named_attributes_are_drawn(attributes):
     assert attributes["attributes"] >= 0.75, attributes
 
