@@ -81,6 +81,8 @@ def merged(
     how, literal: as `merge_concepts`.  Raises AdapterError for concepts that do not fit the model, each other,
     or are in it already.
     """
+    if not stack:
+        raise AdapterError("there is nothing to merge; connect at least one concept")
     concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
     before = concepts_in(model)
     for concept in concepts:

@@ -39,7 +39,7 @@ def crosstalk_report(concepts: Sequence[Concept]) -> tuple[Tensor, str]:
 
 def report_text(names: Sequence[str], concepts: Sequence[Concept], table: Mapping) -> str:
     """The figures of every pair, largest crosstalk first, and which slots are shared."""
-    lines = [f"mean crosstalk {table['mean']:.4f} over {len(table['pairs'])} pairs (0 none, 1 two copies of one)"]
+    lines = [f"mean crosstalk {table['mean']:.4f} over {len(table['pairs'])} pairs (0 none, 1 the most there can be)"]
     for (first, second), figures in sorted(table["pairs"].items(), key=lambda item: -item[1]["crosstalk"]):
         lines.append(f"{first} x {second}: crosstalk {figures['crosstalk']:.4f}, cosine {figures['cosine']:+.4f}")
     for block, pairs in _by_block(table).items():
@@ -113,7 +113,7 @@ def draw_report(names: Sequence[str], table: Mapping) -> Tensor:
             cell(EDGE + label + column * CELL, y, CELL // 2, value, top)
     draw.text(
         (EDGE, image.height - EDGE - 10),
-        "0 means that the concepts cannot disturb each other through their weights; 1 is two copies of one concept",
+        "crosstalk 0: neither reads what the other reads; cosine 0: their changes have nothing in common, 1 two copies",
         FAINT,
         fonts[14],
     )

@@ -17,7 +17,7 @@ class CrosstalkReport(io.ComfyNode):
             display_name="Crosstalk Report",
             category="modular concepts",
             description="How much concepts step on each other when they are merged, for every pair and every "
-            "part of the model: 0 not at all, 1 as much as two copies of one. Read from their weights alone.",
+            "part of the model: 0 not at all, 1 the most there can be. Read from their weights alone.",
             search_aliases=["lora conflict", "lora analysis", "interference", "orthogonality", "compare loras"],
             is_output_node=True,
             inputs=[many_concepts_input("A concept or a stack; strengths do not matter here")],

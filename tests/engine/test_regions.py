@@ -10,7 +10,7 @@ from untrained_toy import QUICK, filled_concept, picture, traces, untrained_base
 from modular_concepts.customisation import customised
 from modular_concepts.errors import AdapterError
 from modular_concepts.regions.attention import blend_regions, regional_attention
-from modular_concepts.regions.geometry import Region, fractions, grid_of, region_weights
+from modular_concepts.regions.geometry import Region, fractions, grid_of, region_from, region_weights
 from modular_concepts.sampling import SampleSettings
 
 WHOLE, LEFT, RIGHT = (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
@@ -149,6 +149,60 @@ def test_a_mask_is_averaged_over_each_cell():
     mask = torch.zeros(4, 4)
     mask[:2, :1] = 1
     assert torch.equal(region_weights([Region("", mask=mask)], 2, 2)[0], torch.tensor([[0.5, 0.0], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("feather", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("size", [(8, 24), (16, 16), (13, 7)])
+def test_neighbours_with_one_feather_still_share_every_cell_out(feather, size):
+    edges = (0.0, 0.3, 0.55, 1.0)
+    row = [Region("a", (low, 0.0, high, 1.0), feather=feather) for low, high in itertools.pairwise(edges)]
+    weights = region_weights(row, *size)
+    assert (weights.sum(0) - 1).abs().max() < 1e-6
+    assert torch.equal(
+        region_weights([Region("a", (0.0, 0.0, 1.0, 1.0), feather=feather)], *size), torch.ones(1, *size)
+    )
+    assert ((weights > 0) & (weights < 1)).any() == (feather * min(size) > 1)
+
+
+def test_a_feather_is_a_ramp_of_its_width_around_the_edge():
+    (weights,) = region_weights([Region("a", (0.5, 0.0, 1.0, 1.0), feather=0.5)], 8, 16)
+    assert torch.allclose(weights[0, 5:11], torch.tensor([0.0, 0.125, 0.375, 0.625, 0.875, 1.0]))
+
+
+def test_strength_scales_a_region_and_zero_is_no_region():
+    box = (0.0, 0.0, 0.5, 1.0)
+    whole, half, none = region_weights([Region("a", box, strength=s) for s in (1.0, 0.5, 0.0)], 4, 4)
+    assert torch.equal(half, 0.5 * whole) and not none.any() and whole.any()
+    silent = picture("a man", regions=[Region("a dog", box, strength=0.0)])
+    assert torch.equal(silent, picture("a man"))
+
+
+def test_pixels_become_fractions_once_the_picture_is_known():
+    region = region_from("a dog", (8.0, 0.0, 24.0, 16.0), True, None, 4.0, 1.0, " ")
+    placed = region.placed(32, 16)
+    assert (placed.box, placed.feather, placed.negative) == ((0.25, 0.0, 0.75, 1.0), 0.25, None)
+    assert placed.placed(99, 99) is placed
+    with pytest.raises(AdapterError, match=r"reaches to \(24, 16\), but the picture is only 16 x 16 pixels"):
+        region.placed(16, 16)
+    with pytest.raises(AdapterError, match="pixels of a picture that nobody named"):
+        region_weights([region], 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"box": (0.0, 0.0, 12.0, 1.0)}, "outside the picture: as fractions all four are at most 1"),
+        ({"strength": float("nan")}, "strength nan"),
+        ({"strength": 1.5}, "strength 1.5"),
+        ({"feather": -0.1}, "feather of -0.1"),
+        ({"feather": float("inf")}, "feather of inf"),
+        ({"mask": torch.ones(3, 4, 4)}, "3 masks"),
+    ],
+)
+def test_what_a_person_cannot_mean_is_refused(changed, words):
+    filled = {"box": (0.0, 0.0, 1.0, 1.0), "mask": None, "feather": 0.0, "strength": 1.0, **changed}
+    with pytest.raises(AdapterError, match=words):
+        region_from("a dog", filled["box"], False, filled["mask"], filled["feather"], filled["strength"], "")
 
 
 def test_boxes_are_fractions_or_pixels():

@@ -19,7 +19,7 @@ from modular_concepts.toy.captions import (
     unknown_words,
 )
 from modular_concepts.toy.model import decode_latents, encode_pictures
-from modular_concepts.toy.standard import BY_NAME, PICTURES, STANDARD, pictures_of, subjects_of
+from modular_concepts.toy.standard import BY_NAME, PICTURES, STANDARD, lesson_of, pictures_of, subjects_of
 from modular_concepts.toy.vocabulary import CLASSES, RESERVED, SCENES, SPECIAL, STYLES, WORDS
 from modular_concepts.toy.world import (
     TILE,
@@ -166,3 +166,16 @@ def test_a_standard_identity_stays_the_same_in_all_its_pictures():
         values = getattr(many, field.name)
         assert torch.equal(values, values[:1].expand_as(values))
     assert features(many, 0) == ["dotted white shirt", "black hair"]
+
+
+@pytest.mark.parametrize("concept", STANDARD, ids=lambda concept: concept.name)
+def test_a_lesson_is_the_standard_pictures_with_a_place_for_the_trigger(concept):
+    lesson, (pictures, captions) = lesson_of(concept, 6, 2), pictures_of(concept, 6, 2)
+    assert torch.equal(lesson.pictures, pictures)
+    for text, caption in zip(lesson.captions, captions, strict=True):
+        assert text.count("{concept}") == 1 and "<" not in text
+        words = concept.trigger if concept.family != "style" else f"{concept.trigger} style"
+        assert text.replace("{concept}", words) == caption
+    assert lesson.masks.shape == (6, 1, 32, 32)
+    covered = lesson.masks.mean((1, 2, 3))
+    assert (covered > 0.05).all() and (concept.family in ("scene", "style")) == bool((covered == 1).all())

@@ -1,0 +1,140 @@
+"""Concepts in the host's weights: the engine's own sums, the stock loader's, and a base that stays as it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from made_concepts import made_concept, toy_base
+from safetensors.torch import load_file
+
+from modular_concepts.adapters import new_lora
+from modular_concepts.files import save_concept
+from modular_concepts.layers import find_layers
+from modular_concepts.merge import merge_concepts
+from modular_concepts.training.methods import seeded
+
+STRENGTHS = {"tom": 0.7, "rex": 1.0, "wide": -0.5, "none": 0.0, "first": 1.0, "second": 0.6}
+MERGES = [
+    ["one", ["tom"], "ConceptMerge", "sum"],
+    ["sum", ["tom", "rex", "wide"], "ConceptMerge", "sum"],
+    ["mean", ["tom", "rex", "wide"], "ConceptMerge", "mean"],
+    ["zero", ["none"], "ConceptMerge", "sum"],
+    ["block", ["first", "second"], "BlockLoRAMerge", "as set"],
+    ["literal", ["first", "second"], "BlockLoRAMerge", "sum to one"],
+]
+CONVOLUTIONS = {"unet.down_blocks.1.attentions.0.proj_in": (1, 1), "unet.down_blocks.0.resnets.0.conv1": (3, 3)}
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def wide_concept():
+    """A concept on every kind of layer: all Linear ones of U-Net and text encoder, 1x1 and 3x3 convolutions."""
+    base = toy_base()
+    layers = dict(find_layers(base.unet, base.text_encoder, "all_linear", "all_linear"))
+    modules = {f"unet.{name}": module for name, module in base.unet.named_modules()}
+    layers |= {name: modules[name] for name in CONVOLUTIONS}
+    generator, adapters = seeded(9, "wide"), {}
+    for name, module in layers.items():
+        out, inp = module.weight.shape[:2]
+        adapter = new_lora(out, inp, 3, 6.0, generator, CONVOLUTIONS.get(name))
+        adapters[name] = adapter.replace(lora_up=0.05 * torch.randn(out, 3, generator=generator))
+    return replace(made_concept("wide", "lora"), layers=adapters)
+
+
+@pytest.fixture(scope="module")
+def concepts():
+    return {
+        "tom": made_concept("tom"),
+        "rex": made_concept("rex", slot=1),
+        "wide": wide_concept(),
+        "none": made_concept("none", slot=2),
+        "first": made_concept("first", "block", blocks=5, slot=0),
+        "second": made_concept("second", "block", blocks=5, slot=3),
+    }
+
+
+@pytest.fixture(scope="module")
+def found(host, concepts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("patching")
+    for name in ("concepts", "loras", "embeddings"):
+        (folder / name).mkdir()
+    for name, concept in concepts.items():
+        save_concept(concept, folder / "concepts" / f"{name}.safetensors")
+    layers = sorted(concepts["wide"].layers)
+    (folder / "plan.json").write_text(json.dumps({"strengths": STRENGTHS, "merges": MERGES, "layers": layers}))
+    host.run("patching.py", folder)
+    return load_file(folder / "found.safetensors"), json.loads((folder / "found.json").read_text()), layers
+
+
+@pytest.mark.parametrize(("title", "names", "node", "option"), MERGES, ids=[merge[0] for merge in MERGES])
+def test_merged_weights_are_the_base_and_the_engines_delta(found, concepts, title, names, node, option):
+    tensors, facts, layers = found
+    chosen, strengths = [concepts[name] for name in names], [STRENGTHS[name] for name in names]
+    how = "block" if node == "BlockLoRAMerge" else option
+    merged = merge_concepts(chosen, strengths, how, literal=option == "sum to one")
+    moved = 0.0
+    for layer in layers:
+        base, now = tensors[f"base|{layer}"], tensors[f"{title}|{layer}"]
+        if layer not in merged or title == "zero":
+            assert torch.equal(now, base), layer
+            continue
+        delta = merged[layer].delta().reshape(base.shape)
+        assert relative_error(now, base + delta) < 1e-6, layer
+        moved = max(moved, relative_error(now, base))
+    assert moved > 1e-2 or title == "zero"
+    assert facts["layers_patched"][title] == (0 if title == "zero" else len(merged))
+    assert facts["inside"][title] == names
+
+
+def test_one_adapter_for_each_layer_however_many_concepts(found):
+    assert found[1]["patches_per_layer"] == [1]
+
+
+def test_the_stock_loader_gives_the_same_weights_and_words(found):
+    tensors, facts, layers = found
+    assert facts["lora_warnings"] == []
+    for layer in layers:
+        assert relative_error(tensors[f"stock|{layer}"], tensors[f"one|{layer}"]) < 1e-6, layer
+    assert relative_error(tensors["word_stock"], tensors["word"]) < 1e-6
+
+
+def test_a_clip_learns_words_in_turn_as_well_as_at_once(found, concepts):
+    tensors, _, _ = found
+    assert torch.equal(tensors["words_in_turn"], tensors["words_at_once"])
+    assert torch.equal(tensors["words_of_node"], tensors["words_at_once"])
+    words = {word: rows for name in ("tom", "rex") for word, rows in concepts[name].tokens.items()}
+    headless = toy_base().context(["a <rex> dog and a <tom> man"], words)
+    assert relative_error(tensors["words_at_once"], headless) < 1e-5
+    assert relative_error(tensors["words_unknown"], headless) > 1e-2
+
+
+def test_bypass_computes_what_merged_weights_compute(found):
+    tensors, _, _ = found
+    assert relative_error(tensors["by_bypass"], tensors["by_weight"]) < 1e-5
+    assert relative_error(tensors["by_base"], tensors["by_weight"]) > 1e-2
+
+
+def test_the_loaded_base_is_untouched_after_everything(found):
+    tensors, facts, _ = found
+    assert len(facts["untouched"]) > len(MERGES)
+    assert all(facts["untouched"]) and all(facts["clean"])
+    assert relative_error(tensors["drawn|-0.5"], tensors["drawn|1.0"]) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("title", "words"),
+    [
+        ("twice", "tom is in this model already"),
+        ("other word", "<tom> means another concept in this CLIP already"),
+        ("narrow word", "<new>: the learned tokens are 768 wide, the text model's 128"),
+        ("nothing", "there is nothing to merge"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_in_plain_words(found, title, words):
+    said = found[1]["refused"][title]
+    assert said.startswith("AdapterError: ") and words in said
