@@ -65,9 +65,7 @@ def sample_regions(
     if not regions:
         raise AdapterError("there is no region; connect a Concept Region, or use a plain sampler for one prompt")
     architecture_of(model)
-    fixed = comfy.sample.fix_empty_latent_channels(
-        model, latent["samples"], latent.get("downscale_ratio_spacial")
-    )
+    fixed = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
     height, width = fixed.shape[-2:]
     scale = model.get_model_object("latent_format").spacial_downscale_ratio
     regions = [region.placed(width * scale, height * scale) for region in regions]
