@@ -1,0 +1,93 @@
+"""Every node tells a newcomer what it is for and what each input means, on the oldest and the newest host."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+NODES = {
+    "ToyBaseLoader": "MODEL CLIP VAE",
+    "ToyPictures": "IMAGE STRING MASK STRING",
+    "OrthoBasisLoader": "ORTHO_BASIS STRING",
+    "ConceptDataset": "CONCEPT_DATASET",
+    "OrthoLoRATrainer": "CONCEPT LORA_MODEL LOSS_MAP",
+    "BlockLoRATrainer": "CONCEPT LORA_MODEL LOSS_MAP",
+    "LoRATrainer": "CONCEPT LORA_MODEL LOSS_MAP",
+    "ConceptLoader": "CONCEPT_STACK STRING",
+    "ConceptStrength": "CONCEPT_STACK",
+    "ConceptSave": "STRING",
+    "ConceptTextEncode": "CONDITIONING",
+    "ConceptMerge": "MODEL CLIP CONCEPT_STACK",
+    "BlockLoRAMerge": "MODEL CLIP CONCEPT_STACK",
+    "ConceptRegion": "CONCEPT_REGIONS",
+    "RegionalConceptSampler": "LATENT",
+    "CrosstalkReport": "IMAGE STRING",
+}
+
+
+@pytest.fixture(scope="module")
+def schemas(host, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("schemas")
+    host.run("node_schemas.py", folder)
+    return {schema["id"]: schema for schema in json.loads((folder / "schemas.json").read_text())}
+
+
+def inputs_of(schema: dict):
+    """(name, type or options, settings) of every input, those that the host adds left out."""
+    for group in ("required", "optional"):
+        for name, (kind, *settings) in schema["inputs"].get(group, {}).items():
+            yield name, kind, settings[0] if settings else {}
+
+
+def test_the_nodes_are_those_that_workflows_name(schemas):
+    assert {node: " ".join(kind for _, kind, _ in s["outputs"]) for node, s in schemas.items()} == NODES
+
+
+def test_every_node_can_be_found_and_says_what_it_does(schemas):
+    for node, schema in schemas.items():
+        assert schema["category"].startswith("modular concepts"), node
+        assert schema["name"] and schema["name"] != node, node
+        assert 60 < len(schema["description"]) < 400 and schema["description"].endswith("."), node
+        assert len(schema["aliases"]) >= 3, node
+    assert len({schema["name"] for schema in schemas.values()}) == len(schemas)
+    searched = {alias for schema in schemas.values() for alias in schema["aliases"]}
+    assert {"lora merge", "regional lora", "dreambooth"} <= searched
+
+
+def test_every_input_and_output_has_a_tooltip(schemas):
+    for node, schema in schemas.items():
+        for name, _, settings in inputs_of(schema):
+            assert len(settings.get("tooltip", "")) >= 10, f"{node}.{name}"
+        for name, _, tooltip in schema["outputs"]:
+            assert tooltip, f"{node} -> {name}"
+
+
+def test_defaults_are_there_and_within_their_limits(schemas):
+    for node, schema in schemas.items():
+        for name, kind, settings in inputs_of(schema):
+            if kind not in WIDGETS or settings.get("forceInput"):
+                continue
+            where, default = f"{node}.{name}", settings.get("default")
+            if kind == "COMBO":
+                options = settings["options"]
+                assert not options or default is None or default in options, where
+                continue
+            assert default is not None, where
+            if kind in ("INT", "FLOAT"):
+                assert settings["min"] <= default <= settings["max"], where
+                assert math.isfinite(settings["min"]) and math.isfinite(settings["max"]), where
+
+
+def test_sliders_have_a_step_that_both_renderers_keep(schemas):
+    sliders = [
+        (f"{node}.{name}", settings)
+        for node, schema in schemas.items()
+        for name, _, settings in inputs_of(schema)
+        if settings.get("display") == "slider"
+    ]
+    assert {"ConceptLoader.strength", "ConceptStrength.strength"} <= {where for where, _ in sliders}
+    for where, settings in sliders:
+        assert settings["step"] == settings["round"] > 0, where
