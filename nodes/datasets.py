@@ -90,6 +90,10 @@ class ConceptDataset(io.ComfyNode):
         pictures = [picture for batch in images or [] if batch is not None for picture in batch]
         covers = [cover for batch in masks or [] if batch is not None for cover in batch.reshape(-1, *batch.shape[-2:])]
         dataset = _dataset(pictures, covers, name, lines, (height[0], width[0]))
+        if len(dataset.pictures) < 2:
+            raise AdapterError(
+                "there is only one picture, which teaches that picture and not the concept; give at least 2 different ones"
+            )
         text = describe(dataset)
         show_text(cls.hidden.unique_id, text)
         shown = {
@@ -103,9 +107,7 @@ def describe(dataset: Dataset) -> str:
     """How many pictures of what size, and what is said of them."""
     count, _, height, width = dataset.pictures.shape
     masked = "" if dataset.masks is None else ", with masks"
-    lines = [f"{count} {'picture' if count == 1 else 'pictures'} of {width} x {height} pixels{masked}"]
-    if count == 1:
-        lines.append("one picture works, but its background and pose are learned too; four and more are better")
+    lines = [f"{count} pictures of {width} x {height} pixels{masked}"]
     captions = dict.fromkeys(dataset.captions)
     lines += list(captions)[:8]
     if len(captions) > 8:
