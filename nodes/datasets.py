@@ -92,7 +92,7 @@ class ConceptDataset(io.ComfyNode):
         dataset = _dataset(pictures, covers, name, lines, (height[0], width[0]))
         if len(dataset.pictures) < 2:
             raise AdapterError(
-                "there is only one picture, which teaches that picture and not the concept; give at least 2 different ones"
+                "there is only one picture, which teaches that picture and not the concept; give at least 2"
             )
         text = describe(dataset)
         show_text(cls.hidden.unique_id, text)
