@@ -27,7 +27,7 @@ from ..modular_concepts.layers import chosen_layers
 from ..modular_concepts.sampling import SampleSettings
 from ..modular_concepts.toy import captions as toy_captions
 from ..modular_concepts.training import Cancelled, NoiseSchedule
-from ..modular_concepts.training.frozen import frozen_forward
+from ..modular_concepts.training.frozen import frozen_forward, own_weights
 from .clip import with_tokens
 from .layers import architecture_of, base_hash, host_layers, text_encoder_of
 
@@ -48,6 +48,12 @@ def host_base(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae:
         raise AdapterError(
             f"training is for Stable Diffusion 1.x and 2.x and the toy base; this model is {architecture}, "
             "for which concepts can be merged but not trained"
+        )
+    needs, gives = model.model.model_config.unet_config["in_channels"], model.model.latent_format.latent_channels
+    if needs != gives:
+        raise AdapterError(
+            f"the model wants {needs} channels where a picture has {gives}: it is for inpainting or editing; "
+            "train on the ordinary model of its family, the concept then works on both"
         )
     for name, patcher in (("model", model), ("clip", clip.patcher)):
         if patcher.patches:
@@ -163,8 +169,9 @@ class HostBase:
 @contextmanager
 def cast_weights(module: nn.Module, like: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
     """(weight, bias) as the host's own layers take them, wherever they lie: cast, fetched, dequantised."""
-    if module.weight is None:
-        yield None, None
+    if module.weight is None or not isinstance(module, comfy.ops.CastWeightBiasOp):
+        with own_weights(module, like) as found:
+            yield found
         return
     weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
     try:

@@ -22,7 +22,7 @@ Weights = Callable[[nn.Module, Tensor], AbstractContextManager[tuple[Tensor | No
 
 def own_weights(module: nn.Module, like: Tensor) -> AbstractContextManager[tuple[Tensor | None, Tensor | None]]:
     """(weight, bias) of a module in the dtype and on the device of `like`; a missing one is None."""
-    parameters = (module.weight, getattr(module, "bias", None))
+    parameters = (module.weight, module.bias)
     return nullcontext(tuple(None if value is None else value.detach().to(like) for value in parameters))
 
 
