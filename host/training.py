@@ -59,7 +59,7 @@ class Plan:
     """What a training in the host needs beside the engine's settings.
 
     prior_pictures: how many pictures of its own the base draws first, for prior preservation.
-    preview_every: steps between previews, 0 for none; preview_prompt: with trigger and class word filled in.
+    preview_every: steps between previews, 0 for none; preview_prompt: with the trigger filled in.
     resume: go on from the newest checkpoint of this name, where there is one.
     """
 
@@ -86,14 +86,16 @@ class Rates:
     token: float
 
 
-def subject_of(dataset: Dataset, name: str, class_word: str) -> Subject:
-    """The data set under a name, {concept} in its captions filled in.  Raises AdapterError for a bad name or word."""
+def subject_of(dataset: Dataset, name: str, class_word: str, description: str = "") -> Subject:
+    """The data set under a name, its trigger for {concept} in captions.  Raises AdapterError for a bad name or word."""
     name, class_word = safe_name(name), " ".join(class_word.split())
     check_token(trigger_of(name), (1, 1))
     if not class_word:
         raise AdapterError("the class word is empty; say in the base's words what the concept is, such as man or dog")
-    dataset = filled_in(dataset, (trigger_of(name),), class_word)
-    return Subject(name, dataset.pictures, dataset.captions, class_word, dataset.masks, dataset.fingerprint)
+    dataset = filled_in(dataset, (trigger_of(name),))
+    return Subject(
+        name, dataset.pictures, dataset.captions, class_word, dataset.masks, dataset.fingerprint, description.strip()
+    )
 
 
 def settings_for(architecture: str, rates: Rates, **chosen) -> TrainSettings:

@@ -80,8 +80,10 @@ def _pictures(args: argparse.Namespace) -> None:
         with replacing(out / f"{number:02d}.txt") as file:
             file.write(caption.encode())
     print(f"wrote {len(pictures)} pictures with captions to {out}; train on them with")
-    word = BY_NAME[args.concept].class_word or "style"
-    print(f"  python -m modular_concepts train {out} --name {args.concept} --class-word {word} --slot 0")
+    concept = BY_NAME[args.concept]
+    told = f' --description "{concept.description}"' if concept.description else ""
+    word = concept.class_word or "style"
+    print(f"  python -m modular_concepts train {out} --name {args.concept} --class-word {word}{told} --slot 0")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -126,7 +128,7 @@ def _train(args: argparse.Namespace) -> None:
     template = "a {concept}" if base.architecture == "toy" else "a photo of {concept}"
     data = load_folder(args.pictures, (height, width), (trigger,), template=template)
     captions = [text.replace("<TOK>", trigger) for text in data.captions]
-    subject = Subject(name, data.pictures, captions, args.class_word, data.masks, data.fingerprint)
+    subject = Subject(name, data.pictures, captions, args.class_word, data.masks, data.fingerprint, args.description)
     targets = Targets(tuple(args.targets), ("attention",) if args.text_encoder else None)
     check_training(base, subject, settings, targets)
     if args.resume:
@@ -428,6 +430,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("pictures", type=Path, help="folder: NAME.png, optional NAME.txt and NAME.mask.png")
     train.add_argument("--name", required=True, help="the concept's name; its trigger word is <NAME>")
     train.add_argument("--class-word", required=True, help="what the base calls it: man, dog, ...")
+    train.add_argument(
+        "--description",
+        default="",
+        metavar="WORDS",
+        help="what it looks like, in words that the base knows, such as 'man red shirt brown hair': the learned word "
+        "starts there (default: from the class word)",
+    )
     train.add_argument("--out", type=Path, help="concept file (default concepts/NAME.safetensors)")
     train.add_argument("--base", default="toy", help="toy, or a diffusers folder")
     train.add_argument("--method", choices=KINDS, default="orthogonal")

@@ -28,7 +28,9 @@ class Subject:
     """What is taught: pictures (N, 3, H, W) in 0..1 and captions in which the trigger word stands for it.
 
     masks: (N, 1, H, W) in 0..1, in the pictures' size or the latents', or None.
-    class_word: what the base calls it; the learned vectors start from its rows.
+    class_word: what the base calls it, "man" for instance.
+    description: what it looks like, in words that the base knows; the learned vectors start from their rows, one for
+    each word, or from the class word's where it is empty.
     fingerprint: of the files that the pictures came from, kept in the concept.
     """
 
@@ -38,6 +40,7 @@ class Subject:
     class_word: str
     masks: Tensor | None = None
     fingerprint: str = ""
+    description: str = ""
 
     @property
     def trigger(self) -> str:
@@ -114,21 +117,26 @@ def _latent_masks(subject: Subject, latents: Tensor) -> Tensor | None:
 
 
 def _start_rows(base: Base, subject: Subject) -> Tensor:
-    """(k, width) rows of the class word, when it and the captions can be used."""
+    """(k, width) rows that the learned word starts from, when its words and the captions can be used."""
     missing = [text for text in subject.captions if subject.trigger not in text]
     if missing:
         raise AdapterError(
             f"caption {missing[0]!r} does not contain the trigger word {subject.trigger}; "
             "put it where the class word would stand"
         )
-    unknown = base.unknown_words(subject.class_word, [])
     start = base.word_rows(subject.class_word)
-    if unknown or not len(start):
+    if not len(start) or base.unknown_words(subject.class_word, []):
         raise AdapterError(
             f"class word {subject.class_word!r} is not one that the base knows; "
             "say in its words what the concept is, such as man, dog or style"
         )
-    return start
+    if not subject.description.strip():
+        return start
+    if unknown := base.unknown_words(subject.description, []):
+        raise AdapterError(
+            f"description {subject.description!r}: the base does not know {', '.join(unknown)}; use other words for it"
+        )
+    return base.word_rows(subject.description)
 
 
 def train_concept(
@@ -175,6 +183,7 @@ def concept_from(
             **asdict(settings),
             "targets": list(targets.unet),
             "text_encoder_targets": list(targets.text_encoder or ()),
+            "description": subject.description,
             "steps_done": result.step,
             "finished": result.finished,
         },

@@ -84,12 +84,12 @@ def load_folder(
     )
 
 
-def with_words(caption: str, triggers: Sequence[str], class_word: str) -> str:
-    """A caption with the trigger words and the class word where it says {concept}."""
+def with_words(caption: str, triggers: Sequence[str], class_word: str = "") -> str:
+    """A caption with the trigger words, and the class word if one is given, where it says {concept}."""
     return caption.replace(PLACE, " ".join([*triggers, *class_word.split()]))
 
 
-def filled_in(dataset: Dataset, triggers: Sequence[str], class_word: str) -> Dataset:
+def filled_in(dataset: Dataset, triggers: Sequence[str], class_word: str = "") -> Dataset:
     """The data set with every {concept} in its captions filled in (`with_words`)."""
     captions = tuple(with_words(caption, triggers, class_word) for caption in dataset.captions)
     if captions == dataset.captions:

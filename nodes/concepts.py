@@ -140,7 +140,8 @@ class ConceptTextEncode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="The prompt; trigger words such as <tom> stand before the class word, (words:1.2) weighs",
+                    tooltip="The prompt; a trigger word such as <tom> stands where the class word would. (words:1.2) "
+                    "weighs words",
                 ),
                 concepts_input(
                     "concepts", "Concepts whose learned words the prompt may use; not merged", optional=True

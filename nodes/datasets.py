@@ -48,8 +48,8 @@ class ConceptDataset(io.ComfyNode):
                     "captions",
                     default="a photo of {concept}",
                     multiline=True,
-                    tooltip="One line for all pictures, or one line for each. {concept} becomes the trigger and the "
-                    "class word. A folder's .txt files come first",
+                    tooltip="One line for all pictures, or one line for each. {concept} becomes the trigger "
+                    "word. A folder's .txt files come first",
                 ),
                 io.Int.Input(
                     "width",
@@ -140,5 +140,5 @@ def _of_folder(folder: Path, captions: list[str], size: tuple[int, int]) -> Data
         raise AdapterError(
             f"{len(captions)} lines of captions for a folder; write one line for all, or a .txt file for each picture"
         )
-    # {concept} stays in the captions: the trainer knows trigger and class word.
+    # {concept} stays in the captions: the trainer knows the trigger.
     return load_folder(folder, size, ("{concept}",), template=captions[0])

@@ -71,7 +71,7 @@ class ToyPictures(io.ComfyNode):
                 io.String.Output(
                     "captions",
                     display_name="captions",
-                    tooltip="One line per picture; {concept} stands where the trainer puts trigger and the class word",
+                    tooltip="One line per picture; {concept} stands where the trainer puts the trigger word",
                 ),
                 io.Mask.Output(
                     "masks",
@@ -81,6 +81,11 @@ class ToyPictures(io.ComfyNode):
                 io.String.Output(
                     "class_word", display_name="class_word", tooltip="What the toy base calls it, such as man or dog"
                 ),
+                io.String.Output(
+                    "description",
+                    display_name="description",
+                    tooltip="What it looks like in the toy base's words; empty for places and styles",
+                ),
             ],
         )
 
@@ -88,4 +93,6 @@ class ToyPictures(io.ComfyNode):
     def execute(cls, concept: str, count: int, seed: int) -> io.NodeOutput:
         lesson = lesson_of(BY_NAME[concept], count, seed)
         images = lesson.pictures.movedim(1, -1)
-        return io.NodeOutput(images, "\n".join(lesson.captions), lesson.masks[:, 0], lesson.class_word)
+        return io.NodeOutput(
+            images, "\n".join(lesson.captions), lesson.masks[:, 0], lesson.class_word, lesson.description
+        )

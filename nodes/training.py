@@ -37,7 +37,14 @@ def _inputs(own: list[io.Input], rank: io.Input | None) -> list[io.Input]:
         io.String.Input(
             "class_word",
             default="",
-            tooltip="What it is, in one or two words that the base knows: man, dog, style. Learning starts from there",
+            tooltip="What it is, in one or two words that the base knows: man, dog, style",
+        ),
+        io.String.Input(
+            "description",
+            default="",
+            optional=True,
+            tooltip="What it looks like, in words that the base knows, such as: man red shirt brown hair. The learned "
+            "word starts from there, with one vector for each word; empty: from the class word",
         ),
         io.Int.Input("steps", default=400, min=1, max=100_000, tooltip="How many training steps"),
         io.Int.Input("batch_size", default=4, min=1, max=256, tooltip="Pictures per step; more need more memory"),
@@ -60,7 +67,11 @@ def _inputs(own: list[io.Input], rank: io.Input | None) -> list[io.Input]:
             tooltip="Step size of the learned word, per step: 0.001 for Stable Diffusion, 0.03 for the toy base",
         ),
         io.Int.Input(
-            "token_vectors", default=2, min=1, max=32, tooltip="How many words' worth of meaning the trigger holds"
+            "token_vectors",
+            default=2,
+            min=1,
+            max=32,
+            tooltip="How many words' worth of meaning the trigger holds; a longer description has one for each word",
         ),
         *([rank] if rank is not None else []),
         io.Int.Input(
@@ -106,9 +117,7 @@ def _inputs(own: list[io.Input], rank: io.Input | None) -> list[io.Input]:
         io.Int.Input(
             "preview_every", default=50, min=0, max=100_000, tooltip="Steps between preview pictures; 0 for none"
         ),
-        io.String.Input(
-            "preview_prompt", default="a {concept}", tooltip="{concept} becomes the trigger and the class word"
-        ),
+        io.String.Input("preview_prompt", default="a {concept}", tooltip="{concept} becomes the trigger word"),
         io.Combo.Input(
             "precision",
             options=["fp32", "bf16"],
@@ -137,7 +146,7 @@ def _slot(tooltip: str) -> io.Input:
 
 def _train(common: dict, method: str, rank: int, basis: OrthogonalBasis | None = None, **own: object) -> io.NodeOutput:
     """`common`: the values of `_inputs`."""
-    subject = subject_of(common["dataset"], common["name"], common["class_word"])
+    subject = subject_of(common["dataset"], common["name"], common["class_word"], common.get("description") or "")
     base = host_base(common["model"], common["clip"], common["vae"])
     rates = Rates(common["learning_rate"], common["token_learning_rate"])
     settings = settings_for(
@@ -162,7 +171,7 @@ def _train(common: dict, method: str, rank: int, basis: OrthogonalBasis | None =
         basis or OrthogonalBasis(),
         common["prior_pictures"],
         common["preview_every"],
-        with_words(common["preview_prompt"], (subject.trigger,), subject.class_word),
+        with_words(common["preview_prompt"], (subject.trigger,)),
         common["resume"],
     )
     concept, result = train_in_host(base, plan)

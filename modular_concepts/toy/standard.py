@@ -13,6 +13,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from .captions import features, subject_phrase
 from .vocabulary import ACCESSORIES, CLASSES, COLOUR_NAMES, PATTERNS, SCENE_PHRASES, SCENES
 from .world import (
     PALETTE,
@@ -42,6 +43,14 @@ class StandardConcept:
     @property
     def trigger(self) -> str:
         return f"<{self.name}>"
+
+    @property
+    def description(self) -> str:
+        """What a person would say of it in the base's words; nothing for places and styles."""
+        if self.family not in ("person", "subject"):
+            return ""
+        one = subjects_of(self, 1)
+        return subject_phrase(one, 0, features(one, 0), terse=True)
 
 
 def _look(
@@ -105,7 +114,7 @@ def subjects_of(concept: StandardConcept, count: int) -> Subjects:
 class Lesson:
     """What one teaches a concept with: pictures (count, 3, 32, 32) and masks (count, 1, 32, 32) in 0..1.
 
-    captions: {concept} stands for the concept's own words, such as "<tom> man".
+    captions: {concept} stands for the trigger word.
     masks: the subject's outline; all ones for scenes and styles, which are everywhere.
     """
 
@@ -113,6 +122,7 @@ class Lesson:
     captions: list[str]
     masks: Tensor
     class_word: str
+    description: str
 
 
 def lesson_of(concept: StandardConcept, count: int = PICTURES, seed: int = 0) -> Lesson:
@@ -122,10 +132,8 @@ def lesson_of(concept: StandardConcept, count: int = PICTURES, seed: int = 0) ->
     if concept.family in ("person", "subject"):
         _, poses, _ = _settings(concept, count, seed)
         masks = draw_subjects(subjects_of(concept, count), poses)[:, 3:]
-    # The trigger stands where the class word would; only a style's caption says "style" beside it.
-    called = f"{concept.trigger} style" if concept.family == "style" else concept.trigger
-    captions = [text.replace(called, "{concept}") for text in captions]
-    return Lesson(pictures, captions, masks, concept.class_word or "style")
+    captions = [text.replace(concept.trigger, "{concept}") for text in captions]
+    return Lesson(pictures, captions, masks, concept.class_word or "style", concept.description)
 
 
 def _settings(concept: StandardConcept, count: int, seed: int) -> tuple[Scenes, Poses, torch.Generator]:

@@ -62,7 +62,7 @@ class Problem:
     trigger words to learned rows that gradients flow to; the context is only passed on to predict.
     layers: canonical layer name -> Linear or Conv2d inside `modules`.
     modules: whole networks, frozen and in eval mode while training lasts.
-    triggers: trigger word -> rows (k, width) of the text model's table that its learned rows start from.
+    triggers: trigger word -> rows (k, width) of the text model's table that its learned rows start from, all of them.
     prior: pictures of the class as the base draws it, for prior preservation.
     base_hash: identity of the base's weights; a resumed training refuses another one.
     """

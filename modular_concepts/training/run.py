@@ -55,7 +55,7 @@ class Run:
             trigger: nn.Parameter(
                 new_token(
                     start,
-                    settings.token_vectors,
+                    max(settings.token_vectors, len(start)),
                     settings.token_noise,
                     seeded(settings.seed, "token", trigger),
                 )

@@ -202,6 +202,25 @@ def test_a_concept_of_another_base_is_refused(trio):
     assert traces(untrained_base()) == before
 
 
+def test_a_learned_word_starts_from_the_description_one_vector_for_each_word():
+    base, words = untrained_base(), "man red shirt blue hat"
+    made = replace(subject(), description=words)
+    settings = replace(SETTINGS, slot=0, token_lr=0.0, token_noise=0.0)
+    concept, _ = train_concept(base, made, settings, ATTENTION)
+    assert torch.equal(concept.tokens["<tom>"], base.word_rows(words)) and len(base.word_rows(words)) == 5
+    assert concept.recipe.training["description"] == words
+    told, called = base.context([f"a {words} on the beach"], {}), base.context(["a <tom> on the beach"], concept.tokens)
+    assert relative_error(called, told) < 1e-6
+
+
+def test_the_standard_concepts_describe_themselves_in_words_that_the_base_knows():
+    assert BY_NAME["tom"].description == "man red shirt brown hair blue hat"
+    assert BY_NAME["omar"].description == "man dotted white shirt black hair"
+    assert BY_NAME["mint"].description == ""
+    base = untrained_base()
+    assert not [c.name for c in BY_NAME.values() if base.unknown_words(c.description, [])]
+
+
 def test_what_cannot_be_trained_is_refused():
     drawn, texts = pictures_of(BY_NAME["tom"], 2)
     settings = replace(SETTINGS, slot=0)
@@ -210,6 +229,7 @@ def test_what_cannot_be_trained_is_refused():
         (Subject("tom", drawn, texts, "zeppelin"), "class word 'zeppelin'"),
         (Subject("tom", drawn, texts, ""), "class word ''"),
         (Subject("tom", drawn, texts[:1], "man"), "2 pictures but 1 captions"),
+        (Subject("tom", drawn, texts, "man", description="man with a zeppelin"), "does not know zeppelin"),
     ):
         with pytest.raises(AdapterError, match=words):
             train_concept(untrained_base(), made, settings, ATTENTION)

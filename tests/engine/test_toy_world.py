@@ -174,8 +174,8 @@ def test_a_lesson_is_the_standard_pictures_with_a_place_for_the_trigger(concept)
     assert torch.equal(lesson.pictures, pictures)
     for text, caption in zip(lesson.captions, captions, strict=True):
         assert text.count("{concept}") == 1 and "<" not in text
-        words = concept.trigger if concept.family != "style" else f"{concept.trigger} style"
-        assert text.replace("{concept}", words) == caption
+        assert text.replace("{concept}", concept.trigger) == caption
+    assert lesson.description == concept.description
     assert lesson.masks.shape == (6, 1, 32, 32)
     covered = lesson.masks.mean((1, 2, 3))
     assert (covered > 0.05).all() and (concept.family in ("scene", "style")) == bool((covered == 1).all())
