@@ -55,8 +55,8 @@ def _inputs(own: list[io.Input], rank: io.Input | None) -> list[io.Input]:
             max=1.0,
             step=1e-5,
             round=1e-7,
-            tooltip="Step size of the layers, per step: 0.0001 for Stable Diffusion, 0.0002 for the toy base. Small beside "
-            "the learned word's, so that merged concepts do not disturb each other",
+            tooltip="Step size of the layers, per step: 0.0001 for Stable Diffusion, 0.0002 for the toy base. Small "
+            "beside the learned word's, so that merged concepts do not disturb each other",
         ),
         io.Float.Input(
             "token_learning_rate",
