@@ -72,7 +72,7 @@ def lesson(case: dict, prefix: str = "") -> training.Plan:
     pictures = asked[f"{prefix}pictures"]
     masks = list(asked[f"{prefix}masks"]) if case.get("masks") else None
     data = dataset.of_pictures(list(pictures), plan["captions"], masks, tuple(pictures.shape[2:]))
-    subject = training.subject_of(data, case["name"], case.get("class_word", "man"))
+    subject = training.subject_of(data, case["name"], case.get("class_word", "man"), case.get("description", ""))
     rates = training.Rates(case.get("learning_rate", 1e-3), case.get("token_learning_rate", 3e-2))
     settings = training.settings_for("sd15" if prefix else "toy", rates, name=subject.name, **case["settings"])
     text = ("attention",) if case.get("text_encoder") else None
@@ -83,7 +83,7 @@ def lesson(case: dict, prefix: str = "") -> training.Plan:
         bases.OrthogonalBasis(),
         case.get("prior", 0),
         case.get("preview_every", 0),
-        f"a {subject.trigger} man",
+        f"a {subject.trigger}",
         case.get("resume", False),
     )
 
@@ -234,7 +234,11 @@ def refusals(loaded) -> None:
         "no clip": outcome(lambda: host_base.host_base(loaded[0], None, loaded[2])),
         "no class word": outcome(lambda: lesson({**case, "class_word": " "})),
         "unknown class word": outcome(lambda: training.train_in_host(base, lesson({**case, "class_word": "zebra"}))),
-        "bad name": outcome(lambda: lesson({**case, "name": "../"})),
+        "unknown description": outcome(
+            lambda: training.train_in_host(base, lesson({**case, "description": "man zebra"}))
+        ),
+        "no name": outcome(lambda: lesson({**case, "name": "../"})),
+        "name that would change": outcome(lambda: lesson({**case, "name": "../two words"})),
         "no trigger": outcome(lambda: training.train_in_host(base, without_trigger(lesson(odd)))),
         "one picture": outcome(pictures(32, 32)),
         "tiny picture": outcome(pictures(4, 4)),
