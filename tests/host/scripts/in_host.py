@@ -20,6 +20,7 @@ def start() -> list[str]:
 
     comfy.options.enable_args_parsing()
     import comfy.model_management  # noqa: F401  (logging is set up here)
+    import utils.extra_config  # noqa: F401  (as main.py does: later `utils` could be another module of 0.18.1)
 
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
