@@ -20,7 +20,8 @@ from ..modular_concepts.files.safe import read_header, safe_child, safe_name
 
 KINDS = {"concepts": {".safetensors"}, "ortho_bases": {".safetensors", ".npy"}}
 SUFFIX = ".safetensors"
-EXAMPLE_LORAS = Path(__file__).resolve().parents[1] / "examples" / "loras"
+# Example files that come with the pack, listed beside the user's own.
+EXAMPLES = {kind: Path(__file__).resolve().parents[1] / kind for kind in ("loras", "embeddings")}
 
 
 class Format(Enum):
@@ -45,8 +46,9 @@ def register() -> None:
         folder_paths.add_model_folder_path(kind, str(Path(folder_paths.models_dir) / kind))
         folders, known = folder_paths.folder_names_and_paths[kind]
         folder_paths.folder_names_and_paths[kind] = (folders, set(known) | suffixes)
-    if EXAMPLE_LORAS.is_dir():
-        folder_paths.add_model_folder_path("loras", str(EXAMPLE_LORAS))
+    for kind, folder in EXAMPLES.items():
+        if folder.is_dir():
+            folder_paths.add_model_folder_path(kind, str(folder))
 
 
 def names(kind: str) -> list[str]:
