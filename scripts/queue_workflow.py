@@ -21,6 +21,7 @@ import os
 import socket
 import struct
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -75,8 +76,12 @@ class Server:
             ) from None
 
     def outputs(self, prompt_id: str) -> dict:
-        """Node id -> what the node showed: {"images": [{"filename": ...}], "text": [...]}."""
-        return json.loads(self.get(f"/history/{prompt_id}"))[prompt_id]["outputs"]
+        """Node id -> what the node showed: {"images": [{"filename": ...}], "text": [...]}; of a prompt that has ended."""
+        for _ in range(100):  # the server tells of the end a moment before it writes its history
+            if prompt_id in (history := json.loads(self.get(f"/history/{prompt_id}"))):
+                return history[prompt_id]["outputs"]
+            time.sleep(0.1)
+        raise TimeoutError(f"{self.address} does not remember prompt {prompt_id}")
 
     def picture(self, image: dict) -> bytes:
         """The file of one entry of "images"."""

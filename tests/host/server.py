@@ -14,6 +14,7 @@ import time
 import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from scripts.queue_workflow import ENDINGS, Messages, Refused, Server
 
 PACK = Path(__file__).resolve().parents[2]
 NOT_PACK = ("*.pyc", "__pycache__", ".*", "tests", "demo_output", "build", "node_modules")
-STARTING = 240  # seconds; a busy machine imports torch slowly
+STARTING = 400  # seconds; a busy machine imports torch slowly
 
 
 @dataclass
@@ -172,6 +173,19 @@ class HostServer(Server):
             return Fault(*refused.faults[0])
         assert run.ending == "execution_error", f"{run.ending}; it should have failed"
         return Fault(run.error["node_id"], run.error["node_type"], run.error["exception_message"].strip())
+
+    def node(self, kind: str, **inputs) -> dict:
+        """A node for a prompt: `inputs`, and the default of each widget that is not among them."""
+        about = self.object_info[kind]
+        named = [
+            (name, spec) for group in ("required", "optional") for name, spec in about["input"].get(group, {}).items()
+        ]
+        defaults = {name: spec[1]["default"] for name, spec in named if len(spec) > 1 and "default" in spec[1]}
+        return {"class_type": kind, "inputs": defaults | inputs}
+
+    @cached_property
+    def object_info(self) -> dict:
+        return json.loads(self.get("/object_info"))
 
     def interrupt(self) -> None:
         self.post("/interrupt", {})

@@ -1,0 +1,43 @@
+"""Concepts of the toy base that nobody trained: right in form, random in content, made in milliseconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from modular_concepts.bases import OrthogonalBasis
+from modular_concepts.concept import Concept
+from modular_concepts.customisation import Subject, Targets, concept_from, concept_layers
+from modular_concepts.toy.base import load_toy_base
+from modular_concepts.training import TrainResult, TrainSettings
+from modular_concepts.training.methods import new_adapters, seeded
+
+toy_base = cache(load_toy_base)
+
+
+def made_concept(name: str, method: str = "orthogonal", basis: OrthogonalBasis | None = None, **settings) -> Concept:
+    """As a training of `settings` would leave it, with noise for what it learned."""
+    base, targets = toy_base(), Targets(("attention",))
+    basis = basis or OrthogonalBasis()
+    chosen = TrainSettings(method=method, name=name, **{"rank": 8, "slot": 0, **settings})
+    generator = seeded(chosen.slot, name)
+    layers = {
+        layer: adapter.replace(lora_up=0.02 * torch.randn(adapter.lora_up.shape, generator=generator))
+        for layer, adapter in new_adapters(concept_layers(base, targets), chosen, basis).items()
+    }
+    tokens = {f"<{name}>": base.word_rows("dog") + 0.05 * torch.randn(2, 128, generator=generator)}
+    subject = Subject(name, torch.zeros(4, 3, 32, 32), [f"a <{name}>"] * 4, "dog")
+    result = TrainResult(layers, tokens, [], 1, True, chosen)
+    return concept_from(base, subject, result, basis, targets)
+
+
+def with_recipe(concept: Concept, **changes) -> Concept:
+    return replace(concept, recipe=replace(concept.recipe, **changes))
+
+
+def foreign_concept(name: str) -> Concept:
+    """One that belongs to Stable Diffusion 1.5."""
+    concept = made_concept(name)
+    return with_recipe(concept, architecture="sd15", base_hash="0123456789abcdef")
