@@ -116,12 +116,13 @@ def test_training_in_the_host_gives_the_headless_concept(base, pictures, found, 
     settings = TrainSettings(**{key: value for key, value in concept.recipe.training.items() if key in known})
     expected, result = headless(base, pictures, case, settings)
     assert concept.layers.keys() == expected.layers.keys() and len(concept.layers) >= 24
-    worst = max(
-        float((concept.layers[name].lora_up - adapter.lora_up).abs().max()) for name, adapter in expected.layers.items()
+    found_ups, wanted_ups = (
+        torch.cat([one.layers[name].lora_up.flatten() for name in expected.layers]) for one in (concept, expected)
     )
-    learned = max(float(adapter.lora_up.abs().max()) for adapter in expected.layers.values())
     (rows,), (wanted,) = concept.tokens.values(), expected.tokens.values()
-    assert worst < 1e-5 and learned > 1e-3
+    # Adam divides by the gradient's size, so that where it is almost nothing rounding shows: measured 5e-6 and 1e-5.
+    assert (found_ups - wanted_ups).abs().max() < 2e-5 and wanted_ups.abs().max() > 5e-3
+    assert relative_error(found_ups, wanted_ups) < 1e-4
     assert relative_error(rows, wanted) < 1e-5
     assert facts[case["name"]]["losses"] == pytest.approx(result.losses, rel=1e-5)
     assert concept.recipe.to_json() == expected.recipe.to_json()
