@@ -10,7 +10,7 @@ import pytest
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 NODES = {
     "ToyBaseLoader": "MODEL CLIP VAE",
-    "ToyPictures": "IMAGE STRING MASK STRING",
+    "ToyPictures": "IMAGE STRING MASK STRING STRING",
     "OrthoBasisLoader": "ORTHO_BASIS STRING",
     "ConceptDataset": "CONCEPT_DATASET",
     "OrthoLoRATrainer": "CONCEPT LORA_MODEL LOSS_MAP",
