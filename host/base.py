@@ -207,6 +207,8 @@ def draw(
         done = number * settings.steps
 
         def step_done(step: int, *_, done: int = done) -> None:
+            # Layers of a training do not look for it as the host's own do.
+            comfy.model_management.throw_exception_if_processing_interrupted()
             if callback is not None:
                 callback(done + step + 1, settings.steps * len(chunks))
 

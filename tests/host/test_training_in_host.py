@@ -169,6 +169,11 @@ def test_a_cancel_keeps_a_concept_and_a_checkpoint_and_resuming_is_exact(base, f
         pass
 
 
+def test_a_cancel_while_the_base_draws_its_prior_leaves_nothing(found):
+    assert found[1]["stopped_before_the_first_step"] == ["interrupted", True]
+    assert not [name for name in found[1]["kept"] if name.startswith("early")]
+
+
 def test_a_new_start_puts_old_checkpoints_aside_and_resume_refuses_other_settings(found):
     names = found[1]["checkpoints_of_a_new_start"]
     assert "step-00000002.safetensors" in names and "before/step-00000008.safetensors" in names

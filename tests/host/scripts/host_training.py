@@ -144,6 +144,10 @@ def stop_and_resume(loaded) -> None:
     Seen(stop_at=case["stop_at"])
     facts["stopped"] = [outcome(lambda: training.train_in_host(base, lesson(case)))]
     facts["stopped"] += [comfy.model_management.processing_interrupted(), traces(*loaded[:2]) == before]
+    Seen(stop_at=5)
+    early = {**case, "name": "early", "prior": 2, "preview_every": 0}
+    facts["stopped_before_the_first_step"] = [outcome(lambda: training.train_in_host(base, lesson(early)))]
+    facts["stopped_before_the_first_step"] += [traces(*loaded[:2]) == before]
     Seen()
     asked_to = {"count": 0}
     deep = loaded[0].model.diffusion_model.out[1]
