@@ -76,7 +76,7 @@ class Server:
             ) from None
 
     def outputs(self, prompt_id: str) -> dict:
-        """Node id -> what the node showed: {"images": [{"filename": ...}], "text": [...]}; of a prompt that has ended."""
+        """What each node of an ended prompt showed: {node id: {"images": [{"filename": ...}], "text": [...]}}."""
         for _ in range(100):  # the server tells of the end a moment before it writes its history
             if prompt_id in (history := json.loads(self.get(f"/history/{prompt_id}"))):
                 return history[prompt_id]["outputs"]

@@ -1,0 +1,218 @@
+"""The workflows that come with the pack, through the API of the real host: with few steps, and judged all the same."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from server import HostServer, Run
+from ui_form import NOTES, api_form
+
+from modular_concepts.files import load_concept
+from modular_concepts.toy.judges import load_judges
+from modular_concepts.toy.standard import BY_NAME, pictures_of
+from scripts.queue_workflow import Server, find_node, run_all, variants
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+TRAINERS = ("OrthoLoRATrainer", "BlockLoRATrainer", "LoRATrainer")
+SAMPLERS = ("KSampler", "RegionalConceptSampler")
+ENLARGED = 8  # the workflows show each pixel as 8 x 8
+BRIEF = {"steps": 24, "batch_size": 4, "prior_pictures": 0, "preview_every": 8, "checkpoint_every": 8}
+FEW = 8  # sampling steps
+
+
+def load(name: str) -> dict:
+    return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def brief(name: str) -> dict:
+    """A workflow in API form with few steps everywhere."""
+    prompt = load(name)
+    for node in prompt.values():
+        if node["class_type"] in TRAINERS:
+            node["inputs"] |= BRIEF
+        elif node["class_type"] in SAMPLERS:
+            node["inputs"]["steps"] = FEW
+    return prompt
+
+
+def downstream(prompt: dict, changed: str) -> set[str]:
+    """The node and all that take something from it, directly or not."""
+    found = {changed}
+    while True:
+        more = {
+            node
+            for node, about in prompt.items()
+            for value in about["inputs"].values()
+            if isinstance(value, list) and value[0] in found
+        }
+        if more <= found:
+            return found
+        found |= more
+
+
+@dataclass
+class Story:
+    """A workflow run as it is, run again, and run with one value changed."""
+
+    first: Run
+    again: Run
+    changed: Run
+    node: str
+
+
+@pytest.fixture(scope="module")
+def stories(server: HostServer):
+    """name -> Story; each is run once, when it is first asked for."""
+    told = {}
+
+    def tell(name: str) -> Story:
+        if name not in told:
+            prompt = brief(name)
+            first = server.run(prompt)
+            again = server.run(prompt)
+            sliders = [node for node, about in prompt.items() if about["class_type"] == "ConceptStrength"]
+            node = sliders[-1] if sliders else first.of_class(*SAMPLERS)[-1]
+            other = copy.deepcopy(prompt)
+            other[node]["inputs"] |= {"strength": 0.4} if sliders else {"seed": 12345}
+            told[name] = Story(first, again, server.run(other), node)
+        return told[name]
+
+    return tell
+
+
+def tiles(server: HostServer, run: Run, title: str) -> torch.Tensor:
+    """(N, 3, 32, 32·tiles) as they were before the workflow enlarged them."""
+    return server.pictures(run, find_node(run.prompt, title))[..., ::ENLARGED, ::ENLARGED]
+
+
+def likeness(pictures: torch.Tensor, name: str) -> float:
+    """Mean similarity to a standard concept, as the identity judge sees it."""
+    return load_judges().similarity(pictures, pictures_of(BY_NAME[name])[0]).mean().item()
+
+
+def test_there_are_five_and_each_has_its_other_forms():
+    assert len(NAMES) == 5
+    for name in NAMES:
+        assert (FOLDER / "api" / f"{name}.json").is_file()
+        thumbnail = Image.open(FOLDER / f"{name}.jpg")
+        assert thumbnail.width >= 200 and np.asarray(thumbnail).std() > 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_forms_of_a_workflow_say_the_same(server, name):
+    kept = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    assert api_form(kept, server.object_info) == load(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_reads_from_left_to_right_and_nothing_overlaps(name):
+    kept = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    place = {node["id"]: (*node["pos"], *node["size"]) for node in kept["nodes"]}
+    for _, source, _, target, _, kind in kept["links"]:
+        x, y = place[source][:2]
+        assert (place[target][0], place[target][1]) > (x, y), f"{kind} goes back from {source} to {target}"
+    for one, (x, y, width, height) in place.items():
+        for other, (x2, y2, width2, _) in place.items():
+            beside = x + width <= x2 or x2 + width2 <= x
+            assert one == other or beside or y2 < y or y2 - 30 >= y + height, f"{one} and {other} overlap"
+        groups = [group["bounding"] for group in kept["groups"]]
+        assert any(gx < x and gy < y and x + width < gx + gw and y + height < gy + gh for gx, gy, gw, gh in groups)
+    assert any(node["type"] in NOTES and len(node["widgets_values"][0]) > 100 for node in kept["nodes"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_template_browser_gets_workflow_and_picture(server, name):
+    pack = "modular-concepts"
+    assert name in json.loads(server.get("/workflow_templates"))[pack]
+    assert json.loads(server.get(f"/api/workflow_templates/{pack}/{name}.json"))["nodes"]
+    assert Image.open(io.BytesIO(server.get(f"/api/workflow_templates/{pack}/{name}.jpg"))).format == "JPEG"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_finishes_with_pictures_that_show_something(server, stories, name):
+    run = stories(name).first
+    saved = run.of_class("SaveImage")
+    assert saved
+    for node in saved:
+        pictures = server.pictures(run, node)
+        assert pictures.std() > 0.05
+        assert pictures.shape[-2] == 32 * ENLARGED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_progress_and_previews_arrive_while_it_runs(stories, name):
+    run = stories(name).first
+    active = [node for node in run.of_class(*TRAINERS, *SAMPLERS) if node in run.ran]
+    assert set(run.of_class(*SAMPLERS)) <= set(active)
+    for node in active:
+        steps = run.prompt[node]["inputs"]["steps"]
+        values = [value for value, _ in run.progress[node]]
+        assert values == sorted(values)
+        assert run.progress[node][-1] == (steps, steps), f"node {node}: {run.progress[node][-3:]}"
+        assert len(values) >= steps // 2
+        for preview in run.previews[node]:
+            assert np.asarray(Image.open(io.BytesIO(preview))).std() > 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rerun_is_wholly_cached(stories, name):
+    again = stories(name).again
+    assert set(again.cached) == set(again.prompt)
+    assert again.ran == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_changed_value_reruns_only_what_is_downstream(server, stories, name):
+    story = stories(name)
+    assert set(story.changed.ran) == downstream(story.changed.prompt, story.node)
+    assert not set(story.changed.ran) & set(story.changed.of_class(*TRAINERS))
+    before, after = (
+        torch.cat(
+            [server.pictures(run, node).flatten() for node in run.of_class("SaveImage") if node in story.changed.ran]
+        )
+        for run in (story.first, story.changed)
+    )
+    assert not torch.equal(before, after)
+
+
+def test_a_short_training_moves_the_pictures_towards_the_concept(server, stories):
+    run = stories("1_train_and_save").first
+    assert likeness(tiles(server, run, "with"), "minka") > likeness(tiles(server, run, "without"), "minka") + 0.05
+
+
+def test_stock_nodes_draw_what_ours_draw(server, stories):
+    run = stories("5_stock_lora_interop").first
+    ours, stock, other = (tiles(server, run, title) for title in ("ours", "stock, from memory", "stock, from a file"))
+    assert (ours - stock).abs().max() <= 2 / 255
+    assert (ours - other).abs().max() > 0.1
+
+
+def test_the_concept_file_is_read_without_a_host(server, stories):
+    stories("1_train_and_save")
+    concept = load_concept(server.models / "concepts" / "minka.safetensors")
+    assert concept.recipe.triggers == ("<minka>",) and concept.recipe.architecture == "toy"
+    assert concept.recipe.origin["pictures"] == 16 and concept.recipe.origin["fingerprint"]
+    assert concept.recipe.training["steps_done"] == BRIEF["steps"]
+
+
+def test_many_prompts_from_one_file_through_the_script(server, stories, tmp_path, capfd):
+    """As a user would queue them: three strengths and two seeds, every combination."""
+    stories("2_train_three_and_merge")
+    prompts = list(
+        variants(brief("2_train_three_and_merge"), ["strength of tom.strength=0,0.5,1", "draw tom.seed=1,2"])
+    )
+    assert len(prompts) == 6
+    assert run_all(Server(server.address), prompts, tmp_path) == 0
+    said = capfd.readouterr().out
+    assert said.count("done, ") == 6 and "strength of tom.strength=0.5" in said
+    pictures = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(pictures) > 6
