@@ -91,7 +91,7 @@ def _train(args: argparse.Namespace) -> None:
     from .customisation import Subject, Targets, check_training, concept_from, train_concept, trigger_of
     from .dataset import load_folder
     from .files.concept import save_concept
-    from .toy.demo import SETTINGS as TOY
+    from .toy.demo import SETTINGS, UNDESCRIBED
     from .training import TrainSettings, Unfinished, check_checkpoint
 
     name = safe_name(args.name)
@@ -100,7 +100,7 @@ def _train(args: argparse.Namespace) -> None:
     if args.checkpoints:
         _folder(args.checkpoints, "--checkpoints")
     base = _base(args.base)
-    preset = TOY if base.architecture == "toy" else TrainSettings()
+    preset = (SETTINGS if args.description else UNDESCRIBED) if base.architecture == "toy" else TrainSettings()
     chosen = {
         key: getattr(args, key)
         for key in (
@@ -165,12 +165,11 @@ def _prior(base, args: argparse.Namespace, height: int, width: int):
     from .customisation import prior_examples
     from .sampling import SampleSettings
 
-    count = (48 if base.architecture == "toy" else 0) if args.prior is None else args.prior
-    if count < 1:
+    if args.prior < 1:
         return None
     settings = SampleSettings(steps=12, height=height, width=width, batch=24)
-    with _Bar("draw what the base knows", settings.steps * -(-count // settings.batch)) as advance:
-        return prior_examples(base, args.class_word, count, 1000, settings, lambda done, total: advance(done))
+    with _Bar("draw what the base knows", settings.steps * -(-args.prior // settings.batch)) as advance:
+        return prior_examples(base, args.class_word, args.prior, 1000, settings, lambda done, total: advance(done))
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -451,8 +450,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--prior",
         type=int,
+        default=0,
         metavar="N",
-        help="learn beside N pictures that the base draws itself (default 48 on the toy base, else none)",
+        help="learn beside N pictures that the base draws itself, so that it keeps what it knows (default none)",
     )
     train.add_argument("--erasure", type=float, help="probability to erase an output row (BlockLoRA)")
     train.add_argument("--seed", type=int)

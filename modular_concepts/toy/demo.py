@@ -1,7 +1,7 @@
 """The main job in one run: three concepts trained apart, summed, drawn alone and together, and judged.
 
 Every concept is trained twice, as plain LoRA and orthogonally in a slot of its own, with the same pictures,
-steps, rates and seeds; the two trios then go through the same merge, prompts and noise.
+description, steps, rates and seeds; the two trios then go through the same merge, prompts and noise.
 """
 
 from __future__ import annotations
@@ -36,16 +36,18 @@ METHODS = ("lora", "orthogonal")
 TARGETS = Targets(("attention", "feed_forward"))
 SETTINGS = TrainSettings(
     rank=8,
-    steps=400,
+    steps=300,
     batch=6,
     adapter_lr=2e-4,
-    token_lr=3e-2,
-    token_vectors=8,
+    token_lr=1e-2,
+    token_vectors=4,
     token_noise=1.0,
     warmup=20,
     schedule="cosine",
     weight_decay=0.0,
 )
+# For a concept that starts from its class word alone, with nothing said of what it looks like.
+UNDESCRIBED = replace(SETTINGS, steps=400, token_lr=3e-2, token_vectors=8)
 SAMPLING = SampleSettings(steps=20, cfg=4.0, batch=24)
 PICTURES_EACH = 24
 JOINT_SCENES = ("beach", "snow", "forest", "city")
@@ -108,7 +110,13 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
 
 def _train(base: BaseModel, concept: StandardConcept, reference, settings, steps: Steps) -> Concept:
     advance = steps.bar(f"train {concept.name} ({settings.method})", settings.steps)
-    subject = Subject(concept.name, *reference, concept.class_word, fingerprint=f"standard-{concept.name}")
+    subject = Subject(
+        concept.name,
+        *reference,
+        concept.class_word,
+        fingerprint=f"standard-{concept.name}",
+        description=concept.description,
+    )
     trained, _ = train_concept(base, subject, settings, TARGETS, callback=lambda at: advance(at.step))
     return trained
 
@@ -185,15 +193,19 @@ def _draw_together(base, judges: Judges, concepts, trained, references, steps: S
     with customised(base, trained, [1.0] * count) as tokens:
         for number, scene in enumerate(JOINT_SCENES):
             phrase = SCENE_PHRASES[scene]
+            everything = [f"a {concept.class_word}" for concept in concepts]
+            # A region's prompt tells of its neighbours too: the base knows wide pictures by captions of all subjects.
             regions = [
-                Region(f"a {concept.trigger} {phrase}", (tile / count, 0.0, (tile + 1) / count, 1.0))
+                Region(
+                    f"{' and '.join([*everything[:tile], f'a {concept.trigger}', *everything[tile + 1 :]])} {phrase}",
+                    (tile / count, 0.0, (tile + 1) / count, 1.0),
+                )
                 for tile, concept in enumerate(concepts)
             ]
-            everything = " and ".join(f"a {concept.class_word}" for concept in concepts)
             pictures.append(
                 sample(
                     base,
-                    [f"{everything} {phrase}"],
+                    [f"{' and '.join(everything)} {phrase}"],
                     [number],
                     tokens,
                     settings,

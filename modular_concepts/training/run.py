@@ -56,7 +56,7 @@ class Run:
                 new_token(
                     start,
                     max(settings.token_vectors, len(start)),
-                    settings.token_noise,
+                    settings.token_noise if len(start) == 1 else 0.0,
                     seeded(settings.seed, "token", trigger),
                 )
             )

@@ -23,7 +23,7 @@ class TrainSettings:
     blocks, layout: row blocks of the block methods.  erasure: BlockLoRA's probability to erase an output row.
     token_norm: learned rows longer than this are scaled back to it (ED-LoRA stops at 0.55); None is no bound.
     token_vectors: at least so many vectors for a new token; one that starts from more words has one for each.
-    token_noise: noise on a new token, relative to the size of the row it starts from.
+    token_noise: noise on a new token that starts from a single row, so that its vectors differ; relative to its size.
     warmup: steps in which the learning rates rise linearly; `schedule` then takes them to 0, or keeps them.
     min_snr: gamma of the min-SNR weight, None weighs all timesteps alike.  clip_norm 0 is no clipping.
     """

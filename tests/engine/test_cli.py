@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from modular_concepts.toy import model
 Image = pytest.importorskip("PIL.Image")
 
 QUICK = ["--steps", "2", "--batch", "2", "--rank", "2", "--adapter-lr", "0.01", "--targets", "attention"]
-QUICK += ["--prior", "0"]
 DRAW = ["--steps", "1", "--cfg", "1"]
 
 
@@ -87,7 +87,7 @@ def test_pictures_writes_sixteen_with_captions(made):
 def test_the_line_that_pictures_prints_trains(here, capsys, name):
     code, out, _ = run(capsys, "pictures", name)
     assert code == 0
-    words = out.splitlines()[1].split()
+    words = shlex.split(out.splitlines()[1])
     assert words[:3] == ["python", "-m", "modular_concepts"]
     code, out, err = run(capsys, *words[3:], *QUICK)
     assert code == 0, err
