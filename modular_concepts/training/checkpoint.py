@@ -140,7 +140,7 @@ def _refuse_changes(path: Path, before: dict, now: dict) -> None:
     if settings or others:
         raise AdapterError(
             f"{path.name} cannot be resumed: {'; '.join(settings + others)}. "
-            "Put that back as it was, accept the change, or start a new training"
+            "Put that back as it was, or start a new training without resuming"
         )
 
 
