@@ -220,9 +220,10 @@ class _Watch:
         due = self.plan.preview_every and (at.step % self.plan.preview_every == 0 or at.step == at.steps)
         try:
             preview = ("JPEG", self._preview(at.tokens), 512) if due else None
+            # The server raises an interrupt here too.
+            self.bar.update_absolute(at.step, at.steps, preview)
         except comfy.model_management.InterruptProcessingException:
             return True
-        self.bar.update_absolute(at.step, at.steps, preview)
         return comfy.model_management.processing_interrupted()
 
     def _preview(self, tokens: Mapping[str, Tensor]) -> Image.Image:

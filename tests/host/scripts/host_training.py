@@ -49,6 +49,8 @@ class Seen:
             self.previews.append((preview[0], *preview[1].size))
         if value == self.stop_at:
             comfy.model_management.interrupt_current_processing(True)
+        # The server's own hook raises here too.
+        comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def traces(model, clip) -> str:
