@@ -1,6 +1,6 @@
 """Training of one concept on a frozen base: methods, loop, losses, exact resume."""
 
-from .attach import attached, frozen
+from .attach import attached, frozen_networks
 from .checkpoint import check_checkpoint, newest_checkpoint, restore_checkpoint, save_checkpoint
 from .loop import Cancelled, Diverged, Progress, Unfinished, train
 from .losses import NoiseSchedule
@@ -22,7 +22,7 @@ __all__ = [
     "Unfinished",
     "attached",
     "check_checkpoint",
-    "frozen",
+    "frozen_networks",
     "new_adapters",
     "newest_checkpoint",
     "restore_checkpoint",

@@ -52,7 +52,7 @@ def attached(
 
 
 @contextmanager
-def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+def frozen_networks(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within the block no parameter of `modules` asks for gradients and dropout is off; then as before."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     training = [part for module in modules for part in module.modules() if part.training]

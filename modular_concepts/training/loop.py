@@ -19,7 +19,7 @@ from ..adapters import erasure_mask
 from ..bases import OrthogonalBasis
 from ..errors import AdapterError
 from ..tokens import bounded
-from .attach import attached, frozen
+from .attach import attached, frozen_networks
 from .checkpoint import restore_checkpoint, save_checkpoint
 from .losses import add_noise, draw_noise, draw_timesteps, masked_mean, min_snr_weight, snr, target
 from .problem import Problem
@@ -93,7 +93,7 @@ def train(
         if resume is not None:
             restore_checkpoint(resume, run, accept_changes)
         erasure: dict[str, Tensor] = {}
-        with frozen(problem.modules), attached(problem.layers, run.adapters, erasure=erasure):
+        with frozen_networks(problem.modules), attached(problem.layers, run.adapters, erasure=erasure):
             finished = _steps(problem, run, erasure, lambda: _after_step(run, callback, checkpoints, started))
         if checkpoints is not None:
             _save(checkpoints, run, finished)

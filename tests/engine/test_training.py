@@ -17,7 +17,7 @@ from modular_concepts.training import (
     Problem,
     TrainSettings,
     attached,
-    frozen,
+    frozen_networks,
     new_adapters,
     train,
 )
@@ -193,7 +193,7 @@ def test_frozen_restores_a_mixed_state():
     layer, dropout = nn.Linear(2, 2), nn.Dropout()
     layer.bias.requires_grad_(False)
     layer.eval()
-    with frozen([layer, dropout]):
+    with frozen_networks([layer, dropout]):
         assert not layer.weight.requires_grad and not dropout.training
     assert layer.weight.requires_grad and not layer.bias.requires_grad
     assert dropout.training and not layer.training
