@@ -86,14 +86,20 @@ class Rates:
     token: float
 
 
-def subject_of(dataset: Dataset, name: str, class_word: str, description: str = "") -> Subject:
-    """The data set under a name, its trigger for {concept} in captions.  Raises AdapterError for a bad name or word."""
-    name, class_word = name.strip(), " ".join(class_word.split())
+def checked_name(name: str) -> str:
+    """A concept's name that can be a trigger word and a file, or AdapterError."""
+    name = name.strip()
     if safe_name(name) != name:
         raise AdapterError(
             f"name {name!r} cannot be a trigger word and a file; write it {safe_name(name)!r}, for instance"
         )
     check_token(trigger_of(name), (1, 1))
+    return name
+
+
+def subject_of(dataset: Dataset, name: str, class_word: str, description: str = "") -> Subject:
+    """The data set under a name, its trigger for {concept} in captions.  Raises AdapterError for a bad name or word."""
+    name, class_word = checked_name(name), " ".join(class_word.split())
     if not class_word:
         raise AdapterError("the class word is empty; say in the base's words what the concept is, such as man or dog")
     dataset = filled_in(dataset, (trigger_of(name),))

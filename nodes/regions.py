@@ -6,9 +6,12 @@ from comfy.samplers import SAMPLER_NAMES, SCHEDULER_NAMES
 from comfy_api.latest import io
 
 from ..host.regions import Sampling, sample_regions
+from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.regions.geometry import region_from
 from . import stacks
 from .types import CONCEPT_REGIONS, concepts_input
+
+UNITS = ("fractions", "pixels")
 
 
 class ConceptRegion(io.ComfyNode):
@@ -39,7 +42,7 @@ class ConceptRegion(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "units",
-                    options=["fractions", "pixels"],
+                    options=list(UNITS),
                     default="fractions",
                     tooltip="What the edges and the feather are counted in: fractions of the picture, or its pixels",
                 ),
@@ -90,6 +93,20 @@ class ConceptRegion(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, units=None, left=None, top=None, right=None, bottom=None) -> bool | str:
+        """Refused before anything runs, the training of the concepts for instance."""
+        edges = (left, top, right, bottom)
+        if units is None or None in edges:
+            return True  # linked to another node, whose answer is not known yet
+        if units not in UNITS:
+            return f"units is {units!r}; choose one of {', '.join(UNITS)}"
+        try:
+            region_from("", edges, units == "pixels", None, 0.0, 1.0, "")
+        except AdapterError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host.base import host_base
-from ..host.training import Plan, Rates, lora_of, settings_for, subject_of, train_in_host
+from ..host.training import Plan, Rates, checked_name, lora_of, settings_for, subject_of, train_in_host
 from ..modular_concepts.bases import OrthogonalBasis
 from ..modular_concepts.customisation import Targets
 from ..modular_concepts.dataset import with_words
@@ -179,7 +179,19 @@ def _train(common: dict, method: str, rank: int, basis: OrthogonalBasis | None =
     return io.NodeOutput(concept, lora_of(concept), {"loss": result.losses})
 
 
-class OrthoLoRATrainer(io.ComfyNode):
+class _Trainer(io.ComfyNode):
+    """What the trainers have in common."""
+
+    @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        """Refused before anything runs: another concept's long training may come first."""
+        try:
+            return name is None or bool(checked_name(name))
+        except AdapterError as error:
+            return str(error)
+
+
+class OrthoLoRATrainer(_Trainer):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -209,7 +221,7 @@ class OrthoLoRATrainer(io.ComfyNode):
         return _train(common, "orthogonal", ortho_basis.rank, ortho_basis.basis, slot=own)
 
 
-class BlockLoRATrainer(io.ComfyNode):
+class BlockLoRATrainer(_Trainer):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -282,7 +294,7 @@ class BlockLoRATrainer(io.ComfyNode):
         return _train(common, "block_orthogonal", ortho_basis.rank, ortho_basis.basis, **own)
 
 
-class LoRATrainer(io.ComfyNode):
+class LoRATrainer(_Trainer):
     @classmethod
     def define_schema(cls):
         return io.Schema(

@@ -4,7 +4,7 @@ Only Python's standard library is needed.  The workflow is in API format (`workf
 "Export (API)"); the server is a running ComfyUI.
 
     python scripts/queue_workflow.py workflows/api/2_train_three_and_merge.json \\
-        --set "strength of tom.strength=0.4,0.8,1.2" --set "sampler.seed=1,2" --save pictures
+        --set "strength of tom.strength=0.4,0.8,1.2" --set "draw tom.seed=1,2" --save pictures
 
 queues six prompts: every strength with every seed.  What a changed value does not touch is taken from the
 server's cache, so the three concepts are trained once.  NODE in NODE.INPUT=VALUES is a node's title or its id.
@@ -246,6 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="also download the pictures to this folder")
     chosen = parser.parse_args(arguments)
     workflow = json.loads(chosen.workflow.read_text(encoding="utf-8"))
+    if "nodes" in workflow and "links" in workflow:
+        parser.error(
+            f"{chosen.workflow} is in the browser's format; export it with Export (API), or see workflows/api/"
+        )
     try:
         return min(run_all(Server(chosen.server), list(variants(workflow, chosen.set)), chosen.save), 1)
     except (ConnectionError, urllib.error.URLError) as error:
