@@ -123,7 +123,7 @@ class HostBase:
 
         Brackets in a prompt are words, not weights.  Prompts longer than one section lengthen all of them.
         """
-        part, encoder = text_encoder_of(self.clip)
+        _, encoder = text_encoder_of(self.clip)
         known = with_tokens(self.clip, tokens)
         sections = [next(iter(known.tokenize(prompt, disable_weights=True).values())) for prompt in prompts]
         longest = max(len(own) for own in sections)

@@ -116,7 +116,7 @@ def settings_for(architecture: str, rates: Rates, **chosen) -> TrainSettings:
         warmup=min(20, chosen["steps"] // 10),
         schedule="cosine",
         weight_decay=0.0,
-        # The toy's few hundred words lie close together; a new one needs a place of its own.
+        # The toy's words lie close together; a new one needs a place of its own.
         token_noise=1.0 if architecture == "toy" else 0.1,
         **chosen,
     )

@@ -95,7 +95,7 @@ class ConceptRegion(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, units=None, left=None, top=None, right=None, bottom=None) -> bool | str:
+    def validate_inputs(cls, prompt=None, units=None, left=None, top=None, right=None, bottom=None) -> bool | str:
         """Refused before anything runs, the training of the concepts for instance."""
         edges = (left, top, right, bottom)
         if units is None or None in edges:
@@ -103,7 +103,7 @@ class ConceptRegion(io.ComfyNode):
         if units not in UNITS:
             return f"units is {units!r}; choose one of {', '.join(UNITS)}"
         try:
-            region_from("", edges, units == "pixels", None, 0.0, 1.0, "")
+            region_from(prompt or "", edges, units == "pixels", None, 0.0, 1.0, "")
         except AdapterError as error:
             return str(error)
         return True

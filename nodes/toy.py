@@ -22,7 +22,7 @@ class ToyBaseLoader(io.ComfyNode):
             inputs=[],
             outputs=[
                 io.Model.Output(tooltip="The toy base's diffusion model"),
-                io.Clip.Output(tooltip="Its text encoder; it knows a few hundred plain words"),
+                io.Clip.Output(tooltip="Its text encoder; it knows some eighty plain words"),
                 io.Vae.Output(tooltip="Its pixels as latents; nothing is lost"),
             ],
         )
