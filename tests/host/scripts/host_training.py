@@ -20,6 +20,8 @@ from comfy_extras.nodes_train import LoraModelLoader  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 torch.set_num_threads(1)
+# Every step is told, however fast the machine: the cases stop at steps by their number.
+comfy.utils.PROGRESS_THROTTLE_MIN_INTERVAL = 0.0
 folder_paths.set_output_directory(str(FOLDER / "output"))
 folder_paths.set_temp_directory(str(FOLDER / "temp"))
 folder_paths.add_model_folder_path("concepts", str(FOLDER / "concepts"))
