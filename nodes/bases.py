@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from comfy_api.latest import io, ui
 
-from ..host.files import basis_changed, basis_names, load_basis_named
+from ..host.bases import basis_changed, basis_names, load_basis_named
 from ..host.messages import show_text
 from ..modular_concepts.bases import OrthogonalBasis, capacity
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..host import folders
+from ..host import concepts as files
 from ..host.clip import encode_prompt
 from . import stacks
 from .types import CONCEPT_STACK, concepts_input, strength_input
@@ -25,7 +25,7 @@ class ConceptLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "concept",
-                    options=folders.concept_names(),
+                    options=files.concept_names(),
                     tooltip="A .safetensors file in models/concepts; press R in the browser to see new files",
                 ),
                 strength_input("How strongly the concept acts: 0 not at all, 1 as it was trained"),
@@ -40,15 +40,15 @@ class ConceptLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, concept: str) -> bool | str:
-        return folders.concept_problem(concept) or True
+        return files.concept_problem(concept) or True
 
     @classmethod
     def fingerprint_inputs(cls, concept: str, strength: float) -> str:
-        return f"{folders.file_fingerprint(concept)} {strength}"
+        return f"{files.file_fingerprint(concept)} {strength}"
 
     @classmethod
     def execute(cls, concept: str, strength: float) -> io.NodeOutput:
-        stack = stacks.scaled(folders.load_concept_named(concept), strength)
+        stack = stacks.scaled(files.load_concept_named(concept), strength)
         return io.NodeOutput(stack, stacks.triggers(stack))
 
 
@@ -119,7 +119,7 @@ class ConceptSave(io.ComfyNode):
     @classmethod
     def execute(cls, concept, filename: str, format: str, replace: bool = False) -> io.NodeOutput:
         concepts, strengths = stacks.parts(stacks.as_stack(concept))
-        saved = folders.save(concepts, strengths, filename, folders.Format(FORMATS.index(format)), replace)
+        saved = files.save(concepts, strengths, filename, files.Format(FORMATS.index(format)), replace)
         return io.NodeOutput(saved.name, ui=ui.PreviewText(saved.message))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io, ui
 
-from ..host.files import input_folder
+from ..host.folders import input_folder
 from ..host.messages import show_text
 from ..modular_concepts.dataset import Dataset, load_folder, of_pictures
 from ..modular_concepts.errors import AdapterError

@@ -1,4 +1,4 @@
-"""Folders and files that a person names in a node, found inside the host's own folders and nowhere else."""
+"""Shared orthogonal bases that lie in models/ortho_bases, by name."""
 
 from __future__ import annotations
 
@@ -8,21 +8,9 @@ import folder_paths
 
 from ..modular_concepts.bases import OrthogonalBasis, load_basis
 from ..modular_concepts.errors import AdapterError
-from ..modular_concepts.files.safe import safe_child
+from .folders import KINDS
 
 BASES = "ortho_bases"
-BASIS_SUFFIXES = (".safetensors", ".npy")
-
-
-def input_folder(name: str) -> Path:
-    """A folder under the host's input folder.  Raises AdapterError for one that is elsewhere or not there."""
-    root = Path(folder_paths.get_input_directory())
-    path = safe_child(root, name.strip())
-    if not path.is_dir():
-        raise AdapterError(
-            f"there is no folder {name!r} in {root}; put the pictures' folder there, or correct its name"
-        )
-    return path
 
 
 def basis_names() -> list[str]:
@@ -34,7 +22,7 @@ def basis_names() -> list[str]:
                 entry.name
                 for entry in root.iterdir()
                 if not entry.name.startswith(".")
-                and (any(entry.glob("*.npy")) if entry.is_dir() else entry.suffix in BASIS_SUFFIXES)
+                and (any(entry.glob("*.npy")) if entry.is_dir() else entry.suffix in KINDS[BASES])
             }
     return sorted(names)
 
