@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
-from ..adapters import KINDS, LAYOUTS
+from ..adapters import LAYOUTS
 from ..errors import AdapterError
 
+METHODS = ("lora", "orthogonal", "block", "block_orthogonal", "custom_diffusion", "words")
 SCHEDULES = ("constant", "linear", "cosine")
-PRECISIONS = ("fp32", "bf16")
-WITHOUT_EFFECT_ON_RESULT = ("checkpoint_every", "keep_checkpoints")
+PRECISIONS = ("fp32", "bf16", "fp16")
+OPTIMIZERS = ("adamw", "adamw8bit")
+TOKEN_STARTS = ("words", "random + class")
+WITHOUT_EFFECT_ON_RESULT = ("checkpoint_every", "keep_checkpoints", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """Settings of one concept's training; JSON-able.  Raises AdapterError for values that cannot work.
 
-    method: lora, orthogonal, block, block_orthogonal (adapters.py).  alpha None means alpha = rank.
+    method: lora, orthogonal, block, block_orthogonal (adapters.py); custom_diffusion trains the layers' whole weights,
+    words only the learned word.  alpha None means alpha = rank.
     slot: the concept's own basis columns and rows; without one, orthogonal columns follow from `name`.
     blocks, layout: row blocks of the block methods.  erasure: BlockLoRA's probability to erase an output row.
     token_norm: learned rows longer than this are scaled back to it (ED-LoRA stops at 0.55); None is no bound.
     token_vectors: at least so many vectors for a new token; one that starts from more words has one for each.
     token_noise: noise on a new token that starts from a single row, so that its vectors differ; relative to its size.
+    token_start: "random + class" (ED-LoRA) starts the first vector from N(0, 0.013^2), the others from the class word.
+    layerwise: the learned word has rows of its own for each cross-attention layer (P+).
     warmup: steps in which the learning rates rise linearly; `schedule` then takes them to 0, or keeps them.
     min_snr: gamma of the min-SNR weight, None weighs all timesteps alike.  clip_norm 0 is no clipping.
+    attention_regularisation: weight of Mix-of-Show's term that keeps the word's attention inside the masks.
+    caption_dropout: probability that a caption is empty for a step.  shuffle_tags: parts of a caption between commas
+    change places, but for the first.  flip: half of the pictures are mirrored.
+    optimizer: adamw, or adamw8bit of bitsandbytes.  precision: what the base computes in; fp16 scales the loss.
+    gradient_checkpointing: blocks of the base are computed again in backward instead of kept; the same gradients.
     """
 
     method: str = "orthogonal"
@@ -44,23 +55,33 @@ class TrainSettings:
     token_vectors: int = 2
     token_noise: float = 0.1
     token_norm: float | None = None
+    token_start: str = "words"  # noqa: S105
+    layerwise: bool = False
     warmup: int = 0
     schedule: str = "constant"
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     noise_offset: float = 0.0
     min_snr: float | None = None
+    attention_regularisation: float = 0.0
     prior_weight: float = 1.0
+    caption_dropout: float = 0.0
+    shuffle_tags: bool = False
+    flip: bool = False
+    optimizer: str = "adamw"
     precision: str = "fp32"
+    gradient_checkpointing: bool = False
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
 
     def __post_init__(self):
         for name, choices in (
-            ("method", KINDS),
+            ("method", METHODS),
             ("layout", LAYOUTS),
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
+            ("optimizer", OPTIMIZERS),
+            ("token_start", TOKEN_STARTS),
         ):
             if getattr(self, name) not in choices:
                 raise AdapterError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
@@ -73,14 +94,21 @@ class TrainSettings:
         for name in ("min_snr", "token_norm"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise AdapterError(f"{name} is {getattr(self, name)}; it must be positive, or left out")
-        if not self.erasure < 1:
-            raise AdapterError(f"erasure is {self.erasure}; it must be below 1, or nothing is left to train")
+        for name, left in (("erasure", "nothing is left to train"), ("caption_dropout", "the word is never learned")):
+            if not getattr(self, name) < 1:
+                raise AdapterError(f"{name} is {getattr(self, name)}; it must be below 1, or {left}")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise AdapterError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        if self.method == "words" and self.erasure:
+            raise AdapterError(f"erasure is {self.erasure}, but method words trains no layer; leave it at 0")
 
     def decisive(self) -> dict:
         """The settings that decide the result; a resumed training must find them unchanged."""
         return {key: value for key, value in asdict(self).items() if key not in WITHOUT_EFFECT_ON_RESULT}
 
 
+SWITCHES = ("layerwise", "shuffle_tags", "flip", "gradient_checkpointing")
 NOT_NEGATIVE = (
     "erasure",
     "seed",
@@ -91,6 +119,8 @@ NOT_NEGATIVE = (
     "weight_decay",
     "clip_norm",
     "noise_offset",
+    "attention_regularisation",
+    "caption_dropout",
     "prior_weight",
     "checkpoint_every",
 )
@@ -109,9 +139,14 @@ def learning_rate_factor(step: int, settings: TrainSettings) -> float:
 
 
 def changes(before: Mapping, now: Mapping) -> list[str]:
-    """Plain words for each setting that differs: 'rank was 4, is now 8'."""
+    """Plain words for each setting that differs: 'rank was 4, is now 8'.
+
+    A setting that is not in one of them is from a version that did not have it: it counts as its default.
+    """
+    defaults = {field.name: field.default for field in fields(TrainSettings)}
+    before, now = defaults | dict(before), defaults | dict(now)
     return [
         f"{key} was {before.get(key)}, is now {now.get(key)}"
-        for key in sorted({*before, *now})
+        for key in sorted(before | now)
         if before.get(key) != now.get(key)
     ]

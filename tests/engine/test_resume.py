@@ -1,5 +1,6 @@
 """Resume is determinism: a training that was interrupted ends bit for bit where it would have ended."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import tiny_problem
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_problem import RESUME_SETTINGS, learned, tiny_basis
 from tiny_problem import tiny_problem as make_problem
 
@@ -102,6 +104,19 @@ def test_changed_settings_are_named(checkpoint):
         run(resume=checkpoint, settings=settings)
     assert "checkpoint_every" not in str(caught.value)
     assert run(resume=checkpoint, settings=settings, accept_changes=True).finished
+
+
+def test_a_checkpoint_of_a_version_with_fewer_settings_counts_them_as_off(checkpoint, tmp_path):
+    with safe_open(checkpoint, framework="pt") as file:
+        metadata = file.metadata()
+    identity = json.loads(metadata["identity"])
+    for later in ("flip", "optimizer", "caption_dropout"):
+        del identity["settings"][later]
+    older = tmp_path / checkpoint.name
+    save_file(load_file(checkpoint), older, metadata | {"identity": json.dumps(identity)})
+    assert run(resume=older).finished
+    with pytest.raises(AdapterError, match="optimizer was adamw, is now adamw8bit"):
+        run(resume=older, settings=replace(RESUME_SETTINGS, optimizer="adamw8bit"))
 
 
 def test_changed_pictures_captions_and_base_are_refused(checkpoint):

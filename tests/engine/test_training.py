@@ -344,6 +344,12 @@ def test_settings_that_cannot_work_are_refused_by_name():
         {"erasure": 1.0},
         {"min_snr": 0.0},
         {"schedule": "square"},
+        {"precision": "int4"},
+        {"optimizer": "sgd"},
+        {"token_start": "zeros"},
+        {"caption_dropout": 1.0},
+        {"attention_regularisation": -0.1},
+        {"flip": "yes"},
     ):
         with pytest.raises(AdapterError, match=next(iter(changed))):
             TrainSettings(**changed)
