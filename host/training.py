@@ -180,7 +180,7 @@ def lora_of(concept: Concept) -> dict[str, Tensor]:
     return {
         key: tensor
         for name, adapter in concept.layers.items()
-        for key, tensor in layer_tensors(file_key(name), adapter).items()
+        for key, tensor in layer_tensors(file_key(name, concept.recipe.architecture), adapter).items()
     }
 
 

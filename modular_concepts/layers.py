@@ -1,8 +1,9 @@
-"""One canonical name per layer: dotted diffusers paths under `unet.` and `text_encoder.`.
+"""One canonical name per layer: dotted paths under `unet.`, `text_encoder.` and `text_encoder_2.`.
 
-`text_encoder.` names always carry the `text_model.` level, which some versions of transformers have dropped
-from the module tree.  In files a name is its kohya key: `lora_unet_` or `lora_te_` and the path with
-underscores.
+Paths are diffusers' for U-Nets and the model's own for a diffusion transformer (`unet.joint_blocks.0.…`).
+`text_encoder.` is CLIP-L, `text_encoder_2.` CLIP-G; their names always carry the `text_model.` level, which some
+versions of transformers have dropped from the module tree.  In files a name is its kohya key: `lora_unet_`,
+`lora_te_`, `lora_te1_` or `lora_te2_` and the path with underscores.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from torch import nn
 from .errors import AdapterError
 
 TARGETS = ("attention", "cross_attention", "cross_attention_kv", "feed_forward", "all_linear")
-PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
+PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+TWO_TEXT_MODELS = ("sdxl", "sd3")  # where kohya's key of the first is lora_te1
 MAX_NAME = 256
 
-_NAME = re.compile(r"(unet|text_encoder)(\.[A-Za-z0-9_]+)+")
+_NAME = re.compile(r"(unet|text_encoder|text_encoder_2)(\.[A-Za-z0-9_]+)+")
+_JOINT = r"\.joint_blocks\.\d+\.(x|context)_block\."
 _UNET = {
-    "attention": re.compile(r"\.attentions\..*\.attn[12]\.to_(q|k|v|out\.0)$"),
+    "attention": re.compile(rf"\.attentions\..*\.attn[12]\.to_(q|k|v|out\.0)$|{_JOINT}attn2?\.(qkv|proj)$"),
     "cross_attention": re.compile(r"\.attentions\..*\.attn2\.to_(q|k|v|out\.0)$"),
     "cross_attention_kv": re.compile(r"\.attentions\..*\.attn2\.to_[kv]$"),
-    "feed_forward": re.compile(r"\.attentions\..*\.ff\.net\.(0\.proj|2)$"),
-    "all_linear": re.compile(r"\.attentions\."),
+    "feed_forward": re.compile(rf"\.attentions\..*\.ff\.net\.(0\.proj|2)$|{_JOINT}mlp\.(fc|w)[123]$"),
+    "all_linear": re.compile(rf"\.attentions\.|{_JOINT}"),
 }
 _TEXT = {
     "attention": re.compile(r"\.self_attn\.(q|k|v|out)_proj$"),
@@ -35,13 +38,15 @@ _BLOCKS = (
     (re.compile(r"unet\.down_blocks\.(\d+)\."), "down {}"),
     (re.compile(r"unet\.mid_block\."), "mid"),
     (re.compile(r"unet\.up_blocks\.(\d+)\."), "up {}"),
+    (re.compile(r"unet\.joint_blocks\.(\d+)\."), "joint {}"),
     (re.compile(r"text_encoder\..*encoder\.layers\.(\d+)\."), "text {}"),
+    (re.compile(r"text_encoder_2\..*encoder\.layers\.(\d+)\."), "second text {}"),
 )
-# Words of diffusers' and transformers' module paths that hold an underscore of their own.
+# Words of the models' module paths that hold an underscore of their own.
 _COMPOUND = (
     "down_blocks|up_blocks|mid_block|transformer_blocks|to_q|to_k|to_v|to_out|proj_in|proj_out|conv_in|conv_out|"
     "conv_shortcut|time_emb_proj|time_embedding|add_embedding|linear_1|linear_2|text_model|self_attn|q_proj|k_proj|"
-    "v_proj|out_proj|text_projection"
+    "v_proj|out_proj|text_projection|joint_blocks|x_block|context_block|adaLN_modulation"
 )
 _WORD = re.compile(rf"({_COMPOUND}|[A-Za-z0-9]+)(?:_|$)")
 
@@ -71,22 +76,29 @@ def chosen_layers(
     targets: str | Iterable[str] = "attention",
     text_encoder_targets: str | Iterable[str] | None = None,
 ) -> dict[str, nn.Module]:
-    """Canonical name -> Linear module, from the U-Net's first block to the text encoder's last: what adapters go to.
+    """Canonical name -> Linear module, from the U-Net's first block to the last text encoder's: what adapters go to.
 
     named: any modules of a model by canonical name; what is no Linear is passed over.
-    attention: to_q, to_k, to_v, to_out of attn1 and attn2; in the text encoder the four projections of
-    self_attn.
+    attention: to_q, to_k, to_v, to_out of attn1 and attn2; qkv and proj of a diffusion transformer's joint blocks; in
+    the text encoders the four projections of self_attn.
     cross_attention: those of attn2 alone; cross_attention_kv: its to_k and to_v, which read the text (Custom
-    Diffusion's choice).  Neither means anything in the text encoder.
-    feed_forward: both Linear layers of ff; in the text encoder mlp.fc1 and fc2.
+    Diffusion's choice).  Neither means anything in the text encoder, nor in a diffusion transformer.
+    feed_forward: both Linear layers of ff; in joint blocks and the text encoders those of mlp.
     all_linear: every Linear within the attention blocks, so also proj_in and proj_out where they are Linear
-    (they are 1x1 convolutions in SD 1.5); time embeddings and ResNets are left alone.
-    Several targets add up; None leaves the text encoder out.  Raises AdapterError when nothing matches.
+    (they are 1x1 convolutions in SD 1.5), and adaLN_modulation; time embeddings and ResNets are left alone.
+    Several targets add up; None leaves the text encoders out.  Raises AdapterError when nothing matches.
     """
+    absent = [name for name in _names(targets) if name.startswith("cross_attention")]
+    if absent and any(name.startswith("unet.joint_blocks.") for name in named):
+        raise AdapterError(
+            f"target {absent[0]!r}: a diffusion transformer reads text and picture in one attention and has no "
+            "cross-attention of its own; choose attention"
+        )
     patterns = {
-        "unet": _patterns(targets or (), _UNET),
-        "text_encoder": _patterns(text_encoder_targets or (), _TEXT),
+        "unet": _patterns(targets, _UNET),
+        "text_encoder": _patterns(text_encoder_targets, _TEXT),
     }
+    patterns["text_encoder_2"] = patterns["text_encoder"]
     found = {
         name: named[name]
         for name in sorted(named, key=_reading_order)
@@ -102,8 +114,8 @@ def chosen_layers(
 
 
 def canonical_name(part: str, path: str) -> str:
-    """Name of the module at `path` inside `part` ("unet" or "text_encoder")."""
-    if part == "text_encoder" and not path.startswith(("text_model.", "text_projection")):
+    """Name of the module at `path` inside `part` ("unet", "text_encoder" or "text_encoder_2")."""
+    if part != "unet" and not path.startswith(("text_model.", "text_projection")):
         path = f"text_model.{path}"
     return f"{part}.{path}"
 
@@ -118,10 +130,11 @@ def check_name(name: object) -> str:
     return name
 
 
-def file_key(name: str) -> str:
-    """unet.a.b_c -> lora_unet_a_b_c; text_encoder.a.b -> lora_te_a_b."""
+def file_key(name: str, architecture: str = "") -> str:
+    """unet.a.b_c -> lora_unet_a_b_c; text_encoder.a.b -> lora_te_a_b, or lora_te1_a_b where there are two of them."""
     part, path = check_name(name).split(".", 1)
-    return f"{PREFIXES[part]}_{path.replace('.', '_')}"
+    prefix = "lora_te1" if part == "text_encoder" and architecture in TWO_TEXT_MODELS else PREFIXES[part]
+    return f"{prefix}_{path.replace('.', '_')}"
 
 
 def name_of_key(key: str) -> str | None:
@@ -130,7 +143,8 @@ def name_of_key(key: str) -> str | None:
     Underscores are ambiguous, so this knows the words of SD's module paths; where the model is at hand, match
     its own names instead.
     """
-    for part, prefixes in (("unet", ("lora_unet_",)), ("text_encoder", ("lora_te_", "lora_te1_"))):
+    known = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
+    for part, prefixes in known.items():
         for prefix in prefixes:
             if not key.startswith(prefix):
                 continue
@@ -142,25 +156,29 @@ def name_of_key(key: str) -> str | None:
 
 
 def block_of(name: str) -> str:
-    """The block of a layer in a person's words: "down 0", "mid", "up 1", "text 3", else "other"."""
+    """The block of a layer in a person's words: "down 0", "mid", "up 1", "joint 2", "text 3", else "other"."""
     for pattern, words in _BLOCKS:
         if match := pattern.match(name):
             return words.format(*match.groups())
     return "other"
 
 
-def _patterns(targets: str | Iterable[str], known: dict[str, re.Pattern]) -> list[re.Pattern]:
-    names = [targets] if isinstance(targets, str) else list(targets)
+def _patterns(targets: str | Iterable[str] | None, known: dict[str, re.Pattern]) -> list[re.Pattern]:
+    names = _names(targets)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise AdapterError(f"target {unknown[0]!r} is unknown; choose from {', '.join(TARGETS)}")
     return [known[name] for name in names]
 
 
+def _names(targets: str | Iterable[str] | None) -> list[str]:
+    return [targets] if isinstance(targets, str) else list(targets or ())
+
+
 def _reading_order(name: str) -> list[tuple[int, str]]:
-    """A key that sorts the U-Net before the text encoder and layers.2 before layers.10.
+    """A key that sorts the U-Net before the text encoders and layers.2 before layers.10.
 
     Libraries list their modules in orders of their own, and the order of layers must not depend on them.
     """
-    part = (int(name.startswith("text_encoder.")), "")
+    part = (list(PREFIXES).index(name.split(".", 1)[0]), "")
     return [part, *((int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name))]

@@ -58,7 +58,7 @@ def save_concept(
         raise AdapterError(f"{concept.name}: nothing to leave out: no adapter has basis columns or a block of rows")
     tensors, layers = {}, {}
     for name, adapter in concept.layers.items():
-        key = file_key(name)
+        key = file_key(name, concept.recipe.architecture)
         if f"{key}.alpha" in tensors:
             raise AdapterError(f"{name}: another layer has the same name in files, {key}")
         layers[name] = _describe(adapter, compact, columns.get(name))
@@ -204,7 +204,10 @@ def _parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], basis: Or
         _check_identity(recipe, basis)
     expanded = _Expansion(recipe, document.get("bases", {}), basis) if compact else None
     rest = dict(tensors)
-    adapters = {check_name(name): _adapter(name, entry, rest, expanded) for name, entry in sorted(layers.items())}
+    adapters = {}
+    for name, entry in sorted(layers.items()):
+        key = file_key(check_name(name), recipe.architecture)
+        adapters[name] = _adapter(name, key, entry, rest, expanded)
     if rest:
         raise AdapterError(f"{min(rest)} belongs to no layer of the description ({len(rest)} such tensors)")
     concept = Concept(document["name"], adapters, _parse_tokens(metadata.get(TOKENS_KEY)), recipe)
@@ -252,11 +255,10 @@ class _Expansion:
         self.checked.add(width)
 
 
-def _adapter(name: str, entry: object, rest: dict[str, Tensor], expansion: _Expansion | None) -> LowRank:
+def _adapter(name: str, key: str, entry: object, rest: dict[str, Tensor], expansion: _Expansion | None) -> LowRank:
     """Take one layer's tensors out of `rest` and check them against its entry."""
     if not isinstance(entry, dict) or not set(entry) <= {"kind", "rows", "out", "columns", "down_shape"}:
         raise AdapterError(f"{name}: its description is not understood; the file is damaged")
-    key = file_key(name)
     up = _take(rest, f"{key}.lora_up.weight")
     alpha = _take(rest, f"{key}.alpha")
     if up.dim() == 4 and up.shape[2:] == (1, 1):

@@ -37,7 +37,9 @@ def export_kohya(concept: Concept, path: Path | str, dtype: torch.dtype | None =
     require_layers(concept)
     tensors = {}
     for name, adapter in concept.layers.items():
-        tensors |= layer_tensors(file_key(name), adapter.to(dtype=dtype) if dtype else adapter)
+        tensors |= layer_tensors(
+            file_key(name, concept.recipe.architecture), adapter.to(dtype=dtype) if dtype else adapter
+        )
     write_safetensors(path, tensors, stock_metadata(concept))
     return Path(path)
 

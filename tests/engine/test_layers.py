@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.layers import block_of, file_key, find_layers, name_of_key
+from modular_concepts.layers import block_of, chosen_layers, file_key, find_layers, name_of_key
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -122,3 +122,38 @@ def test_unknown_targets_and_empty_models_are_refused(unet):
     with pytest.raises(AdapterError, match="no layer matches"):
         find_layers(None, None)
     assert torch.is_tensor(next(iter(find_layers(unet, None).values())).weight)
+
+
+def joint_blocks(count: int = 2) -> dict[str, nn.Module]:
+    """The Linear layers of a diffusion transformer's joint blocks by name, and some around them."""
+    named = {"unet.x_embedder.proj": nn.Conv2d(4, 8, 2), "unet.final_layer.linear": nn.Linear(8, 8)}
+    for block in range(count):
+        for side in ("x_block", "context_block"):
+            for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"):
+                named[f"unet.joint_blocks.{block}.{side}.{layer}"] = nn.Linear(8, 8)
+    return named
+
+
+def test_a_diffusion_transformer_has_the_same_targets_under_its_own_names():
+    named = joint_blocks(11)
+    attention, feed, every = (chosen_layers(named, t) for t in ("attention", "feed_forward", "all_linear"))
+    assert {name.split("_block.")[1] for name in attention} == {"attn.qkv", "attn.proj"}
+    assert {name.split("_block.")[1] for name in feed} == {"mlp.fc1", "mlp.fc2"}
+    assert len(attention) == len(feed) == 4 * 11 and len(every) == 10 * 11
+    assert [block_of(name) for name in list(attention)[::4]] == [f"joint {block}" for block in range(11)]
+    for target in ("cross_attention", "cross_attention_kv"):
+        with pytest.raises(AdapterError, match="no cross-attention of its own; choose attention"):
+            chosen_layers(named, ["attention", target])
+
+
+def test_two_text_encoders_have_keys_of_their_own():
+    path = "text_model.encoder.layers.1.mlp.fc1"
+    named = {f"{part}.{path}": nn.Linear(4, 4) for part in ("text_encoder_2", "text_encoder")} | joint_blocks(1)
+    assert list(chosen_layers(named, (), ["feed_forward"])) == [f"text_encoder.{path}", f"text_encoder_2.{path}"]
+    key = path.replace(".", "_")
+    assert file_key(f"text_encoder.{path}") == f"lora_te_{key}"
+    assert file_key(f"text_encoder.{path}", "sdxl") == f"lora_te1_{key}"
+    assert file_key(f"text_encoder_2.{path}", "sdxl") == f"lora_te2_{key}"
+    assert block_of(f"text_encoder_2.{path}") == "second text 1"
+    for name in chosen_layers(named, "all_linear", "all_linear"):
+        assert name_of_key(file_key(name, "sd3")) == name
