@@ -3,7 +3,7 @@
 from .attach import attached, frozen_networks
 from .checkpoint import check_checkpoint, newest_checkpoint, restore_checkpoint, save_checkpoint
 from .loop import Cancelled, Diverged, Progress, Unfinished, train
-from .losses import NoiseSchedule
+from .losses import FlowSchedule, NoiseSchedule, Schedule
 from .methods import new_adapters, seeded
 from .problem import Examples, Problem
 from .run import Run, TrainResult
@@ -13,10 +13,12 @@ __all__ = [
     "Cancelled",
     "Diverged",
     "Examples",
+    "FlowSchedule",
     "NoiseSchedule",
     "Problem",
     "Progress",
     "Run",
+    "Schedule",
     "TrainResult",
     "TrainSettings",
     "Unfinished",

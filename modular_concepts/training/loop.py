@@ -21,7 +21,7 @@ from ..errors import AdapterError
 from ..tokens import bounded
 from .attach import attached, frozen_networks
 from .checkpoint import restore_checkpoint, save_checkpoint
-from .losses import add_noise, draw_noise, draw_timesteps, masked_mean, min_snr_weight, snr, target
+from .losses import draw_noise, masked_mean
 from .problem import Problem
 from .run import Run, TrainResult
 from .settings import TrainSettings, learning_rate_factor
@@ -152,17 +152,16 @@ def _loss(problem: Problem, run: Run, batch: Batch) -> Tensor:
     """Weighted mean over samples of the (masked) mean squared error at random timesteps."""
     settings, schedule, latents = run.settings, problem.schedule, batch.latents
     noise = draw_noise(latents.shape, run.generators["noise"], settings.noise_offset).to(latents)
-    timesteps = draw_timesteps(len(latents), len(schedule), run.generators["noise"]).to(latents.device)
-    noisy = add_noise(latents, noise, schedule.alphas_cumprod, timesteps)
+    indices = schedule.draw(len(latents), run.generators["noise"]).to(latents.device)
+    noisy = schedule.noisy(latents, noise, indices)
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         context = problem.encode(batch.captions, run.tokens)
-        prediction = problem.predict(noisy, timesteps, context)
-    error = (prediction.to(latents.dtype) - target(latents, noise, schedule, timesteps)).square()
+        prediction = problem.predict(noisy, schedule.times_of(indices), context)
+    error = (prediction.to(latents.dtype) - schedule.target(latents, noise, indices)).square()
     per_sample = masked_mean(error, batch.masks)
     weights = batch.weights
     if settings.min_snr is not None:
-        ratio = snr(schedule.alphas_cumprod, timesteps)
-        weights = weights * min_snr_weight(ratio, settings.min_snr, schedule.prediction).to(weights)
+        weights = weights * schedule.loss_weight(indices, settings.min_snr).to(weights)
     return (per_sample * weights).sum()
 
 

@@ -1,7 +1,8 @@
-"""Noise schedule arithmetic and the training loss, as pure functions.
+"""Noise schedules and the training loss, as pure functions.
 
 Notation of Ho et al. 2020: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, abar = `alphas_cumprod`.
-Latents are (B, C, H, W), timesteps (B,) int64.
+Rectified flow (Liu et al. 2022; Esser et al. 2024): x_t = (1 - sigma_t) x_0 + sigma_t noise.
+Latents are (B, C, H, W), indices into a schedule (B,) int64.
 """
 
 from __future__ import annotations
@@ -29,6 +30,72 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Indices of noise levels, uniform; (count,) int64 on the CPU."""
+        return draw_timesteps(count, len(self), generator)
+
+    def noisy(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
+        return add_noise(latents, noise, self.alphas_cumprod, indices)
+
+    def target(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
+        """What the base has to predict."""
+        return target(latents, noise, self, indices)
+
+    def times_of(self, indices: Tensor) -> Tensor:
+        """What the base is told of the noise levels; (B,)."""
+        return indices
+
+    def loss_weight(self, indices: Tensor, gamma: float) -> Tensor:
+        """The min-SNR weight of each sample; (B,)."""
+        return min_snr_weight(snr(self.alphas_cumprod, indices), gamma, self.prediction)
+
+
+@dataclass(frozen=True, eq=False)
+class FlowSchedule:
+    """Rectified flow: x_t = (1 - sigma) x_0 + sigma noise, and the base predicts noise - x_0.
+
+    sigmas: (T,), ascending in 0..1, as the base was trained with them (shifted, where it was).
+    times: (T,), what the base is told of each.
+    """
+
+    sigmas: Tensor
+    times: Tensor
+
+    def __post_init__(self):
+        if self.sigmas.shape != self.times.shape or self.sigmas.dim() != 1 or not len(self.sigmas):
+            raise AdapterError(
+                f"a flow schedule has {tuple(self.sigmas.shape)} sigmas and {tuple(self.times.shape)} times; "
+                "we need one time for each sigma"
+            )
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Indices of noise levels, logit-normal, so most often in the middle; (count,) int64 on the CPU.
+
+        Source: Esser et al. 2024, section 3.1, rf/lognorm(0.00, 1.00).
+        """
+        position = torch.sigmoid(torch.randn(count, generator=generator))
+        return (position * len(self)).long().clamp(max=len(self) - 1)
+
+    def noisy(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
+        sigma = self.sigmas.to(latents)[indices.to(latents.device)].reshape(-1, 1, 1, 1)
+        return (1 - sigma) * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
+        return noise - latents
+
+    def times_of(self, indices: Tensor) -> Tensor:
+        return self.times.to(indices.device)[indices]
+
+    def loss_weight(self, indices: Tensor, gamma: float) -> Tensor:
+        """1: min-SNR weighs the noise levels of diffusion, which flow draws with a weight already."""
+        return torch.ones(len(indices), device=indices.device)
+
+
+Schedule = NoiseSchedule | FlowSchedule
 
 
 def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from .losses import NoiseSchedule
+from .losses import Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class Problem:
 
     predict: Callable[[Tensor, Tensor, Any], Tensor]
     encode: Callable[[list[str], Mapping[str, Tensor]], Any]
-    schedule: NoiseSchedule
+    schedule: Schedule
     layers: Mapping[str, nn.Module]
     examples: Examples
     modules: Sequence[nn.Module] = ()

@@ -5,6 +5,7 @@ import torch
 
 from modular_concepts.errors import AdapterError
 from modular_concepts.training.losses import (
+    FlowSchedule,
     NoiseSchedule,
     add_noise,
     draw_noise,
@@ -39,6 +40,44 @@ def test_noise_and_targets_are_the_formulas():
         assert torch.allclose(signal * noisy[row] - sigma * velocity[row], latents[row])
     assert torch.equal(target(latents, noise, NoiseSchedule(ALPHAS), TIMESTEPS), noise)
     assert not torch.allclose(velocity, noise)
+
+
+def test_flow_is_a_straight_line_from_picture_to_noise():
+    latents, noise = pair()
+    sigmas = torch.linspace(0.0, 1.0, 50, dtype=torch.float64)
+    flow = FlowSchedule(sigmas, 1000 * sigmas)
+    noisy, velocity = flow.noisy(latents, noise, TIMESTEPS), flow.target(latents, noise, TIMESTEPS)
+    for row, index in enumerate(TIMESTEPS):
+        assert torch.allclose(noisy[row], (1 - sigmas[index]) * latents[row] + sigmas[index] * noise[row])
+        # along the line back to the picture, and on to the noise
+        assert torch.allclose(noisy[row] - sigmas[index] * velocity[row], latents[row])
+        assert torch.allclose(noisy[row] + (1 - sigmas[index]) * velocity[row], noise[row])
+    assert torch.equal(noisy[0], latents[0]) and not torch.allclose(noisy[1], latents[1])
+    assert torch.equal(flow.times_of(TIMESTEPS), 1000 * sigmas[TIMESTEPS])
+    assert torch.equal(flow.loss_weight(TIMESTEPS, 5.0), torch.ones(3))
+    with pytest.raises(AdapterError, match="one time for each sigma"):
+        FlowSchedule(sigmas, sigmas[:-1])
+
+
+def test_a_noise_schedule_says_what_its_formulas_say():
+    latents, noise = pair()
+    schedule = NoiseSchedule(ALPHAS, "v_prediction")
+    assert torch.equal(schedule.noisy(latents, noise, TIMESTEPS), add_noise(latents, noise, ALPHAS, TIMESTEPS))
+    assert torch.equal(schedule.target(latents, noise, TIMESTEPS), target(latents, noise, schedule, TIMESTEPS))
+    assert torch.equal(schedule.times_of(TIMESTEPS), TIMESTEPS)
+    weights = min_snr_weight(snr(ALPHAS, TIMESTEPS), 5.0, "v_prediction")
+    assert torch.equal(schedule.loss_weight(TIMESTEPS, 5.0), weights)
+
+
+def test_flow_draws_the_middle_most_often_and_no_level_outside():
+    flow = FlowSchedule(torch.linspace(0.001, 1, 1000), torch.arange(1000))
+    drawn = flow.draw(4000, generator(1))
+    assert drawn.min() >= 0 and drawn.max() < 1000 and drawn.dtype == torch.int64
+    # sigmoid of a standard Gaussian: half of all between the quartiles 0.337 and 0.663
+    assert 0.47 < ((drawn > 337) & (drawn < 663)).float().mean() < 0.53
+    assert torch.equal(drawn, flow.draw(4000, generator(1)))
+    uniform = NoiseSchedule(ALPHAS).draw(4000, generator(1))
+    assert 0.2 < (uniform < len(ALPHAS) // 4).float().mean() < 0.3
 
 
 def test_min_snr_weight_is_the_formula_and_finite_at_zero_snr():
