@@ -7,6 +7,7 @@ is written into the vocabulary, and any node that encodes text with the returned
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 
 import comfy.sd
@@ -17,68 +18,145 @@ from torch import Tensor
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.fitting import refuse_shared_triggers
-from ..modular_concepts.tokens import caption_ids, learned_rows
+from ..modular_concepts.tokens import caption_ids, learned_rows, token_ids
+from .layerwise import LAYERS
+
+KNOWN = "modular_concepts_words"  # on a tokenizer: all learned words, and what other text models read for them
+TEXT_MODELS = ("clip_l", "clip_g")
+T5 = "t5xxl"
+MEAN = "mean"
 
 
 def encode_prompt(clip: comfy.sd.CLIP, text: str, concepts: Sequence[Concept] = ()) -> list:
-    """CONDITIONING of a prompt; the concepts' learned words stand for their rows."""
+    """CONDITIONING of a prompt; the concepts' learned words stand for their rows.
+
+    With a layer-wise word in it, its tensor is made with the mean of the layers' rows, and `layerwise.LAYERS` holds a
+    context for each layer, which the samplers of a MODEL with the concept listen to.
+    """
     refuse_shared_triggers(concepts)
-    clip = with_tokens(clip, {word: rows for concept in concepts for word, rows in concept.tokens.items()})
+    clip = with_tokens(
+        clip,
+        {word: rows for concept in concepts for word, rows in concept.tokens.items()},
+        class_words_of(concepts),
+    )
+    layers = layers_in(clip, text)
+    if not layers:
+        return _encoded(clip, text)
+    by_layer = [_encoded(at_layer(clip, layer), text) for layer in range(layers)]
+    mean = _encoded(at_layer(clip, MEAN), text)
+    return [
+        [context, {**about, LAYERS: torch.stack([entries[number][0] for entries in by_layer], dim=1)}]
+        for number, (context, about) in enumerate(mean)
+    ]
+
+
+def _encoded(clip: comfy.sd.CLIP, text: str) -> list:
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
-def with_tokens(clip: comfy.sd.CLIP, tokens: Mapping[str, Tensor]) -> comfy.sd.CLIP:
-    """A clone of `clip` whose tokenizer knows the trigger words too; the weights are shared.
+def class_words_of(concepts: Sequence[Concept]) -> dict[str, str]:
+    """Trigger word -> what a text model reads that cannot learn words."""
+    return {word: concept.recipe.class_word for concept in concepts for word in concept.tokens}
 
-    tokens: trigger word -> (vectors, width) float32.  Where there are two text models, CLIP-L learns them.
-    Raises AdapterError for a width that is not the text model's, and for a word that it knows otherwise.
+
+def with_tokens(
+    clip: comfy.sd.CLIP, tokens: Mapping[str, Tensor], class_words: Mapping[str, str] | None = None
+) -> comfy.sd.CLIP:
+    """A clone of `clip` whose tokenizers know the trigger words too; the weights are shared.
+
+    tokens: trigger word -> (vectors, width) float32, or (layers, vectors, width), of which `at_layer` chooses.
+    width: that of all CLIP text models together, CLIP-L's columns first.  T5 reads `class_words` instead.
+    Raises AdapterError for a width that is not the text models', and for a word that they know otherwise.
     """
     if not tokens:
         return clip
-    part = getattr(clip.tokenizer, "clip", "clip_l")
-    stock = getattr(clip.tokenizer, part, None)
-    if stock is None:
+    stock = _stock(clip.tokenizer)
+    if not stock:
         raise AdapterError(
             f"the CLIP is a {type(clip.tokenizer).__name__}, whose prompts cannot hold learned words; "
             "load the text encoder of the base that the concept was trained on"
         )
-    known: Mapping[str, Tensor] = {}
-    if isinstance(stock, LearnedWords):
-        stock, known = stock.stock, stock.tokens
+    known, known_classes = getattr(clip.tokenizer, KNOWN, ({}, {}))
     for word, rows in tokens.items():
         if word in known and not torch.equal(known[word], rows):
             raise AdapterError(f"{word} means another concept in this CLIP already; train one under another name")
-    every = {**known, **tokens}
+    every, classes = {**known, **tokens}, {**known_classes, **(class_words or {})}
+    widths = [part.embedding_size for part in stock.values()]
     for word, rows in every.items():
-        if rows.dim() != 2:
+        if rows.shape[-1] != sum(widths):
             raise AdapterError(
-                f"{word}: the word was learned for each layer apart, which prompts in the host cannot say"
-            )
-        if rows.shape[1] != stock.embedding_size:
-            raise AdapterError(
-                f"{word}: the learned tokens are {rows.shape[1]} wide, the text model's {stock.embedding_size}; "
+                f"{word}: the learned tokens are {rows.shape[-1]} wide, the text model's {sum(widths)}; "
                 "they were trained on another base"
             )
+    clone = _own_tokenizer(clip)
+    setattr(clone.tokenizer, KNOWN, (every, classes))
+    split = {word: rows.split(widths, dim=-1) for word, rows in every.items()}
+    for number, (name, part) in enumerate(stock.items()):
+        own = {word: columns[number] for word, columns in split.items()}
+        setattr(clone.tokenizer, name, LearnedWords(part, own))
+    if (reader := getattr(clip.tokenizer, T5, None)) is not None:
+        setattr(clone.tokenizer, T5, ClassWords(getattr(reader, "stock", reader), classes))
+    return clone
+
+
+def at_layer(clip: comfy.sd.CLIP, layer: int | str) -> comfy.sd.CLIP:
+    """A clone for which layer-wise words are those of one cross-attention layer, or the mean of all (MEAN)."""
+    clone = _own_tokenizer(clip)
+    for name, part in _parts(clip.tokenizer).items():
+        if isinstance(part, LearnedWords):
+            setattr(clone.tokenizer, name, LearnedWords(part.stock, part.tokens, layer))
+    return clone
+
+
+def layers_in(clip: comfy.sd.CLIP, text: str) -> int:
+    """For how many layers the learned words in a prompt were learned; 0 where there is no layer-wise word."""
+    known, _ = getattr(clip.tokenizer, KNOWN, ({}, {}))
+    found = {
+        word: len(rows)
+        for word, rows in known.items()
+        if rows.dim() == 3 and re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", text.lower())
+    }
+    if len(set(found.values())) > 1:
+        raise AdapterError(f"{' and '.join(found)} were learned for different numbers of layers; use one at a time")
+    return next(iter(found.values()), 0)
+
+
+def _parts(tokenizer: object) -> dict[str, object]:
+    """Attribute -> tokenizer of each text model that can learn words, in the order of the learned rows' columns."""
+    names = (tokenizer.clip,) if hasattr(tokenizer, "clip") else TEXT_MODELS
+    return {name: getattr(tokenizer, name) for name in names if hasattr(tokenizer, name)}
+
+
+def _stock(tokenizer: object) -> dict[str, comfy.sd1_clip.SDTokenizer]:
+    """`_parts` without words of ours."""
+    return {name: part.stock if isinstance(part, LearnedWords) else part for name, part in _parts(tokenizer).items()}
+
+
+def _own_tokenizer(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
     clone = clip.clone()
     clone.tokenizer = copy.copy(clip.tokenizer)
-    setattr(clone.tokenizer, part, LearnedWords(stock, every))
     return clone
 
 
 class LearnedWords:
     """An SDTokenizer of the host that reads trigger words as extra ids and hands on their rows instead.
 
-    stock: the tokenizer without them; tokens: trigger word -> (vectors, width).
+    stock: the tokenizer without them; tokens: trigger word -> (vectors, width) or (layers, vectors, width);
+    layer: which of the layers' rows, MEAN, or None where layer-wise words cannot be said.
     """
 
-    def __init__(self, stock: comfy.sd1_clip.SDTokenizer, tokens: Mapping[str, Tensor]):
+    def __init__(self, stock: comfy.sd1_clip.SDTokenizer, tokens: Mapping[str, Tensor], layer: int | str | None = None):
         self.stock, self.tokens = stock, dict(tokens)
         self._reader, self._words = copy.copy(stock), stock.tokenizer
         self._reader.tokenizer = self._ids
         # CLIP's vocabulary has no capitals, and neither have the words that people are told to type.
-        self._spelled = {word.lower(): rows for word, rows in tokens.items()}
+        self._spelled = {word.lower(): _of_layer(rows, layer) for word, rows in tokens.items()}
         self._rows = learned_rows(self._spelled)
         self._vocab_size = max(stock.inv_vocab) + 1
+        ids = token_ids(self._spelled, self._vocab_size)
+        self._unsaid = {
+            ids[word.lower()][0]: word for word, rows in tokens.items() if layer is None and rows.dim() == 3
+        }
 
     def __getattr__(self, name: str):
         return getattr(self.__dict__["_reader"], name)
@@ -100,4 +178,31 @@ class LearnedWords:
 
     def _vector(self, token: int | Tensor) -> int | Tensor:
         learned = isinstance(token, int) and token >= self._vocab_size
+        if learned and token in self._unsaid:
+            raise AdapterError(
+                f"{self._unsaid[token]} was learned for each layer apart, which this node cannot say; write the prompt "
+                "in Concept Prompt, and sample with the MODEL from Merge Concepts"
+            )
         return self._rows[token - self._vocab_size] if learned else token
+
+
+class ClassWords:
+    """A tokenizer of a text model that learns nothing: it reads the class word where a trigger word stands."""
+
+    def __init__(self, stock: object, class_words: Mapping[str, str]):
+        self.stock = stock
+        self._words = {trigger.lower(): word for trigger, word in class_words.items() if word}
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["stock"], name)
+
+    def tokenize_with_weights(self, text: str, *args, **settings) -> list[list[tuple]]:
+        for trigger, word in self._words.items():
+            text = re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)", lambda _, word=word: word, text, flags=re.IGNORECASE)
+        return self.stock.tokenize_with_weights(text, *args, **settings)
+
+
+def _of_layer(rows: Tensor, layer: int | str | None) -> Tensor:
+    if rows.dim() == 2:
+        return rows
+    return rows[layer] if isinstance(layer, int) else rows.mean(0)

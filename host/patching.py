@@ -20,8 +20,9 @@ from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.fitting import fitted
 from ..modular_concepts.merge import MergedBlocks, MergedLayer
-from .clip import with_tokens
+from .clip import class_words_of, with_tokens
 from .layers import architecture_of, host_layers
+from .layerwise import cross_attention_layers, refuse_other_layers, with_layers
 
 INSIDE = "modular_concepts"
 Part = tuple[Tensor, Tensor, Tensor | None, int]
@@ -94,12 +95,15 @@ def merged(
     layers = host_layers(model, clip)
     shapes = {name: layer.module.weight.shape for name, layer in layers.items()}
     adapters, tokens = fitted(architecture_of(model), shapes, concepts, strengths, how, literal)
+    refuse_other_layers(tokens, cross_attention_layers(model))
     patches: dict[str, dict[str, MergedWeight]] = {"unet": {}, "text_encoder": {}}
     for name, adapter in adapters.items():
         patches[layers[name].part][layers[name].key] = MergedWeight.of(adapter)
-    model, clip = model.clone(), with_tokens(clip.clone(), tokens)
+    model, clip = model.clone(), with_tokens(clip.clone(), tokens, class_words_of(concepts))
     model.add_patches(patches["unet"])
     clip.add_patches(patches["text_encoder"])
+    if any(rows.dim() == 3 for rows in tokens.values()):
+        with_layers(model)
     model.set_attachments(INSIDE, (*before, *(concept.name for concept in concepts)))
     return model, clip
 

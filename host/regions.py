@@ -27,6 +27,7 @@ from ..modular_concepts.regions.attention import blend_regions
 from ..modular_concepts.regions.geometry import Region, grid_of, region_weights
 from .clip import encode_prompt
 from .layers import architecture_of
+from .layerwise import LAYERS, choose, joined
 from .patching import concepts_in, merged
 
 CONDITIONAL = 0  # the host's number for rows of the positive prompt in `cond_or_uncond`
@@ -91,8 +92,9 @@ def with_regions(
     contexts: Sequence[Tensor],
     negatives: Sequence[Tensor],
 ) -> comfy.model_patcher.ModelPatcher:
-    """A clone whose cross-attention listens to the regions; contexts, negatives: (1, T, D) for each of them.
+    """A clone whose cross-attention listens to the regions.
 
+    contexts, negatives: (1, T, D) for each of them, (1, L, T, D) where it is layer-wise.
     Raises AdapterError when another node has replaced the model's cross-attention already.
     """
     options = model.model_options["transformer_options"]
@@ -117,15 +119,15 @@ class _Listening:
     def __init__(self, regions: Sequence[Region], contexts: Sequence[Tensor], negatives: Sequence[Tensor]):
         self.regions = regions
         pairs = [_same_length(c, n) for c, n in zip(contexts, negatives, strict=True)]
-        self.lengths = [positive.shape[1] for positive, _ in pairs]
-        self.texts = [torch.cat(texts, dim=1) for texts in zip(*pairs, strict=True)]
+        self.lengths = [positive.shape[-2] for positive, _ in pairs]
+        self.texts = [joined(texts) for texts in zip(*pairs, strict=True)]
         self.own_negatives = any(region.negative is not None for region in regions)
         self.weights: dict[tuple, Tensor] = {}
 
     def append_texts(self, hidden: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple:
         """Put all regions' texts behind the global one: (rows, T, D) -> (rows, T + all of theirs, D)."""
         kinds = options["cond_or_uncond"]
-        texts = [self.texts[int(kind != CONDITIONAL)].to(context) for kind in kinds]
+        texts = [choose(self.texts[int(kind != CONDITIONAL)], options).to(context) for kind in kinds]
         each = len(context) // len(kinds)
         longer = torch.cat([context, torch.cat([text.expand(each, -1, -1) for text in texts])], dim=1)
         return hidden, longer, longer if value is context else torch.cat([value, longer[:, context.shape[1] :]], dim=1)
@@ -168,10 +170,11 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tens
 
 def _same_length(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Two contexts repeated to one number of tokens, which attention does not notice."""
-    length = math.lcm(first.shape[1], second.shape[1])
-    return first.repeat(1, length // first.shape[1], 1), second.repeat(1, length // second.shape[1], 1)
+    length = math.lcm(first.shape[-2], second.shape[-2])
+    return tuple(one.repeat(*[1] * (one.dim() - 2), length // one.shape[-2], 1) for one in (first, second))
 
 
 def _context(conditioning: list) -> Tensor:
-    """(1, T, D) of a CONDITIONING with one entry."""
-    return conditioning[0][0]
+    """(1, T, D) of a CONDITIONING with one entry, (1, L, T, D) where it is layer-wise."""
+    plain, about = conditioning[0]
+    return about.get(LAYERS, plain)
