@@ -1,10 +1,11 @@
 """Training of one concept on a frozen base: methods, loop, losses, exact resume."""
 
+from ..seeds import seeded
 from .attach import attached, frozen_networks
 from .checkpoint import check_checkpoint, newest_checkpoint, restore_checkpoint, save_checkpoint
 from .loop import Cancelled, Diverged, Progress, Unfinished, train
 from .losses import FlowSchedule, NoiseSchedule, Schedule
-from .methods import new_adapters, seeded
+from .methods import new_adapters
 from .problem import Examples, Problem
 from .run import Run, TrainResult
 from .settings import TrainSettings

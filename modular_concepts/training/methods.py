@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 
@@ -12,6 +11,7 @@ from torch import nn
 from ..adapters import LowRank, block_rows, new_block, new_block_orthogonal, new_lora, new_orthogonal
 from ..bases import OrthogonalBasis, hashed_indices, slot_indices
 from ..errors import AdapterError
+from ..seeds import seeded
 from .settings import TrainSettings
 
 
@@ -39,12 +39,6 @@ def new_adapters(
                 f"the largest rank that fits all chosen layers is {min(largest.values())}"
             )
     return {name: _trainable(_new_adapter(name, module, settings, basis), module) for name, module in layers.items()}
-
-
-def seeded(seed: int, *purpose: str) -> torch.Generator:
-    """A CPU generator of its own for each purpose, so that no two draws depend on each other's order."""
-    digest = hashlib.sha256("\0".join((str(seed), *purpose)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _new_adapter(name: str, module: nn.Module, settings: TrainSettings, basis: OrthogonalBasis) -> LowRank:

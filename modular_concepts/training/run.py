@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..adapters import LowRank
 from ..bases import OrthogonalBasis
 from ..errors import AdapterError
+from ..seeds import seeded
 from ..tokens import new_token
-from .methods import new_adapters, seeded
+from .methods import new_adapters
 from .problem import Problem
 from .settings import TrainSettings
 
