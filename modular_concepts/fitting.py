@@ -9,7 +9,7 @@ from torch import Tensor
 from .adapters import check_adapter
 from .concept import Concept
 from .errors import AdapterError
-from .merge import MergedBlocks, MergedLayer, merge_concepts
+from .merge import DEFAULTS, NOTHING, Evidence, Merged, MergeOptions, merge_concepts
 
 
 def fitted(
@@ -19,10 +19,12 @@ def fitted(
     strengths: Sequence[float],
     how: str = "sum",
     literal: bool = False,
-) -> tuple[dict[str, MergedLayer | MergedBlocks], dict[str, Tensor]]:
+    options: MergeOptions = DEFAULTS,
+    evidence: Evidence = NOTHING,
+) -> tuple[dict[str, Merged], dict[str, Tensor]]:
     """(canonical layer name -> merged layer, trigger word -> rows) of concepts on a base.
 
-    architecture, shapes (canonical name -> weight's shape): the base's.  how, literal: as `merge_concepts`.
+    architecture, shapes (canonical name -> weight's shape): the base's.  how and all after it: as `merge_concepts`.
     Raises AdapterError for a concept of another base, for two that share a trigger word, and for concepts on
     different orthogonal bases.
     """
@@ -38,7 +40,7 @@ def fitted(
                     "the concept was trained on another architecture"
                 )
             check_adapter(f"{concept.name}, {layer}", adapter, shapes[layer])
-    merged = merge_concepts(concepts, strengths, how=how, literal=literal) if concepts else {}
+    merged = merge_concepts(concepts, strengths, how, literal, options, evidence) if concepts else {}
     return merged, {word: rows for concept in concepts for word, rows in concept.tokens.items()}
 
 

@@ -1,20 +1,37 @@
-"""Merging: several concepts become one residual per layer.  Sums and blocks; each family its own file."""
+"""Merging: several concepts become one residual per layer, by one of several families; each family its own file."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from ..adapters import LowRank, check_adapter
 from ..errors import AdapterError
-from .blocks import MergedBlocks, check_blocks, literal_strengths, merged_blocks
-from .sums import MergedLayer, mean_strengths, merged_delta, merged_factors
+from ..seeds import seeded
+from .blocks import MergedBlocks, check_blocks, merged_blocks
+from .custom_diffusion import constrained_factors
+from .dense import MergedDense
+from .fusion import fused_factors
+from .options import Evidence, MergeOptions
+from .sparse import dare_merge, magnitude_merge, ties_merge
+from .strengths import BlockStrengths
+from .sums import MergedLayer, average_strengths, mean_strengths, merged_delta, merged_factors
+from .truncation import truncated
 
 __all__ = [
     "FAMILIES",
+    "BlockStrengths",
+    "Evidence",
+    "MergeOptions",
+    "Merged",
     "MergedBlocks",
+    "MergedDense",
     "MergedLayer",
+    "average_strengths",
     "mean_strengths",
     "merge_concepts",
     "merged_blocks",
@@ -22,7 +39,26 @@ __all__ = [
     "merged_factors",
 ]
 
-FAMILIES = ("sum", "mean", "block")
+# Family -> what it is, and what it does to orthogonal concepts, in a sentence for the person who chooses.
+FAMILIES = {
+    "sum": "every concept as trained, times its strength; keeps orthogonal concepts apart",
+    "mean": "the sum over the number of concepts (FedAvg): each acts at a fraction of its strength",
+    "average": "the sum with strengths scaled to add up to 1: each acts at a fraction of its strength",
+    "block": "block concepts side by side, each in its own rows, exactly as trained",
+    "fusion": "each layer answers every concept's own inputs as that concept alone would, as nearly as one weight can; "
+    "for plain LoRAs, needs their moments; orthogonal concepts do not need it",
+    "custom_diffusion": "key and value layers answer the concepts' words exactly and move least for all other text; "
+    "other layers are summed",
+    "magnitude": "only the largest weights of each concept, summed; destroys orthogonality",
+    "dare": "random weights of each concept, enlarged, summed; destroys orthogonality",
+    "ties": "the weights that agree with the majority's sign, averaged; destroys orthogonality",
+    "svd": "the sum cut to a lower rank; small files, but orthogonal concepts lose most by it",
+}
+DEFAULTS, NOTHING = MergeOptions(), Evidence()
+SPARSE = ("magnitude", "dare", "ties")
+Merged = MergedLayer | MergedBlocks | MergedDense
+
+_READS_TEXT = re.compile(r"\.attn2\.to_[kv]$")
 
 
 class Mergeable(Protocol):
@@ -33,13 +69,18 @@ class Mergeable(Protocol):
 
 
 def merge_concepts(
-    concepts: Sequence[Mergeable], strengths: Sequence[float], how: str = "sum", literal: bool = False
-) -> dict[str, MergedLayer | MergedBlocks]:
+    concepts: Sequence[Mergeable],
+    strengths: Sequence[float],
+    how: str = "sum",
+    literal: bool = False,
+    options: MergeOptions = DEFAULTS,
+    evidence: Evidence = NOTHING,
+) -> dict[str, Merged]:
     """One merged layer for each layer that any concept has; strengths are the papers' lambda or alpha.
 
-    sum: W0 + sum_i strength_i delta_i (Po et al. 2024, Eq. 1).  mean: the same over the number of concepts.
-    block: disjoint rows side by side (Zhu et al. 2025); strength 1 keeps each concept as it was trained.
-    literal: for "block", Zhu's sum of strengths = 1, which runs each of k concepts at 1/k.
+    how: one of `FAMILIES`.  sum: W0 + sum_i strength_i delta_i (Po et al. 2024, Eq. 1).
+    literal: for "block", Zhu's sum of strengths = 1, which runs each of k concepts at 1/k; else strength 1 keeps
+    each concept as it was trained.
     Raises AdapterError that names the concepts and the layer when they do not fit together.
     """
     if how not in FAMILIES:
@@ -49,11 +90,11 @@ def merge_concepts(
     strengths = _checked_strengths(concepts, strengths)
     if how == "mean":
         strengths = mean_strengths(strengths)
-    if literal:
-        strengths = literal_strengths(strengths)
+    if literal or how == "average":
+        strengths = average_strengths(strengths)
     if how == "block":
         _check_partitions(concepts)
-    merge = merged_blocks if how == "block" else merged_factors
+    _check_evidence(how, concepts, evidence)
     merged = {}
     for layer in {name: None for concept in concepts for name in concept.layers}:
         owners = [index for index, concept in enumerate(concepts) if layer in concept.layers]
@@ -62,8 +103,63 @@ def merge_concepts(
         _check_layer(layer, names, adapters)
         if how == "block":
             check_blocks(layer, names, adapters)
-        merged[layer] = merge(adapters, [strengths[index] for index in owners])
+        own = [strengths[index] for index in owners]
+        merged[layer] = _merged_layer(layer, names, adapters, own, how, options, _of(evidence, owners))
     return merged
+
+
+def _merged_layer(
+    layer: str,
+    names: Sequence[str],
+    adapters: Sequence[LowRank],
+    strengths: Sequence[float],
+    how: str,
+    options: MergeOptions,
+    evidence: Evidence,
+) -> Merged:
+    if how == "block":
+        return merged_blocks(adapters, strengths)
+    if how == "fusion":
+        return fused_factors(adapters, strengths, _moments(layer, names, evidence), options.ridge)
+    if how == "custom_diffusion" and _READS_TEXT.search(layer):
+        return constrained_factors(adapters, strengths, evidence.texts, evidence.usual)
+    if how == "svd":
+        return truncated(merged_factors(adapters, strengths), options.rank)[0]
+    if how not in SPARSE:
+        return merged_factors(adapters, strengths)
+    deltas = [adapter.delta().detach() for adapter in adapters]
+    if how == "dare":
+        generators = [seeded(options.seed, "dare", name, layer) for name in names]
+        return dare_merge(deltas, strengths, options.density, generators)
+    return (magnitude_merge if how == "magnitude" else ties_merge)(deltas, strengths, options.density)
+
+
+def _of(evidence: Evidence, owners: Sequence[int]) -> Evidence:
+    """What belongs to some of the concepts, by their numbers."""
+    moments, texts = ([each[index] for index in owners] if each else [] for each in (evidence.moments, evidence.texts))
+    return Evidence(moments, texts, evidence.usual)
+
+
+def _moments(layer: str, names: Sequence[str], evidence: Evidence) -> list[Tensor]:
+    found = []
+    for name, known in zip(names, evidence.moments, strict=True):
+        if layer not in known:
+            raise AdapterError(f"{name}: its moments say nothing of {layer}; record them again for this concept")
+        found.append(known[layer])
+    return found
+
+
+def _check_evidence(how: str, concepts: Sequence[Mergeable], evidence: Evidence) -> None:
+    if how == "fusion" and len(evidence.moments) != len(concepts):
+        raise AdapterError(
+            f"fusion needs the moments of every concept's inputs ({len(evidence.moments)} for {len(concepts)} "
+            "concepts); record them first, or merge by sum"
+        )
+    if how == "custom_diffusion" and (len(evidence.texts) != len(concepts) or evidence.usual is None):
+        raise AdapterError(
+            "the custom_diffusion merge needs text features of every concept and of ordinary captions; give the model "
+            "that they belong to, or merge by sum"
+        )
 
 
 def _checked_strengths(concepts: Sequence[Mergeable], strengths: Sequence[float]) -> list[float]:

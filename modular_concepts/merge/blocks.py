@@ -62,16 +62,6 @@ def merged_blocks(adapters: Sequence[LowRank], strengths: Sequence[float]) -> Me
     return MergedBlocks(tuple(parts or [merged_factors(adapters[:1], [0.0])]), adapters[0].out_features)
 
 
-def literal_strengths(strengths: Sequence[float]) -> list[float]:
-    """Zhu's sum of strengths = 1: strength_i / sum; all zero stays zero.  AdapterError for a sum <= 0."""
-    total = sum(strengths)
-    if not any(strengths):
-        return list(strengths)
-    if total <= 0:
-        raise AdapterError(f"the strengths add up to {total:g}; to scale them to 1 the sum must be above 0")
-    return [strength / total for strength in strengths]
-
-
 def check_blocks(layer: str, names: Sequence[str], adapters: Sequence[LowRank]) -> None:
     """Raises AdapterError when an adapter of this layer is no block, or two blocks share a row."""
     for name, adapter in zip(names, adapters, strict=True):

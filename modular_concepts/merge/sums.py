@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import ConvGeometry, LowRank, at_least_float32, low_rank_product, scatter_rows
+from ..errors import AdapterError
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,16 @@ def merged_delta(adapters: Sequence[LowRank], strengths: Sequence[float]) -> Ten
 def mean_strengths(strengths: Sequence[float]) -> list[float]:
     """FedAvg: strength_i / N over all N concepts, those of strength 0 included."""
     return [strength / len(strengths) for strength in strengths]
+
+
+def average_strengths(strengths: Sequence[float]) -> list[float]:
+    """Mix-of-Show's weighted average: strength_i / sum; all zero stays zero.  AdapterError for a sum <= 0."""
+    total = sum(strengths)
+    if not any(strengths):
+        return list(strengths)
+    if total <= 0:
+        raise AdapterError(f"the strengths add up to {total:g}; to scale them to 1 the sum must be above 0")
+    return [strength / total for strength in strengths]
 
 
 def _same_rows(first: LowRank, second: LowRank) -> bool:

@@ -168,7 +168,7 @@ def recipe(blocks, layout=None):
         ([], [], "sum", "nothing to merge"),
         (trio(), [1.0], "sum", "1 strengths for 3 concepts"),
         (trio(), [1.0, float("nan"), 1.0], "sum", "b: strength is nan"),
-        (trio(), [1.0] * 3, "median", "choose one of sum, mean, block"),
+        (trio(), [1.0] * 3, "median", "choose one of sum, mean, average, block"),
         (trio("lora"), [1.0] * 3, "block", "to_q: a is not a block adapter"),
         ([block_concept("a", 4, 1), block_concept("b", 4, 1)], [1, 1], "block", "a and b .*same block slot"),
         ([block_concept("a", 4, 1), block_concept("b", 3, 1)], [1, 1], "block", "to_q: a and b both write 4"),

@@ -20,7 +20,9 @@ from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.diffusers import export_diffusers, import_diffusers
 from modular_concepts.files.embeddings import import_embedding
 from modular_concepts.files.kohya import export_kohya, import_kohya
+from modular_concepts.files.moments import load_moments, save_moments
 from modular_concepts.files.safe import write_safetensors
+from modular_concepts.moments import Moment
 
 CASES = int(os.environ.get("MODULAR_CONCEPTS_FUZZ_CASES", "1000"))
 KINDS = {
@@ -31,6 +33,10 @@ KINDS = {
     "embedding": (
         lambda concept, path: write_safetensors(path, {"word": torch.ones(2, 8)}, {}),
         import_embedding,
+    ),
+    "moments": (
+        lambda concept, path: save_moments({name: Moment.of(torch.eye(6)) for name in concept.layers}, path),
+        load_moments,
     ),
 }
 NUMBERS = [None, True, -1, 0, 1, 7, 2**31, 2**63, -(2**63), 10**30, 0.5, 1e308, float("nan"), float("inf")]
@@ -144,6 +150,8 @@ def test_mutated_file_ends_in_a_value_or_an_adapter_error(make_concept, tmp_path
 
 
 def finite(result: object) -> bool:
+    if isinstance(result, dict):
+        return all(bool(torch.isfinite(moment.matrix()).all()) for moment in result.values())
     concept = result if isinstance(result, Concept) else result[0]
     if isinstance(concept, str):
         return bool(torch.isfinite(result[1]).all())

@@ -1,0 +1,59 @@
+"""Custom Diffusion's constrained merge of key and value layers: new words answered exactly, all else moved least.
+
+W = argmin |(W - W0) C_reg^T|^2  subject to  W c = W_i c for every text feature c of concept i.
+With d = C (C_reg^T C_reg)^-1:  W = W0 + V (d C^T)^-1 d,  V = [delta_i C_i^T].  Source: Kumari et al. 2023, Eq. 4-6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..adapters import LowRank
+from ..errors import AdapterError
+from .sums import MergedLayer
+
+RIDGE = 1e-6
+
+
+@torch.no_grad()
+def constrained_factors(
+    adapters: Sequence[LowRank], strengths: Sequence[float], features: Sequence[Tensor], usual: Tensor
+) -> MergedLayer:
+    """up = V (d C^T)^-1 (out, rows), down = d (rows, in): the rank is the number of text features.
+
+    features: (rows_i, in) that each concept must answer as it was trained; rows that repeat are dropped.
+    usual: (in, in) second moments of text features without any concept, C_reg^T C_reg.
+    """
+    pairs = [
+        (strength * adapter.delta().flatten(1).double(), _distinct(own.double()))
+        for adapter, strength, own in zip(adapters, strengths, features, strict=True)
+    ]
+    rows = torch.cat([own for _, own in pairs])
+    if len(rows) > rows.shape[1]:
+        raise AdapterError(
+            f"{len(rows)} text features are asked of a layer with {rows.shape[1]} inputs; merge fewer concepts this "
+            "way, or merge by sum"
+        )
+    wanted = torch.cat([delta @ own.mT for delta, own in pairs], dim=1)
+    usual = usual.double()
+    damped = usual + RIDGE * usual.diagonal().mean() * torch.eye(len(usual), dtype=usual.dtype)
+    down = torch.linalg.solve(damped, rows.mT).mT
+    between = down @ rows.mT
+    # Features of two prompts with one word can be almost alike.
+    between = between + RIDGE * between.diagonal().mean() * torch.eye(len(between), dtype=between.dtype)
+    up = torch.linalg.solve(between, wanted.mT).mT
+    first = adapters[0]
+    dtype = torch.promote_types(first.lora_up.dtype, torch.float32)
+    return MergedLayer(up.to(dtype), down.to(dtype), None, first.out_features)
+
+
+def _distinct(rows: Tensor) -> Tensor:
+    """Rows in order, without those that are there already to within rounding."""
+    kept: list[Tensor] = []
+    for row in rows:
+        if all((row - other).norm() > 1e-4 * row.norm() for other in kept):
+            kept.append(row)
+    return torch.stack(kept)

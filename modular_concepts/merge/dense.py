@@ -1,0 +1,52 @@
+"""A merged layer without small factors: what is left when single weights are dropped or averaged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adapters import ConvGeometry, LowRank
+
+
+@dataclass(frozen=True, eq=False)
+class MergedDense:
+    """values: the delta itself, weight-shaped, float32 or float64; strengths are inside."""
+
+    values: Tensor
+
+    @property
+    def out_features(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return min(len(self.values), self.values[0].numel())
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MergedDense:
+        return MergedDense(self.values.to(device=device, dtype=dtype))
+
+    def delta(self) -> Tensor:
+        return self.values
+
+    def residual(self, x: Tensor, conv: ConvGeometry | None = None) -> Tensor:
+        """What the delta adds to the layer's output, in x.dtype; shapes as `LowRank.residual`."""
+        weight = self.values.to(x)
+        if conv is None:
+            return F.linear(x, weight)
+        if weight.dim() == 2:
+            weight = weight[:, :, None, None]
+        return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def as_low_rank(self) -> LowRank:
+        """The same as one adapter, for export: one factor is the identity, so its rank is the layer's smaller side."""
+        flat = self.values.flatten(1)
+        out, inp = flat.shape
+        if out <= inp:
+            up, down = torch.eye(out, dtype=flat.dtype), flat
+        else:
+            up, down = flat, torch.eye(inp, dtype=flat.dtype)
+        down = down.reshape(-1, *self.values.shape[1:])
+        return LowRank(up.to(flat), down.to(flat), float(self.rank), "lora", None, out)

@@ -1,0 +1,74 @@
+"""Gradient fusion in closed form: the weight that answers each concept's own inputs as that concept alone would.
+
+Mix-of-Show (Gu et al. 2023, section 3.2) minimises sum_i |W X_i - (W0 + strength_i delta_i) X_i|^2 from W0 by
+L-BFGS over recorded inputs.  The targets are exact, so the minimum is known:
+
+    W = W0 + (sum_i strength_i delta_i C_i) (sum_i C_i + mu I)^-1,    C_i = X_i X_i^T.
+
+Only second moments of the inputs are needed, no inputs; the answer has the rank of the sum; mu takes the place
+of stopping early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..adapters import LowRank
+from .sums import MergedLayer
+
+RIDGE = 1e-3  # mu relative to the mean variance of an input
+
+
+@torch.no_grad()
+def fused_factors(
+    adapters: Sequence[LowRank], strengths: Sequence[float], moments: Sequence[Tensor], ridge: float = RIDGE
+) -> MergedLayer:
+    """up = [s1 U1 | s2 U2 | ...], down = [D1 C1; D2 C2; ...] (sum C + mu I)^-1.
+
+    moments: (n, n) each, n = in * kh * kw, symmetric, positive; of any common scale.
+    Solved in float64; returned in float32, or float64 if the factors are.
+    """
+    first, total = adapters[0], sum(moment.double() for moment in moments)
+    ups = [adapter.full_up().double() * (s * adapter.scale) for adapter, s in zip(adapters, strengths, strict=True)]
+    downs = [a.lora_down.flatten(1).double() @ c.double() for a, c in zip(adapters, moments, strict=True)]
+    # An input that never varied has no moment at all; the identity then stands for it.
+    size = total.diagonal().mean()
+    damped = total + (ridge * size if size > 0 else 1.0) * torch.eye(len(total), dtype=total.dtype)
+    down = torch.linalg.solve(damped, torch.cat(downs).mT).mT
+    dtype = torch.promote_types(first.lora_up.dtype, torch.float32)
+    down = down.reshape(-1, *first.lora_down.shape[1:])
+    return MergedLayer(torch.cat(ups, dim=1).to(dtype), down.to(dtype), None, first.out_features)
+
+
+def fused_by_descent(deltas: Sequence[Tensor], inputs: Sequence[Tensor], iterations: int = 500) -> Tensor:
+    """The same by the papers' procedure, as a reference: L-BFGS on mean |D X - delta_i X_i|^2 from D = 0.
+
+    deltas: (out, n), strengths inside; inputs: (rows, n) each.  Returns the fused delta (out, n), float32.
+    Source: Mix-of-Show's code (lr 1, history 25, strong Wolfe line search, tolerance 1e-16); it descends on W = W0 + D.
+    """
+    x = torch.cat(list(inputs)).float()
+    wanted = torch.cat([i.float() @ d.float().mT for i, d in zip(inputs, deltas, strict=True)])
+    with torch.inference_mode(False), torch.enable_grad():
+        x, wanted = x.clone(), wanted.clone()
+        found = torch.zeros_like(deltas[0], dtype=torch.float32).requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [found],
+            lr=1,
+            max_iter=iterations,
+            history_size=25,
+            line_search_fn="strong_wolfe",
+            tolerance_grad=1e-16,
+            tolerance_change=1e-16,
+        )
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = (x @ found.mT - wanted).square().mean()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+    return found.detach()

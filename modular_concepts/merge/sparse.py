@@ -1,0 +1,63 @@
+"""Merges that drop or outvote single weights: magnitude, DARE, TIES.  All work on whole deltas.
+
+Doing this to lora_up and lora_down apart, as some tools do, leaves products of one concept's up with another's
+down.  None of them keeps orthogonality: a delta with holes reads other directions than the delta did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError
+from .dense import MergedDense
+
+
+def magnitude_merge(deltas: Sequence[Tensor], strengths: Sequence[float], density: float) -> MergedDense:
+    """sum_i strength_i trimmed(delta_i), where only the largest `density` share of each delta's weights stays."""
+    return MergedDense(sum(s * trimmed(delta, density) for delta, s in zip(deltas, strengths, strict=True)))
+
+
+def dare_merge(
+    deltas: Sequence[Tensor], strengths: Sequence[float], density: float, generators: Sequence[torch.Generator]
+) -> MergedDense:
+    """sum_i strength_i (mask_i * delta_i) / density, mask_i Bernoulli(density), one generator for each delta.
+
+    Source: Yu et al. 2024 (DARE, with task arithmetic).
+    """
+    _check_density(density)
+    total = torch.zeros_like(deltas[0])
+    for delta, strength, generator in zip(deltas, strengths, generators, strict=True):
+        kept = torch.rand(delta.shape, generator=generator) < density
+        total += strength * delta * kept.to(delta) / density
+    return MergedDense(total)
+
+
+def ties_merge(deltas: Sequence[Tensor], strengths: Sequence[float], density: float) -> MergedDense:
+    """Trim, elect a sign for each weight, average what agrees with it.
+
+    sign = sign(sum_i strength_i trimmed_i); delta = sum of the strength_i trimmed_i of that sign / how many there are.
+    Source: Yadav et al. 2023 (TIES), with each summand times its strength.
+    """
+    parts = torch.stack([s * trimmed(delta, density) for delta, s in zip(deltas, strengths, strict=True)])
+    elected = parts.sum(0).sign()
+    agreeing = (parts.sign() == elected) & (parts != 0)
+    return MergedDense((parts * agreeing).sum(0) / agreeing.sum(0).clamp(min=1))
+
+
+def trimmed(delta: Tensor, density: float) -> Tensor:
+    """The delta with all but its largest weights (by magnitude) at 0; density 1 keeps all.
+
+    At least one weight stays; of weights that are equally large, all stay.
+    """
+    _check_density(density)
+    kept = max(1, round(density * delta.numel()))
+    threshold = delta.abs().flatten().kthvalue(delta.numel() - kept + 1).values
+    return torch.where(delta.abs() >= threshold, delta, torch.zeros_like(delta))
+
+
+def _check_density(density: float) -> None:
+    if not 0 < density <= 1:
+        raise AdapterError(f"density is {density}; it must be above 0 and at most 1, the share of weights that stay")

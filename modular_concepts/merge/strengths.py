@@ -1,0 +1,72 @@
+"""Strengths for parts of a model: "mid=0.5, up 1=0, text=0.8" on top of a concept's own strength.
+
+Blocks go by name (`layers.block_of`), so that a model with fewer of them shifts nothing: down 0, mid, up 1, text 3.
+`down`, `up` and `text` stand for all of their kind; `other` for what is in none.  Later entries win.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..adapters import LowRank
+from ..errors import AdapterError
+from ..layers import block_of
+
+_ENTRY = re.compile(
+    r"\s*(?:(?P<kind>down|up|text)(?:\s+(?P<number>\d{1,3}))?|(?P<single>mid|other))\s*=\s*(?P<value>.+?)\s*"
+)
+EXAMPLE = "mid=0.5, up 1=0, text=0.8"
+
+
+@dataclass(frozen=True)
+class BlockStrengths:
+    """(block or kind, factor) in order; a block that none names has factor 1."""
+
+    entries: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> BlockStrengths:
+        """Read what a person typed; commas, semicolons or lines between entries.  Raises AdapterError."""
+        entries = []
+        for part in re.split(r"[,;\n]", text):
+            if not part.strip():
+                continue
+            found = _ENTRY.fullmatch(part.lower())
+            value = _number(found["value"]) if found else None
+            if value is None:
+                raise AdapterError(
+                    f"block strength {part.strip()[:60]!r} is not like {EXAMPLE}; blocks are down N, mid, up N and "
+                    "text N, or down, up, text for all of a kind"
+                )
+            name = found["single"] or " ".join(
+                filter(None, (found["kind"], found["number"] and str(int(found["number"]))))
+            )
+            entries.append((name, value))
+        return cls(tuple(entries))
+
+    def of(self, layer: str) -> float:
+        """The factor of a layer, by its canonical name."""
+        block, factor = block_of(layer), 1.0
+        for name, value in self.entries:
+            if name in (block, block.split(" ")[0]):
+                factor = value
+        return factor
+
+    def on(self, layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
+        """The adapters times their blocks' factors; those of factor 0 are left out."""
+        return {
+            name: adapter.replace(alpha=adapter.alpha * factor)
+            for name, adapter in layers.items()
+            if (factor := self.of(name)) != 0
+        }
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

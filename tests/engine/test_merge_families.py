@@ -1,0 +1,248 @@
+"""Promise: every merge family is its formula, whatever the layer's size and kind, and says what it costs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from laws import EFFECT, filled_adapter, relative_error, seeded
+
+from modular_concepts.adapters import KINDS, ConvGeometry
+from modular_concepts.crosstalk import crosstalk
+from modular_concepts.errors import AdapterError
+from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, merge_concepts, merged_factors
+from modular_concepts.merge.fusion import fused_by_descent, fused_factors
+from modular_concepts.merge.orthogonalize import orthogonalised
+from modular_concepts.merge.sparse import trimmed
+from modular_concepts.merge.truncation import truncated
+
+OUT, INP, RANK = 24, 64, 3
+STRENGTHS = [0.6, 1.0, -0.5]
+SHAPES = [(OUT, INP, None), (OUT, INP, (1, 1)), (OUT, 8, (3, 3)), (64, 24, None)]
+LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+def trio(kind="lora", out=OUT, inp=INP, kernel=None, layer=LAYER):
+    adapters = [filled_adapter(kind, out, inp, RANK, slot, kernel) for slot in range(3)]
+    return [SimpleNamespace(name=name, layers={layer: adapter}) for name, adapter in zip("abc", adapters, strict=True)]
+
+
+def deltas(concepts):
+    return [next(iter(concept.layers.values())).delta().double() for concept in concepts]
+
+
+def moment(width, seed, rows=400):
+    """Inputs that vary more in some directions than in others, and their second moments."""
+    generator = seeded(seed)
+    mixing = torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5
+    inputs = torch.randn(rows, width, generator=generator, dtype=torch.float64) @ mixing
+    return inputs, inputs.mT @ inputs / rows
+
+
+def by_hand(family, concepts, options, evidence):
+    """Each family as plain float64 arithmetic on whole deltas, written without our helpers."""
+    found = [s * d for s, d in zip(STRENGTHS, deltas(concepts), strict=True)]
+    flat = torch.stack(found).flatten(2) if found[0].dim() > 2 else torch.stack(found)
+    if family in ("sum", "block"):
+        return flat.sum(0)
+    if family == "mean":
+        return flat.sum(0) / 3
+    if family == "average":
+        return flat.sum(0) / sum(STRENGTHS)
+    if family == "fusion":
+        grams = [known[LAYER] for known in evidence.moments]
+        total = sum(grams)
+        damped = total + options.ridge * total.diagonal().mean() * torch.eye(len(total), dtype=torch.float64)
+        return sum(d.flatten(1) @ g for d, g in zip(flat, grams, strict=True)) @ torch.linalg.inv(damped)
+    if family == "svd":
+        u, values, v = torch.linalg.svd(flat.sum(0))
+        return (u[:, : options.rank] * values[: options.rank]) @ v[: options.rank]
+    kept = []
+    for delta in flat:
+        count = round(options.density * delta.numel())
+        smallest = delta.abs().flatten().sort(descending=True).values[count - 1]
+        kept.append(delta * (delta.abs() >= smallest))
+    kept = torch.stack(kept)
+    if family == "magnitude":
+        return kept.sum(0)
+    sign = kept.sum(0).sign()
+    agreeing = kept.sign() == sign
+    return (kept * agreeing).sum(0) / (agreeing & (kept != 0)).sum(0).clamp(min=1)
+
+
+@pytest.mark.parametrize(("out", "inp", "kernel"), SHAPES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("dare", "custom_diffusion")])
+def test_a_family_is_its_formula(family, out, inp, kernel):
+    concepts = trio("block" if family == "block" else "lora", out, inp, kernel)
+    width = inp * (kernel[0] * kernel[1] if kernel else 1)
+    options = MergeOptions(density=0.3, rank=4)
+    evidence = Evidence([{LAYER: moment(width, seed)[1]} for seed in range(3)])
+    merged = merge_concepts(concepts, STRENGTHS, family, options=options, evidence=evidence)[LAYER]
+    wanted = by_hand(family, concepts, options, evidence)
+    assert merged.delta().shape == deltas(concepts)[0].shape
+    assert relative_error(merged.delta().flatten(1), wanted) < 1e-5
+    assert relative_error(merged.as_low_rank().delta().flatten(1), wanted) < 1e-5
+    x = torch.randn((2, inp, 5, 5) if kernel else (2, 7, inp), generator=seeded(9), dtype=torch.float64)
+    geometry = ConvGeometry(padding=(1, 1)) if kernel else None
+    weight = wanted.reshape(merged.delta().shape)
+    plain = torch.nn.functional.conv2d(x, weight, None, 1, 1) if kernel else x @ weight.mT
+    assert relative_error(merged.residual(x, geometry), plain) < 1e-5
+    assert plain.norm() > EFFECT
+    if family not in ("sum", "block"):
+        plain_sum = merge_concepts(concepts, STRENGTHS, "block" if family == "block" else "sum")[LAYER].delta()
+        assert relative_error(merged.delta(), plain_sum) > EFFECT
+
+
+def test_dare_keeps_the_mean_follows_its_seed_and_leaves_the_global_generator_alone():
+    (concept,) = trio()[:1]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    drawn = [
+        merge_concepts([concept], [1.0], "dare", options=MergeOptions(density=0.4, seed=seed))[LAYER].delta()
+        for seed in range(300)
+    ]
+    assert torch.equal(torch.get_rng_state(), state)
+    again = merge_concepts([concept], [1.0], "dare", options=MergeOptions(density=0.4, seed=7))[LAYER].delta()
+    assert torch.equal(again, drawn[7]) and not torch.equal(drawn[7], drawn[8])
+    (whole,) = deltas([concept])
+    kept = (drawn[0] != 0).float().mean().item()
+    assert 0.33 < kept < 0.47
+    assert torch.allclose(drawn[0][drawn[0] != 0].double(), whole[drawn[0] != 0] / 0.4)
+    assert relative_error(torch.stack(drawn).mean(0), whole) < 0.1
+
+
+@pytest.mark.parametrize("family", ["magnitude", "ties", "dare"])
+def test_density_one_drops_nothing(family):
+    (concept,) = trio()[:1]
+    merged = merge_concepts([concept], [0.7], family, options=MergeOptions(density=1.0))[LAYER]
+    assert relative_error(merged.delta(), 0.7 * deltas([concept])[0]) < 1e-6
+
+
+def test_trimming_keeps_the_largest():
+    values = torch.arange(1.0, 11.0) * torch.tensor([1.0, -1.0]).repeat(5)
+    assert trimmed(values, 0.3).nonzero().flatten().tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fusion_is_what_the_papers_descent_arrives_at(kind):
+    concepts = trio(kind)
+    inputs, grams = zip(*(moment(INP, seed) for seed in range(3)), strict=True)
+    adapters = [concept.layers[LAYER] for concept in concepts]
+    fused = fused_factors(adapters, STRENGTHS, grams, ridge=1e-9).delta()
+    targets = [s * d for s, d in zip(STRENGTHS, deltas(concepts), strict=True)]
+    descended = fused_by_descent(targets, inputs)
+    assert relative_error(descended, fused) < 1e-3
+
+    def residual(delta):
+        return sum(((x @ (delta.double() - t).mT) ** 2).sum() for x, t in zip(inputs, targets, strict=True))
+
+    assert residual(fused) <= residual(descended) * 1.0001
+    assert residual(fused) < 0.9 * residual(merged_factors(adapters, STRENGTHS).delta())
+
+
+def test_fusion_of_concepts_that_read_different_inputs_keeps_each_whole():
+    adapters = [concept.layers[LAYER] for concept in trio()[:2]]
+    halves = [torch.zeros(INP, dtype=torch.float64), torch.zeros(INP, dtype=torch.float64)]
+    halves[0][: INP // 2], halves[1][INP // 2 :] = 1.0, 1.0
+    fused = fused_factors(adapters, [1.0, 1.0], [torch.diag(half) for half in halves], ridge=1e-9).delta().double()
+    for adapter, half in zip(adapters, halves, strict=True):
+        assert relative_error(fused * half, adapter.delta().double() * half) < 1e-6
+
+
+def test_custom_diffusion_answers_its_words_exactly_and_others_least():
+    concepts = trio()
+    generator = seeded(4)
+    usual, gram = moment(INP, 8)
+    texts = [torch.randn(4, INP, generator=generator, dtype=torch.float64) for _ in concepts]
+    texts[1] = torch.cat([texts[1], texts[1][:1]])  # a prompt that repeats itself
+    evidence = Evidence(texts=texts, usual=gram)
+    merged = merge_concepts(concepts, STRENGTHS, "custom_diffusion", evidence=evidence)[LAYER].delta().double()
+    plain = merge_concepts(concepts, STRENGTHS)[LAYER].delta().double()
+    for delta, strength, own in zip(deltas(concepts), STRENGTHS, texts, strict=True):
+        assert relative_error(own @ merged.mT, own @ (strength * delta).mT) < 1e-3
+        assert relative_error(own @ plain.mT, own @ (strength * delta).mT) > EFFECT
+    # Any other weight that answers the words as well moves ordinary text more.
+    rows = torch.cat(texts)
+    free = torch.eye(INP, dtype=torch.float64) - torch.linalg.pinv(rows) @ rows
+    for seed in range(5):
+        other = merged + 0.1 * torch.randn(OUT, INP, generator=seeded(seed), dtype=torch.float64) @ free
+        assert (usual @ other.mT).norm() > (usual @ merged.mT).norm()
+    elsewhere = trio(layer="unet.conv_in")
+    summed = merge_concepts(elsewhere, STRENGTHS, "custom_diffusion", evidence=evidence)["unet.conv_in"].delta()
+    assert relative_error(summed, plain) < 1e-6
+
+
+def test_svd_says_what_it_loses_and_orthogonal_sums_lose_most():
+    shares = {}
+    for kind in ("orthogonal", "lora"):
+        whole = merged_factors([concept.layers[LAYER] for concept in trio(kind)], [1.0] * 3)
+        cut, shares[kind] = truncated(whole, RANK)
+        assert cut.rank == RANK
+        lost = (whole.delta() - cut.delta()).norm().square() / whole.delta().norm().square()
+        assert shares[kind] == pytest.approx(1 - lost.item(), abs=1e-5)
+        assert truncated(whole, 100)[1] == pytest.approx(1.0)
+    assert shares["orthogonal"] < 0.6
+
+
+@pytest.mark.parametrize("way", ["symmetric", "sequential"])
+@pytest.mark.parametrize("kind", ["lora", "block"])
+def test_orthogonalising_makes_crosstalk_vanish_and_says_what_it_costs(way, kind):
+    concepts = trio(kind)
+    before = [concept.layers[LAYER] for concept in concepts]
+    result = orthogonalised([concept.layers for concept in concepts], way)
+    after = [layers[LAYER] for layers in result.layers]
+    for first in range(3):
+        for second in range(first):
+            assert crosstalk(after[first], after[second]) < 1e-6
+            assert crosstalk(before[first], before[second]) > EFFECT
+    for old, new, kept in zip(before, after, result.kept, strict=True):
+        share = (new.delta().norm() / old.delta().norm()).square().item()
+        assert kept == pytest.approx(share, rel=1e-4)
+        assert 0.5 < kept <= 1.0 + 1e-6
+        # A projection: what is left is the old delta on fewer directions, nothing new.
+        rows = torch.linalg.qr(new.lora_down.double().mT)[0].mT
+        assert relative_error(new.delta(), old.delta().double() @ rows.mT @ rows) < 1e-5
+    if way == "sequential":
+        assert relative_error(after[0].delta(), before[0].delta()) < 1e-5
+    assert result.kept[2] < 1 - 1e-4
+
+
+def test_orthogonal_concepts_pass_through_orthogonalising_unchanged():
+    concepts = trio("orthogonal")
+    result = orthogonalised([concept.layers for concept in concepts])
+    for concept, layers, kept in zip(concepts, result.layers, result.kept, strict=True):
+        assert kept == pytest.approx(1.0)
+        assert relative_error(layers[LAYER].delta(), concept.layers[LAYER].delta()) < 1e-5
+
+
+def test_too_many_directions_are_refused():
+    many = [SimpleNamespace(layers={LAYER: filled_adapter("lora", OUT, 8, 3, slot)}) for slot in range(3)]
+    with pytest.raises(AdapterError, match="read 9 directions of a layer that has 8"):
+        orthogonalised([concept.layers for concept in many])
+
+
+def test_two_concepts_with_the_very_same_directions_share_them_fairly():
+    adapter = filled_adapter("lora", OUT, INP, RANK)
+    other = adapter.replace(lora_up=torch.randn(adapter.lora_up.shape, generator=seeded(3)))
+    result = orthogonalised([{LAYER: adapter}, {LAYER: other}])
+    assert crosstalk(result.layers[0][LAYER], result.layers[1][LAYER]) < 1e-6
+    assert all(0.2 < kept < 0.8 for kept in result.kept)
+
+
+@pytest.mark.parametrize(
+    ("family", "evidence", "words"),
+    [
+        ("fusion", Evidence(), "needs the moments of every concept"),
+        ("fusion", Evidence([{}, {}, {}]), "a: its moments say nothing of unet.mid_block"),
+        ("custom_diffusion", Evidence(), "needs text features of every concept"),
+        ("loudest", Evidence(), "choose one of sum, mean, average, block"),
+    ],
+)
+def test_what_is_missing_is_said(family, evidence, words):
+    with pytest.raises(AdapterError, match=words):
+        merge_concepts(trio(), STRENGTHS, family, evidence=evidence)
+
+
+@pytest.mark.parametrize("wrong", [{"density": 0.0}, {"density": 1.5}, {"rank": 0}, {"ridge": 0.0}])
+def test_options_that_cannot_work_are_refused(wrong):
+    with pytest.raises(AdapterError, match=next(iter(wrong))):
+        MergeOptions(**wrong)
