@@ -1,17 +1,13 @@
-"""Crosstalk as a picture, drawn by Pillow alone, and as a few lines of text."""
+"""Crosstalk as a picture, drawn by Pillow alone."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .concept import Concept
-from .crosstalk import crosstalk_table, distinct_names
-from .errors import AdapterError
 from .layers import block_of
 
 Pair = tuple[str, str]
@@ -23,36 +19,11 @@ TOPS = (0.05, 0.1, 0.2, 0.5, 1.0)
 MOST_PAIRS = 15
 
 
-def crosstalk_report(concepts: Sequence[Concept]) -> tuple[Tensor, str]:
-    """(picture (1, H, W, 3) in 0..1, text) of how much each pair of concepts steps on each other.
-
-    Raises AdapterError for fewer than two concepts, or when no two of them share a layer.
-    """
-    if len(concepts) < 2:
-        raise AdapterError("a crosstalk report compares concepts with each other; connect at least two")
-    table = crosstalk_table(concepts)
-    if not table["pairs"]:
-        raise AdapterError("no two of these concepts have a layer in common, so there is nothing to compare")
-    names = distinct_names(concepts)
-    return draw_report(names, table), report_text(names, concepts, table)
-
-
-def report_text(names: Sequence[str], concepts: Sequence[Concept], table: Mapping) -> str:
-    """The figures of every pair, largest crosstalk first, and which slots are shared."""
-    lines = [f"mean crosstalk {table['mean']:.4f} over {len(table['pairs'])} pairs (0 none, 1 the most there can be)"]
-    for (first, second), figures in sorted(table["pairs"].items(), key=lambda item: -item[1]["crosstalk"]):
-        lines.append(f"{first} x {second}: crosstalk {figures['crosstalk']:.4f}, cosine {figures['cosine']:+.4f}")
-    for block, pairs in _by_block(table).items():
-        lines.append(f"{block}: {_mean(pairs.values()):.4f}")
-    for (one, a), (other, b) in itertools.combinations(zip(names, concepts, strict=True), 2):
-        shared = (a.recipe.basis, a.recipe.slot) == (b.recipe.basis, b.recipe.slot)
-        if shared and None not in (a.recipe.basis, a.recipe.slot):
-            lines.append(f"{one} and {other} were trained in the same slot, {a.recipe.slot}; train one in another")
-    return "\n".join(lines)
-
-
 def draw_report(names: Sequence[str], table: Mapping) -> Tensor:
-    """Two squares, crosstalk and cosine of each pair, and under them the crosstalk in each part of the model."""
+    """(1, H, W, 3) in 0..1: crosstalk and cosine of each pair, and under them the crosstalk in each part of the model.
+
+    table: of `crosstalk_table`; names: of `distinct_names`.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     fonts = {size: ImageFont.load_default(size) for size in (14, 15, 22)}

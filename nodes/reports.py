@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..modular_concepts.heatmap import crosstalk_report
+from ..modular_concepts.explain import explained
+from ..modular_concepts.heatmap import draw_report
 from . import stacks
 from .types import many_concepts_input
 
@@ -23,12 +24,14 @@ class CrosstalkReport(io.ComfyNode):
             inputs=[many_concepts_input("A concept or a stack; strengths do not matter here")],
             outputs=[
                 io.Image.Output("heat_map", display_name="IMAGE", tooltip="Heat map of the pairs and of the layers"),
-                io.String.Output("text", display_name="text", tooltip="The same in numbers"),
+                io.String.Output("text", display_name="text", tooltip="The same in words and numbers"),
+                io.String.Output("json", display_name="json", tooltip="All figures, layer by layer, for scripts"),
             ],
         )
 
     @classmethod
     def execute(cls, concepts: dict) -> io.NodeOutput:
-        picture, text = crosstalk_report(stacks.parts(stacks.joined(concepts))[0])
+        found = explained(stacks.parts(stacks.joined(concepts))[0])
+        picture, text = draw_report(found.names, found.table), found.text()
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
-        return io.NodeOutput(picture, text, ui=shown)
+        return io.NodeOutput(picture, text, found.to_json(), ui=shown)
