@@ -24,7 +24,7 @@ NODES = {
     "BlockLoRAMerge": "MODEL CLIP CONCEPT_STACK",
     "ConceptRegion": "CONCEPT_REGIONS",
     "RegionalConceptSampler": "LATENT",
-    "CrosstalkReport": "IMAGE STRING",
+    "CrosstalkReport": "IMAGE STRING STRING",
 }
 
 
