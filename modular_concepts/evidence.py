@@ -1,0 +1,98 @@
+"""What a concept's layers read while it is drawn, and how its words look to the layers that read text.
+
+Fusion and Custom Diffusion's merge need this beside the adapters.  It is had by drawing the concept alone, as
+Mix-of-Show does it: no guidance, a few prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base_model import BaseModel
+from .concept import Concept
+from .customisation import Targets, concept_layers, customised
+from .errors import AdapterError
+from .moments import Recorder, recording
+from .sampling import SampleSettings, sample
+
+PROMPTS = ("a photo of a {concept}", "a {concept}", "{concept}")
+ORDINARY = (
+    "a photo",
+    "a man",
+    "a woman",
+    "a dog",
+    "a cat",
+    "a house",
+    "a car",
+    "a beach",
+    "the sky",
+    "a picture of a city",
+)
+DRAWING = SampleSettings(steps=12, cfg=1.0, batch=8)
+
+
+@torch.no_grad()
+def recorded(
+    base: BaseModel,
+    concept: Concept,
+    prompts: Sequence[str] = PROMPTS,
+    count: int = 8,
+    settings: SampleSettings = DRAWING,
+    seed: int = 0,
+) -> Recorder:
+    """Everything that the concept's layers read while `count` pictures of it alone are drawn, at strength 1.
+
+    prompts: used in turn, {concept} becomes the trigger.  Source: Mix-of-Show's gradient fusion, features recorded
+    without guidance.
+    """
+    trigger = trigger_of(concept)
+    texts = [prompts[index % len(prompts)].replace("{concept}", trigger) for index in range(count)]
+    everything = concept_layers(base, Targets(("all_linear",), ("all_linear",)))
+    own = {name: everything[name] for name in concept.layers if name in everything}
+    with customised(base, [concept], [1.0]) as tokens, recording(own) as recorder:
+        sample(base, texts, range(seed, seed + count), tokens, settings)
+    return recorder
+
+
+@torch.no_grad()
+def text_features(base: BaseModel, concept: Concept, prompts: Sequence[str] = PROMPTS) -> Tensor:
+    """(rows, width) of what key and value layers see of the concept's own words, for Custom Diffusion's merge.
+
+    From the trigger's first token to the end mark, without padding, as the concept's own text encoder gives them.
+    Raises AdapterError for a concept without a trigger, or with one that differs from layer to layer.
+    """
+    trigger = trigger_of(concept)
+    if any(rows.dim() == 3 for rows in concept.tokens.values()):
+        raise AdapterError(
+            f"{concept.name}: its word was learned for each layer apart, which this merge cannot answer; merge by sum"
+        )
+    texts = [prompt.replace("{concept}", trigger) for prompt in prompts]
+    vectors = sum(len(rows) for rows in concept.tokens.values())
+    found = []
+    with customised(base, [concept], [1.0]) as tokens:
+        bare = base.context([text.replace(trigger, " ") for text in texts], {})
+        for text, without in zip(texts, bare, strict=True):
+            context = base.context([text], tokens)[0]
+            differs = (context - without).abs().amax(1) > 1e-6
+            first = int(differs.nonzero()[0])
+            # The trigger's own rows and the end mark behind the text; what follows is padding.
+            found.append(context[first : first + vectors + 1])
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def usual_text(base: BaseModel, prompts: Sequence[str] = ORDINARY) -> Tensor:
+    """(width, width) second moments of ordinary captions' text features, without any concept."""
+    rows = base.context(list(prompts), {}).flatten(0, 1).double()
+    return rows.mT @ rows / len(rows)
+
+
+def trigger_of(concept: Concept) -> str:
+    """The first of a concept's trigger words.  AdapterError for one that has none."""
+    words = list(concept.tokens) or list(concept.recipe.triggers)
+    if not words:
+        raise AdapterError(f"{concept.name} has no trigger word, so it cannot be asked for; merge it by sum")
+    return words[0]
