@@ -2,6 +2,7 @@
 
     kodo-1.png  kodo-1.txt  kodo-1.mask.png
     kodo-2.jpg  kodo-2.txt  kodo-2.mask.png
+    3_rare/kodo-3.png  ...                          each of these three times as often
 
 Captions are optional, and so are masks, but each as a whole: with some there and some missing, something is
 wrong.
@@ -10,6 +11,7 @@ wrong.
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .buckets import bucket, stacked
 from .errors import AdapterError
 
 if TYPE_CHECKING:
@@ -31,23 +34,27 @@ MASK_SUFFIX = ".mask.png"
 MAX_ENLARGEMENT = 4
 MAX_PIXELS = 90_000_000
 MAX_CAPTION = 10_000
+MAX_REPEATS = 10_000
 PLACE = "{concept}"
+REPEATED = re.compile(r"(\d+)_.*")
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Pictures of one concept, ready for training.
 
-    pictures: (N, 3, H, W) float32 in 0..1.  captions: one per picture.
-    masks: (N, 1, H, W) float32 in 0..1, 1 where the concept is, or None.
+    pictures: (N, 3, H, W) float32 in 0..1, or a list of (3, H, W) of several sizes.  captions: one per picture.
+    masks: (N, 1, H, W) float32 in 0..1, 1 where the concept is, a list as the pictures are, or None.
     names: file names in order.  fingerprint: sha256 of names, pixels, captions and masks.
+    repeats: how often each picture comes in an epoch; None is once.
     """
 
-    pictures: Tensor
+    pictures: Tensor | list[Tensor]
     captions: tuple[str, ...]
-    masks: Tensor | None
+    masks: Tensor | list[Tensor] | None
     names: tuple[str, ...]
     fingerprint: str
+    repeats: tuple[int, ...] | None = None
 
 
 def load_folder(
@@ -56,31 +63,39 @@ def load_folder(
     triggers: Sequence[str] = (),
     class_word: str = "",
     template: str = "a photo of {concept}",
+    *,
+    buckets: bool = False,
+    multiple: int = 64,
 ) -> Dataset:
     """Load every picture of `folder`, sorted by name, centre-cropped and resized to `size` (height, width).
 
-    Turned as EXIF says; transparency lies on white.  Subfolders and hidden files are left alone.
+    Turned as EXIF says; transparency lies on white.  Hidden files are left alone, and subfolders but for those
+    named N_anything: their pictures come N times as often.
+    buckets: keep each picture's aspect, at sizes of about the same area whose sides are multiples of `multiple`.
     Without captions every picture gets `template`, where {concept} is the trigger words and the class word.
     Raises AdapterError that names the file, for anything that cannot be used.
     """
     _check_size(size)
-    paths, masks = _find(Path(folder))
+    folder = Path(folder)
+    repeats, paths, masks = _find(folder)
     captions = _captions(paths)
     if captions is None:
         captions = (with_words(template, triggers, class_word),) * len(paths)
     images = [_open(path) for path in paths]
-    pixels = np.stack([_fit(path, image, size, "RGB") for path, image in zip(paths, images, strict=True)])
+    sizes = [bucket(image.height, image.width, size, multiple) if buckets else size for image in images]
+    pixels = [_fit(path, image, own, "RGB") for path, image, own in zip(paths, images, sizes, strict=True)]
     covers = None
     if masks is not None:
-        pairs = zip(masks, images, strict=True)
-        covers = np.stack([_mask(path, image.size, size) for path, image in pairs])
-    names = tuple(path.name for path in paths)
+        fits = zip(masks, images, sizes, strict=True)
+        covers = [_mask(path, image.size, own) for path, image, own in fits]
+    names = tuple(path.relative_to(folder).as_posix() for path in paths)
     return Dataset(
-        pictures=torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255,
+        pictures=stacked([torch.from_numpy(own).permute(2, 0, 1).float() / 255 for own in pixels]),
         captions=captions,
-        masks=None if covers is None else torch.from_numpy(covers)[:, None].float() / 255,
+        masks=None if covers is None else stacked([torch.from_numpy(own)[None].float() / 255 for own in covers]),
         names=names,
         fingerprint=_fingerprint(names, captions, pixels, covers),
+        repeats=None if set(repeats) == {1} else repeats,
     )
 
 
@@ -99,7 +114,13 @@ def filled_in(dataset: Dataset, triggers: Sequence[str], class_word: str = "") -
 
 
 def of_pictures(
-    pictures: Sequence[Tensor], captions: Sequence[str], masks: Sequence[Tensor] | None, size: tuple[int, int]
+    pictures: Sequence[Tensor],
+    captions: Sequence[str],
+    masks: Sequence[Tensor] | None,
+    size: tuple[int, int],
+    *,
+    buckets: bool = False,
+    multiple: int = 64,
 ) -> Dataset:
     """A data set of pictures that are loaded already, cropped and resized to `size` as `load_folder` does it.
 
@@ -112,14 +133,16 @@ def of_pictures(
         raise AdapterError("there is no picture to train on; give at least one")
     captions = tuple(_one_each("caption", [_checked(text, "a caption") for text in captions], len(pictures)))
     names = tuple(f"picture {number + 1}" for number in range(len(pictures)))
-    fitted = [_fit_tensor(name, picture, size) for name, picture in zip(names, pictures, strict=True)]
+    sizes = [bucket(*picture.shape[-2:], size, multiple) if buckets else size for picture in pictures]
+    fitted = [_fit_tensor(name, picture, own) for name, picture, own in zip(names, pictures, sizes, strict=True)]
     covers = None
     if masks is not None:
-        pairs = zip(names, pictures, _one_each("mask", masks, len(pictures)), strict=True)
-        covers = torch.stack([_fit_cover(name, picture, mask, size) for name, picture, mask in pairs])
-    pixels = np.stack([(picture.permute(1, 2, 0) * 255).round().byte().numpy() for picture in fitted])
-    coverage = None if covers is None else (covers[:, 0] * 255).round().byte().numpy()
-    return Dataset(torch.stack(fitted), captions, covers, names, _fingerprint(names, captions, pixels, coverage))
+        fits = zip(names, pictures, _one_each("mask", masks, len(pictures)), sizes, strict=True)
+        covers = [_fit_cover(name, picture, mask, own) for name, picture, mask, own in fits]
+    pixels = [(picture.permute(1, 2, 0) * 255).round().byte().numpy() for picture in fitted]
+    coverage = None if covers is None else [(cover[0] * 255).round().byte().numpy() for cover in covers]
+    fingerprint = _fingerprint(names, captions, pixels, coverage)
+    return Dataset(stacked(fitted), captions, None if covers is None else stacked(covers), names, fingerprint)
 
 
 def _one_each(what: str, given: Sequence, count: int) -> Sequence:
@@ -162,20 +185,25 @@ def _check_size(size: tuple[int, int]) -> None:
         raise AdapterError(f"training size {size} must be a height and a width between 8 and 8192 pixels")
 
 
-def _find(folder: Path) -> tuple[list[Path], list[Path] | None]:
-    """Pictures sorted by name, and a mask for each or None."""
+def _find(folder: Path) -> tuple[tuple[int, ...], list[Path], list[Path] | None]:
+    """How often each picture comes, the pictures sorted by name, and a mask for each or None."""
     if not folder.is_dir():
         raise AdapterError(f"{folder}: there is no such folder; give the folder that holds the pictures")
-    try:
-        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    except OSError as error:
-        raise AdapterError(f"{folder}: cannot be listed ({error.strerror})") from error
-    masks = {path.name.lower(): path for path in files if path.name.lower().endswith(MASK_SUFFIX)}
-    paths = [path for path in files if path.suffix.lower() in SUFFIXES and path.name.lower() not in masks]
-    if not paths:
+    repeats = {}
+    for place, times in _places(folder).items():
+        for path in _files(place):
+            repeats[path] = times
+    masks = {_place_and_name(path): path for path in repeats if path.name.lower().endswith(MASK_SUFFIX)}
+    pictures = {
+        path: times
+        for path, times in repeats.items()
+        if path.suffix.lower() in SUFFIXES and _place_and_name(path) not in masks
+    }
+    if not pictures:
         raise AdapterError(f"{folder}: there is no picture in this folder; we read {', '.join(SUFFIXES)}")
-    wanted = [f"{path.stem.lower()}{MASK_SUFFIX}" for path in paths]
-    orphans = sorted(set(masks) - set(wanted))
+    paths = list(pictures)
+    wanted = [_place_and_name(path.with_name(path.stem + MASK_SUFFIX)) for path in paths]
+    orphans = sorted(masks[key].name.lower() for key in set(masks) - set(wanted))
     if orphans:
         raise AdapterError(f"{folder}: mask {_list(orphans)} belongs to no picture; rename it after its picture")
     missing = [path.name for path, mask in zip(paths, wanted, strict=True) if mask not in masks]
@@ -183,7 +211,36 @@ def _find(folder: Path) -> tuple[list[Path], list[Path] | None]:
         raise AdapterError(
             f"{folder}: some pictures have a mask, but not {_list(missing)}; add the masks or remove all"
         )
-    return paths, [masks[name] for name in wanted] if masks else None
+    return tuple(pictures.values()), paths, [masks[name] for name in wanted] if masks else None
+
+
+def _places(folder: Path) -> dict[Path, int]:
+    """The folder and its subfolders named N_anything, with how often the pictures in each come."""
+    places = {folder: 1}
+    for path in _listed(folder):
+        named = REPEATED.fullmatch(path.name)
+        if named and path.is_dir():
+            if not 1 <= int(named[1]) <= MAX_REPEATS:
+                raise AdapterError(
+                    f"{path}: its name asks for each picture {named[1]} times; 1 to {MAX_REPEATS} can be had"
+                )
+            places[path] = int(named[1])
+    return places
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in _listed(folder) if path.is_file() and not path.name.startswith(".")]
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise AdapterError(f"{folder}: cannot be listed ({error.strerror})") from error
+
+
+def _place_and_name(path: Path) -> tuple[Path, str]:
+    return path.parent, path.name.lower()
 
 
 def _captions(paths: Sequence[Path]) -> tuple[str, ...] | None:
@@ -280,11 +337,15 @@ def _mask(path: Path, picture_size: tuple[int, int], size: tuple[int, int]) -> n
     return cover
 
 
-def _fingerprint(names: Sequence[str], captions: Sequence[str], pixels: np.ndarray, covers: np.ndarray | None) -> str:
+def _fingerprint(
+    names: Sequence[str], captions: Sequence[str], pixels: Sequence[np.ndarray], covers: Sequence[np.ndarray] | None
+) -> str:
     """Every part with its length before it, so that no two different sets run together."""
     digest = hashlib.sha256()
+    several = len({picture.shape for picture in pixels}) > 1
     for index, (name, caption) in enumerate(zip(names, captions, strict=True)):
-        for part in (name.encode(errors="surrogateescape"), pixels[index].tobytes(), caption.encode()):
+        shape = str(pixels[index].shape).encode() if several else b""
+        for part in (name.encode(errors="surrogateescape"), shape + pixels[index].tobytes(), caption.encode()):
             digest.update(len(part).to_bytes(8, "little") + part)
         if covers is not None:
             digest.update(covers[index].tobytes())

@@ -19,11 +19,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import AdapterError
+from .optimizers import optimizer_state, set_optimizer_state
 from .run import Run
 from .settings import changes
 
 FORMAT = "modular-concepts-checkpoint-1"
-OPTIMIZER_PARTS = ("step", "exp_avg", "exp_avg_sq")
 PATTERN = re.compile(r"step-(\d{8})\.safetensors")
 
 
@@ -58,10 +58,12 @@ def restore_checkpoint(path: Path | str, run: Run, accept_changes: bool = False)
     with torch.no_grad():
         for name, parameter in run.parameters().items():
             parameter.copy_(tensors[name])
-            run.optimizer.state[parameter] = {
-                part: tensors[f"optimizer.{name}.{part}"].to(parameter.device) for part in OPTIMIZER_PARTS
-            }
+            own = f"optimizer.{name}."
+            parts = {key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)}
+            set_optimizer_state(run.optimizer, parameter, parts)
     run.set_random_state(tensors)
+    if run.loss_scale is not None and "loss_scale" in tensors:
+        run.loss_scale.set_state(tensors["loss_scale"])
     run.losses, run.step = [], 0
     for loss in tensors["losses"].tolist():
         run.record(loss)
@@ -90,19 +92,12 @@ def _state(run: Run) -> dict[str, Tensor]:
     tensors = dict(run.random_state())
     for name, parameter in run.parameters().items():
         tensors[name] = parameter
-        moments = run.optimizer.state[parameter] or _untouched(parameter)
-        tensors |= {f"optimizer.{name}.{part}": moments[part] for part in OPTIMIZER_PARTS}
+        parts = optimizer_state(run.optimizer, parameter)
+        tensors |= {f"optimizer.{name}.{part}": value for part, value in parts.items()}
+    if run.loss_scale is not None:
+        tensors["loss_scale"] = run.loss_scale.state()
     tensors["losses"] = torch.tensor(run.losses, dtype=torch.float64)
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-
-
-def _untouched(parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's state before a parameter's first gradient, a word that no caption has used yet for instance."""
-    return {
-        "step": torch.zeros(()),
-        "exp_avg": torch.zeros_like(parameter),
-        "exp_avg_sq": torch.zeros_like(parameter),
-    }
 
 
 def _read_metadata(path: Path) -> dict[str, str]:

@@ -11,20 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
+from .attention_regularisation import CrossAttention
 from .losses import Schedule
+from .settings import TrainSettings
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Latents (N, C, H, W), one caption each, masks (N, 1, H, W) in 0..1 or None.
+    """Latents (N, C, H, W), or N of (C, H, W) in several sizes; one caption each, masks (N, 1, H, W) in 0..1 or None.
 
     fingerprint: the data set's own (pictures and captions); without one, that of the latents is used.
+    mirrored: the latents of the mirrored pictures, which mirrored latents are not.
+    repeats: how often each comes in an epoch; None is once.
     """
 
-    latents: Tensor
+    latents: Tensor | Sequence[Tensor]
     captions: Sequence[str]
-    masks: Tensor | None = None
+    masks: Tensor | Sequence[Tensor] | None = None
     fingerprint: str = ""
+    mirrored: Tensor | Sequence[Tensor] | None = None
+    repeats: Sequence[int] | None = None
 
     def __post_init__(self):
         if len(self.latents) == 0:
@@ -33,25 +39,62 @@ class Examples:
             raise AdapterError(
                 f"{len(self.latents)} pictures but {len(self.captions)} captions; each picture needs one"
             )
-        if self.masks is not None and self.masks.shape != (len(self), 1, *self.latents.shape[2:]):
+        wanted = [(1, *latent.shape[1:]) for latent in self.latents]
+        if self.masks is not None and [tuple(mask.shape) for mask in self.masks] != wanted:
             raise AdapterError(
-                f"masks have shape {tuple(self.masks.shape)}, latents {tuple(self.latents.shape)}; "
+                f"masks have shape {_shape(self.masks)}, latents {_shape(self.latents)}; "
                 "we need one mask of one channel per picture, in the latents' size"
             )
+        if self.repeats is not None and (len(self.repeats) != len(self) or min(self.repeats) < 1):
+            raise AdapterError(f"repeats are {list(self.repeats)} for {len(self)} pictures; give 1 or more for each")
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def entries(self) -> Tensor:
+        """Each picture's number, as often as it comes in an epoch."""
+        numbers = torch.arange(len(self))
+        return numbers if self.repeats is None else numbers.repeat_interleave(torch.tensor(list(self.repeats)))
+
+    def groups(self) -> list[int]:
+        """A number for each picture, the same for pictures of one size."""
+        sizes = [tuple(latent.shape) for latent in self.latents]
+        return [sizes.index(size) for size in sizes]
+
+    def at(self, indices: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Latents and masks of some pictures of one size, those where `mirrored` (B,) is true turned round."""
+        latents = _picked(self.latents, indices)
+        masks = None if self.masks is None else _picked(self.masks, indices)
+        if mirrored is None or not mirrored.any():
+            return latents, masks
+        turned = mirrored.to(latents.device).reshape(-1, 1, 1, 1)
+        latents = torch.where(turned, _picked(self.mirrored, indices), latents)
+        if masks is not None:
+            masks = torch.where(turned.to(masks.device), masks.flip(-1), masks)
+        return latents, masks
 
     def identity(self) -> str:
         """The fingerprint that a resumed training must find again."""
         if self.fingerprint:
             return self.fingerprint
         digest = hashlib.sha256("\0".join(self.captions).encode())
-        for tensor in (self.latents, self.masks):
-            if tensor is not None:
+        for tensors in (self.latents, self.masks):
+            for tensor in () if tensors is None else [tensors] if isinstance(tensors, Tensor) else tensors:
                 digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        if self.repeats is not None:
+            digest.update(str(list(self.repeats)).encode())
         return digest.hexdigest()[:16]
+
+
+def _picked(values: Tensor | Sequence[Tensor], indices: Tensor) -> Tensor:
+    if isinstance(values, Tensor):
+        return values[indices.to(values.device)]
+    return torch.stack([values[index] for index in indices.tolist()])
+
+
+def _shape(values: Tensor | Sequence[Tensor]) -> tuple:
+    return tuple(values.shape) if isinstance(values, Tensor) else tuple(tuple(value.shape) for value in values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +108,9 @@ class Problem:
     triggers: trigger word -> rows (k, width) of the text model's table that its learned rows start from, all of them.
     prior: pictures of the class as the base draws it, for prior preservation.
     base_hash: identity of the base's weights; a resumed training refuses another one.
+    denoiser: the network that `predict` runs, for gradient checkpointing.
+    cross_attentions, trigger_positions: for attention regularisation; the latter gives where the rows of tokens stand
+    in the context of captions, (B, all rows) int64, -1 where a caption lacks them.
     """
 
     predict: Callable[[Tensor, Tensor, Any], Tensor]
@@ -76,13 +122,34 @@ class Problem:
     triggers: Mapping[str, Tensor] = field(default_factory=dict)
     prior: Examples | None = None
     base_hash: str = ""
+    denoiser: nn.Module | None = None
+    cross_attentions: Sequence[CrossAttention] = ()
+    trigger_positions: Callable[[Sequence[str], Mapping[str, Tensor]], Tensor] | None = None
 
     def __post_init__(self):
-        if self.prior is not None and self.prior.latents.shape[1:] != self.examples.latents.shape[1:]:
+        own = self.examples.latents[0].shape[0]
+        if self.prior is not None and self.prior.latents[0].shape[0] != own:
             raise AdapterError(
-                f"class pictures have latents {tuple(self.prior.latents.shape[1:])}, the concept's "
-                f"{tuple(self.examples.latents.shape[1:])}; draw them in one size"
+                f"class pictures have latents of {self.prior.latents[0].shape[0]} channels, the concept's {own}; "
+                "draw them with the base that is trained"
             )
 
     def dataset_identity(self) -> str:
         return self.examples.identity() + (f"+{self.prior.identity()}" if self.prior else "")
+
+    def check(self, settings: TrainSettings) -> None:
+        """Raise AdapterError for an option that these pictures or this base do not have what it takes for."""
+        if settings.flip and self.examples.mirrored is None:
+            raise AdapterError("flip needs the mirrored pictures' latents, which this data set lacks; turn flip off")
+        if not settings.attention_regularisation:
+            return
+        if self.examples.masks is None:
+            raise AdapterError(
+                "attention_regularisation keeps the word's attention inside the masks, and these pictures have none; "
+                "give a mask for each, or set it to 0"
+            )
+        if not self.triggers or not self.cross_attentions or self.trigger_positions is None:
+            raise AdapterError(
+                "attention_regularisation needs a learned word and a base with cross-attention, which diffusion "
+                "transformers lack; set it to 0"
+            )

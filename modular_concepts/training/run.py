@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from ..adapters import LowRank
 from ..bases import OrthogonalBasis
-from ..errors import AdapterError
 from ..seeds import seeded
 from ..tokens import new_token
 from .methods import new_adapters
+from .optimizers import new_optimizer
+from .order import Shuffle
+from .precision import LossScale
 from .problem import Problem
 from .settings import TrainSettings
 
@@ -31,25 +33,12 @@ class TrainResult:
     settings: TrainSettings
 
 
-class Shuffle:
-    """Endless sequence of 0..count - 1, shuffled for each epoch; `pending` is what is left of it."""
-
-    def __init__(self, count: int, generator: torch.Generator):
-        self.count, self.generator = count, generator
-        self.pending = torch.empty(0, dtype=torch.int64)
-
-    def take(self, batch: int) -> Tensor:
-        while len(self.pending) < batch:
-            self.pending = torch.cat([self.pending, torch.randperm(self.count, generator=self.generator)])
-        taken, self.pending = self.pending[:batch], self.pending[batch:]
-        return taken
-
-
 class Run:
     """Adapters, tokens, optimizer, generators, data order, step and losses of one training."""
 
     def __init__(self, problem: Problem, settings: TrainSettings, basis: OrthogonalBasis | None = None):
         basis = OrthogonalBasis() if basis is None else basis
+        problem.check(settings)
         self.settings = settings
         self.adapters = new_adapters(problem.layers, settings, basis)
         self.tokens = {
@@ -63,11 +52,13 @@ class Run:
             )
             for trigger, start in problem.triggers.items()
         }
-        self.optimizer = self._new_optimizer()
-        self.generators = {name: seeded(settings.seed, name) for name in ("order", "noise", "erasure")}
-        self.orders = {"examples": Shuffle(len(problem.examples), self.generators["order"])}
-        if problem.prior is not None:
-            self.orders["prior"] = Shuffle(len(problem.prior), self.generators["order"])
+        self.optimizer = new_optimizer(settings, self.adapters, self.tokens)
+        self.generators = {name: seeded(settings.seed, name) for name in _purposes(settings)}
+        parts = {"examples": problem.examples} | ({} if problem.prior is None else {"prior": problem.prior})
+        self.orders = {
+            name: Shuffle(part.entries(), self.generators["order"], part.groups()) for name, part in parts.items()
+        }
+        self.loss_scale = LossScale() if settings.precision == "fp16" else None
         self.step = 0
         self.losses: list[float] = []
         self.smoothed_loss = 0.0
@@ -100,11 +91,13 @@ class Run:
         return states | {f"orders.{name}": order.pending for name, order in self.orders.items()}
 
     def set_random_state(self, state: Mapping[str, Tensor]) -> None:
+        """What the state does not know, of an option that was off, stays as it is."""
         for name, generator in self.generators.items():
-            generator.set_state(state[f"generators.{name}"])
+            if f"generators.{name}" in state:
+                generator.set_state(state[f"generators.{name}"])
         for name, order in self.orders.items():
-            pending = state[f"orders.{name}"]
-            order.pending = pending[pending < order.count]
+            if f"orders.{name}" in state:
+                order.set_pending(state[f"orders.{name}"])
 
     def result(self, finished: bool) -> TrainResult:
         layers = {
@@ -116,18 +109,11 @@ class Run:
         tokens = {trigger: rows.detach().clone() for trigger, rows in self.tokens.items()}
         return TrainResult(layers, tokens, list(self.losses), self.step, finished, self.settings)
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW with a group for each learning rate; only adapters decay."""
-        factors = [factor for adapter in self.adapters.values() for factor in adapter.trainable().values()]
-        adapter_lr, token_lr = self.settings.adapter_lr, self.settings.token_lr
-        groups = [
-            {"params": factors, "full_lr": adapter_lr, "weight_decay": self.settings.weight_decay},
-            {"params": list(self.tokens.values()), "full_lr": token_lr, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        if not groups:
-            raise AdapterError("there is nothing to train: no layer is chosen and no trigger word is given")
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+
+def _purposes(settings: TrainSettings) -> list[str]:
+    """What there is a generator for; an option that is off draws nothing."""
+    options = {"flip": settings.flip, "captions": settings.caption_dropout or settings.shuffle_tags}
+    return ["order", "noise", "erasure", *(name for name, on in options.items() if on)]
 
 
 def _digest(adapters: Mapping[str, LowRank]) -> str:

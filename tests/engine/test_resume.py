@@ -110,13 +110,13 @@ def test_a_checkpoint_of_a_version_with_fewer_settings_counts_them_as_off(checkp
     with safe_open(checkpoint, framework="pt") as file:
         metadata = file.metadata()
     identity = json.loads(metadata["identity"])
-    for later in ("flip", "optimizer", "caption_dropout"):
+    for later in ("flip", "shuffle_tags", "caption_dropout"):
         del identity["settings"][later]
     older = tmp_path / checkpoint.name
     save_file(load_file(checkpoint), older, metadata | {"identity": json.dumps(identity)})
     assert run(resume=older).finished
-    with pytest.raises(AdapterError, match="optimizer was adamw, is now adamw8bit"):
-        run(resume=older, settings=replace(RESUME_SETTINGS, optimizer="adamw8bit"))
+    with pytest.raises(AdapterError, match="shuffle_tags was False, is now True"):
+        run(resume=older, settings=replace(RESUME_SETTINGS, shuffle_tags=True))
 
 
 def test_changed_pictures_captions_and_base_are_refused(checkpoint):

@@ -1,0 +1,70 @@
+"""The optimizers, and their state as tensors that a checkpoint can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..adapters import LowRank
+from ..errors import AdapterError
+from .settings import TrainSettings
+
+BETAS = (0.9, 0.999)
+
+
+def new_optimizer(
+    settings: TrainSettings, adapters: Mapping[str, LowRank], tokens: Mapping[str, Tensor]
+) -> torch.optim.Optimizer:
+    """AdamW with a group for each learning rate; only adapters decay.
+
+    Raises AdapterError when there is nothing to train, or adamw8bit is chosen where bitsandbytes is missing.
+    """
+    factors = [factor for adapter in adapters.values() for factor in adapter.trainable().values()]
+    groups = [
+        {"params": factors, "full_lr": settings.adapter_lr, "weight_decay": settings.weight_decay},
+        {"params": list(tokens.values()), "full_lr": settings.token_lr, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise AdapterError("there is nothing to train: no layer is chosen and no trigger word is given")
+    if settings.optimizer == "adamw8bit":
+        return _adamw8bit()(groups, lr=0.0, betas=BETAS)
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What the optimizer keeps of one parameter, as tensors; numbers become int64 of no dimension."""
+    state = optimizer.state[parameter]
+    if not state and isinstance(optimizer, torch.optim.AdamW):
+        return _untouched(parameter)
+    return {part: value if isinstance(value, Tensor) else torch.tensor(value) for part, value in state.items()}
+
+
+def set_optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Bring back what `optimizer_state` gave."""
+    own = {part: value.to(parameter.device) for part, value in state.items()}
+    if not isinstance(optimizer, torch.optim.AdamW) and "step" in own:
+        own["step"] = int(own["step"])
+    optimizer.state[parameter] = own
+
+
+def _untouched(parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state before a parameter's first gradient, a word that no caption has used yet for instance."""
+    return {
+        "step": torch.zeros(()),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def _adamw8bit() -> type[torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except (ImportError, OSError, RuntimeError) as error:
+        raise AdapterError(
+            f"optimizer adamw8bit needs the package bitsandbytes, which is not usable here ({error}); "
+            "install it into the Python that runs this, or choose adamw"
+        ) from error
+    return AdamW8bit

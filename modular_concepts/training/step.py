@@ -1,0 +1,112 @@
+"""One step's gradients: noise the latents, let the hooked base predict, weigh the error, go backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from ..adapters import erasure_mask
+from ..errors import AdapterError
+from .attach import attached, frozen_networks
+from .attention_regularisation import Watch, attention_outside, watched
+from .batches import Batch, draw_batches
+from .gradient_checkpointing import checkpointed
+from .losses import draw_noise, masked_mean
+from .precision import computing_in
+from .problem import Problem
+from .run import Run
+from .settings import TrainSettings
+from .text_features import TextFeatures
+
+TEXT = "text_encoder"
+
+
+class Step:
+    """What computes the gradients of a run's next step, on the base that `on_base` has hooked."""
+
+    def __init__(self, problem: Problem, run: Run, watch: Watch | None, erasure: dict[str, Tensor]):
+        self.problem, self.run, self.watch, self.erasure = problem, run, watch, erasure
+        self.parameters = list(run.parameters().values())
+        self.context = TextFeatures(problem, run.tokens, any(name.startswith(TEXT) for name in run.adapters))
+
+    def gradients(self) -> tuple[float, float]:
+        """Gradients of the next pictures, clipped; the loss and the gradient's norm, which may be no finite numbers."""
+        run = self.run
+        run.optimizer.zero_grad()
+        self._draw_erasure()
+        losses = [self._backward(batch) for batch in draw_batches(self.problem, run)]
+        self.erasure.clear()  # so that a callback's previews show the whole adapter
+        if run.loss_scale is not None:
+            run.loss_scale.unscale([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, run.settings.clip_norm or math.inf)
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        value, norm = torch.stack([loss, norm.to(loss)]).tolist()
+        return value, norm
+
+    def _backward(self, batch: Batch) -> Tensor:
+        loss = self.loss(batch)
+        if loss.requires_grad:
+            (loss if self.run.loss_scale is None else loss * self.run.loss_scale.value).backward()
+        elif all(batch.captions) or not self.problem.triggers:
+            raise AdapterError(
+                "no chosen layer and no trigger word has a part in the prediction; nothing can be learned"
+            )
+        return loss.detach()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Weighted mean over samples of the (masked) mean squared error at random noise levels."""
+        settings, schedule, latents = self.run.settings, self.problem.schedule, batch.latents
+        noise = draw_noise(latents.shape, self.run.generators["noise"], settings.noise_offset).to(latents)
+        indices = schedule.draw(len(latents), self.run.generators["noise"]).to(latents.device)
+        noisy = schedule.noisy(latents, noise, indices)
+        with computing_in(settings.precision, latents.device):
+            context = self.context(batch.captions)
+            with ExitStack() as stack:
+                if self.watch is not None:
+                    stack.enter_context(self.watch.listening())
+                prediction = self.problem.predict(noisy, schedule.times_of(indices), context)
+        error = (prediction.to(latents.dtype) - schedule.target(latents, noise, indices)).square()
+        per_sample = masked_mean(error, batch.masks)
+        weights = batch.weights
+        if settings.min_snr is not None:
+            weights = weights * schedule.loss_weight(indices, settings.min_snr).to(weights)
+        loss = (per_sample * weights).sum()
+        return loss if self.watch is None else loss + self._attention_outside(batch)
+
+    def _attention_outside(self, batch: Batch) -> Tensor:
+        if batch.masks is None:
+            return batch.latents.new_zeros(())
+        positions = self.problem.trigger_positions(batch.captions, self.run.tokens).to(batch.masks.device)
+        outside = attention_outside(self.watch.take_maps(positions), positions, batch.masks)
+        return self.run.settings.attention_regularisation * outside
+
+    def _draw_erasure(self) -> None:
+        """A fresh mask of output rows for each layer and step, from one draw."""
+        run = self.run
+        if run.settings.erasure == 0 or not run.adapters:
+            return
+        heights = [len(adapter.lora_up) for adapter in run.adapters.values()]
+        masks = erasure_mask(sum(heights), run.settings.erasure, run.generators["erasure"]).split(heights)
+        for (name, adapter), mask in zip(run.adapters.items(), masks, strict=True):
+            self.erasure[name] = mask.to(adapter.lora_up)
+
+
+@contextmanager
+def on_base(problem: Problem, run: Run) -> Iterator[Step]:
+    """Within the block the base is frozen and has the run's adapters; then it is as before, without hooks."""
+    settings: TrainSettings = run.settings
+    erasure: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        stack.enter_context(frozen_networks(problem.modules))
+        stack.enter_context(attached(problem.layers, run.adapters, erasure=erasure))
+        if settings.gradient_checkpointing:
+            networks = problem.modules if problem.denoiser is None else [problem.denoiser]
+            stack.enter_context(checkpointed(networks))
+        watch = None
+        if settings.attention_regularisation:
+            watch = stack.enter_context(watched(problem.cross_attentions))
+        yield Step(problem, run, watch, erasure)
