@@ -27,8 +27,9 @@ from ..modular_concepts.layers import chosen_layers
 from ..modular_concepts.sampling import SampleSettings
 from ..modular_concepts.toy import captions as toy_captions
 from ..modular_concepts.training import Cancelled, NoiseSchedule
+from ..modular_concepts.training.attention_regularisation import CrossAttention, cross_attentions_of
 from ..modular_concepts.training.frozen import frozen_forward, own_weights
-from .clip import with_tokens
+from .clip import trigger_positions, with_tokens
 from .layers import architecture_of, base_hash, host_layers, text_encoder_of
 
 TRAINABLE = ("toy", "sd15", "sd2")
@@ -145,6 +146,16 @@ class HostBase:
             return self.model.model.diffusion_model(
                 noisy, timesteps.float(), context=context.to(noisy), transformer_options=options
             )
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.model.model.diffusion_model
+
+    def cross_attentions(self) -> list[CrossAttention]:
+        return cross_attentions_of(self.denoiser)
+
+    def trigger_positions(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
+        return trigger_positions(self.clip, prompts, tokens)
 
     def word_rows(self, words: str) -> Tensor:
         """(k, width) rows of the token table for some words, without start, end and padding."""

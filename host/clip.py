@@ -19,6 +19,7 @@ from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.fitting import refuse_shared_triggers
 from ..modular_concepts.tokens import caption_ids, learned_rows, token_ids
+from ..modular_concepts.training.attention_regularisation import first_positions
 from .layerwise import LAYERS
 
 KNOWN = "modular_concepts_words"  # on a tokenizer: all learned words, and what other text models read for them
@@ -121,6 +122,15 @@ def layers_in(clip: comfy.sd.CLIP, text: str) -> int:
     return next(iter(found.values()), 0)
 
 
+def trigger_positions(clip: comfy.sd.CLIP, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
+    """(B, all rows of tokens) int64: where each stands first in the context of each prompt, -1 for nowhere."""
+    reader = next(iter(_parts(with_tokens(clip, tokens).tokenizer).values()))
+    rows = [reader.ids_of(prompt) for prompt in prompts]
+    wanted = [number for word in tokens for number in reader.ids[word.lower()]]
+    longest = max(map(len, rows))
+    return first_positions(torch.tensor([row + [-1] * (longest - len(row)) for row in rows]), wanted)
+
+
 def _parts(tokenizer: object) -> dict[str, object]:
     """Attribute -> tokenizer of each text model that can learn words, in the order of the learned rows' columns."""
     names = (tokenizer.clip,) if hasattr(tokenizer, "clip") else TEXT_MODELS
@@ -153,9 +163,9 @@ class LearnedWords:
         self._spelled = {word.lower(): _of_layer(rows, layer) for word, rows in tokens.items()}
         self._rows = learned_rows(self._spelled)
         self._vocab_size = max(stock.inv_vocab) + 1
-        ids = token_ids(self._spelled, self._vocab_size)
+        self.ids = token_ids(self._spelled, self._vocab_size)
         self._unsaid = {
-            ids[word.lower()][0]: word for word, rows in tokens.items() if layer is None and rows.dim() == 3
+            self.ids[word.lower()][0]: word for word, rows in tokens.items() if layer is None and rows.dim() == 3
         }
 
     def __getattr__(self, name: str):
@@ -164,6 +174,11 @@ class LearnedWords:
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **settings) -> list[list[tuple]]:
         sections = self._reader.tokenize_with_weights(text, return_word_ids, **settings)
         return [[(self._vector(token), *rest) for token, *rest in section] for section in sections]
+
+    def ids_of(self, text: str) -> list[int]:
+        """Token ids of a whole prompt, section behind section, `ids` where a trigger word stands."""
+        sections = self._reader.tokenize_with_weights(text, disable_weights=True)
+        return [int(token) if isinstance(token, int) else -1 for section in sections for token, *_ in section]
 
     def _ids(self, text: str) -> dict[str, list[int]]:
         first = self.stock.tokens_start

@@ -74,8 +74,8 @@ class Plan:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the pictures."""
-        return tuple(self.subject.pictures.shape[2:])
+        """(height, width) of the pictures, the first one's where they differ."""
+        return tuple(self.subject.pictures[0].shape[1:])
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,14 @@ def subject_of(dataset: Dataset, name: str, class_word: str, description: str = 
         raise AdapterError("the class word is empty; say in the base's words what the concept is, such as man or dog")
     dataset = filled_in(dataset, (trigger_of(name),))
     return Subject(
-        name, dataset.pictures, dataset.captions, class_word, dataset.masks, dataset.fingerprint, description.strip()
+        name,
+        dataset.pictures,
+        dataset.captions,
+        class_word,
+        dataset.masks,
+        dataset.fingerprint,
+        description.strip(),
+        dataset.repeats,
     )
 
 

@@ -19,6 +19,7 @@ from .adapters import at_least_float32
 from .errors import AdapterError
 from .layers import find_layers
 from .tokens import learned_tokens, token_ids
+from .training.attention_regularisation import CrossAttention, cross_attentions_of, first_positions
 from .training.losses import NoiseSchedule
 
 
@@ -26,12 +27,17 @@ class Base(Protocol):
     """What training needs; shapes and meanings are those of `BaseModel`.
 
     modules: whole networks, to be frozen while a training lasts.
+    denoiser: the network that `predict` runs.  multiple: pictures' height and width must be multiples of it.
+    cross_attentions: those that learned words are read by; empty where there are none, as in a diffusion transformer.
+    trigger_positions: where each row of `tokens` stands in the context of each prompt, (B, all rows); -1 for nowhere.
     """
 
     architecture: str
     hash: str
     schedule: NoiseSchedule
     modules: Sequence[nn.Module]
+    denoiser: nn.Module
+    multiple: int
 
     def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, nn.Module]: ...
 
@@ -40,6 +46,10 @@ class Base(Protocol):
     def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor: ...
 
     def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor: ...
+
+    def cross_attentions(self) -> list[CrossAttention]: ...
+
+    def trigger_positions(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor: ...
 
     def word_rows(self, words: str) -> Tensor: ...
 
@@ -100,6 +110,18 @@ class BaseModel:
 
     def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         return self.unet(noisy, timesteps, context, return_dict=False)[0]
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.unet
+
+    def cross_attentions(self) -> list[CrossAttention]:
+        return cross_attentions_of(self.unet)
+
+    def trigger_positions(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
+        """(B, all rows of tokens) int64: where each stands first in the context of each prompt, -1 for nowhere."""
+        extra = token_ids(tokens, self.embedding.num_embeddings)
+        return first_positions(self.tokenize(prompts, extra), [number for own in extra.values() for number in own])
 
     def word_rows(self, words: str) -> Tensor:
         """(k, width) rows of the token table for some words, without start, end and padding."""

@@ -128,7 +128,16 @@ def _train(args: argparse.Namespace) -> None:
     template = "a {concept}" if base.architecture == "toy" else "a photo of {concept}"
     data = load_folder(args.pictures, (height, width), (trigger,), template=template)
     captions = [text.replace("<TOK>", trigger) for text in data.captions]
-    subject = Subject(name, data.pictures, captions, args.class_word, data.masks, data.fingerprint, args.description)
+    subject = Subject(
+        name,
+        data.pictures,
+        captions,
+        args.class_word,
+        data.masks,
+        data.fingerprint,
+        args.description,
+        data.repeats,
+    )
     targets = Targets(tuple(args.targets), ("attention",) if args.text_encoder else None)
     check_training(base, subject, settings, targets)
     if args.resume:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from . import __version__
@@ -17,9 +17,10 @@ from .bases import OrthogonalBasis
 from .concept import Concept, Recipe
 from .errors import AdapterError
 from .fitting import fitted, refuse_shared_triggers
+from .latents import encoded, kept, latent_masks, mirrored
 from .merge import merge_concepts
 from .sampling import SampleSettings, sample
-from .training import Examples, Problem, Progress, TrainResult, TrainSettings, attached, train
+from .training import Estimate, Examples, Problem, Progress, TrainResult, TrainSettings, attached, train
 from .training.methods import new_adapters
 
 
@@ -27,20 +28,23 @@ from .training.methods import new_adapters
 class Subject:
     """What is taught: pictures (N, 3, H, W) in 0..1 and captions in which the trigger word stands for it.
 
+    Pictures of several sizes are a list, and so are their masks.
     masks: (N, 1, H, W) in 0..1, in the pictures' size or the latents', or None.
     class_word: what the base calls it, "man" for instance.
     description: what it looks like, in words that the base knows; the learned vectors start from their rows, one for
     each word, or from the class word's where it is empty.
     fingerprint: of the files that the pictures came from, kept in the concept.
+    repeats: how often each picture comes in an epoch; None is once.
     """
 
     name: str
-    pictures: Tensor
+    pictures: Tensor | Sequence[Tensor]
     captions: Sequence[str]
     class_word: str
-    masks: Tensor | None = None
+    masks: Tensor | Sequence[Tensor] | None = None
     fingerprint: str = ""
     description: str = ""
+    repeats: Sequence[int] | None = None
 
     @property
     def trigger(self) -> str:
@@ -73,33 +77,52 @@ def prior_examples(
     settings: SampleSettings | None = None,
     callback: Callable[[int, int], None] | None = None,
     draw: Callable[..., Tensor] = sample,
+    cache: Path | None = None,
 ) -> Examples:
     """Pictures that the base draws by itself; training on them too keeps an adapter silent without its trigger.
 
     draw: `sampling.sample`, or what a host has in its place.
+    cache: a folder to keep them in, as latents; the next training draws none.
     Source: prior preservation of DreamBooth (Ruiz et al. 2023); here also what lets a sum of concepts keep each.
     """
     prompts, settings = base.prior_prompts(class_word, count), settings or SampleSettings()
-    pictures = draw(base, prompts, range(seed, seed + count), None, settings, callback=callback)
+
+    def drawn() -> list[Tensor]:
+        return list(base.encode(draw(base, prompts, range(seed, seed + count), None, settings, callback=callback)))
+
     # How they were made and not their bits, so that a training resumes where drawing is not exact to the bit.
     made = f"{base.hash} {draw.__name__} {prompts} {seed} {settings}"
-    return Examples(base.encode(pictures), prompts, fingerprint=sha256(made.encode()).hexdigest()[:16])
+    latents = drawn() if cache is None else kept(base, cache, made, drawn)
+    return Examples(torch.stack(latents), prompts, fingerprint=sha256(made.encode()).hexdigest()[:16])
 
 
-def problem_for(base: Base, subject: Subject, targets: Targets = Targets(), prior: Examples | None = None) -> Problem:
-    """The training problem of one subject on one base."""
+def problem_for(
+    base: Base,
+    subject: Subject,
+    targets: Targets = Targets(),
+    prior: Examples | None = None,
+    *,
+    flip: bool = False,
+    cache: Path | None = None,
+) -> Problem:
+    """The training problem of one subject on one base.
+
+    flip: with the mirrored pictures too.  cache: a folder to keep latents in.
+    """
     start = _start_rows(base, subject)
-    latents = base.encode(subject.pictures)
     return Problem(
         predict=base.predict,
         encode=lambda captions, tokens: base.context(captions, tokens),
         schedule=base.schedule,
         layers=concept_layers(base, targets),
-        examples=Examples(latents, list(subject.captions), _latent_masks(subject, latents), subject.fingerprint),
+        examples=_examples(base, subject, flip, cache),
         modules=base.modules,
         triggers={subject.trigger: start},
         prior=prior,
         base_hash=base.hash,
+        denoiser=base.denoiser,
+        cross_attentions=base.cross_attentions(),
+        trigger_positions=base.trigger_positions,
     )
 
 
@@ -109,11 +132,16 @@ def check_training(base: Base, subject: Subject, settings: TrainSettings, target
     new_adapters(concept_layers(base, targets), settings)
 
 
-def _latent_masks(subject: Subject, latents: Tensor) -> Tensor | None:
-    """Each latent's mask is the mean over the pixels that it stands for."""
-    if subject.masks is None or subject.masks.shape[2:] == latents.shape[2:]:
-        return subject.masks
-    return F.interpolate(subject.masks, size=latents.shape[2:], mode="area")
+def _examples(base: Base, subject: Subject, flip: bool, cache: Path | None) -> Examples:
+    latents = encoded(base, subject.pictures, cache)
+    return Examples(
+        latents,
+        list(subject.captions),
+        latent_masks(subject.masks, latents),
+        subject.fingerprint,
+        encoded(base, mirrored(subject.pictures), cache) if flip else None,
+        subject.repeats,
+    )
 
 
 def _start_rows(base: Base, subject: Subject) -> Tensor:
@@ -149,11 +177,27 @@ def train_concept(
     checkpoints: Path | None = None,
     resume: Path | None = None,
     prior: Examples | None = None,
+    *,
+    accept_changes: bool = False,
+    cache: Path | None = None,
+    estimate: Callable[[Estimate], None] | None = None,
 ) -> tuple[Concept, TrainResult]:
-    """Train one concept; the base is left as it was.  After a cancel it is what was reached by then."""
+    """Train one concept; the base is left as it was.  After a cancel it is what was reached by then.
+
+    checkpoints, resume, accept_changes, estimate: as `train`.  cache: a folder to keep latents in.
+    """
     basis = OrthogonalBasis() if basis is None else basis
-    problem = problem_for(base, subject, targets, prior)
-    result = train(problem, settings, callback, resume, basis=basis, checkpoints=checkpoints)
+    problem = problem_for(base, subject, targets, prior, flip=settings.flip, cache=cache)
+    result = train(
+        problem,
+        settings,
+        callback,
+        resume,
+        basis=basis,
+        checkpoints=checkpoints,
+        accept_changes=accept_changes,
+        estimate=estimate,
+    )
     return concept_from(base, subject, result, basis, targets), result
 
 

@@ -3,19 +3,22 @@
 from ..seeds import seeded
 from .attach import attached, frozen_networks
 from .checkpoint import check_checkpoint, newest_checkpoint, restore_checkpoint, save_checkpoint
-from .loop import Cancelled, Diverged, Progress, Unfinished, train
+from .loop import Cancelled, Diverged, OutOfMemory, Progress, Unfinished, train
 from .losses import FlowSchedule, NoiseSchedule, Schedule
 from .methods import new_adapters
 from .problem import Examples, Problem
+from .rehearsal import Estimate, rehearse
 from .run import Run, TrainResult
 from .settings import TrainSettings
 
 __all__ = [
     "Cancelled",
     "Diverged",
+    "Estimate",
     "Examples",
     "FlowSchedule",
     "NoiseSchedule",
+    "OutOfMemory",
     "Problem",
     "Progress",
     "Run",
@@ -28,6 +31,7 @@ __all__ = [
     "frozen_networks",
     "new_adapters",
     "newest_checkpoint",
+    "rehearse",
     "restore_checkpoint",
     "save_checkpoint",
     "seeded",

@@ -35,6 +35,12 @@ def cross_attentions_of(network: nn.Module) -> list[CrossAttention]:
     ]
 
 
+def first_positions(ids: Tensor, wanted: Sequence[int]) -> Tensor:
+    """(B, T) token ids -> (B, len(wanted)) int64: where each wanted id stands first, -1 for nowhere."""
+    found = ids[:, None, :] == torch.tensor(list(wanted), device=ids.device)[:, None]
+    return torch.where(found.any(dim=2), found.int().argmax(dim=2), -1)
+
+
 class Watch:
     """Queries and keys of the last prediction, in the order of the attentions."""
 
