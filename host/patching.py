@@ -19,19 +19,29 @@ from ..modular_concepts.adapters import ConvGeometry
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.fitting import fitted
-from ..modular_concepts.merge import MergedBlocks, MergedLayer
+from ..modular_concepts.merge import (
+    DEFAULTS,
+    NOTHING,
+    Evidence,
+    Merged,
+    MergedBlocks,
+    MergedDense,
+    MergedLayer,
+    MergeOptions,
+)
 from .clip import class_words_of, with_tokens
 from .layers import architecture_of, host_layers
 from .layerwise import cross_attention_layers, refuse_other_layers, with_layers
 
 INSIDE = "modular_concepts"
-Part = tuple[Tensor, Tensor, Tensor | None, int]
+Part = tuple[Tensor, Tensor, Tensor | None, int] | tuple[Tensor]
 
 
 class MergedWeight(WeightAdapterBase):
     """All concepts of one layer as one of the host's adapters, for weights and for bypass.
 
-    weights: (up, down, rows, out_features) of each part, plain so that the host can move the tensors.
+    weights: (up, down, rows, out_features) of each part, or (values,) of a dense one; plain, so that the host can move
+    the tensors.
     """
 
     name = "modular concepts"
@@ -40,11 +50,12 @@ class MergedWeight(WeightAdapterBase):
         self.loaded_keys, self.weights = loaded_keys, weights
 
     @classmethod
-    def of(cls, merged: MergedLayer | MergedBlocks) -> MergedWeight:
-        pieces = merged.parts if isinstance(merged, MergedBlocks) else (merged,)
-        return cls(set(), [(part.up, part.down, part.rows, part.out_features) for part in pieces])
+    def of(cls, merged: Merged) -> MergedWeight:
+        return cls(set(), _plain_parts(merged))
 
-    def merged(self) -> MergedLayer | MergedBlocks:
+    def merged(self) -> Merged:
+        if len(self.weights[0]) == 1:
+            return MergedDense(*self.weights[0])
         pieces = tuple(MergedLayer(*part) for part in self.weights)
         return pieces[0] if len(pieces) == 1 else MergedBlocks(pieces, pieces[0].out_features)
 
@@ -59,15 +70,32 @@ class MergedWeight(WeightAdapterBase):
         intermediate_dtype: torch.dtype = torch.float32,
         original_weight=None,
     ) -> Tensor:
-        """weight + strength * delta, in place as the host expects; the delta is float32."""
-        delta = self.merged().to(weight.device).delta().reshape(weight.shape)
-        weight += function((strength * delta).to(weight.dtype))
+        """weight + strength * delta, in place as the host expects.
+
+        The host hands a copy of the base's weight whenever a strength changed, and what is added to it is one product
+        over all concepts: that is why a changed strength patches anew.  Adding only the difference would be quicker
+        and not exact, keeping sums would cost a second set of weights, and bypass costs at every step.
+        """
+        merged = self.merged().to(weight.device)
+        if function(weight) is weight:
+            return merged.add_to(weight, strength)
+        weight += function((strength * merged.delta().reshape(weight.shape)).to(weight.dtype))
         return weight
 
     def h(self, x: Tensor, base_out: Tensor) -> Tensor:
         """What bypass adds to a layer's output; the host tells of convolutions in attributes."""
         conv = ConvGeometry(**getattr(self, "kw_dict", {})) if getattr(self, "is_conv", False) else None
-        return self.multiplier * self.merged().to(x.device).residual(x, conv)
+        if self.weights[0][0].device != x.device:
+            # Once, for the host does not see the tensors inside the parts.
+            self.weights = _plain_parts(self.merged().to(x.device))
+        return self.multiplier * self.merged().residual(x, conv)
+
+
+def _plain_parts(merged: Merged) -> list[Part]:
+    if isinstance(merged, MergedDense):
+        return [(merged.values,)]
+    pieces = merged.parts if isinstance(merged, MergedBlocks) else (merged,)
+    return [(part.up, part.down, part.rows, part.out_features) for part in pieces]
 
 
 def merged(
@@ -76,10 +104,12 @@ def merged(
     stack: Sequence[tuple[Concept, float]],
     how: str = "sum",
     literal: bool = False,
+    options: MergeOptions = DEFAULTS,
+    evidence: Evidence = NOTHING,
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP]:
     """Clones of MODEL and CLIP with the concepts in their weights, and their words in the CLIP.
 
-    how, literal: as `merge_concepts`.  Raises AdapterError for concepts that do not fit the model, each other,
+    how and all after it: as `merge_concepts`.  Raises AdapterError for concepts that do not fit the model, each other,
     or are in it already.
     """
     if not stack:
@@ -94,7 +124,7 @@ def merged(
             )
     layers = host_layers(model, clip)
     shapes = {name: layer.module.weight.shape for name, layer in layers.items()}
-    adapters, tokens = fitted(architecture_of(model), shapes, concepts, strengths, how, literal)
+    adapters, tokens = fitted(architecture_of(model), shapes, concepts, strengths, how, literal, options, evidence)
     refuse_other_layers(tokens, cross_attention_layers(model))
     patches: dict[str, dict[str, MergedWeight]] = {"unet": {}, "text_encoder": {}}
     for name, adapter in adapters.items():

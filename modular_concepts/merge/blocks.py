@@ -37,6 +37,12 @@ class MergedBlocks:
         products = torch.cat([_packed(part).delta() for part in self.parts])
         return scatter_rows(products, self._rows(), self.out_features, dim=0)
 
+    def add_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """weight + strength delta, written into `weight`, each block into its own rows; as `MergedLayer.add_to`."""
+        for part in self.parts:
+            part.add_to(weight, strength)
+        return weight
+
     def residual(self, x: Tensor, conv: ConvGeometry | None = None) -> Tensor:
         """What the blocks add to the layer's output, in x.dtype; shapes as `LowRank.residual`."""
         if conv is not None:
@@ -70,6 +76,9 @@ def check_blocks(layer: str, names: Sequence[str], adapters: Sequence[LowRank]) 
                 f"{layer}: {name} is not a block adapter but {adapter.kind}; a block merge takes only "
                 "concepts that were trained in blocks, merge this one by sum"
             )
+    every = torch.cat([adapter.rows for adapter in adapters])
+    if len(every.unique()) == len(every):
+        return
     owned = [(name, set(adapter.rows.tolist())) for name, adapter in zip(names, adapters, strict=True)]
     for (first, mine), (second, theirs) in itertools.combinations(owned, 2):
         if mine == theirs:

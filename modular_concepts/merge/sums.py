@@ -39,6 +39,22 @@ class MergedLayer:
         full = scatter_rows(product, self.rows, self.out_features, dim=0)
         return full.unflatten(1, self.down.shape[1:])
 
+    def add_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """weight + strength delta, written into `weight` and nowhere else: one product, and of its own rows only.
+
+        weight: weight-shaped, on the factors' device; the one function here that changes what it is given.
+        Only a weight in less than the factors' precision, or one that does not lie in order, costs a delta beside it.
+        """
+        if weight.dtype != self.up.dtype or self.down.dtype != self.up.dtype or not weight.is_contiguous():
+            return weight.add_(self.delta().reshape(weight.shape).to(weight.dtype), alpha=strength)
+        flat, down = weight.flatten(1), self.down.flatten(1)
+        run = slice(None) if self.rows is None else _run(self.rows)
+        if run is None:
+            flat.index_add_(0, self.rows, self.up @ down, alpha=strength)
+        else:
+            flat[run].addmm_(self.up, down, alpha=strength)
+        return weight
+
     def residual(self, x: Tensor, conv: ConvGeometry | None = None) -> Tensor:
         """What the sum adds to the layer's output, in x.dtype; shapes as `LowRank.residual`."""
         return low_rank_product(x, self.up, self.down, conv, self.rows, self.out_features)
@@ -59,11 +75,14 @@ def merged_factors(adapters: Sequence[LowRank], strengths: Sequence[float]) -> M
     used = [pair for pair in zip(adapters, strengths, strict=True) if pair[1] != 0] or [(adapters[0], 0.0)]
     first, device = adapters[0], adapters[0].lora_up.device
     rows = first.rows if all(_same_rows(first, adapter) for adapter, _ in used) else None
-    ups = [(a.full_up() if rows is None else a.lora_up) for a, _ in used]
-    ups = [_plain(up, device) * (s * a.scale) for up, (a, s) in zip(ups, used, strict=True)]
-    downs = [_plain(adapter.lora_down, device) for adapter, _ in used]
-    up, down = _common_dtype(ups), _common_dtype(downs)
-    return MergedLayer(torch.cat(up, dim=1), torch.cat(down), rows, first.out_features)
+    ups = _common_dtype([_plain(a.full_up() if rows is None else a.lora_up, device) for a, _ in used])
+    downs = _common_dtype([_plain(adapter.lora_down, device) for adapter, _ in used])
+    up = ups[0].new_empty(len(ups[0]), sum(part.shape[1] for part in ups))
+    own = up.split([part.shape[1] for part in ups], dim=1)
+    # Scaled on the way to its place: the factors of many concepts are as large as the weights.
+    for place, part, (adapter, strength) in zip(own, ups, used, strict=True):
+        torch.mul(part, strength * adapter.scale, out=place)
+    return MergedLayer(up, torch.cat(downs) if len(downs) > 1 else downs[0], rows, first.out_features)
 
 
 def merged_delta(adapters: Sequence[LowRank], strengths: Sequence[float]) -> Tensor:
@@ -88,6 +107,14 @@ def average_strengths(strengths: Sequence[float]) -> list[float]:
     if total <= 0:
         raise AdapterError(f"the strengths add up to {total:g}; to scale them to 1 the sum must be above 0")
     return [strength / total for strength in strengths]
+
+
+def _run(rows: Tensor) -> slice | None:
+    """The rows as a slice, if they rise evenly, as both layouts of blocks do; else None."""
+    first, step = int(rows[0]), int(rows[1] - rows[0]) if len(rows) > 1 else 1
+    if step < 1 or not torch.equal(rows, torch.arange(first, first + step * len(rows), step, device=rows.device)):
+        return None
+    return slice(first, first + step * (len(rows) - 1) + 1, step)
 
 
 def _same_rows(first: LowRank, second: LowRank) -> bool:

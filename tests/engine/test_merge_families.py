@@ -92,6 +92,41 @@ def test_a_family_is_its_formula(family, out, inp, kernel):
         assert relative_error(merged.delta(), plain_sum) > EFFECT
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "inp", "kernel"), SHAPES)
+@pytest.mark.parametrize("family", ["sum", "block", "ties", "svd"])
+def test_adding_to_a_weight_in_place_is_adding_the_delta(family, out, inp, kernel, dtype):
+    merged = merge_concepts(trio("block" if family == "block" else "lora", out, inp, kernel), STRENGTHS, family)[LAYER]
+    base = torch.randn(merged.delta().shape, generator=seeded(4)).to(dtype)
+    for strength in (1.0, -0.4):
+        weight = base.clone()
+        wanted = base.double() + strength * merged.delta().double()
+        assert merged.add_to(weight, strength) is weight
+        assert relative_error(weight, wanted) < {torch.bfloat16: 1e-2}.get(dtype, 1e-6)
+        assert relative_error(weight, base) > EFFECT
+        turned = base.transpose(0, 1).contiguous().transpose(0, 1)
+        assert not turned.is_contiguous()
+        assert relative_error(merged.add_to(turned, strength), weight) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("rows", [[3, 4, 5], [1, 5, 9], [7], [9, 2, 4], [0, 1, 3], [5, 4, 3]])
+def test_only_a_blocks_own_rows_are_touched_in_whatever_order_they_are(rows):
+    adapter = filled_adapter("block", OUT, INP, RANK).replace(lora_up=torch.randn(len(rows), RANK, generator=seeded(1)))
+    adapter = adapter.replace(rows=torch.tensor(rows))
+    base = torch.randn(OUT, INP, generator=seeded(2))
+    found = merged_factors([adapter], [0.7]).add_to(base.clone())
+    assert relative_error(found, base + 0.7 * adapter.delta()) < 1e-6
+    others = [row for row in range(OUT) if row not in rows]
+    assert torch.equal(found[others], base[others]) and not torch.isclose(found[rows], base[rows]).all(1).any()
+
+
+def test_concepts_of_strength_zero_leave_a_weight_bit_for_bit():
+    base = torch.randn(OUT, INP, generator=seeded(2))
+    for family in ("sum", "mean", "magnitude", "dare", "ties", "svd"):
+        merged = merge_concepts(trio(), [0.0] * 3, family)[LAYER]
+        assert torch.equal(merged.add_to(base.clone()), base), family
+
+
 def test_dare_keeps_the_mean_follows_its_seed_and_leaves_the_global_generator_alone():
     (concept,) = trio()[:1]
     torch.manual_seed(3)
