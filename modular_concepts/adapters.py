@@ -1,9 +1,10 @@
-"""Low-rank adapters of four kinds: W = W0 + scale * lora_up lora_down.
+"""Adapters of five kinds: W = W0 + scale * lora_up lora_down.
 
 lora               both factors train                                     Hu et al. 2021
 orthogonal         lora_down is frozen to columns of a shared basis       Po et al. 2024, Eq. 4
 block              only a block of output rows is written                 Zhu et al. 2025, Eq. 3
 block_orthogonal   both at once
+full               the whole weight: lora_down is the identity            Kumari et al. 2023 (Custom Diffusion)
 
 Po writes delta = A B^T with B frozen, Zhu writes delta = (M * B) A; lora_up is the one beside the output.
 """
@@ -24,7 +25,8 @@ from .errors import AdapterError
 if TYPE_CHECKING:
     from .bases import OrthogonalBasis
 
-KINDS = ("lora", "orthogonal", "block", "block_orthogonal")
+KINDS = ("lora", "orthogonal", "block", "block_orthogonal", "full")
+FROZEN_DOWN = ("orthogonal", "block_orthogonal", "full")
 LAYOUTS = ("contiguous", "strided")
 
 
@@ -55,6 +57,7 @@ class LowRank:
     lora_up: (out, rank), or (len(rows), rank) for the block kinds.
     lora_down: (rank, in) for Linear, (rank, in / groups, kh, kw) for Conv2d.
     rows: int64 output rows that lora_up writes, for the block kinds, else None.
+    full: lora_down is the identity, of rank in (* kh * kw), and no product ever takes the way through it.
     Shapes are trusted here; `check_adapter` is for the boundary where they come from outside.
     """
 
@@ -81,7 +84,7 @@ class LowRank:
     @property
     def frozen(self) -> tuple[str, ...]:
         """Names of the factors that training must not move."""
-        return ("lora_down",) if self.kind in ("orthogonal", "block_orthogonal") else ()
+        return ("lora_down",) if self.kind in FROZEN_DOWN else ()
 
     def trainable(self) -> dict[str, Tensor]:
         """Name -> factor, for the factors that training moves."""
@@ -105,8 +108,8 @@ class LowRank:
     def delta(self) -> Tensor:
         """delta = scale * lora_up lora_down, shaped as the weight; float32, or float64 if the factors are."""
         up, down = at_least_float32(self.lora_up), at_least_float32(self.lora_down)
-        product = scatter_rows(self.scale * (up @ down.flatten(1)), self.rows, self.out_features, dim=0)
-        return product.reshape(self.weight_shape)
+        product = up if self.kind == "full" else up @ down.flatten(1)
+        return scatter_rows(self.scale * product, self.rows, self.out_features, dim=0).reshape(self.weight_shape)
 
     def residual(self, x: Tensor, conv: ConvGeometry | None = None, erasure: Tensor | None = None) -> Tensor:
         """What the adapter adds to the layer's output: scale * up(down(x)), computed in x.dtype.
@@ -116,7 +119,17 @@ class LowRank:
         Returns (..., out) or (B, out, H', W'); only a grouped convolution forms the weight-shaped delta.
         """
         up = self.lora_up if erasure is None else self.lora_up * erasure.to(self.lora_up)[:, None]
+        if self.kind == "full":
+            return full_product(x, (self.scale * up).reshape(self.weight_shape), conv)
         return low_rank_product(x, self.scale * up, self.lora_down, conv, self.rows, self.out_features)
+
+    def stock(self) -> LowRank:
+        """The same delta in fewer numbers where a full adapter is wider than it is high: identity times delta."""
+        if self.kind != "full" or self.out_features >= self.rank:
+            return self
+        up = torch.eye(self.out_features, dtype=self.lora_up.dtype, device=self.lora_up.device)
+        down = (self.lora_up if self.scale == 1 else self.delta().to(self.lora_up)).reshape(self.weight_shape)
+        return LowRank(up, down.contiguous(), float(self.out_features), "lora", None, self.out_features)
 
 
 def low_rank_product(
@@ -144,6 +157,17 @@ def low_rank_product(
         return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     hidden = F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation)
     return scatter_rows(F.conv2d(hidden, up[:, :, None, None]), rows, out_features, dim=1)
+
+
+def full_product(x: Tensor, weight: Tensor, conv: ConvGeometry | None = None) -> Tensor:
+    """What a weight-shaped delta adds to the output of a Linear or, with `conv`, a Conv2d layer, in x.dtype."""
+    weight = weight.to(x)
+    if conv is None:
+        if weight.dim() != 2:
+            raise AdapterError("a convolution's adapter was applied without the convolution's geometry")
+        return F.linear(x, weight)
+    weight = weight[:, :, None, None] if weight.dim() == 2 else weight
+    return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def scatter_rows(values: Tensor, rows: Tensor | None, size: int | None, dim: int) -> Tensor:
@@ -227,6 +251,20 @@ def new_frozen(out: int, down: Tensor, alpha: float | None, rows: Tensor | None 
     return LowRank(torch.zeros(height, rank), down, _alpha(alpha, rank), kind, rows, out)
 
 
+def new_full(out: int, inp: int, kernel: Sequence[int] | None = None) -> LowRank:
+    """The whole weight trains: lora_up is the delta, zero at first, and lora_down the identity, frozen."""
+    width = inp * math.prod(kernel or (1,))
+    down = torch.eye(width).reshape(width, inp, *(kernel or ()))
+    return LowRank(torch.zeros(out, width), down, float(width), "full", None, out)
+
+
+def is_identity(down: Tensor) -> bool:
+    """Whether a lora_down (rank, in[, kh, kw]) hands its input on as it is."""
+    flat = down.flatten(1)
+    square = flat.shape[0] == flat.shape[1]
+    return square and bool((flat.diagonal() == 1).all()) and int(flat.count_nonzero()) == len(flat)
+
+
 def block_rows(out: int, blocks: int, slot: int, layout: str = "contiguous") -> Tensor:
     """Output rows of one of `blocks` disjoint slots that together cover all rows; int64, ascending.
 
@@ -294,6 +332,8 @@ def check_adapter(name: str, adapter: LowRank, weight_shape: Sequence[int] | Non
         )
     if rows is not None:
         _check_rows(name, rows, out)
+    if adapter.kind == "full" and not is_identity(down):
+        raise AdapterError(f"{name}: lora_down of a full adapter is not the identity; the file is damaged")
     if weight_shape is not None and tuple(weight_shape) != adapter.weight_shape:
         raise AdapterError(
             f"{name}: the adapter is for a weight of shape {adapter.weight_shape}, the model has "

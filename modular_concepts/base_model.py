@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,16 @@ from torch import Tensor, nn
 from .adapters import at_least_float32
 from .errors import AdapterError
 from .layers import find_layers
-from .tokens import learned_tokens, token_ids
+from .layerwise import cross_attention_transformers, routed
+from .tokens import (
+    check_layer_count,
+    layer_count,
+    layered_ids,
+    layered_rows,
+    learned_tokens,
+    says_layer_wise,
+    token_ids,
+)
 from .training.attention_regularisation import CrossAttention, cross_attentions_of, first_positions
 from .training.losses import NoiseSchedule
 
@@ -30,6 +40,7 @@ class Base(Protocol):
     denoiser: the network that `predict` runs.  multiple: pictures' height and width must be multiples of it.
     cross_attentions: those that learned words are read by; empty where there are none, as in a diffusion transformer.
     trigger_positions: where each row of `tokens` stands in the context of each prompt, (B, all rows); -1 for nowhere.
+    cross_attention_layers: how many a layer-wise word has rows for; 0 where there are none, as in a DiT.
     """
 
     architecture: str
@@ -38,6 +49,7 @@ class Base(Protocol):
     modules: Sequence[nn.Module]
     denoiser: nn.Module
     multiple: int
+    cross_attention_layers: int
 
     def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, nn.Module]: ...
 
@@ -88,6 +100,10 @@ class BaseModel:
     def modules(self) -> tuple[nn.Module, nn.Module]:
         return self.unet, self.text_encoder
 
+    @property
+    def cross_attention_layers(self) -> int:
+        return len(cross_attention_transformers(self.unet))
+
     def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, nn.Module]:
         """Canonical layer name -> module: see `layers.chosen_layers`."""
         return find_layers(self.unet, self.text_encoder, targets, text_encoder_targets)
@@ -100,16 +116,39 @@ class BaseModel:
     def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
         """(B, T, D): last hidden state of the text encoder, trigger words standing for their learned rows.
 
+        (B, L, T, D) when any of `tokens` is layer-wise: one for each cross-attention layer, in running order.
         Raises AdapterError for a prompt so long that a trigger word in it is cut off.
         """
+        check_layer_count(tokens, self.cross_attention_layers if layer_count(tokens) else 0)
         extra = token_ids(tokens, self.embedding.num_embeddings)
         ids = self.tokenize(prompts, extra)
         _check_reach(prompts, extra, ids)
+        ids = ids.to(self.embedding.weight.device)
+        if layer_count(tokens):
+            return self._layered_context(ids, tokens)
         with learned_tokens(self.embedding, tokens):
-            return self.text_encoder(ids.to(self.embedding.weight.device)).last_hidden_state
+            return self.text_encoder(ids).last_hidden_state
+
+    def _layered_context(self, ids: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
+        """(B, L, T, D).  Prompts without a layer-wise word are encoded once, the same for all layers."""
+        layers, vocab_size = layer_count(tokens), self.embedding.num_embeddings
+        apart = says_layer_wise(ids, tokens, vocab_size)
+        parts = []
+        if not apart.all():
+            with learned_tokens(self.embedding, tokens, layer=0):
+                alike = self.text_encoder(ids[~apart]).last_hidden_state
+            parts.append(alike[:, None].expand(-1, layers, -1, -1))
+        if apart.any():
+            with learned_tokens(self.embedding, {"every layer": layered_rows(tokens)}):
+                every = self.text_encoder(layered_ids(ids[apart], tokens, vocab_size)).last_hidden_state
+            parts.append(every.unflatten(0, (-1, layers)))
+        # Back into the prompts' order: those that are alike come first in `parts`.
+        return torch.cat(parts)[apart.int().argsort(stable=True).argsort()]
 
     def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        return self.unet(noisy, timesteps, context, return_dict=False)[0]
+        """context: (B, T, D), or (B, L, T, D) with one for each cross-attention layer."""
+        with routed(self.unet, context) if context.dim() == 4 else nullcontext():
+            return self.unet(noisy, timesteps, context, return_dict=False)[0]
 
     @property
     def denoiser(self) -> nn.Module:

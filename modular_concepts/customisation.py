@@ -21,7 +21,7 @@ from .latents import encoded, kept, latent_masks, mirrored
 from .merge import merge_concepts
 from .sampling import SampleSettings, sample
 from .training import Estimate, Examples, Problem, Progress, TrainResult, TrainSettings, attached, train
-from .training.methods import new_adapters
+from .training.methods import new_adapters, new_words
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def problem_for(
         triggers={subject.trigger: start},
         prior=prior,
         base_hash=base.hash,
+        cross_attention_layers=getattr(base, "cross_attention_layers", 0),
         denoiser=base.denoiser,
         cross_attentions=base.cross_attentions(),
         trigger_positions=base.trigger_positions,
@@ -128,7 +129,7 @@ def problem_for(
 
 def check_training(base: Base, subject: Subject, settings: TrainSettings, targets: Targets = Targets()) -> None:
     """Raise AdapterError at once for words, rank or slot that a training would refuse once its prior is drawn."""
-    _start_rows(base, subject)
+    new_words({subject.trigger: _start_rows(base, subject)}, settings, getattr(base, "cross_attention_layers", 0))
     new_adapters(concept_layers(base, targets), settings)
 
 
@@ -208,10 +209,13 @@ def concept_from(
     settings = result.settings
     frozen = settings.method in ("orthogonal", "block_orthogonal")
     in_blocks = settings.method in ("block", "block_orthogonal")
+    rank, alpha = settings.rank, settings.alpha
+    if settings.method in ("custom_diffusion", "words"):
+        rank, alpha = max((adapter.rank for adapter in result.layers.values()), default=1), None
     recipe = Recipe(
         method=settings.method,
-        rank=settings.rank,
-        alpha=float(settings.rank if settings.alpha is None else settings.alpha),
+        rank=rank,
+        alpha=float(rank if alpha is None else alpha),
         base_hash=base.hash,
         architecture=base.architecture,
         triggers=(subject.trigger,),

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from .errors import AdapterError
 
+RANDOM_START = 0.013
+
 
 def new_token(
     start: Tensor, vectors: int, noise: float, generator: torch.Generator, layers: int | None = None
@@ -32,6 +34,17 @@ def new_token(
     rows = start[torch.arange(vectors) % len(start)]
     drawn = torch.randn(rows.shape, generator=generator).to(rows)
     rows = rows + noise * start.square().mean().sqrt() * drawn
+    return rows if layers is None else rows.repeat(layers, 1, 1)
+
+
+def random_and_class(start: Tensor, vectors: int, generator: torch.Generator, layers: int | None = None) -> Tensor:
+    """Rows of a new trigger word as ED-LoRA starts them: one from N(0, 0.013^2), then the class word's own in turn.
+
+    start, and what is returned: as for `new_token`.  Source: Gu et al. 2023 (Mix-of-Show), `<rand-0.013>`.
+    """
+    words = new_token(start, vectors - 1, 0.0, generator)
+    first = RANDOM_START * torch.randn(1, words.shape[1], generator=generator).to(words)
+    rows = torch.cat([first, words])
     return rows if layers is None else rows.repeat(layers, 1, 1)
 
 
@@ -84,6 +97,48 @@ def learned_rows(tokens: Mapping[str, Tensor], layer: int | None = None) -> Tens
             rows = rows[layer]
         chosen.append(rows)
     return torch.cat(chosen)
+
+
+def layer_count(tokens: Mapping[str, Tensor]) -> int:
+    """For how many layers layer-wise words have rows; 0 when none is layer-wise.
+
+    Raises AdapterError for words of different numbers of layers: they belong to different bases.
+    """
+    counts = {trigger: len(rows) for trigger, rows in tokens.items() if rows.dim() == 3}
+    if len(set(counts.values())) > 1:
+        said = " and ".join(f"{trigger} for {count}" for trigger, count in counts.items())
+        raise AdapterError(f"learned words are for different numbers of layers: {said}; they belong to different bases")
+    return next(iter(counts.values()), 0)
+
+
+def check_layer_count(tokens: Mapping[str, Tensor], layers: int) -> None:
+    """Raise AdapterError for layer-wise words that were not learned for a base with `layers` cross-attention layers."""
+    for trigger, rows in tokens.items():
+        if rows.dim() == 3 and len(rows) != layers:
+            raise AdapterError(
+                f"{trigger}: the word was learned for {len(rows)} cross-attention layers, this base has "
+                f"{layers or 'none'}; it was trained on another base"
+            )
+
+
+def says_layer_wise(ids: Tensor, tokens: Mapping[str, Tensor], vocab_size: int) -> Tensor:
+    """Which prompts (B, T) of extra ids say a layer-wise word: (B,) bool."""
+    extra = token_ids(tokens, vocab_size)
+    apart = [number for trigger, own in extra.items() if tokens[trigger].dim() == 3 for number in own]
+    return torch.isin(ids, torch.tensor(apart, dtype=ids.dtype, device=ids.device)).any(dim=1)
+
+
+def layered_ids(ids: Tensor, tokens: Mapping[str, Tensor], vocab_size: int) -> Tensor:
+    """(B, T) -> (B * layers, T), each layer with extra ids of its own: those of `layered_rows`."""
+    layers, vectors = layer_count(tokens), sum(rows.shape[-2] for rows in tokens.values())
+    shift = vectors * torch.arange(layers, device=ids.device)[None, :, None]
+    ids = ids[:, None]
+    return torch.where(ids >= vocab_size, ids + shift, ids).flatten(0, 1)
+
+
+def layered_rows(tokens: Mapping[str, Tensor]) -> Tensor:
+    """The rows of every layer, one layer behind the other: (layers * total vectors, width)."""
+    return torch.cat([learned_rows(tokens, layer) for layer in range(layer_count(tokens))])
 
 
 @contextmanager

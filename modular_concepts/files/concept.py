@@ -10,8 +10,8 @@ Learned words are in the metadata and not among the tensors because a stock load
 warns of each key that it does not know, and diffusers refuses the whole file for one.  Metadata both ignore
 in silence.
 
-Compact files leave out what the recipe gives back bit for bit: frozen factors (basis columns) and the zero
-rows of block adapters.  Only this program reads those.
+Compact files leave out what the recipe gives back bit for bit: frozen factors (basis columns, the identity of
+full adapters) and the zero rows of block adapters.  Only this program reads those.
 """
 
 from __future__ import annotations
@@ -54,15 +54,17 @@ def save_concept(
     """
     check_concept(concept)
     columns = _frozen_columns(concept, basis) if compact else {}
-    if compact and not columns and all(adapter.rows is None for adapter in concept.layers.values()):
+    identities = {name for name, adapter in concept.layers.items() if compact and _gives_identity_back(adapter)}
+    if compact and not columns and not identities and all(a.rows is None for a in concept.layers.values()):
         raise AdapterError(f"{concept.name}: nothing to leave out: no adapter has basis columns or a block of rows")
     tensors, layers = {}, {}
     for name, adapter in concept.layers.items():
         key = file_key(name, concept.recipe.architecture)
         if f"{key}.alpha" in tensors:
             raise AdapterError(f"{name}: another layer has the same name in files, {key}")
-        layers[name] = _describe(adapter, compact, columns.get(name))
-        tensors |= _layer_tensors(key, adapter, compact, with_down=name not in columns)
+        left_out = name in columns or name in identities
+        layers[name] = _describe(adapter, compact, columns.get(name), left_out)
+        tensors |= _layer_tensors(key, adapter, compact, with_down=not left_out)
     document = {
         "format": FORMAT,
         "name": concept.name,
@@ -128,7 +130,7 @@ def _layer_tensors(key: str, adapter: LowRank, compact: bool, with_down: bool) -
     return stored | ({f"{key}.lora_down.weight": adapter.lora_down} if with_down else {})
 
 
-def _describe(adapter: LowRank, compact: bool, columns: Sequence[int] | None) -> dict[str, object]:
+def _describe(adapter: LowRank, compact: bool, columns: Sequence[int] | None, left_out: bool) -> dict[str, object]:
     entry: dict[str, object] = {"kind": adapter.kind}
     if adapter.rows is not None:
         entry["rows"] = _pack(adapter.rows.tolist())
@@ -136,13 +138,20 @@ def _describe(adapter: LowRank, compact: bool, columns: Sequence[int] | None) ->
             entry["out"] = adapter.out_features
     if columns is not None:
         entry["columns"] = _pack(columns)
+    if left_out:
         entry["down_shape"] = list(adapter.lora_down.shape)
     return entry
 
 
+def _gives_identity_back(adapter: LowRank) -> bool:
+    """Whether a compact file may leave lora_down out as the identity: no wider than reading allows."""
+    same = adapter.lora_up.dtype == adapter.lora_down.dtype
+    return same and adapter.kind == "full" and adapter.lora_down.numel() <= MAX_LAYER_ELEMENTS
+
+
 def _frozen_columns(concept: Concept, basis: OrthogonalBasis | None) -> dict[str, list[int]]:
     """Layer name -> the basis columns that are its frozen factor, for those that equal them in every bit."""
-    frozen = {name: adapter for name, adapter in concept.layers.items() if adapter.frozen}
+    frozen = {name: a for name, a in concept.layers.items() if a.frozen and a.kind != "full"}
     if not frozen:
         return {}
     basis = basis or recipe_basis(concept.recipe)
@@ -226,7 +235,7 @@ class _Expansion:
         self.bytes = 0
 
     def lora_down(self, name: str, entry: Mapping[str, object], up: Tensor) -> Tensor:
-        """(rank, in[, kh, kw]) in the dtype of `up`: the columns that `entry` names."""
+        """(rank, in[, kh, kw]) in the dtype of `up`: the columns that `entry` names, or the identity."""
         shape = entry["down_shape"]
         whole = isinstance(shape, list) and all(type(size) is int and 0 < size <= MAX_WIDTH for size in shape)
         if not whole or len(shape) not in (2, 4) or shape[0] != up.shape[1]:
@@ -235,6 +244,10 @@ class _Expansion:
         self.bytes += 4 * shape[0] * width
         if shape[0] > width or shape[0] * width > MAX_LAYER_ELEMENTS or self.bytes > MAX_EXPANDED_BYTES:
             raise AdapterError(f"{name}: lora_down of shape {shape} is larger than any adapter needs; damaged file")
+        if "columns" not in entry:
+            if shape[0] != width:
+                raise AdapterError(f"{name}: an identity of shape {shape} is not square; the file is damaged")
+            return torch.eye(width, dtype=up.dtype).reshape(shape)
         columns = _unpack(f"{name}: columns", entry["columns"], width)
         if len(columns) != shape[0]:
             raise AdapterError(f"{name}: {len(columns)} basis columns for rank {shape[0]}; the file is damaged")
@@ -265,7 +278,9 @@ def _adapter(name: str, key: str, entry: object, rest: dict[str, Tensor], expans
         up = up[:, :, 0, 0]
     if up.dim() != 2 or alpha.numel() != 1:
         raise AdapterError(f"{name}: lora_up {tuple(up.shape)} or alpha {tuple(alpha.shape)} has a wrong shape")
-    regenerated = expansion is not None and "columns" in entry and "down_shape" in entry
+    regenerated = expansion is not None and "down_shape" in entry
+    if regenerated and ("columns" in entry) == (entry.get("kind") == "full"):
+        raise AdapterError(f"{name}: its frozen factor is not described as its kind asks; the file is damaged")
     down = expansion.lora_down(name, entry, up) if regenerated else _take(rest, f"{key}.lora_down.weight")
     kind, out, rows = entry.get("kind"), up.shape[0], None
     if not isinstance(kind, str):

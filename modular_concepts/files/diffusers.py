@@ -47,7 +47,8 @@ def export_diffusers(concept: Concept, path: Path | str, dtype: torch.dtype | No
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     tensors = {}
-    for name, adapter in concept.layers.items():
+    for name, own in concept.layers.items():
+        adapter = own.stock()
         up = adapter.full_up()
         up = up if adapter.scale == 1 else (up.float() * adapter.scale).to(up.dtype)
         up = up[:, :, None, None] if adapter.lora_down.dim() == 4 else up

@@ -31,15 +31,14 @@ class Imported(NamedTuple):
 def export_kohya(concept: Concept, path: Path | str, dtype: torch.dtype | None = None) -> Path:
     """Write the adapters as a plain kohya file; learned words go to `embeddings.export_embeddings`.
 
-    Returns the file.  dtype: None keeps the adapters' own.  Frozen factors and blocks become ordinary full
-    factors; delta is unchanged.
+    Returns the file.  dtype: None keeps the adapters' own.  Frozen factors, blocks and whole weights become
+    ordinary factors; delta is unchanged.
     """
     require_layers(concept)
     tensors = {}
     for name, adapter in concept.layers.items():
-        tensors |= layer_tensors(
-            file_key(name, concept.recipe.architecture), adapter.to(dtype=dtype) if dtype else adapter
-        )
+        stock, key = adapter.stock(), file_key(name, concept.recipe.architecture)
+        tensors |= layer_tensors(key, stock.to(dtype=dtype) if dtype else stock)
     write_safetensors(path, tensors, stock_metadata(concept))
     return Path(path)
 

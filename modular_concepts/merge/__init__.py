@@ -126,6 +126,8 @@ def _merged_layer(
     if how == "svd":
         return truncated(merged_factors(adapters, strengths), options.rank)[0]
     if how not in SPARSE:
+        if any(adapter.kind == "full" for adapter in adapters):
+            return MergedDense(merged_delta(adapters, strengths))
         return merged_factors(adapters, strengths)
     deltas = [adapter.delta().detach() for adapter in adapters]
     if how == "dare":

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..layerwise import cross_attention_transformers
 from .geometry import Region, grid_of, region_weights
 
 
@@ -37,16 +38,26 @@ def regional_attention(
 ) -> Iterator[None]:
     """Within the block every cross-attention of a diffusers U-Net listens to the regions.
 
-    contexts: (R, B, T, D), each region's text for each row of the batch (its negative for unconditional
-    rows).
+    contexts: (R, B, T, D), each region's text for each row of the batch (its negative for unconditional rows), or
+    (R, B, L, T, D) with one for each of the U-Net's transformers.
     latent_size: (height, width) of the latents.  The U-Net's own processors come back on leaving.
     """
     if not regions:
         yield
         return
-    processor = _RegionalProcessor(regions, contexts, latent_size)
     before = dict(unet.attn_processors)
-    unet.set_attn_processor({name: processor if ".attn2." in name else own for name, own in before.items()})
+    if contexts.dim() == 5:
+        transformers = cross_attention_transformers(unet)
+        own = {
+            path: _RegionalProcessor(regions, contexts[:, :, index], latent_size)
+            for index, path in enumerate(transformers)
+        }
+        regional = {name: own[name.split(".transformer_blocks.")[0]] for name in before if ".attn2." in name}
+    else:
+        regional = dict.fromkeys(
+            (name for name in before if ".attn2." in name), _RegionalProcessor(regions, contexts, latent_size)
+        )
+    unet.set_attn_processor(before | regional)
     try:
         yield
     finally:

@@ -101,7 +101,7 @@ def _plus_low_rank(output: Tensor, x: Tensor, adapter: LowRank, strength: float,
     up, down = adapter.lora_up, adapter.lora_down
     if mask is not None:
         up = up * mask[:, None]
-    hidden = F.linear(x, down.to(x))
+    hidden = x if adapter.kind == "full" else F.linear(x, down.to(x))
     scale = strength * adapter.scale
     if adapter.rows is not None:
         return output.index_add(

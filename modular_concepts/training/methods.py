@@ -1,4 +1,4 @@
-"""New adapters for each method, every layer from its own generator."""
+"""What each method starts from: new adapters, every layer from its own generator, and new words."""
 
 from __future__ import annotations
 
@@ -6,32 +6,38 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..adapters import LowRank, block_rows, new_block, new_block_orthogonal, new_lora, new_orthogonal
+from ..adapters import LowRank, block_rows, new_block, new_block_orthogonal, new_full, new_lora, new_orthogonal
 from ..bases import OrthogonalBasis, hashed_indices, slot_indices
 from ..errors import AdapterError
 from ..seeds import seeded
+from ..tokens import new_token, random_and_class
 from .settings import TrainSettings
+
+NEED_SLOT = ("orthogonal", "block", "block_orthogonal")
 
 
 def new_adapters(
     layers: Mapping[str, nn.Module], settings: TrainSettings, basis: OrthogonalBasis | None = None
 ) -> dict[str, LowRank]:
-    """One fresh adapter per layer by `settings.method`, its trainable factors as parameters.
+    """One fresh adapter per layer by `settings.method`, its trainable factors as parameters; none for "words".
 
     The random part of a layer depends on (seed, layer name) alone, whatever other layers there are.
     On the layer's device, float32, or float64 for a float64 layer.  basis None is the default basis.
     Raises AdapterError for a rank, slot or number of blocks that a layer cannot hold.
     """
+    if settings.method == "words":
+        return {}
     by_name = settings.method == "orthogonal" and settings.name
-    if settings.method != "lora" and settings.slot is None and not by_name:
+    if settings.method in NEED_SLOT and settings.slot is None and not by_name:
         raise AdapterError(
             f"method {settings.method} needs a slot of the concept's own"
             + (", or a name to derive one from" if settings.method == "orthogonal" else "")
         )
     basis = OrthogonalBasis() if basis is None else basis
-    largest = {name: _largest_rank(module, settings) for name, module in layers.items()}
+    chosen = {} if settings.method == "custom_diffusion" else layers
+    largest = {name: _largest_rank(module, settings) for name, module in chosen.items()}
     for name, rank in largest.items():
         if settings.rank > rank:
             raise AdapterError(
@@ -41,10 +47,37 @@ def new_adapters(
     return {name: _trainable(_new_adapter(name, module, settings, basis), module) for name, module in layers.items()}
 
 
+def new_words(triggers: Mapping[str, Tensor], settings: TrainSettings, layers: int = 0) -> dict[str, nn.Parameter]:
+    """Trigger word -> its fresh rows as a parameter, from the rows (k, width) that it starts from.
+
+    layers: the base's cross-attention layers; (layers, vectors, width) with `settings.layerwise`.
+    Raises AdapterError for layer-wise words on a base that has no such layers.
+    """
+    if settings.layerwise and not layers:
+        raise AdapterError(
+            "layer-wise words need a base whose cross-attention layers each read the text, such as Stable Diffusion "
+            "1.x, 2.x or XL; this base has none, learn the word with layerwise off"
+        )
+    return {
+        trigger: nn.Parameter(_new_word(trigger, start, settings, layers if settings.layerwise else None))
+        for trigger, start in triggers.items()
+    }
+
+
+def _new_word(trigger: str, start: Tensor, settings: TrainSettings, layers: int | None) -> Tensor:
+    generator = seeded(settings.seed, "token", trigger)
+    if settings.token_start == "random + class":  # noqa: S105
+        return random_and_class(start, max(settings.token_vectors, 1 + len(start)), generator, layers)
+    noise = settings.token_noise if len(start) == 1 else 0.0
+    return new_token(start, max(settings.token_vectors, len(start)), noise, generator, layers)
+
+
 def _new_adapter(name: str, module: nn.Module, settings: TrainSettings, basis: OrthogonalBasis) -> LowRank:
     out, inp, kernel = _geometry(module)
     width, rank, alpha = inp * math.prod(kernel or (1,)), settings.rank, settings.alpha
     generator = seeded(settings.seed, "adapter", name)
+    if settings.method == "custom_diffusion":
+        return new_full(out, inp, kernel)
     if settings.method == "lora":
         return new_lora(out, inp, rank, alpha, generator, kernel)
     if settings.method == "block":

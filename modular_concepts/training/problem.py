@@ -107,6 +107,7 @@ class Problem:
     modules: whole networks, frozen and in eval mode while training lasts.
     triggers: trigger word -> rows (k, width) of the text model's table that its learned rows start from, all of them.
     prior: pictures of the class as the base draws it, for prior preservation.
+    cross_attention_layers: how many a layer-wise word has rows for; 0 where the base knows no such words.
     base_hash: identity of the base's weights; a resumed training refuses another one.
     denoiser: the network that `predict` runs, for gradient checkpointing.
     cross_attentions, trigger_positions: for attention regularisation; the latter gives where the rows of tokens stand
@@ -122,6 +123,7 @@ class Problem:
     triggers: Mapping[str, Tensor] = field(default_factory=dict)
     prior: Examples | None = None
     base_hash: str = ""
+    cross_attention_layers: int = 0
     denoiser: nn.Module | None = None
     cross_attentions: Sequence[CrossAttention] = ()
     trigger_positions: Callable[[Sequence[str], Mapping[str, Tensor]], Tensor] | None = None

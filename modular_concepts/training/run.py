@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters import LowRank
 from ..bases import OrthogonalBasis
 from ..seeds import seeded
-from ..tokens import new_token
-from .methods import new_adapters
+from .methods import new_adapters, new_words
 from .optimizers import new_optimizer
 from .order import Shuffle
 from .precision import LossScale
@@ -41,17 +40,7 @@ class Run:
         problem.check(settings)
         self.settings = settings
         self.adapters = new_adapters(problem.layers, settings, basis)
-        self.tokens = {
-            trigger: nn.Parameter(
-                new_token(
-                    start,
-                    max(settings.token_vectors, len(start)),
-                    settings.token_noise if len(start) == 1 else 0.0,
-                    seeded(settings.seed, "token", trigger),
-                )
-            )
-            for trigger, start in problem.triggers.items()
-        }
+        self.tokens = new_words(problem.triggers, settings, problem.cross_attention_layers)
         self.optimizer = new_optimizer(settings, self.adapters, self.tokens)
         self.generators = {name: seeded(settings.seed, name) for name in _purposes(settings)}
         parts = {"examples": problem.examples} | ({} if problem.prior is None else {"prior": problem.prior})

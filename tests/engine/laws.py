@@ -8,6 +8,7 @@ from modular_concepts.adapters import (
     block_rows,
     new_block,
     new_block_orthogonal,
+    new_full,
     new_lora,
     new_orthogonal,
 )
@@ -29,11 +30,13 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def filled_adapter(kind: str, out: int, inp: int, rank: int, slot: int = 0, kernel=None) -> LowRank:
-    """An adapter as training would leave it: lora_up ~ N(0, 1), alpha twice the rank."""
+    """An adapter as training would leave it: lora_up ~ N(0, 1), alpha twice the rank, which `full` has of its own."""
     generator, basis = seeded(100 + slot), OrthogonalBasis(seed=5)
     width = inp * (kernel[0] * kernel[1] if kernel else 1)
     rows, alpha = block_rows(out, BLOCKS, slot), 2.0 * rank
-    if kind == "lora":
+    if kind == "full":
+        adapter = new_full(out, inp, kernel).replace(alpha=2.0 * width)
+    elif kind == "lora":
         adapter = new_lora(out, inp, rank, alpha, generator, kernel)
     elif kind == "block":
         adapter = new_block(out, inp, rank, alpha, rows, generator, kernel)

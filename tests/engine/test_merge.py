@@ -26,8 +26,13 @@ def trio(kind="block", kernel=None):
 
 
 def mixed(kernel=None):
-    """One adapter of each kind, ranks 1 to 4."""
-    return [filled_adapter(kind, OUT, INP, i + 1, i, kernel) for i, kind in enumerate(KINDS)]
+    """One adapter of each low-rank kind, ranks 1 to 4."""
+    return [filled_adapter(kind, OUT, INP, i + 1, i, kernel) for i, kind in enumerate(KINDS[:4])]
+
+
+def with_full(kernel=None):
+    """Two whole weights among the others."""
+    return [*mixed(kernel)[:2], *(filled_adapter("full", OUT, INP, 1, slot, kernel) for slot in (1, 2))]
 
 
 def formula(adapters, strengths):
@@ -37,10 +42,11 @@ def formula(adapters, strengths):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kernel", [None, (1, 1), (3, 3)])
-def test_the_sum_is_the_sum_of_deltas_merged_and_bypassed(dtype, kernel):
-    adapters = [adapter.to(dtype=dtype) for adapter in mixed(kernel)]
+@pytest.mark.parametrize("kinds", [mixed, with_full])
+def test_the_sum_is_the_sum_of_deltas_merged_and_bypassed(dtype, kernel, kinds):
+    adapters = [adapter.to(dtype=dtype) for adapter in kinds(kernel)]
     merged, exact = merged_factors(adapters, STRENGTHS), formula(adapters, STRENGTHS)
-    assert merged.rank == 1 + 2 + 3 + 4
+    assert merged.rank == (1 + 2 + 3 + 4 if kinds is mixed else 1 + 2 + 2 * exact[0].numel())
     assert relative_error(merged.delta(), exact) < 1e-6
     x = torch.randn((2, INP, 5, 5) if kernel else (2, 7, INP), generator=seeded(0)).to(dtype)
     geometry = ConvGeometry(stride=(2, 2), padding=(1, 1)) if kernel else None
@@ -50,19 +56,34 @@ def test_the_sum_is_the_sum_of_deltas_merged_and_bypassed(dtype, kernel):
     assert relative_error(merged.residual(x, geometry), torch.ones(1)) > EFFECT
 
 
-def test_the_order_of_summands_does_not_matter():
-    pairs = list(zip(mixed(), STRENGTHS, strict=True))
+@pytest.mark.parametrize("kinds", [mixed, with_full])
+def test_the_order_of_summands_does_not_matter(kinds):
+    pairs = list(zip(kinds(), STRENGTHS, strict=True))
     first = merged_delta(*zip(*pairs, strict=True))
     for shuffled in itertools.permutations(pairs):
         assert relative_error(merged_delta(*zip(*shuffled, strict=True)), first) < 1e-6
     assert relative_error(merged_delta(*zip(*pairs[1:], strict=True)), first) > EFFECT
 
 
-def test_a_merge_can_be_merged_again():
-    adapters = mixed()
+@pytest.mark.parametrize("kinds", [mixed, with_full])
+def test_a_merge_can_be_merged_again(kinds):
+    adapters = kinds()
     half = merged_factors(adapters[:2], STRENGTHS[:2]).as_low_rank()
     again = merged_delta([half, *adapters[2:]], [1.0, *STRENGTHS[2:]])
     assert relative_error(again, merged_delta(adapters, STRENGTHS)) < 1e-6
+
+
+@pytest.mark.parametrize("how", ["sum", "mean"])
+def test_whole_weights_are_summed_in_the_room_of_one(how):
+    adapters = with_full()
+    concepts = [concept(name, adapter) for name, adapter in zip("abcd", adapters, strict=True)]
+    merged = merge_concepts(concepts, STRENGTHS, how)["to_q"]
+    exact = formula(adapters, STRENGTHS) / (1 if how == "sum" else 4)
+    x = torch.randn(2, 7, INP, generator=seeded(0))
+    assert merged.rank == min(OUT, INP)
+    assert relative_error(merged.residual(x), x.double() @ exact.mT) < 1e-5
+    assert relative_error(merged.as_low_rank().residual(x), x.double() @ exact.mT) < 1e-5
+    assert relative_error(merged.delta(), torch.ones(1)) > EFFECT
 
 
 @pytest.mark.parametrize("count", [1, 2, 10, 100])

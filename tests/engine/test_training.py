@@ -326,7 +326,7 @@ def test_an_absurd_learning_rate_diverges_with_a_finite_result():
     assert all(torch.isfinite(tensor).all() for tensor in learned(caught.value.result).values())
 
 
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("method", KINDS[:4])
 def test_too_large_a_rank_names_layer_rank_and_the_largest(method):
     largest = 8 if method in ("lora", "orthogonal") else 2
     layers = {name: tiny_problem().layers[name] for name in ("unet.to_q", "unet.to_k")}

@@ -22,7 +22,7 @@ from modular_concepts.tokens import caption_ids, learned_tokens
 from modular_concepts.training import Examples, NoiseSchedule, Problem, TrainSettings, train
 
 WORDS = ("<pad>", "a", "man", "on", "the", "beach")
-KINDS = ("lora", "orthogonal", "block", "block_orthogonal")
+KINDS = ("lora", "orthogonal", "block", "block_orthogonal", "custom_diffusion")
 RESUME_SETTINGS = TrainSettings(
     method="block_orthogonal",
     rank=2,

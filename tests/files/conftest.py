@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modular_concepts.adapters import KINDS, LowRank, block_rows
+from modular_concepts.adapters import KINDS, LowRank, block_rows, new_full
 from modular_concepts.bases import OrthogonalBasis
 from modular_concepts.concept import Concept, Recipe
 
@@ -28,6 +28,9 @@ def wave(*shape: int, phase: float = 0.0) -> torch.Tensor:
 
 
 def build_adapter(kind: str, out: int, inp: int, kernel: tuple[int, ...], basis: OrthogonalBasis) -> LowRank:
+    if kind == "full":
+        fresh = new_full(out, inp, kernel)
+        return fresh.replace(lora_up=wave(*fresh.lora_up.shape, phase=out / 16))
     rows = block_rows(out, 4, 1, "strided") if kind.startswith("block") else None
     up = wave(out if rows is None else len(rows), RANK, phase=out / 16)
     down = wave(RANK, inp, *kernel, phase=inp / 16)
@@ -40,7 +43,7 @@ def build_concept(kind: str = "orthogonal", tokens: bool = True) -> Concept:
     basis = OrthogonalBasis("hadamard", 7)
     orthogonal = kind.endswith("orthogonal")
     recipe = Recipe(
-        method=kind,
+        method="custom_diffusion" if kind == "full" else kind,
         rank=RANK,
         alpha=2.0,
         base_hash="ab" * 32,

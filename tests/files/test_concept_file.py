@@ -58,7 +58,7 @@ def test_save_load_save_is_byte_identical(concept, same_concept, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["orthogonal", "block", "block_orthogonal"])
+@pytest.mark.parametrize("kind", ["orthogonal", "block", "block_orthogonal", "full"])
 def test_compact_file_expands_to_the_same_bits(make_concept, same_concept, tmp_path, kind):
     full, compact, again = (tmp_path / name for name in ("full.st", "compact.st", "again.st"))
     concept = make_concept(kind)
@@ -83,6 +83,17 @@ def test_compact_halves_a_real_layer(tmp_path, make_concept):
     save_concept(concept, tmp_path / "compact", compact=True)
     sizes = [(tmp_path / name).stat().st_size for name in ("full", "compact")]
     assert 0.45 < sizes[1] / sizes[0] < 0.55
+
+
+def test_an_identity_too_wide_to_be_given_back_stays_in_a_compact_file(
+    make_concept, same_concept, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("modular_concepts.files.concept.MAX_LAYER_ELEMENTS", 16 * 16)
+    concept = make_concept("full")
+    save_concept(concept, tmp_path / "x", compact=True)
+    same_concept(load_concept(tmp_path / "x"), concept)
+    tensors, _ = read_safetensors(tmp_path / "x")
+    assert {len(tensor) for key, tensor in tensors.items() if "lora_down" in key} == {24}
 
 
 def test_compact_keeps_a_frozen_factor_that_the_basis_does_not_give(make_concept, same_concept, tmp_path):
@@ -205,6 +216,27 @@ LIES = {
     "extra": (False, "unknown entry", lambda d, t: d["recipe"].update(surprise=1)),
     "rank mismatch": (False, "mixes two adapters", lambda d, t: t.update({DOWN: torch.ones(3, 16)})),
 }
+
+
+FULL_LIES = {
+    "no identity": (False, "not the identity", lambda d, t: t.update({DOWN: 2 * torch.eye(16)})),
+    "more than the identity": (False, "not the identity", lambda d, t: t.update({DOWN: torch.eye(16) + 1})),
+    "low rank": (False, "mixes two adapters", lambda d, t: t.update({DOWN: torch.eye(16)[:4]})),
+    "columns": (True, "as its kind asks", lambda d, t: d["layers"][LAYER].update(columns=list(range(16)))),
+    "another kind": (True, "as its kind asks", lambda d, t: d["layers"][LAYER].update(kind="lora")),
+    "not square": (True, "not square", lambda d, t: d["layers"][LAYER].update(down_shape=[16, 20])),
+    "huge": (True, "larger than any", lambda d, t: d["layers"][LAYER].update(down_shape=[16, 2**20, 3, 3])),
+}
+
+
+@pytest.mark.parametrize("lie", FULL_LIES)
+def test_a_whole_weight_that_lies_is_refused(make_concept, tmp_path, lie):
+    compact, words, change = FULL_LIES[lie]
+    save_concept(make_concept("full"), tmp_path / "x", compact)
+    load_concept(tmp_path / "x")
+    rewritten(tmp_path / "x", change)
+    with pytest.raises(AdapterError, match=f"^x: .*{words}"):
+        load_concept(tmp_path / "x")
 
 
 @pytest.mark.parametrize("lie", LIES)

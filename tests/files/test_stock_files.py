@@ -131,9 +131,6 @@ def test_alpha_of_peft_settings_is_applied(tmp_path):
 
 def test_embeddings_are_one_tensor_named_by_the_word(make_concept, tmp_path):
     concept = make_concept("lora")
-    with pytest.raises(AdapterError, match="per layer"):
-        export_embeddings(concept, tmp_path)
-    assert not list(tmp_path.iterdir())
     flat = dataclasses.replace(
         concept, tokens={"<kodo>": concept.tokens["<kodo>"], "fell": concept.tokens["<fell>"][0]}
     )
@@ -152,9 +149,41 @@ def test_foreign_embedding_takes_its_name_from_the_file(tmp_path):
     save_file({"emb_params": torch.ones(24)}, tmp_path / "cat.safetensors")
     word, vectors = import_embedding(tmp_path / "cat.safetensors")
     assert word == "cat" and vectors.shape == (1, 24)
-    save_file({"clip_g": torch.ones(1, 8), "clip_l": torch.ones(1, 8)}, tmp_path / "xl.safetensors")
-    with pytest.raises(AdapterError, match="exactly one"):
-        import_embedding(tmp_path / "xl.safetensors")
+    save_file({"clip_g": torch.ones(1, 8), "t5xxl": torch.ones(1, 8)}, tmp_path / "three.safetensors")
+    with pytest.raises(AdapterError, match="2 tensors; an embedding file holds one, or clip_l and clip_g"):
+        import_embedding(tmp_path / "three.safetensors")
+    save_file({"clip_g": torch.ones(2, 8), "clip_l": torch.ones(1, 8)}, tmp_path / "torn.safetensors")
+    with pytest.raises(AdapterError, match="not rows of one word"):
+        import_embedding(tmp_path / "torn.safetensors")
+
+
+def test_a_word_of_two_text_encoders_is_two_tensors(make_concept, tmp_path):
+    vectors = torch.randn(2, 768 + 1280, generator=torch.Generator().manual_seed(0))
+    (file,) = export_embeddings(dataclasses.replace(make_concept("lora"), tokens={"<kodo>": vectors}), tmp_path)
+    stored = load_file(file)
+    assert stored["clip_l"].shape == (2, 768) and stored["clip_g"].shape == (2, 1280)
+    word, read = import_embedding(file)
+    assert word == "kodo" and torch.equal(read, vectors)
+
+
+def test_a_layer_wise_word_is_exported_as_the_mean_of_its_layers(make_concept, tmp_path):
+    concept = make_concept("lora")
+    layered = concept.tokens["<fell>"]
+    export_embeddings(concept, tmp_path)
+    word, vectors = import_embedding(tmp_path / "fell.safetensors")
+    assert word == "<fell>" and torch.allclose(vectors, layered.mean(dim=0))
+    assert not torch.equal(layered[0], layered[1])
+
+
+def test_a_whole_weight_is_exported_in_the_smaller_of_two_ways(make_concept, tmp_path):
+    concept = make_concept("full")
+    export_kohya(concept, tmp_path / "x")
+    tensors = load_file(tmp_path / "x")
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
+    assert tensors[f"{stem}attn2_to_k.lora_up.weight"].shape == (16, 16)
+    assert tensors[f"{stem}attn2_to_k.lora_down.weight"].shape == (16, 24)
+    assert tensors[f"{stem}ff_net_0_proj.lora_down.weight"].shape == (16, 16)
+    assert tensors[f"{stem}ff_net_0_proj.lora_up.weight"].shape == (64, 16)
 
 
 @pytest.fixture(scope="module")
