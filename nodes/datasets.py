@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -9,12 +10,14 @@ from comfy_api.latest import io, ui
 
 from ..host.folders import input_folder
 from ..host.messages import show_text
+from ..modular_concepts.buckets import sizes_of
 from ..modular_concepts.dataset import Dataset, load_folder, of_pictures
 from ..modular_concepts.errors import AdapterError
 
 CONCEPT_DATASET = io.Custom("CONCEPT_DATASET")
 SIDE = 512  # of pictures in a folder, where no size is chosen
 STEP = 8
+BUCKET_STEP = 64  # where pictures are large enough for it, so that few sizes come about
 
 
 class ConceptDataset(io.ComfyNode):
@@ -42,7 +45,8 @@ class ConceptDataset(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="A folder inside ComfyUI's input folder, instead of images: pictures, a .txt caption of "
-                    "the same name for each (or none at all), and NAME.mask.png masks (or none at all)",
+                    "the same name for each (or none at all), and NAME.mask.png masks (or none at all). Pictures in "
+                    "a subfolder 3_anything come three times as often",
                 ),
                 io.String.Input(
                     "captions",
@@ -67,6 +71,14 @@ class ConceptDataset(io.ComfyNode):
                     step=STEP,
                     tooltip=f"Training size in pixels; 0: as high as the first picture ({SIDE} for a folder)",
                 ),
+                io.Boolean.Input(
+                    "keep_aspect",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Train wide pictures wide and high ones high, each at a size of about width x height "
+                    "pixels, instead of cropping all to one size",
+                ),
             ],
             outputs=[
                 CONCEPT_DATASET.Output("dataset", display_name="CONCEPT_DATASET", tooltip="For the concept trainers")
@@ -80,16 +92,18 @@ class ConceptDataset(io.ComfyNode):
         name = (folder or [""])[0] or ""
         if not name.strip():
             return ""
-        files = sorted(path for path in input_folder(name).iterdir() if path.is_file())
-        return " ".join(f"{path.name} {path.stat().st_mtime_ns} {path.stat().st_size}" for path in files)
+        folder = input_folder(name)
+        files = sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file())
+        stats = ((path.relative_to(folder), path.stat()) for path in files)
+        return " ".join(f"{path} {stat.st_mtime_ns} {stat.st_size}" for path, stat in stats)
 
     @classmethod
-    def execute(cls, captions, width, height, images=None, masks=None, folder=None) -> io.NodeOutput:
+    def execute(cls, captions, width, height, images=None, masks=None, folder=None, keep_aspect=None) -> io.NodeOutput:
         lines = [line for text in captions for line in (text or "").splitlines() if line.strip()]
         name = ((folder or [""])[0] or "").strip()
         pictures = [picture for batch in images or [] if batch is not None for picture in batch]
         covers = [cover for batch in masks or [] if batch is not None for cover in batch.reshape(-1, *batch.shape[-2:])]
-        dataset = _dataset(pictures, covers, name, lines, (height[0], width[0]))
+        dataset = _dataset(pictures, covers, name, lines, (height[0], width[0]), bool(keep_aspect and keep_aspect[0]))
         if len(dataset.pictures) < 2:
             raise AdapterError(
                 "there is only one picture, which teaches that picture and not the concept; give at least 2"
@@ -97,7 +111,7 @@ class ConceptDataset(io.ComfyNode):
         text = describe(dataset)
         show_text(cls.hidden.unique_id, text)
         shown = {
-            **ui.PreviewImage(dataset.pictures.movedim(1, -1), cls=None).as_dict(),
+            **ui.PreviewImage([picture.movedim(0, -1) for picture in dataset.pictures], cls=None).as_dict(),
             **ui.PreviewText(text).as_dict(),
         }
         return io.NodeOutput(dataset, ui=shown)
@@ -105,9 +119,11 @@ class ConceptDataset(io.ComfyNode):
 
 def describe(dataset: Dataset) -> str:
     """How many pictures of what size, and what is said of them."""
-    count, _, height, width = dataset.pictures.shape
     masked = "" if dataset.masks is None else ", with masks"
-    lines = [f"{count} pictures of {width} x {height} pixels{masked}"]
+    sizes = Counter(sizes_of(dataset.pictures)).most_common()
+    lines = [f"{count} pictures of {width} x {height} pixels{masked}" for (height, width), count in sizes]
+    if dataset.repeats is not None:
+        lines.append(f"{sum(dataset.repeats)} with repeats")
     captions = dict.fromkeys(dataset.captions)
     lines += list(captions)[:8]
     if len(captions) > 8:
@@ -121,6 +137,7 @@ def _dataset(
     folder: str,
     captions: list[str],
     size: tuple[int, int],
+    keep_aspect: bool,
 ) -> Dataset:
     if pictures and folder:
         raise AdapterError(f"there are images and the folder {folder!r}; disconnect the images or empty the folder")
@@ -129,16 +146,23 @@ def _dataset(
     if not captions:
         raise AdapterError("captions are empty; write at least one line, such as: a photo of {concept}")
     if folder:
-        return _of_folder(input_folder(folder), captions, tuple(side or SIDE for side in size))
+        return _of_folder(input_folder(folder), captions, tuple(side or SIDE for side in size), keep_aspect)
     first = pictures[0].shape[:2]
     size = tuple(chosen or int(own) // STEP * STEP for chosen, own in zip(size, first, strict=True))
-    return of_pictures([picture[..., :3].movedim(-1, 0) for picture in pictures], captions, covers or None, size)
+    pictures = [picture[..., :3].movedim(-1, 0) for picture in pictures]
+    return of_pictures(pictures, captions, covers or None, size, buckets=keep_aspect, multiple=_bucket_step(size))
 
 
-def _of_folder(folder: Path, captions: list[str], size: tuple[int, int]) -> Dataset:
-    if len(captions) > 1 and not any(folder.glob("*.txt")):
+def _of_folder(folder: Path, captions: list[str], size: tuple[int, int], keep_aspect: bool) -> Dataset:
+    if len(captions) > 1 and not any(any(folder.glob(pattern)) for pattern in ("*.txt", "*/*.txt")):
         raise AdapterError(
             f"{len(captions)} lines of captions for a folder; write one line for all, or a .txt file for each picture"
         )
     # {concept} stays in the captions: the trainer knows the trigger.
-    return load_folder(folder, size, ("{concept}",), template=captions[0])
+    return load_folder(
+        folder, size, ("{concept}",), template=captions[0], buckets=keep_aspect, multiple=_bucket_step(size)
+    )
+
+
+def _bucket_step(size: tuple[int, int]) -> int:
+    return BUCKET_STEP if min(size) >= 4 * BUCKET_STEP else STEP
