@@ -14,7 +14,7 @@ import tiny_problem
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_problem import RESUME_SETTINGS, learned, tiny_basis
+from tiny_problem import EVERYTHING, RESUME_SETTINGS, learned, problem_with_everything, tiny_basis
 from tiny_problem import tiny_problem as make_problem
 
 from modular_concepts.errors import AdapterError
@@ -32,6 +32,12 @@ def assert_same(left, right):
 def run(folder=None, resume=None, callback=None, settings=RESUME_SETTINGS, problem=None, **options):
     problem = problem or make_problem()
     return train(problem, settings, callback, resume, basis=tiny_basis(), checkpoints=folder, **options)
+
+
+def problem_with_all_layers():
+    """`problem_with_everything` with the layers of `make_problem`."""
+    problem = problem_with_everything()
+    return replace(problem, layers=problem.layers | {"text_encoder.mix": problem.modules[1].mix})
 
 
 def child(folder, *options):
@@ -54,6 +60,58 @@ def test_ten_steps_and_ten_more_in_a_new_process_are_twenty(tmp_path, straight):
     assert child(tmp_path).wait(60) == 0
     assert_same(load_file(tmp_path / "final.safetensors"), straight[0])
     assert_same(load_file(newest_checkpoint(tmp_path)), straight[1])
+
+
+def train_everything(folder=None, resume=None, callback=None, **changed):
+    settings = replace(EVERYTHING, **changed)
+    return run(folder, resume, callback, settings, problem_with_everything())
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("everything")
+    return learned(train_everything(folder)), load_file(newest_checkpoint(folder))
+
+
+@pytest.mark.parametrize("step", [1, 7, 13, 19])
+def test_with_every_option_on_a_resumed_training_ends_the_same(tmp_path, everything, step):
+    """Buckets, repeats, mirrored pictures, varied captions, class pictures of another size, fp16, checkpointing."""
+    half = train_everything(tmp_path, callback=lambda progress: progress.step == step)
+    assert half.step == step and not half.finished
+    assert_same(learned(train_everything(tmp_path, tmp_path)), everything[0])
+    assert_same(load_file(newest_checkpoint(tmp_path)), everything[1])
+
+
+def test_with_every_option_on_a_new_process_ends_the_same(tmp_path, everything):
+    train_everything(tmp_path, callback=lambda progress: progress.step == 10)
+    assert child(tmp_path, "--everything").wait(120) == 0
+    assert_same(load_file(tmp_path / "final.safetensors"), everything[0])
+    assert_same(load_file(newest_checkpoint(tmp_path)), everything[1])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"flip": False},
+        {"caption_dropout": 0.0},
+        {"shuffle_tags": False},
+        {"attention_regularisation": 0.0},
+        {"precision": "fp32"},
+    ],
+)
+def test_every_option_takes_part_in_that(everything, changed):
+    assert not torch.equal(learned(train_everything(**changed))["losses"], everything[0]["losses"])
+
+
+def test_gradient_checkpointing_changes_nothing_so_it_may_be_turned_on_to_resume(tmp_path, everything):
+    train_everything(tmp_path, callback=lambda progress: progress.step == 10, gradient_checkpointing=False)
+    assert_same(learned(train_everything(tmp_path, tmp_path)), everything[0])
+
+
+def test_options_that_were_off_may_be_turned_on_when_changes_are_accepted(tmp_path):
+    run(tmp_path, callback=lambda progress: progress.step == 2)
+    result = run(resume=tmp_path, settings=EVERYTHING, problem=problem_with_all_layers(), accept_changes=True)
+    assert result.finished
 
 
 def test_a_killed_training_is_resumed_to_the_same_end(tmp_path, straight):
