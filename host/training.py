@@ -7,16 +7,15 @@ models/concepts/                what a cancelled training had learned by then
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
 import folder_paths
-import torch
-from PIL import Image
 from torch import Tensor
 
 from ..modular_concepts.bases import OrthogonalBasis
@@ -27,7 +26,7 @@ from ..modular_concepts.customisation import (
     check_training,
     concept_from,
     prior_examples,
-    train_concept,
+    problem_for,
     trigger_of,
 )
 from ..modular_concepts.dataset import Dataset, filled_in
@@ -39,19 +38,22 @@ from ..modular_concepts.sampling import SampleSettings
 from ..modular_concepts.training import (
     Cancelled,
     Examples,
-    Progress,
     TrainResult,
     TrainSettings,
     Unfinished,
     newest_checkpoint,
+    train,
 )
 from ..modular_concepts.training.checkpoint import PATTERN
 from .base import HostBase, draw
+from .progress import Previews, Watch
 
 PRIOR_SEED = 1000
 PRIOR_STEPS = 12
-PREVIEW = dict(steps=12, cfg=4.0)
-PREVIEW_SIDE = 256  # screen pixels that a small preview is enlarged to
+OUT_OF_MEMORY = (
+    "memory ran out; choose a smaller batch_size, smaller pictures in Concept Pictures, or gradient_checkpointing in "
+    "Training Options"
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class Plan:
     """What a training in the host needs beside the engine's settings.
 
     prior_pictures: how many pictures of its own the base draws first, for prior preservation.
-    preview_every: steps between previews, 0 for none; preview_prompt: with the trigger filled in.
-    resume: go on from the newest checkpoint of this name, where there is one.
+    preview_every, preview_prompts: see `progress.Previews`.
+    resume: go on from the newest checkpoint of this name, where there is one; accept_changes: with other settings too.
+    node: the id of the node that the training shows itself on.
     """
 
     subject: Subject
@@ -69,13 +72,19 @@ class Plan:
     basis: OrthogonalBasis
     prior_pictures: int = 0
     preview_every: int = 0
-    preview_prompt: str = ""
+    preview_prompts: tuple[str, ...] = ()
     resume: bool = False
+    accept_changes: bool = False
+    node: str | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the pictures, the first one's where they differ."""
         return tuple(self.subject.pictures[0].shape[1:])
+
+    @property
+    def previews(self) -> Previews:
+        return Previews(self.preview_every, self.preview_prompts, self.settings.seed, self.size)
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ def subject_of(dataset: Dataset, name: str, class_word: str, description: str = 
 
 def settings_for(architecture: str, rates: Rates, **chosen) -> TrainSettings:
     """The settings that a person chose, with ours for the rest.  Raises AdapterError for values that cannot work."""
-    return TrainSettings(
+    ours = dict(
         adapter_lr=rates.adapter,
         token_lr=rates.token,
         warmup=min(20, chosen["steps"] // 10),
@@ -125,8 +134,8 @@ def settings_for(architecture: str, rates: Rates, **chosen) -> TrainSettings:
         weight_decay=0.0,
         # The toy's words lie close together; a new one needs a place of its own.
         token_noise=1.0 if architecture == "toy" else 0.1,
-        **chosen,
     )
+    return TrainSettings(**{**ours, **chosen})
 
 
 def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
@@ -138,23 +147,40 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
     subject = plan.subject
     check_training(base, subject, plan.settings, plan.targets)
     folder = checkpoint_folder(subject.name)
-    with base.trainable(), _interruptible():
+    with base.trainable(), _interruptible(), _enough_memory():
         prior = _prior(base, plan)
         resume = _resume(folder, plan)
-        watch = _Watch(base, plan)
+        problem = problem_for(base, subject, plan.targets, prior)
         try:
-            concept, result = train_concept(
-                base, subject, plan.settings, plan.targets, plan.basis, watch, folder, resume, prior
+            result = train(
+                problem,
+                plan.settings,
+                Watch(plan.settings.steps, plan.previews, partial(draw, base), plan.node),
+                resume,
+                basis=plan.basis,
+                checkpoints=folder,
+                accept_changes=plan.accept_changes,
             )
         except Unfinished as error:
             kept = keep_unfinished(concept_from(base, subject, error.result, plan.basis, plan.targets), error.result)
             raise AdapterError(f"{error} in {kept}" if kept else str(error)) from error
+    concept = concept_from(base, subject, result, plan.basis, plan.targets)
     if not result.finished:
         keep_unfinished(concept, result)
         # The flag is cleared when it is raised, by us or by whichever layer saw it first.
         comfy.model_management.interrupt_current_processing(False)
         raise comfy.model_management.InterruptProcessingException
     return concept, result
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Memory that runs out outside of a training step, while pictures are encoded or drawn for instance."""
+    try:
+        yield
+    except comfy.model_management.OOM_EXCEPTION as error:
+        comfy.model_management.soft_empty_cache()
+        raise AdapterError(OUT_OF_MEMORY) from error
 
 
 @contextmanager
@@ -220,29 +246,3 @@ def _resume(folder: Path, plan: Plan) -> Path | None:
     for path in found:
         path.replace(before / path.name)
     return None
-
-
-class _Watch:
-    """Told of each step: moves the progress bar, draws a preview when one is due, sees an interrupt."""
-
-    def __init__(self, base: HostBase, plan: Plan):
-        self.base, self.plan = base, plan
-        self.bar = comfy.utils.ProgressBar(plan.settings.steps)
-
-    def __call__(self, at: Progress) -> bool:
-        due = self.plan.preview_every and (at.step % self.plan.preview_every == 0 or at.step == at.steps)
-        try:
-            preview = ("JPEG", self._preview(at.tokens), 512) if due else None
-            # The server raises an interrupt here too.
-            self.bar.update_absolute(at.step, at.steps, preview)
-        except comfy.model_management.InterruptProcessingException:
-            return True
-        return comfy.model_management.processing_interrupted()
-
-    def _preview(self, tokens: Mapping[str, Tensor]) -> Image.Image:
-        height, width = self.plan.size
-        settings = SampleSettings(**PREVIEW, height=height, width=width)
-        (picture,) = draw(self.base, [self.plan.preview_prompt], [self.plan.settings.seed], tokens, settings)
-        image = Image.fromarray((picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
-        larger = max(1, PREVIEW_SIDE // max(image.size))
-        return image.resize((image.width * larger, image.height * larger), Image.Resampling.NEAREST)

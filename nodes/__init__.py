@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..host import folders
+from .baselines import CustomDiffusionTrainer, EDLoRATrainer, WordTrainer
 from .bases import OrthoBasisLoader
 from .concepts import ConceptLoader, ConceptSave, ConceptStrength, ConceptTextEncode
 from .datasets import ConceptDataset
@@ -13,6 +14,7 @@ from .regions import ConceptRegion, RegionalConceptSampler
 from .reports import CrosstalkReport
 from .toy import ToyBaseLoader, ToyPictures
 from .training import BlockLoRATrainer, LoRATrainer, OrthoLoRATrainer
+from .training_options import ConceptTrainingOptions
 
 NODES: list[type[io.ComfyNode]] = [
     ToyBaseLoader,
@@ -22,6 +24,10 @@ NODES: list[type[io.ComfyNode]] = [
     OrthoLoRATrainer,
     BlockLoRATrainer,
     LoRATrainer,
+    EDLoRATrainer,
+    CustomDiffusionTrainer,
+    WordTrainer,
+    ConceptTrainingOptions,
     ConceptLoader,
     ConceptStrength,
     ConceptSave,

@@ -87,7 +87,7 @@ def lesson(case: dict, prefix: str = "") -> training.Plan:
         bases.OrthogonalBasis(),
         case.get("prior", 0),
         case.get("preview_every", 0),
-        f"a {subject.trigger}",
+        (f"a {subject.trigger}",),
         case.get("resume", False),
     )
 

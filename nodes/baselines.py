@@ -1,0 +1,134 @@
+"""Teach the loaded model one concept by the methods that the papers compare with, with those papers' numbers."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..modular_concepts.customisation import Targets
+from .training_form import Form, Trainer, Way, inputs, outputs, rank_input, train
+
+# Without a choice of ours: the learning rates stay as they are, and AdamW pulls nothing towards 0.
+PLAIN = {"schedule": "constant", "warmup": 0}
+ED_LORA = {
+    "layerwise": True,
+    "token_start": "random + class",
+    "noise_offset": 0.01,
+    "schedule": "linear",
+    "warmup": 0,
+    "weight_decay": 0.01,
+}
+
+
+class WordTrainer(Trainer):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WordTrainer",
+            display_name="Train Concept Word",
+            category="modular concepts/training",
+            description="Learns a new word for one concept, and nothing else of the model: Textual Inversion, or P+ "
+            "with a word of its own for each layer. A tiny file that leaves the model as it is, and less like the "
+            "pictures than methods that train layers too.",
+            search_aliases=["textual inversion", "embedding", "p+", "extended textual inversion", "train embedding"],
+            inputs=inputs(
+                [
+                    io.Combo.Input(
+                        "word",
+                        options=["one for all layers", "one for each layer"],
+                        default="one for all layers",
+                        tooltip="one for all layers: Textual Inversion, usable as an embedding anywhere. one for each "
+                        "layer: P+, which is more precise and takes fewer steps; prompts then need Concept Prompt and "
+                        "the MODEL from Merge Concepts",
+                    )
+                ],
+                Form(
+                    steps=5000,
+                    steps_help="How many training steps: Textual Inversion's authors took 5000; a word for each layer "
+                    "is there in about 500",
+                    rate=None,
+                    token_rate=5e-3,
+                    word_help="Step size of the word, per step: 0.005 for Stable Diffusion, as in Textual Inversion; "
+                    "0.03 for the toy base",
+                    vectors=1,
+                    targets=None,
+                ),
+            ),
+            outputs=outputs(lora=False),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, word: str, **common) -> io.NodeOutput:
+        own = PLAIN | {"layerwise": word == "one for each layer"}
+        return train(cls, common, Way("words", targets=Targets((), None), settings=own))
+
+
+class CustomDiffusionTrainer(Trainer):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CustomDiffusionTrainer",
+            display_name="Train Custom Diffusion Concept",
+            category="modular concepts/training",
+            description="Learns one concept in the whole weights of the layers that read the text (cross-attention "
+            "keys and values), with a word of its own, beside pictures of its class that the base draws (Kumari et "
+            "al. 2023).",
+            search_aliases=["custom diffusion", "cross attention", "dreambooth", "train concept", "fine-tune"],
+            inputs=inputs(
+                [],
+                Form(
+                    steps=250,
+                    steps_help="How many training steps: the authors take 250, for faces 750 at half the step size",
+                    rate=4e-5,
+                    rate_help="Step size of the layers, per step: the authors take 0.00001 for each picture of a step, "
+                    "so 0.00004 for four; 0.0002 for the toy base",
+                    token_rate=4e-5,
+                    word_help="Step size of the learned word, per step: the same as the layers' in the paper; 0.03 for "
+                    "the toy base",
+                    vectors=1,
+                    targets=None,
+                    prior=200,
+                ),
+            ),
+            outputs=outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, **common) -> io.NodeOutput:
+        way = Way("custom_diffusion", targets=Targets(("cross_attention_kv",), None), settings=PLAIN)
+        return train(cls, common, way)
+
+
+class EDLoRATrainer(Trainer):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="EDLoRATrainer",
+            display_name="Train ED-LoRA Concept",
+            category="modular concepts/training",
+            description="Learns one concept as Mix-of-Show does: a word of two vectors for each layer carries most of "
+            "it, one random and one from the class word, and a small LoRA the rest, in the text encoder too (Gu et al. "
+            "2023).",
+            search_aliases=["ed-lora", "mix of show", "mix-of-show", "train lora", "train concept"],
+            inputs=inputs(
+                [],
+                Form(
+                    rank=rank_input("Size of the adapters: 4 in the paper", default=4),
+                    steps=1000,
+                    steps_help="How many training steps: the authors take 1000 for people and scenes, 500 for objects",
+                    rate=1e-4,
+                    rate_help="Step size of the layers, per step: 0.0001 as the authors take for the U-Net; 0.0002 for "
+                    "the toy base",
+                    word_help="Step size of the learned word, per step: 0.001 as in the paper; 0.03 for the toy base",
+                    targets="attention",
+                    text_encoder=True,
+                ),
+            ),
+            outputs=outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, rank: int, **common) -> io.NodeOutput:
+        return train(cls, common, Way("lora", rank, settings=ED_LORA))
