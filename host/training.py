@@ -45,15 +45,14 @@ from ..modular_concepts.training import (
     train,
 )
 from ..modular_concepts.training.checkpoint import PATTERN
+from ..modular_concepts.training.memory import memory_advice, ran_out_of_memory
+from ..modular_concepts.training.rehearsal import rehearse
 from .base import HostBase, draw
+from .messages import show_text
 from .progress import Previews, Watch
 
 PRIOR_SEED = 1000
 PRIOR_STEPS = 12
-OUT_OF_MEMORY = (
-    "memory ran out; choose a smaller batch_size, smaller pictures in Concept Pictures, or gradient_checkpointing in "
-    "Training Options"
-)
 
 
 @dataclass(frozen=True)
@@ -147,10 +146,13 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
     subject = plan.subject
     check_training(base, subject, plan.settings, plan.targets)
     folder = checkpoint_folder(subject.name)
-    with base.trainable(), _interruptible(), _enough_memory():
+    with base.trainable(), _interruptible(), _enough_memory(plan.settings):
         prior = _prior(base, plan)
         resume = _resume(folder, plan)
         problem = problem_for(base, subject, plan.targets, prior)
+        estimate = str(rehearse(problem, plan.settings, plan.basis))
+        logging.info("%s: %s", subject.name, estimate)
+        show_text(plan.node, estimate)
         try:
             result = train(
                 problem,
@@ -174,13 +176,15 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
 
 
 @contextmanager
-def _enough_memory() -> Iterator[None]:
-    """Memory that runs out outside of a training step, while pictures are encoded or drawn for instance."""
+def _enough_memory(settings: TrainSettings) -> Iterator[None]:
+    """Memory that runs out outside of the training's own steps, in the VAE for instance, as a sentence that helps."""
     try:
         yield
-    except comfy.model_management.OOM_EXCEPTION as error:
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
         comfy.model_management.soft_empty_cache()
-        raise AdapterError(OUT_OF_MEMORY) from error
+        raise AdapterError(f"memory ran out; {memory_advice(settings)}") from error
 
 
 @contextmanager

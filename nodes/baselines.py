@@ -60,7 +60,7 @@ class WordTrainer(Trainer):
     @classmethod
     def execute(cls, word: str, **common) -> io.NodeOutput:
         own = PLAIN | {"layerwise": word == "one for each layer"}
-        return train(cls, common, Way("words", targets=Targets((), None), settings=own))
+        return train(cls, common, Way("words", targets=Targets(), settings=own))
 
 
 class CustomDiffusionTrainer(Trainer):

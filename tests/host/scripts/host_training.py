@@ -79,16 +79,17 @@ def lesson(case: dict, prefix: str = "") -> training.Plan:
     subject = training.subject_of(data, case["name"], case.get("class_word", "man"), case.get("description", ""))
     rates = training.Rates(case.get("learning_rate", 1e-3), case.get("token_learning_rate", 3e-2))
     settings = training.settings_for("sd15" if prefix else "toy", rates, name=subject.name, **case["settings"])
-    text = ("attention",) if case.get("text_encoder") else None
+    unet, text = tuple(case.get("targets", ["attention"])), ("attention",) if case.get("text_encoder") else None
     return training.Plan(
         subject,
         settings,
-        customisation.Targets(("attention",), text),
+        customisation.Targets(unet, text),
         bases.OrthogonalBasis(),
         case.get("prior", 0),
         case.get("preview_every", 0),
         (f"a {subject.trigger}",),
         case.get("resume", False),
+        case.get("accept_changes", False),
     )
 
 
@@ -158,7 +159,7 @@ def stop_and_resume(loaded) -> None:
 
     def interrupt(*_):
         asked_to["count"] += 1
-        if asked_to["count"] == 2:
+        if asked_to["count"] == 4:  # in the second step: the estimate before the first asks twice
             comfy.model_management.interrupt_current_processing(True)
             comfy.model_management.throw_exception_if_processing_interrupted()
 
@@ -191,7 +192,7 @@ def break_it(loaded) -> None:
 
     def fail(*_):
         count["calls"] += 1
-        if count["calls"] == 3:
+        if count["calls"] == 5:  # the estimate asks twice
             raise ZeroDivisionError("a fault of somebody else's")
 
     handle = deep.register_forward_hook(fail)
@@ -303,4 +304,5 @@ def main() -> None:
     (FOLDER / "facts.json").write_text(json.dumps(facts))
 
 
-main()
+if __name__ == "__main__":
+    main()
