@@ -1,7 +1,8 @@
 """One concept's training inside the host: its progress bar, previews and cancel, checkpoints and kept files.
 
-output/modular_concepts/NAME/   checkpoints; those of the training before in before/
-models/concepts/                what a cancelled training had learned by then
+output/modular_concepts/NAME/    checkpoints; those of the training before in before/
+output/modular_concepts_latents  pictures as the VAE encodes them, where that is asked for
+models/concepts/                 what a cancelled training had learned by then
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..modular_concepts.customisation import (
     check_training,
     concept_from,
     prior_examples,
-    problem_for,
+    train_concept,
     trigger_of,
 )
 from ..modular_concepts.dataset import Dataset, filled_in
@@ -37,16 +38,15 @@ from ..modular_concepts.layers import file_key
 from ..modular_concepts.sampling import SampleSettings
 from ..modular_concepts.training import (
     Cancelled,
+    Estimate,
     Examples,
     TrainResult,
     TrainSettings,
     Unfinished,
     newest_checkpoint,
-    train,
 )
 from ..modular_concepts.training.checkpoint import PATTERN
 from ..modular_concepts.training.memory import memory_advice, ran_out_of_memory
-from ..modular_concepts.training.rehearsal import rehearse
 from .base import HostBase, draw
 from .messages import show_text
 from .progress import Previews, Watch
@@ -62,6 +62,7 @@ class Plan:
     prior_pictures: how many pictures of its own the base draws first, for prior preservation.
     preview_every, preview_prompts: see `progress.Previews`.
     resume: go on from the newest checkpoint of this name, where there is one; accept_changes: with other settings too.
+    keep_latents: keep the pictures' latents on disk, for the next training on them.
     node: the id of the node that the training shows itself on.
     """
 
@@ -74,6 +75,7 @@ class Plan:
     preview_prompts: tuple[str, ...] = ()
     resume: bool = False
     accept_changes: bool = False
+    keep_latents: bool = False
     node: str | None = None
 
     @property
@@ -149,30 +151,36 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
     with base.trainable(), _interruptible(), _enough_memory(plan.settings):
         prior = _prior(base, plan)
         resume = _resume(folder, plan)
-        problem = problem_for(base, subject, plan.targets, prior)
-        estimate = str(rehearse(problem, plan.settings, plan.basis))
-        logging.info("%s: %s", subject.name, estimate)
-        show_text(plan.node, estimate)
         try:
-            result = train(
-                problem,
+            concept, result = train_concept(
+                base,
+                subject,
                 plan.settings,
+                plan.targets,
+                plan.basis,
                 Watch(plan.settings.steps, plan.previews, partial(draw, base), plan.node),
+                folder,
                 resume,
-                basis=plan.basis,
-                checkpoints=folder,
+                prior,
                 accept_changes=plan.accept_changes,
+                cache=latents_folder() if plan.keep_latents else None,
+                estimate=partial(_announce, plan),
             )
         except Unfinished as error:
             kept = keep_unfinished(concept_from(base, subject, error.result, plan.basis, plan.targets), error.result)
             raise AdapterError(f"{error} in {kept}" if kept else str(error)) from error
-    concept = concept_from(base, subject, result, plan.basis, plan.targets)
     if not result.finished:
         keep_unfinished(concept, result)
         # The flag is cleared when it is raised, by us or by whichever layer saw it first.
         comfy.model_management.interrupt_current_processing(False)
         raise comfy.model_management.InterruptProcessingException
     return concept, result
+
+
+def _announce(plan: Plan, estimate: Estimate) -> None:
+    """Time and memory, before the first step."""
+    logging.info("%s: %s", plan.subject.name, estimate)
+    show_text(plan.node, str(estimate))
 
 
 @contextmanager
@@ -198,6 +206,10 @@ def _interruptible() -> Iterator[None]:
 
 def checkpoint_folder(name: str) -> Path:
     return Path(folder_paths.get_output_directory()) / "modular_concepts" / safe_name(name)
+
+
+def latents_folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / "modular_concepts_latents"
 
 
 def keep_unfinished(concept: Concept, result: TrainResult) -> Path | None:
@@ -228,7 +240,14 @@ def _prior(base: HostBase, plan: Plan) -> Examples | None:
     settings = SampleSettings(steps=PRIOR_STEPS, height=height, width=width)
     bar = comfy.utils.ProgressBar(1)
     return prior_examples(
-        base, plan.subject.class_word, plan.prior_pictures, PRIOR_SEED, settings, bar.update_absolute, draw
+        base,
+        plan.subject.class_word,
+        plan.prior_pictures,
+        PRIOR_SEED,
+        settings,
+        bar.update_absolute,
+        draw,
+        latents_folder() if plan.keep_latents else None,
     )
 
 

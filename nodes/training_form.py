@@ -232,8 +232,10 @@ def train(node: type[io.ComfyNode], common: dict, way: Way) -> io.NodeOutput:
         checkpoint_every=common["checkpoint_every"],
         precision=common["precision"],
     )
+    options = dict(common.get("options") or {})
+    keep_latents = bool(options.pop("keep_latents", False))
     rates = Rates(common.get("learning_rate", 0.0), common["token_learning_rate"])
-    settings = settings_for(base.architecture, rates, **{**chosen, **way.settings, **(common.get("options") or {})})
+    settings = settings_for(base.architecture, rates, **{**chosen, **way.settings, **options})
     plan = Plan(
         subject,
         settings,
@@ -244,6 +246,7 @@ def train(node: type[io.ComfyNode], common: dict, way: Way) -> io.NodeOutput:
         tuple(with_words(text.strip(), (subject.trigger,)) for text in common["preview_prompt"].split("|")),
         common["resume"],
         common.get("on_change") == CHANGES[1],
+        keep_latents,
         node.hidden.unique_id,
     )
     concept, result = train_in_host(base, plan)

@@ -145,6 +145,13 @@ class ConceptTrainingOptions(io.ComfyNode):
                     tooltip="Compute the network's blocks again on the way back instead of keeping them: much less "
                     "memory, about a third more time a step; the result is the same",
                 ),
+                io.Boolean.Input(
+                    "keep_latents",
+                    default=False,
+                    tooltip="Keep pictures as the VAE encodes them, and the base's own, in output/"
+                    "modular_concepts_latents, so that the next training on them starts at once",
+                    advanced=True,
+                ),
                 io.Int.Input(
                     "keep_checkpoints",
                     default=2,
@@ -177,9 +184,10 @@ def settings_of(
     shuffle_tags: bool,
     optimizer: str,
     gradient_checkpointing: bool,
+    keep_latents: bool,
     **numbers: float,
 ) -> dict[str, object]:
-    """Settings by their names in the engine, those alone that are not left to the method."""
+    """Settings by their names in the engine (and keep_latents), those alone that are not left to the method."""
     choices = {
         "layerwise": WORD_LAYERS.get(word_layers),
         "token_start": WORD_STARTS.get(word_start),
@@ -191,6 +199,7 @@ def settings_of(
         "shuffle_tags": shuffle_tags or None,
         "optimizer": None if optimizer == "adamw" else optimizer,
         "gradient_checkpointing": gradient_checkpointing or None,
+        "keep_latents": keep_latents or None,
     }
     found = {name: value for name, value in choices.items() if value is not None}
     for name, value in numbers.items():
