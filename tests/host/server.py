@@ -35,6 +35,7 @@ class Run:
 
     progress: node -> (value, max) as they came; previews: node -> pictures as they came, each as bytes.
     ran: the nodes that were not taken from the cache, in order.
+    late: nodes whose progress was told of when they were no longer at work.
     """
 
     prompt: dict
@@ -43,6 +44,7 @@ class Run:
     ran: list[str] = field(default_factory=list)
     progress: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     previews: dict[str, list[bytes]] = field(default_factory=dict)
+    late: list[str] = field(default_factory=list)
     error: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)
 
@@ -227,6 +229,8 @@ class HostServer(Server):
             run.ran.append(data["node"])
         elif kind == "progress":
             run.progress.setdefault(data["node"], []).append((data["value"], data["max"]))
+            if run.ending or run.ran[-1:] != [data["node"]]:
+                run.late.append(data["node"])
         elif kind in ENDINGS:
             run.ending = kind
             run.error = data if kind == "execution_error" else {}

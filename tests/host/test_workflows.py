@@ -27,6 +27,14 @@ SAMPLERS = ("KSampler", "RegionalConceptSampler")
 ENLARGED = 8  # the workflows show each pixel as 8 x 8
 BRIEF = {"steps": 24, "batch_size": 4, "prior_pictures": 0, "preview_every": 8, "checkpoint_every": 8}
 FEW = 8  # sampling steps
+# In so few steps a described concept owes its looks to its description.  This one has none, and rates that teach it
+# all the same, so that its looks come from the training alone.
+FROM_PICTURES_ALONE = {"description": "", "learning_rate": 1e-2, "token_learning_rate": 3e-2}
+TOGETHER = {  # workflow: the title of the pictures with several concepts, and which those are
+    "2_train_three_and_merge": ("tom, tim, minka", ("tom", "tim", "minka")),
+    "3_regional_picture": ("tom, tim and minka", ("tom", "tim", "minka")),
+    "4_block_merge_of_five": ("tom, ada, rex, minka, bolt", ("tom", "ada", "rex", "minka", "bolt")),
+}
 
 
 def load(name: str) -> dict:
@@ -38,9 +46,22 @@ def brief(name: str) -> dict:
     prompt = load(name)
     for node in prompt.values():
         if node["class_type"] in TRAINERS:
-            node["inputs"] |= BRIEF
+            node["inputs"] |= BRIEF | (FROM_PICTURES_ALONE if name == "1_train_and_save" else {})
         elif node["class_type"] in SAMPLERS:
             node["inputs"]["steps"] = FEW
+    return prompt
+
+
+def untaught(prompt: dict) -> dict:
+    """The same, with every strength 0 and each trigger word replaced by what the base calls it."""
+    prompt = copy.deepcopy(prompt)
+    for about in prompt.values():
+        inputs = about["inputs"]
+        if about["class_type"] == "ConceptStrength":
+            inputs["strength"] = 0
+        for key in {"text", "prompt"} & inputs.keys():
+            for concept in BY_NAME.values():
+                inputs[key] = inputs[key].replace(concept.trigger, concept.class_word)
     return prompt
 
 
@@ -99,6 +120,39 @@ def likeness(pictures: torch.Tensor, name: str) -> float:
     return load_judges().similarity(pictures, pictures_of(BY_NAME[name])[0]).mean().item()
 
 
+def likenesses(server: HostServer, run: Run, name: str) -> torch.Tensor:
+    """(concepts, concepts, pictures): the pictures, or tiles, of each concept by their similarity to each."""
+    title, names = TOGETHER[name]
+    pictures = tiles(server, run, title)
+    shown = pictures.split(32, dim=3) if pictures.shape[3] > 32 else pictures.chunk(len(names))
+    references = [pictures_of(BY_NAME[concept])[0] for concept in names]
+    return torch.stack([torch.stack([load_judges().similarity(own, refs) for refs in references]) for own in shown])
+
+
+def steps_told(prompt: dict, node: str) -> set[int]:
+    """The steps that the host tells of on any machine: the first, the last, and those that come with a preview.
+
+    Of the others it tells at most every tenth of a second, and so of fewer the faster the machine.
+    """
+    inputs = prompt[node]["inputs"]
+    if prompt[node]["class_type"] in SAMPLERS:
+        return set(range(1, inputs["steps"] + 1))
+    every = inputs["preview_every"]
+    return {1, inputs["steps"]} | (set(range(every, inputs["steps"] + 1, every)) if every else set())
+
+
+def check_progress(run: Run) -> None:
+    """Each trainer and sampler that ran told of its steps, in order and while it was at them."""
+    active = [node for node in run.of_class(*TRAINERS, *SAMPLERS) if node in run.ran]
+    assert set(run.of_class(*SAMPLERS)) <= set(active) and run.late == []
+    for node in active:
+        steps = run.prompt[node]["inputs"]["steps"]
+        values = [value for value, _ in run.progress[node]]
+        assert values == sorted(set(values)) and values[-1] == steps
+        assert {total for _, total in run.progress[node]} == {steps}
+        assert set(values) >= steps_told(run.prompt, node), f"node {node}: {values}"
+
+
 def test_there_are_five_and_each_has_its_other_forms():
     assert len(NAMES) == 5
     for name in NAMES:
@@ -151,14 +205,10 @@ def test_a_workflow_finishes_with_pictures_that_show_something(server, stories, 
 @pytest.mark.parametrize("name", NAMES)
 def test_progress_and_previews_arrive_while_it_runs(stories, name):
     run = stories(name).first
-    active = [node for node in run.of_class(*TRAINERS, *SAMPLERS) if node in run.ran]
-    assert set(run.of_class(*SAMPLERS)) <= set(active)
-    for node in active:
-        steps = run.prompt[node]["inputs"]["steps"]
-        values = [value for value, _ in run.progress[node]]
-        assert values == sorted(values)
-        assert run.progress[node][-1] == (steps, steps), f"node {node}: {run.progress[node][-3:]}"
-        assert len(values) >= steps // 2
+    check_progress(run)
+    for node in {*run.of_class(*TRAINERS, *SAMPLERS)} & {*run.ran}:
+        inputs = run.prompt[node]["inputs"]
+        assert len(run.previews[node]) == inputs["steps"] // inputs.get("preview_every", 1)
         for preview in run.previews[node]:
             assert np.asarray(Image.open(io.BytesIO(preview))).std() > 1
 
@@ -184,9 +234,24 @@ def test_a_changed_value_reruns_only_what_is_downstream(server, stories, name):
     assert not torch.equal(before, after)
 
 
-def test_a_short_training_moves_the_pictures_towards_the_concept(server, stories):
+def test_a_short_training_teaches_what_the_pictures_show(server, stories):
     run = stories("1_train_and_save").first
-    assert likeness(tiles(server, run, "with"), "minka") > likeness(tiles(server, run, "without"), "minka") + 0.05
+    # Measured over five seeds: 0.57 to 0.66 more.  With both rates 0: 0.
+    assert likeness(tiles(server, run, "with"), "minka") > likeness(tiles(server, run, "without"), "minka") + 0.3
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_each_of_several_concepts_is_itself_and_no_other(server, stories, name):
+    """Its pictures, or its part of the picture, resemble it: more than any other concept, and more than before."""
+    prompt = stories(name).first.prompt
+    before = likenesses(server, server.run(untaught(prompt)), name).mean(2)
+    found = likenesses(server, stories(name).first, name).mean(2)
+    own = found.diagonal()
+    # Measured, four seeds each: above every other concept by 0.43 or more, 0.55 to 0.79 in the mean; above before by
+    # 0.66 to 0.85 in the mean.
+    others = found.masked_fill(torch.eye(len(found), dtype=torch.bool), -1).amax(1)
+    assert (own - others).min() > 0.2, found
+    assert (own - others).mean() > 0.35 and (own - before.diagonal()).mean() > 0.35, (own, before.diagonal())
 
 
 def test_stock_nodes_draw_what_ours_draw(server, stories):
@@ -194,6 +259,8 @@ def test_stock_nodes_draw_what_ours_draw(server, stories):
     ours, stock, other = (tiles(server, run, title) for title in ("ours", "stock, from memory", "stock, from a file"))
     assert (ours - stock).abs().max() <= 2 / 255
     assert (ours - other).abs().max() > 0.1
+    for pictures in (ours, stock, other):
+        assert likeness(pictures, "minka") > 0.4  # measured over three seeds: 0.70 to 0.79
 
 
 def test_the_concept_file_is_read_without_a_host(server, stories):
