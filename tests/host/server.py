@@ -33,7 +33,8 @@ STARTING = 400  # seconds; a busy machine imports torch slowly
 class Run:
     """What the server told of one prompt.
 
-    progress: node -> (value, max) as they came; previews: node -> pictures as they came, each as bytes.
+    progress: node -> (value, max) as they came; previews: node -> pictures as they came, each as bytes;
+    texts: node -> words that appeared on it.
     ran: the nodes that were not taken from the cache, in order.
     late: nodes whose progress was told of when they were no longer at work.
     """
@@ -45,6 +46,7 @@ class Run:
     progress: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     previews: dict[str, list[bytes]] = field(default_factory=dict)
     late: list[str] = field(default_factory=list)
+    texts: dict[str, list[str]] = field(default_factory=dict)
     error: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)
 
@@ -212,6 +214,8 @@ class HostServer(Server):
 
     def _note(self, message: dict | bytes) -> None:
         if isinstance(message, bytes):
+            if message[:4] == b"\0\0\0\3":
+                self._note_text(message[4:])
             if message[:4] != b"\0\0\0\4":  # a picture with metadata
                 return
             size = int.from_bytes(message[4:8], "big")
@@ -234,3 +238,11 @@ class HostServer(Server):
         elif kind in ENDINGS:
             run.ending = kind
             run.error = data if kind == "execution_error" else {}
+
+    def _note_text(self, message: bytes) -> None:
+        """Words on a node; the host does not tell of which prompt, and runs one at a time."""
+        size = int.from_bytes(message[:4], "big")
+        node, text = message[4 : 4 + size].decode(), message[4 + size :].decode()
+        for run in self._runs.values():
+            if not run.ending and node in run.ran:
+                run.texts.setdefault(node, []).append(text)
