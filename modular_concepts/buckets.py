@@ -18,10 +18,10 @@ def bucket(height: int, width: int, size: tuple[int, int], multiple: int) -> tup
     """
     area = size[0] * size[1]
     candidates = []
-    for wide in range(multiple, math.isqrt(area * LONGEST) + 1, multiple):
-        high = area // wide // multiple * multiple
-        if high and max(high, wide) <= LONGEST * min(high, wide):
-            candidates.append((high, wide))
+    for one in range(multiple, math.isqrt(area * LONGEST) + 1, multiple):
+        other = area // one // multiple * multiple
+        if other and max(one, other) <= LONGEST * min(one, other):
+            candidates += [(one, other), (other, one)]
     if not candidates:
         return multiple, multiple
     aspect = math.log(width / height)
