@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import comfy.model_management
 import comfy.model_patcher
@@ -16,7 +16,6 @@ import comfy.model_sampling
 import comfy.ops
 import comfy.sample
 import comfy.sd
-import comfy.sd1_clip
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.quant_ops import QuantizedTensor
@@ -26,15 +25,18 @@ from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.layers import chosen_layers
 from ..modular_concepts.sampling import SampleSettings
 from ..modular_concepts.toy import captions as toy_captions
-from ..modular_concepts.training import Cancelled, NoiseSchedule
+from ..modular_concepts.training import Cancelled, FlowSchedule, NoiseSchedule
 from ..modular_concepts.training.attention_regularisation import CrossAttention, cross_attentions_of
 from ..modular_concepts.training.frozen import frozen_forward, own_weights
-from .clip import trigger_positions, with_tokens
-from .layers import architecture_of, base_hash, host_layers, text_encoder_of
+from ..modular_concepts.training.losses import Schedule
+from .clip import trigger_positions
+from .layers import architecture_of, base_hash, host_layers, text_encoders_of
+from .layerwise import LAYERS, PickLayer, cross_attention_layers, stacked, with_layers
+from .texts import HostContext, check_text_models, contexts, word_rows
 
-TRAINABLE = ("toy", "sd15", "sd2")
 SAMPLER = ("euler", "normal")
-DRAWN = 512  # pixels
+DRAWN = {"sdxl": 1024, "sd3": 1024}  # pixels; 512 elsewhere
+LATENT_PIXEL = 8  # what the host takes a latent's cell for when it tells SDXL the picture's size
 
 
 def host_base(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> HostBase:
@@ -45,11 +47,7 @@ def host_base(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae:
                 f"the {name} is missing: this checkpoint holds none; connect one that belongs to the model"
             )
     architecture = architecture_of(model)
-    if architecture not in TRAINABLE:
-        raise AdapterError(
-            f"training is for Stable Diffusion 1.x and 2.x and the toy base; this model is {architecture}, "
-            "for which concepts can be merged but not trained"
-        )
+    check_text_models(clip, architecture)
     needs, gives = model.model.model_config.unet_config["in_channels"], model.model.latent_format.latent_channels
     if needs != gives:
         raise AdapterError(
@@ -66,21 +64,31 @@ def host_base(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae:
 
 @dataclass(frozen=True, eq=False)
 class HostBase:
-    """A `Base` for training; `schedule` is what the host's own sampling goes by."""
+    """A `Base` for training; `schedule` is what the host's own sampling goes by.
+
+    class_words: trigger word -> what text models read for it that cannot learn words (T5 of SD3).
+    """
 
     model: comfy.model_patcher.ModelPatcher
     clip: comfy.sd.CLIP
     vae: comfy.sd.VAE
     architecture: str
     hash: str
-    schedule: NoiseSchedule
+    schedule: Schedule
+    class_words: Mapping[str, str] = field(default_factory=dict)
     # Nothing for the engine to freeze: `trainable` keeps gradients from every weight, and the host's flags as they are.
     modules: Sequence[nn.Module] = ()
 
     @property
     def multiple(self) -> int:
         """Pictures' height and width must be multiples of it."""
-        return self.downscale * 2 ** (len(self.model.model.model_config.unet_config["channel_mult"]) - 1)
+        config = self.model.model.model_config.unet_config
+        smallest = config["patch_size"] if self.architecture == "sd3" else 2 ** (len(config["channel_mult"]) - 1)
+        return self.downscale * smallest
+
+    @property
+    def cross_attention_layers(self) -> int:
+        return cross_attention_layers(self.model)
 
     @property
     def downscale(self) -> int:
@@ -92,9 +100,10 @@ class HostBase:
 
     @contextmanager
     def trainable(self) -> Iterator[None]:
-        """Within the block both networks are loaded, and gradients go through them without a copy of a weight."""
+        """Within the block all networks are loaded, and gradients go through them without a copy of a weight."""
         comfy.model_management.load_models_gpu([self.model, self.clip.patcher], force_full_load=True)
-        networks = (self.model.model.diffusion_model, text_encoder_of(self.clip)[1].transformer)
+        texts = (encoder.transformer for encoder in text_encoders_of(self.clip).values())
+        networks = (self.model.model.diffusion_model, *texts)
         with torch.inference_mode(False), frozen_forward(networks, cast_weights):
             yield
 
@@ -119,32 +128,24 @@ class HostBase:
         with torch.no_grad():
             return self.vae.decode(latents).movedim(-1, 1)[:, :3].float().cpu().clamp(0, 1).clone()
 
-    def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
-        """(B, T, D): what the host's own text encoding gives, learned words standing for their rows.
-
-        Brackets in a prompt are words, not weights.  Prompts longer than one section lengthen all of them.
-        """
-        _, encoder = text_encoder_of(self.clip)
-        known = with_tokens(self.clip, tokens)
-        sections = [next(iter(known.tokenize(prompt, disable_weights=True).values())) for prompt in prompts]
-        longest = max(len(own) for own in sections)
-        empty = next(iter(known.tokenize("", disable_weights=True).values()))
-        ids = [[token for token, *_ in one] for own in sections for one in own + empty * (longest - len(own))]
-        whole = self.clip.cond_stage_model
-        whole.reset_clip_options()
-        if self.clip.layer_idx is not None:
-            whole.set_clip_options({"layer": self.clip.layer_idx})
-        whole.set_clip_options({"execution_device": self.clip.patcher.load_device})
+    def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor | HostContext:
+        """What the host's own text encoding gives, learned words standing for their rows: see `texts.contexts`."""
         with _cancellable():
-            hidden = encoder(ids)[0]
-        return hidden.unflatten(0, (len(prompts), longest)).flatten(1, 2).to(self.device)
+            found = contexts(self.clip, prompts, tokens, self.class_words)
+        if isinstance(found, HostContext):
+            return HostContext(*(part.to(self.device) for part in found))
+        return found.to(self.device)
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor | HostContext) -> Tensor:
+        text, pooled = context if isinstance(context, HostContext) else (context, None)
         # Some of the host's attention kernels cannot go backward; torch's own can.
         options = {"optimized_attention_override": _differentiable}
+        if text.dim() == 4:
+            options["patches"] = {"attn2_patch": [PickLayer(text.shape[1])]}
+            text = stacked(text)
         with _cancellable():
             return self.model.model.diffusion_model(
-                noisy, timesteps.float(), context=context.to(noisy), transformer_options=options
+                noisy, timesteps.float(), transformer_options=options, **self._told(noisy, text, pooled)
             )
 
     @property
@@ -157,16 +158,26 @@ class HostBase:
     def trigger_positions(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
         return trigger_positions(self.clip, prompts, tokens)
 
-    def word_rows(self, words: str) -> Tensor:
-        """(k, width) rows of the token table for some words, without start, end and padding."""
-        ids, bare = (
-            [token for section in next(iter(self.clip.tokenize(text).values())) for token, *_ in section]
-            for text in (words, "")
+    def _told(self, noisy: Tensor, text: Tensor, pooled: Tensor | None) -> dict[str, Tensor]:
+        """What the host's own sampling tells the network: the text, pooled text, and the picture's size for SDXL."""
+        if pooled is None:
+            return {"context": text.to(noisy)}
+        height, width = (LATENT_PIXEL * side for side in noisy.shape[2:])
+        conditions = self.model.model.extra_conds(
+            cross_attn=text,
+            pooled_output=pooled,
+            noise=noisy,
+            device=noisy.device,
+            width=width,
+            height=height,
+            prompt_type="positive",
         )
-        known = [token for token in ids if isinstance(token, int) and token not in bare]
-        table = text_encoder_of(self.clip)[1].transformer.get_input_embeddings()
-        with torch.no_grad():
-            return table(torch.tensor(known, dtype=torch.long), out_dtype=torch.float32).float().cpu().clone()
+        names = {"c_crossattn": "context"}
+        return {names.get(name, name): value.cond.to(noisy) for name, value in conditions.items()}
+
+    def word_rows(self, words: str) -> Tensor:
+        """(k, width) rows that some words have in the text models, side by side: see `texts.word_rows`."""
+        return word_rows(self.clip, words)
 
     def unknown_words(self, prompt: str, triggers: Sequence[str]) -> list[str]:
         return toy_captions.unknown_words(prompt, triggers) if self.architecture == "toy" else []
@@ -202,19 +213,25 @@ def draw(
 ) -> Tensor:
     """One picture per (prompt, seed) by the host's own sampler: (N, 3, H, W) in 0..1.
 
-    settings without height and width: 512 pixels.  callback(done, total) counts sampling steps over all batches.
+    settings without height and width: the size that the family draws best.
+    callback(done, total) counts sampling steps over all batches.
     """
-    pictures, settings = [], settings or SampleSettings()
+    pictures, settings, tokens = [], settings or SampleSettings(), tokens or {}
+    model, layerwise = base.model, any(rows.dim() == 3 for rows in tokens.values())
+    if layerwise:
+        model = model.clone()
+        with_layers(model)
     chunks = [slice(start, start + settings.batch) for start in range(0, len(prompts), settings.batch)]
     channels = base.model.get_model_object("latent_format").latent_channels
-    height, width = settings.height or DRAWN, settings.width or DRAWN
+    height, width = (side or DRAWN.get(base.architecture, 512) for side in (settings.height, settings.width))
     shape = (channels, height // base.downscale, width // base.downscale)
     for number, chunk in enumerate(chunks):
         noise = torch.stack(
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds[chunk]]
         )
-        context = base.context(prompts[chunk], tokens or {})
-        negative = base.context([settings.negative], tokens or {}).expand(len(context), -1, -1)
+        positive, negative = (
+            _conditioning(base.context(said, tokens), len(noise)) for said in (prompts[chunk], [settings.negative])
+        )
         done = number * settings.steps
 
         def step_done(step: int, *_, done: int = done) -> None:
@@ -224,13 +241,13 @@ def draw(
                 callback(done + step + 1, settings.steps * len(chunks))
 
         latents = comfy.sample.sample(
-            base.model,
+            model,
             noise,
             settings.steps,
             settings.cfg,
             *SAMPLER,
-            [[context, {}]],
-            [[negative, {}]],
+            positive,
+            negative,
             torch.zeros_like(noise),
             callback=step_done,
             disable_pbar=True,
@@ -240,19 +257,35 @@ def draw(
     return torch.cat(pictures)
 
 
-def _schedule(model: comfy.model_patcher.ModelPatcher) -> NoiseSchedule:
+def _conditioning(context: Tensor | HostContext, rows: int) -> list:
+    """A CONDITIONING of one context for each row of a batch, or of one for all of them."""
+    text, pooled = context if isinstance(context, HostContext) else (context, None)
+    text, about = text.expand(rows, *text.shape[1:]), {}
+    if pooled is not None:
+        about["pooled_output"] = pooled.expand(rows, -1)
+    if text.dim() == 4:
+        about[LAYERS], text = text, text.mean(1)
+    return [[text, about]]
+
+
+def _schedule(model: comfy.model_patcher.ModelPatcher) -> Schedule:
     sampling = model.get_model_object("model_sampling")
     # The host's classes are made of one for the noise levels and one for what is predicted; others derive from these.
     parents = set(type(sampling).__bases__)
     kinds = {comfy.model_sampling.V_PREDICTION: "v_prediction", comfy.model_sampling.EPS: "epsilon"}
     kind = next((kinds[parent] for parent in parents if parent in kinds), None)
-    if comfy.model_sampling.ModelSamplingDiscrete not in parents or kind is None:
-        raise AdapterError(
-            f"the model samples by {' and '.join(sorted(parent.__name__ for parent in parents))}, which training does "
-            "not know; use a model that predicts noise or v at 1000 noise levels, as Stable Diffusion 1.x and 2.x do"
-        )
-    sigmas = sampling.sigmas.detach().double().cpu()
-    return NoiseSchedule((1 / (1 + sigmas.square())).float(), kind)
+    if comfy.model_sampling.ModelSamplingDiscrete in parents and kind is not None:
+        sigmas = sampling.sigmas.detach().double().cpu()
+        return NoiseSchedule((1 / (1 + sigmas.square())).float(), kind)
+    flow = {comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST}
+    if parents == flow and getattr(sampling, "noise_scale", 1.0) == 1:
+        sigmas = sampling.sigmas.detach().float().cpu().clone()
+        return FlowSchedule(sigmas, sampling.timestep(sigmas))
+    raise AdapterError(
+        f"the model samples by {' and '.join(sorted(parent.__name__ for parent in parents))}, which training does "
+        "not know; use a model that predicts noise or v at 1000 noise levels, as Stable Diffusion 1.x, 2.x and XL do, "
+        "or flow, as 3 does"
+    )
 
 
 def _differentiable(_kernel: Callable, *args, **kwargs) -> Tensor:

@@ -2,6 +2,7 @@
 
 The host keeps Stable Diffusion's U-Nets in their original layout and wraps text encoders; patches name weights
 by those paths.  Here each canonical name (`modular_concepts/layers.py`) meets its weight key and its module.
+A diffusion transformer's layers are called as the host calls them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ _HASHES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Modul
 
 @dataclass(frozen=True, eq=False)
 class HostLayer:
-    """part: "unet" (patches go to MODEL) or "text_encoder" (to CLIP).  key: the weight's name in the patcher."""
+    """part: "unet" (patches go to MODEL) or "text_encoder" (to CLIP, any of its text models).
+
+    key: the weight's name in the patcher.
+    """
 
     part: str
     key: str
@@ -36,15 +40,15 @@ class HostLayer:
 
 
 def host_layers(model: comfy.model_patcher.ModelPatcher | None, clip: comfy.sd.CLIP | None) -> dict[str, HostLayer]:
-    """Canonical name -> layer, for every Linear and convolution that has a name in diffusers' or transformers' tree.
+    """Canonical name -> layer, for every Linear and convolution that concepts can be for.
 
-    Either may be None.  Raises AdapterError for a MODEL that is no U-Net of the Stable Diffusion family.
+    Either may be None.  Raises AdapterError for a MODEL of another family than Stable Diffusion's.
     """
     return (_unet_layers(model) if model is not None else {}) | (_text_layers(clip) if clip is not None else {})
 
 
 def architecture_of(model: comfy.model_patcher.ModelPatcher) -> str:
-    """The family as concept files name it: "toy", "sd15", "sd2", "sdxl".
+    """The family as concept files name it: "toy", "sd15", "sd2", "sdxl", "sd3".
 
     Raises AdapterError, naming what the model is, for one that concepts cannot be made for.
     """
@@ -58,22 +62,25 @@ def architecture_of(model: comfy.model_patcher.ModelPatcher) -> str:
             return {768: "sd15", 1024: "sd2"}[width]
         if width == 2048 and isinstance(model.model, comfy.model_base.SDXL):
             return "sdxl"
+    if isinstance(model.model, comfy.model_base.SD3):
+        return "sd3"
     raise AdapterError(
         f"the model is a {type(config).__name__ if config is not None else type(model.model).__name__}, and concepts "
-        "are for Stable Diffusion 1.x, 2.x and XL and for the toy base; load one of these"
+        "are for Stable Diffusion 1.x, 2.x, XL and 3 and for the toy base; load one of these"
     )
 
 
 def base_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None) -> str:
     """The same digits that the headless face gives the same weights (`base_model.weights_hash`), as float32.
 
-    Patches that are applied just now do not count: it is the loader's own weights.
+    Patches that are applied just now do not count: it is the loader's own weights.  T5 does not count either, since
+    concepts train without it and go with any.
     """
     text = model.model if clip is None else clip.cond_stage_model
     known = _HASHES.setdefault(model.model, weakref.WeakKeyDictionary())
     if text not in known:
-        tables = [_unpatched(model, _diffusers_names(model))]
-        for name, encoder in _text_encoders(clip).items() if clip is not None else ():
+        tables = [_unpatched(model, _weight_names(model))]
+        for name, encoder in text_encoders_of(clip).items() if clip is not None else ():
             tables.append(_unpatched(clip.patcher, _text_names(name, encoder)))
         known[text] = tables_hash(*tables)
     return known[text]
@@ -86,17 +93,18 @@ def _unpatched(patcher: comfy.model_patcher.ModelPatcher, names: Mapping[str, st
     return {name: kept.get(key, weights[key]) for name, key in names.items()}
 
 
-# -- U-Net
+# -- U-Net or diffusion transformer
 
 
 def _is_unet(config: dict) -> bool:
     return "num_res_blocks" in config and "transformer_depth" in config
 
 
-def _diffusers_names(model: comfy.model_patcher.ModelPatcher) -> dict[str, str]:
-    """diffusers' parameter name -> the patcher's, in order of name, for those that the model has."""
-    architecture_of(model)
+def _weight_names(model: comfy.model_patcher.ModelPatcher) -> dict[str, str]:
+    """diffusers' parameter name -> the patcher's, in order of name, for those that the model has; SD3's are its own."""
     there = model.model.state_dict().keys()
+    if architecture_of(model) == "sd3":
+        return {key.removeprefix(UNET_PREFIX): key for key in sorted(there) if key.startswith(UNET_PREFIX)}
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     # The host lists the label embedding of SDXL twice, under diffusers' old name too.
     return {
@@ -109,7 +117,7 @@ def _diffusers_names(model: comfy.model_patcher.ModelPatcher) -> dict[str, str]:
 def _unet_layers(model: comfy.model_patcher.ModelPatcher) -> dict[str, HostLayer]:
     return {
         canonical_name("unet", name.removesuffix(".weight")): HostLayer("unet", key, module)
-        for name, key in _diffusers_names(model).items()
+        for name, key in _weight_names(model).items()
         if name.endswith(".weight")
         and isinstance(module := model.model.get_submodule(key.removesuffix(".weight")), nn.Linear | nn.Conv2d)
     }
@@ -118,27 +126,22 @@ def _unet_layers(model: comfy.model_patcher.ModelPatcher) -> dict[str, HostLayer
 # -- text encoders
 
 
-def _text_encoders(clip: comfy.sd.CLIP) -> dict[str, comfy.sd1_clip.SDClipModel]:
-    """Attribute name in the CLIP's model -> encoder, for every CLIP text model in it; CLIP-L first."""
+def text_encoders_of(clip: comfy.sd.CLIP) -> dict[str, comfy.sd1_clip.SDClipModel]:
+    """Attribute name in the CLIP's model -> encoder, for every CLIP text model in it; CLIP-L first.
+
+    Raises AdapterError for a CLIP without one.
+    """
     found = {
         name: child
         for name, child in clip.cond_stage_model.named_children()
         if isinstance(child, comfy.sd1_clip.SDClipModel) and hasattr(child.transformer, "text_model")
     }
+    if not found:
+        raise AdapterError(
+            f"the CLIP is a {type(clip.cond_stage_model).__name__} without a CLIP text model; "
+            "load the text encoder of Stable Diffusion 1.x, 2.x, XL or 3, or the toy base's"
+        )
     return dict(sorted(found.items(), key=lambda item: item[0] != "clip_l"))
-
-
-def text_encoder_of(clip: comfy.sd.CLIP) -> tuple[str, comfy.sd1_clip.SDClipModel]:
-    """(attribute name, encoder) of the text model that `text_encoder.` names: CLIP-L where there are two.
-
-    Raises AdapterError for a CLIP without one.
-    """
-    for name, encoder in _text_encoders(clip).items():
-        return name, encoder
-    raise AdapterError(
-        f"the CLIP is a {type(clip.cond_stage_model).__name__} without a CLIP text model; "
-        "load the text encoder of Stable Diffusion 1.x, 2.x or XL, or the toy base's"
-    )
 
 
 def _text_names(name: str, encoder: comfy.sd1_clip.SDClipModel) -> dict[str, str]:
@@ -151,9 +154,11 @@ def _text_names(name: str, encoder: comfy.sd1_clip.SDClipModel) -> dict[str, str
 
 
 def _text_layers(clip: comfy.sd.CLIP) -> dict[str, HostLayer]:
-    name, encoder = text_encoder_of(clip)
     return {
-        canonical_name("text_encoder", path): HostLayer("text_encoder", f"{name}.transformer.{path}.weight", module)
+        canonical_name(part, path): HostLayer("text_encoder", f"{name}.transformer.{path}.weight", module)
+        for part, (name, encoder) in zip(
+            ("text_encoder", "text_encoder_2"), text_encoders_of(clip).items(), strict=False
+        )
         for path, module in encoder.transformer.named_modules()
         if path.startswith("text_model.") and isinstance(module, nn.Linear | nn.Conv2d)
     }

@@ -27,7 +27,7 @@ from ..modular_concepts.regions.attention import blend_regions
 from ..modular_concepts.regions.geometry import Region, grid_of, region_weights
 from .clip import encode_prompt
 from .layers import architecture_of
-from .layerwise import LAYERS, choose, joined
+from .layerwise import LAYERS, choose, cross_attention_layers, joined
 from .patching import concepts_in, merged
 
 CONDITIONAL = 0  # the host's number for rows of the positive prompt in `cond_or_uncond`
@@ -65,7 +65,12 @@ def sample_regions(
     """
     if not regions:
         raise AdapterError("there is no region; connect a Concept Region, or use a plain sampler for one prompt")
-    architecture_of(model)
+    architecture_of(model)  # raises for what is no base of ours
+    if not cross_attention_layers(model):
+        raise AdapterError(
+            "the model is a diffusion transformer, which has no cross-attention that a region could hold for; draw "
+            "regions with Stable Diffusion 1.x, 2.x or XL, or the whole picture with a plain sampler"
+        )
     fixed = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
     height, width = fixed.shape[-2:]
     scale = model.get_model_object("latent_format").spacial_downscale_ratio

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -146,6 +146,7 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
     Raises AdapterError for what cannot work, most of it before anything is drawn or trained.
     """
     subject = plan.subject
+    base = replace(base, class_words={subject.trigger: subject.class_word})
     check_training(base, subject, plan.settings, plan.targets)
     folder = checkpoint_folder(subject.name)
     with base.trainable(), _interruptible(), _enough_memory(plan.settings):

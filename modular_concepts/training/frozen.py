@@ -22,13 +22,13 @@ Weights = Callable[[nn.Module, Tensor], AbstractContextManager[tuple[Tensor | No
 
 def own_weights(module: nn.Module, like: Tensor) -> AbstractContextManager[tuple[Tensor | None, Tensor | None]]:
     """(weight, bias) of a module in the dtype and on the device of `like`; a missing one is None."""
-    parameters = (module.weight, module.bias)
+    parameters = (module.weight, getattr(module, "bias", None))
     return nullcontext(tuple(None if value is None else value.detach().to(like) for value in parameters))
 
 
 @contextmanager
 def frozen_forward(networks: Iterable[nn.Module], weights: Weights = own_weights) -> Iterator[None]:
-    """Within the block every Linear, Conv2d, LayerNorm, GroupNorm and Embedding of `networks` is frozen.
+    """Within the block every Linear, Conv2d, LayerNorm, GroupNorm, RMSNorm and Embedding of `networks` is frozen.
 
     Outputs are the same bit for bit; gradients reach inputs and never parameters; hooks act as before.
     weights(module, like): how a layer's weight and bias are had in the dtype and on the device of `like`.
@@ -54,12 +54,20 @@ def _frozen(module: nn.Module, weights: Weights) -> Callable | None:
     """The forward to put in place of the module's own, or None where it has no weight that we know."""
     if isinstance(module, nn.Embedding):
         return torch.no_grad()(module.forward)
+    if type(module).__name__ == "RMSNorm" and module.weight is not None:  # many programs have one of their own
+        return partial(_rms_norm, module, weights)
     if isinstance(module, nn.Conv2d) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
         return None
     for kind, function in _FUNCTIONS.items():
         if isinstance(module, kind):
             return partial(_apply, function, module, weights)
     return None
+
+
+def _rms_norm(module: nn.Module, weights: Weights, input: Tensor) -> Tensor:
+    """Its weight is so small, one number for each feature of a head, that a copy may be kept."""
+    with weights(module, input) as (weight, _):
+        return F.rms_norm(input, weight.shape, weight.clone(), module.eps)
 
 
 def _apply(function: type[Function], module: nn.Module, weights: Weights, input: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import types
 
@@ -17,6 +16,7 @@ import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
 from comfy_extras.nodes_train import LoraModelLoader  # noqa: E402
+from left_behind import traces  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 torch.set_num_threads(1)
@@ -53,22 +53,6 @@ class Seen:
             comfy.model_management.interrupt_current_processing(True)
         # The server's own hook raises here too.
         comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-def traces(model, clip) -> str:
-    """Everything that a training could leave behind, as one digest."""
-    digest = hashlib.sha256()
-    for root in (model.model, clip.cond_stage_model):
-        for name, value in root.state_dict().items():
-            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(f"{name}{value.dtype}{value.requires_grad}".encode() + raw.numpy().tobytes())
-        for name, parameter in root.named_parameters():
-            digest.update(f"{name}{parameter.requires_grad}{parameter.grad is None}{parameter.is_inference()}".encode())
-        for name, part in root.named_modules():
-            hooks = [len(getattr(part, kind)) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
-            digest.update(f"{name}{hooks}{'forward' in vars(part)}{part.training}".encode())
-    digest.update(f"{len(model.patches)}{len(clip.patcher.patches)}{sorted(model.attachments)}".encode())
-    return digest.hexdigest()
 
 
 def lesson(case: dict, prefix: str = "") -> training.Plan:

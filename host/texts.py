@@ -1,0 +1,127 @@
+"""Prompts as the host's own nodes encode them, for a training: in batches, and with gradients to learned words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import comfy.sd
+import comfy.sdxl_clip
+import torch
+import torch.nn.functional as F
+from comfy.text_encoders.sd3_clip import SD3ClipModel
+from torch import Tensor
+
+from ..modular_concepts.errors import AdapterError
+from .clip import MEAN, T5, at_layer, layers_in, with_tokens
+from .layers import text_encoders_of
+
+SD3_WIDTH = 4096  # T5's; the other two together are padded to it
+
+
+class HostContext(NamedTuple):
+    """What models with two text encoders are told: text (B, T, D), (B, L, T, D) layer-wise, and pooled (B, P)."""
+
+    text: Tensor
+    pooled: Tensor
+
+
+def check_text_models(clip: comfy.sd.CLIP, architecture: str) -> None:
+    """Raise AdapterError for a CLIP that does not belong to the family, or lacks a text model that words are for."""
+    two = {"sdxl": comfy.sdxl_clip.SDXLClipModel, "sd3": SD3ClipModel}.get(architecture)
+    found = text_encoders_of(clip)
+    if two is not None and not (isinstance(clip.cond_stage_model, two) and len(found) == 2):
+        raise AdapterError(
+            f"the CLIP is a {type(clip.cond_stage_model).__name__} with {' and '.join(found)}, and training on "
+            f"{architecture} needs its own CLIP-L and CLIP-G; load a checkpoint that holds them, or both with "
+            "DualCLIPLoader or TripleCLIPLoader"
+        )
+    if two is None and len(found) != 1:
+        raise AdapterError(
+            f"the CLIP is a {type(clip.cond_stage_model).__name__} with {len(found)} text models where {architecture} "
+            "has one; connect the CLIP that belongs to the model"
+        )
+
+
+def contexts(
+    clip: comfy.sd.CLIP, prompts: Sequence[str], tokens: Mapping[str, Tensor], class_words: Mapping[str, str]
+) -> Tensor | HostContext:
+    """What the model is told of each prompt, learned words standing for their rows.
+
+    tokens: trigger word -> (vectors, width) or layer-wise (L, vectors, width); then text is (B, L, T, D), and pooled
+    that of the layers' mean.  class_words: what T5 reads for a trigger word.
+    Brackets in a prompt are words, not weights.  Prompts longer than one section lengthen all of them.
+    """
+    known = with_tokens(clip, tokens, class_words)
+    layers = max((len(rows) for rows in tokens.values() if rows.dim() == 3), default=0)
+    apart = [bool(layers_in(known, prompt)) for prompt in prompts]
+    mean = at_layer(known, MEAN) if layers else known
+    said = [mean.tokenize(prompt, disable_weights=True) for prompt in prompts]
+    for layer in range(layers if any(apart) else 0):
+        own = at_layer(known, layer)
+        said += [own.tokenize(prompts[i], disable_weights=True) for i, is_apart in enumerate(apart) if is_apart]
+    text, pooled = _encoded(clip, said)
+    if layers:
+        text = _by_layer(text, apart, layers)
+    return text if pooled is None else HostContext(text, pooled[: len(prompts)])
+
+
+def word_rows(clip: comfy.sd.CLIP, words: str) -> Tensor:
+    """(k, width) rows of the token tables for some words, without start, end and padding; CLIP-L's columns first."""
+    columns = []
+    for name, encoder in text_encoders_of(clip).items():
+        ids, bare = (
+            [token for section in clip.tokenize(text)[_key(name)] for token, *_ in section] for text in (words, "")
+        )
+        known = [token for token in ids if isinstance(token, int) and token not in bare]
+        table = encoder.transformer.get_input_embeddings()
+        with torch.no_grad():
+            columns.append(table(torch.tensor(known, dtype=torch.long), out_dtype=torch.float32).float().cpu().clone())
+    return torch.cat(columns, dim=1)
+
+
+def _by_layer(text: Tensor, apart: Sequence[bool], layers: int) -> Tensor:
+    """(B + L * those apart, T, D), all prompts and then those apart for one layer after another -> (B, L, T, D)."""
+    rows, own = list(text[: len(apart), None].expand(-1, layers, -1, -1)), [i for i, one in enumerate(apart) if one]
+    for number, at in enumerate(own):
+        rows[at] = text[len(apart) + number :: len(own)]
+    return torch.stack(rows)
+
+
+def _encoded(clip: comfy.sd.CLIP, said: Sequence[Mapping[str, list]]) -> tuple[Tensor, Tensor | None]:
+    """(text, pooled or None) of prompts as the host's tokenizers read them, put together as the host's encoder does."""
+    whole, empty = clip.cond_stage_model, clip.tokenize("", disable_weights=True)
+    whole.reset_clip_options()
+    if clip.layer_idx is not None:
+        whole.set_clip_options({"layer": clip.layer_idx})
+    whole.set_clip_options({"execution_device": clip.patcher.load_device})
+    hidden, pooled = {}, {}
+    for name, encoder in text_encoders_of(clip).items():
+        sections = [one[_key(name)] for one in said]
+        longest = max(len(own) for own in sections)
+        padded = [own + empty[_key(name)] * (longest - len(own)) for own in sections]
+        text, summary = encoder([[token for token, *_ in section] for own in padded for section in own])[:2]
+        hidden[name] = text.unflatten(0, (len(said), longest)).flatten(1, 2)
+        pooled[name] = summary.unflatten(0, (len(said), longest))[:, 0]  # the host takes that of the first section
+    if len(hidden) == 1:
+        return next(iter(hidden.values())), None
+    both = torch.cat(list(hidden.values()), dim=-1)
+    if not isinstance(whole, SD3ClipModel):
+        return both, pooled["clip_g"]
+    both = F.pad(both, (0, SD3_WIDTH - both.shape[-1]))
+    if whole.t5xxl is not None:
+        both = torch.cat([both, _of_t5(clip, [one[T5][0] for one in said])], dim=1)
+    return both, torch.cat(list(pooled.values()), dim=-1)
+
+
+@torch.no_grad()
+def _of_t5(clip: comfy.sd.CLIP, said: Sequence[list]) -> Tensor:
+    """T5 learns no words, and so nothing goes back through it; its sections are as long as they need to be."""
+    length, padding = max(map(len, said)), clip.tokenizer.t5xxl.pad_token
+    ids = [[token for token, *_ in one] + [padding] * (length - len(one)) for one in said]
+    return clip.cond_stage_model.t5xxl(ids)[0]
+
+
+def _key(name: str) -> str:
+    """The host's tokenizers call it l what its encoders call clip_l."""
+    return name.removeprefix("clip_")

@@ -1,0 +1,23 @@
+"""In the host: everything that a careless program could leave on a loaded model, as one digest."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def traces(model, clip) -> str:
+    """Of weights, gradients, hooks, forwards and patches of MODEL and CLIP."""
+    digest = hashlib.sha256()
+    for root in (model.model, clip.cond_stage_model):
+        for name, value in root.state_dict().items():
+            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(f"{name}{value.dtype}{value.requires_grad}".encode() + raw.numpy().tobytes())
+        for name, parameter in root.named_parameters():
+            digest.update(f"{name}{parameter.requires_grad}{parameter.grad is None}{parameter.is_inference()}".encode())
+        for name, part in root.named_modules():
+            hooks = [len(getattr(part, kind)) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
+            digest.update(f"{name}{hooks}{'forward' in vars(part)}{part.training}".encode())
+    digest.update(f"{len(model.patches)}{len(clip.patcher.patches)}{sorted(model.attachments)}".encode())
+    return digest.hexdigest()
