@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -16,10 +17,12 @@ from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.files.concept import KEY, load_concept, save_concept
 from ..modular_concepts.files.embeddings import export_embedding
 from ..modular_concepts.files.kohya import export_kohya, import_kohya
+from ..modular_concepts.files.moments import SUFFIX as MOMENTS
 from ..modular_concepts.files.safe import read_header, safe_child, safe_name
 from .folders import names, path_of
 
 SUFFIX = ".safetensors"
+_FILES: weakref.WeakKeyDictionary[Concept, Path] = weakref.WeakKeyDictionary()
 
 
 class Format(Enum):
@@ -42,7 +45,8 @@ class Saved:
 
 
 def concept_names() -> list[str]:
-    return names("concepts")
+    """What models/concepts holds, without what lies there beside a concept."""
+    return [name for name in names("concepts") if not name.endswith(MOMENTS)]
 
 
 def concept_problem(name: str | None) -> str:
@@ -68,11 +72,19 @@ def load_concept_named(name: str) -> Concept:
     """A concept file of models/concepts; a plain LoRA there becomes a concept without trigger words."""
     path = path_of("concepts", name)
     if KEY in read_header(path).metadata:
-        return load_concept(path)
-    imported = import_kohya(path)
-    if imported.unmatched:
-        logging.warning("%s: no place for %s", name, ", ".join(imported.unmatched))
-    return imported.concept
+        concept = load_concept(path)
+    else:
+        imported = import_kohya(path)
+        if imported.unmatched:
+            logging.warning("%s: no place for %s", name, ", ".join(imported.unmatched))
+        concept = imported.concept
+    _FILES[concept] = path
+    return concept
+
+
+def file_of(concept: Concept) -> Path | None:
+    """The file that this very concept was loaded from, or None for one that was made or changed since."""
+    return _FILES.get(concept)
 
 
 # -- writing

@@ -9,7 +9,7 @@ from .baselines import CustomDiffusionTrainer, EDLoRATrainer, WordTrainer
 from .bases import OrthoBasisLoader
 from .concepts import ConceptLoader, ConceptSave, ConceptStrength, ConceptTextEncode
 from .datasets import ConceptDataset
-from .merging import BlockLoRAMerge, ConceptMerge
+from .merging import BlockLoRAMerge, ConceptFusion, ConceptMerge, ConceptOrthogonalize
 from .regions import ConceptRegion, RegionalConceptSampler
 from .reports import CrosstalkReport
 from .toy import ToyBaseLoader, ToyPictures
@@ -34,6 +34,8 @@ NODES: list[type[io.ComfyNode]] = [
     ConceptTextEncode,
     ConceptMerge,
     BlockLoRAMerge,
+    ConceptFusion,
+    ConceptOrthogonalize,
     ConceptRegion,
     RegionalConceptSampler,
     CrosstalkReport,

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..host import concepts as files
 from ..host.clip import encode_prompt
 from . import stacks
-from .types import CONCEPT_STACK, concepts_input, strength_input
+from .types import CONCEPT_STACK, blocks_input, concepts_input, strength_input
 
 FORMATS = ("concept", "concept, compact", "LoRA for stock loaders")
 
@@ -29,6 +29,7 @@ class ConceptLoader(io.ComfyNode):
                     tooltip="A .safetensors file in models/concepts; press R in the browser to see new files",
                 ),
                 strength_input("How strongly the concept acts: 0 not at all, 1 as it was trained"),
+                blocks_input(),
             ],
             outputs=[
                 CONCEPT_STACK.Output("stack", display_name="CONCEPT_STACK", tooltip="The concept with its strength"),
@@ -43,12 +44,12 @@ class ConceptLoader(io.ComfyNode):
         return files.concept_problem(concept) or True
 
     @classmethod
-    def fingerprint_inputs(cls, concept: str, strength: float) -> str:
-        return f"{files.file_fingerprint(concept)} {strength}"
+    def fingerprint_inputs(cls, concept: str, strength: float, blocks: str = "") -> str:
+        return f"{files.file_fingerprint(concept)} {strength} {blocks}"
 
     @classmethod
-    def execute(cls, concept: str, strength: float) -> io.NodeOutput:
-        stack = stacks.scaled(files.load_concept_named(concept), strength)
+    def execute(cls, concept: str, strength: float, blocks: str = "") -> io.NodeOutput:
+        stack = stacks.scaled(files.load_concept_named(concept), strength, blocks)
         return io.NodeOutput(stack, stacks.triggers(stack))
 
 
@@ -65,6 +66,7 @@ class ConceptStrength(io.ComfyNode):
             inputs=[
                 concepts_input("concept", "A concept from a trainer, or a stack"),
                 strength_input("How strongly it acts: 0 not at all, 1 as it came"),
+                blocks_input(),
             ],
             outputs=[
                 CONCEPT_STACK.Output("stack", display_name="CONCEPT_STACK", tooltip="The same with this strength")
@@ -72,8 +74,8 @@ class ConceptStrength(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concept, strength: float) -> io.NodeOutput:
-        return io.NodeOutput(stacks.scaled(concept, strength))
+    def execute(cls, concept, strength: float, blocks: str = "") -> io.NodeOutput:
+        return io.NodeOutput(stacks.scaled(concept, strength, blocks))
 
 
 class ConceptSave(io.ComfyNode):

@@ -1,12 +1,22 @@
-"""Several concepts in one model: sums and blocks."""
+"""Several concepts in one model: sums, blocks, fusion, and what makes concepts fit together."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..host.fusion import Drawing, fused
+from ..host.merging import merged_by
+from ..host.messages import show_text
 from ..host.patching import merged
+from ..modular_concepts.evidence import PROMPTS
+from ..modular_concepts.merge import FAMILIES, MergeOptions
+from ..modular_concepts.merge.orthogonalize import WAYS, orthogonal_concepts
 from . import stacks
 from .types import CONCEPT_STACK, many_concepts_input
+
+# Families that need concepts alone; the others have nodes of their own.
+SUMS = ("sum", "mean", "average", "magnitude", "dare", "ties", "svd")
+DEFAULTS = MergeOptions()
 
 OUTPUTS = (
     ("model", io.Model, "The model with the concepts in it; what you loaded stays as it is"),
@@ -36,18 +46,60 @@ class ConceptMerge(io.ComfyNode):
                 many_concepts_input("A concept or a stack; each one's strength sits on its own Load Concept node"),
                 io.Combo.Input(
                     "method",
-                    options=["sum", "mean"],
+                    options=list(SUMS),
                     default="sum",
-                    tooltip="sum: every concept at its own strength. mean: the sum divided by the number of concepts",
+                    tooltip=". ".join(f"{family}: {FAMILIES[family]}" for family in SUMS),
+                ),
+                io.Float.Input(
+                    "density",
+                    default=DEFAULTS.density,
+                    min=0.01,
+                    max=1.0,
+                    step=0.05,
+                    round=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For magnitude, dare and ties: the share of each concept's weights that stays",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=DEFAULTS.rank,
+                    min=1,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For svd: the rank that the sum is cut to; the node says how much of it is lost",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=DEFAULTS.seed,
+                    min=0,
+                    max=2**31 - 1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For dare: which weights are dropped follows from it; same seed, same merge",
                 ),
             ],
             outputs=_outputs(),
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, clip, concepts: dict, method: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        clip,
+        concepts: dict,
+        method: str,
+        density: float = DEFAULTS.density,
+        rank: int = DEFAULTS.rank,
+        seed: int = DEFAULTS.seed,
+    ) -> io.NodeOutput:
         stack = stacks.joined(concepts)
-        return io.NodeOutput(*merged(model, clip, stack, method), stack)
+        options = MergeOptions(density=density, rank=rank, seed=seed)
+        return io.NodeOutput(
+            *merged_by(getattr(cls.hidden, "unique_id", None), model, clip, stack, method, options), stack
+        )
 
 
 class BlockLoRAMerge(io.ComfyNode):
@@ -80,3 +132,116 @@ class BlockLoRAMerge(io.ComfyNode):
         stack = stacks.joined(concepts)
         literal = strengths == "sum to one"
         return io.NodeOutput(*merged(model, clip, stack, "block", literal), stack)
+
+
+class ConceptFusion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConceptFusion",
+            display_name="Fuse Concepts",
+            category="modular concepts",
+            description="Mix-of-Show's gradient fusion, solved exactly in seconds: each layer answers every concept's "
+            "own inputs as that concept alone would. For LoRAs that were not trained to be summed; each is drawn a few "
+            "times first, once.",
+            search_aliases=["gradient fusion", "mix of show", "regmean", "lora merge", "merge loras", "ed-lora"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base that the concepts were trained on"),
+                io.Clip.Input("clip", tooltip="Its text encoder"),
+                many_concepts_input("A concept or a stack; each one's strength sits on its own Load Concept node"),
+                io.String.Input(
+                    "prompts",
+                    default="\n".join(PROMPTS),
+                    multiline=True,
+                    tooltip="What each concept is drawn with, one prompt a line, used in turn; {concept} stands for "
+                    "its trigger word",
+                ),
+                io.Int.Input(
+                    "pictures", default=8, min=1, max=1000, tooltip="How many pictures of each concept are drawn"
+                ),
+                io.Float.Input(
+                    "ridge",
+                    default=DEFAULTS.ridge,
+                    min=1e-6,
+                    max=1.0,
+                    step=1e-3,
+                    round=1e-6,
+                    tooltip="Damping: larger changes the base less where the concepts were not seen",
+                ),
+                io.Int.Input("steps", default=12, min=1, max=200, advanced=True, tooltip="Sampling steps of a picture"),
+                io.Int.Input(
+                    "size",
+                    default=512,
+                    min=16,
+                    max=2048,
+                    step=8,
+                    advanced=True,
+                    tooltip="Width and height of the pictures drawn, in pixels; 32 for the toy base",
+                ),
+                io.Boolean.Input(
+                    "anew",
+                    default=False,
+                    advanced=True,
+                    tooltip="Draw also the concepts whose moments lie beside their file; needed after changing "
+                    "prompts, pictures, steps or size",
+                ),
+            ],
+            outputs=_outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        concepts: dict,
+        prompts: str,
+        pictures: int,
+        ridge: float,
+        steps: int = 12,
+        size: int = 512,
+        anew: bool = False,
+    ) -> io.NodeOutput:
+        stack = stacks.joined(concepts)
+        drawing = Drawing(prompts.splitlines(), pictures, steps, size)
+        model, clip, text = fused(model, clip, stack, drawing, ridge, anew)
+        show_text(getattr(cls.hidden, "unique_id", None), text)
+        return io.NodeOutput(model, clip, stack)
+
+
+class ConceptOrthogonalize(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConceptOrthogonalize",
+            display_name="Make Concepts Orthogonal",
+            category="modular concepts",
+            description="Gives LoRAs that were never trained for it directions of their own, with the least change, so "
+            "that summing them adds no crosstalk. What a concept read in others' directions is lost; the text says how "
+            "much each one keeps.",
+            search_aliases=["orthogonal lora", "lora merge", "decorrelate", "lora conflict", "gram schmidt"],
+            inputs=[
+                many_concepts_input("A concept or a stack; strengths pass through"),
+                io.Combo.Input(
+                    "way",
+                    options=list(WAYS),
+                    default=WAYS[0],
+                    tooltip="symmetric: all give way alike. sequential: the first keeps everything, each next one "
+                    "gives way to those before it",
+                ),
+            ],
+            outputs=[
+                CONCEPT_STACK.Output("stack", display_name="CONCEPT_STACK", tooltip="The changed concepts"),
+                io.String.Output("text", display_name="text", tooltip="What share of its energy each concept keeps"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, concepts: dict, way: str) -> io.NodeOutput:
+        given, strengths = stacks.parts(stacks.joined(concepts))
+        new, kept = orthogonal_concepts(given, way)
+        text = "\n".join(f"{c.name} keeps {share:.1%} of its energy" for c, share in zip(new, kept, strict=True))
+        show_text(getattr(cls.hidden, "unique_id", None), text)
+        return io.NodeOutput(tuple(zip(new, strengths, strict=True)), text)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.merge import BlockStrengths
 
 Stack = tuple[tuple[Concept, float], ...]
 
@@ -25,12 +27,18 @@ def joined(values: Mapping[str, Concept | Stack] | Iterable[Concept | Stack]) ->
     )
 
 
-def scaled(value: Concept | Stack, strength: float) -> Stack:
-    """Every strength of a stack times `strength`.  Raises AdapterError for what is no finite number."""
+def scaled(value: Concept | Stack, strength: float, blocks: str = "") -> Stack:
+    """Every strength of a stack times `strength`, and parts of each concept times what `blocks` says of them.
+
+    Raises AdapterError for what is no finite number, and for a text that `BlockStrengths` cannot read.
+    """
     stack = as_stack(value)
     if not math.isfinite(strength):
         names = ", ".join(concept.name for concept, _ in stack)
         raise AdapterError(f"{names}: strength is {strength}; it must be a finite number, 1 for as trained")
+    chosen = BlockStrengths.parse(blocks)
+    if chosen.entries:
+        stack = tuple((replace(concept, layers=chosen.on(concept.layers)), own) for concept, own in stack)
     return tuple((concept, own * strength) for concept, own in stack)
 
 

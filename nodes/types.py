@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..modular_concepts.merge.strengths import EXAMPLE
+
 CONCEPT = io.Custom("CONCEPT")
 CONCEPT_STACK = io.Custom("CONCEPT_STACK")
 CONCEPT_REGIONS = io.Custom("CONCEPT_REGIONS")
@@ -32,4 +34,16 @@ def strength_input(tooltip: str) -> io.Float.Input:
         round=0.05,
         display_mode=io.NumberDisplay.slider,
         tooltip=tooltip,
+    )
+
+
+def blocks_input() -> io.String.Input:
+    return io.String.Input(
+        "blocks",
+        default="",
+        optional=True,
+        advanced=True,
+        placeholder=EXAMPLE,
+        tooltip=f"Strengths of parts, on top of the strength: {EXAMPLE}. Parts are down 0, down 1, ..., mid, up 0, ... "
+        "and text 0, ..., or down, up, text for all of a kind; what is not named stays as it is",
     )

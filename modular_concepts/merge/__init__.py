@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from ..adapters import LowRank, check_adapter
 from ..errors import AdapterError
+from ..moments import Moment
 from ..seeds import seeded
 from .blocks import MergedBlocks, check_blocks, merged_blocks
 from .custom_diffusion import constrained_factors
@@ -31,6 +32,7 @@ __all__ = [
     "MergedBlocks",
     "MergedDense",
     "MergedLayer",
+    "add_concepts",
     "average_strengths",
     "mean_strengths",
     "merge_concepts",
@@ -83,6 +85,35 @@ def merge_concepts(
     each concept as it was trained.
     Raises AdapterError that names the concepts and the layer when they do not fit together.
     """
+    return dict(_merged_layers(concepts, strengths, how, literal, options, evidence))
+
+
+def add_concepts(
+    weights: Mapping[str, Tensor],
+    concepts: Sequence[Mergeable],
+    strengths: Sequence[float],
+    how: str = "sum",
+    literal: bool = False,
+    options: MergeOptions = DEFAULTS,
+    evidence: Evidence = NOTHING,
+) -> None:
+    """Merge concepts into weights that are ours to change, layer by layer: W0 becomes W in its own memory.
+
+    weights: layer -> weight, for every layer that a concept has.  Beside them there is never more than one layer's
+    factors, and its delta for the families that drop single weights.  Half merged if it raises.
+    """
+    for layer, merged in _merged_layers(concepts, strengths, how, literal, options, evidence):
+        merged.add_to(weights[layer])
+
+
+def _merged_layers(
+    concepts: Sequence[Mergeable],
+    strengths: Sequence[float],
+    how: str,
+    literal: bool,
+    options: MergeOptions,
+    evidence: Evidence,
+) -> Iterator[tuple[str, Merged]]:
     if how not in FAMILIES:
         raise AdapterError(f"merge family {how!r} is unknown; choose one of {', '.join(FAMILIES)}")
     if literal and how != "block":
@@ -95,7 +126,6 @@ def merge_concepts(
     if how == "block":
         _check_partitions(concepts)
     _check_evidence(how, concepts, evidence)
-    merged = {}
     for layer in {name: None for concept in concepts for name in concept.layers}:
         owners = [index for index, concept in enumerate(concepts) if layer in concept.layers]
         adapters = [concepts[index].layers[layer] for index in owners]
@@ -104,8 +134,7 @@ def merge_concepts(
         if how == "block":
             check_blocks(layer, names, adapters)
         own = [strengths[index] for index in owners]
-        merged[layer] = _merged_layer(layer, names, adapters, own, how, options, _of(evidence, owners))
-    return merged
+        yield layer, _merged_layer(layer, names, adapters, own, how, options, _of(evidence, owners))
 
 
 def _merged_layer(
@@ -142,7 +171,7 @@ def _of(evidence: Evidence, owners: Sequence[int]) -> Evidence:
     return Evidence(moments, texts, evidence.usual)
 
 
-def _moments(layer: str, names: Sequence[str], evidence: Evidence) -> list[Tensor]:
+def _moments(layer: str, names: Sequence[str], evidence: Evidence) -> list[Tensor | Moment]:
     found = []
     for name, known in zip(names, evidence.moments, strict=True):
         if layer not in known:

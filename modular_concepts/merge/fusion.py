@@ -6,7 +6,8 @@ L-BFGS over recorded inputs.  The targets are exact, so the minimum is known:
     W = W0 + (sum_i strength_i delta_i C_i) (sum_i C_i + mu I)^-1,    C_i = X_i X_i^T.
 
 Only second moments of the inputs are needed, no inputs; the answer has the rank of the sum; mu takes the place
-of stopping early.
+of stopping early.  Moments in few directions, C_i = F_i^T F_i + r_i I, are never written out: with all F_i stacked
+and t = mu + sum r_i, (F^T F + t I)^-1 = (I - F^T (t I + F F^T)^-1 F) / t.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import LowRank
+from ..moments import Moment
 from .sums import MergedLayer
 
 RIDGE = 1e-3  # mu relative to the mean variance of an input
@@ -24,23 +26,49 @@ RIDGE = 1e-3  # mu relative to the mean variance of an input
 
 @torch.no_grad()
 def fused_factors(
-    adapters: Sequence[LowRank], strengths: Sequence[float], moments: Sequence[Tensor], ridge: float = RIDGE
+    adapters: Sequence[LowRank], strengths: Sequence[float], moments: Sequence[Tensor | Moment], ridge: float = RIDGE
 ) -> MergedLayer:
     """up = [s1 U1 | s2 U2 | ...], down = [D1 C1; D2 C2; ...] (sum C + mu I)^-1.
 
-    moments: (n, n) each, n = in * kh * kw, symmetric, positive; of any common scale.
+    moments: (n, n) each, n = in * kh * kw, symmetric, positive; of any common scale; or as `Moment`.
     Solved in float64; returned in float32, or float64 if the factors are.
     """
-    first, total = adapters[0], sum(moment.double() for moment in moments)
+    first = adapters[0]
     ups = [adapter.full_up().double() * (s * adapter.scale) for adapter, s in zip(adapters, strengths, strict=True)]
-    downs = [a.lora_down.flatten(1).double() @ c.double() for a, c in zip(adapters, moments, strict=True)]
-    # An input that never varied has no moment at all; the identity then stands for it.
-    size = total.diagonal().mean()
-    damped = total + (ridge * size if size > 0 else 1.0) * torch.eye(len(total), dtype=total.dtype)
-    down = torch.linalg.solve(damped, torch.cat(downs).mT).mT
+    read = torch.cat([_read(a.lora_down.flatten(1).double(), c) for a, c in zip(adapters, moments, strict=True)])
+    if all(isinstance(moment, Moment) for moment in moments) and sum(len(m.factor) for m in moments) < read.shape[1]:
+        down = _solved_by_directions(read, moments, ridge)
+    else:
+        down = _solved(read, sum(m.matrix() if isinstance(m, Moment) else m.double() for m in moments), ridge)
     dtype = torch.promote_types(first.lora_up.dtype, torch.float32)
     down = down.reshape(-1, *first.lora_down.shape[1:])
     return MergedLayer(torch.cat(ups, dim=1).to(dtype), down.to(dtype), None, first.out_features)
+
+
+def _read(down: Tensor, moment: Tensor | Moment) -> Tensor:
+    """down C, float64."""
+    if not isinstance(moment, Moment):
+        return down @ moment.double()
+    factor = moment.factor.double()
+    return (down @ factor.mT) @ factor + moment.rest * down
+
+
+def _solved(read: Tensor, total: Tensor, ridge: float) -> Tensor:
+    """read (total + mu I)^-1."""
+    damped = total + _mu(total.diagonal().mean(), ridge) * torch.eye(len(total), dtype=total.dtype)
+    return torch.linalg.solve(damped, read.mT).mT
+
+
+def _solved_by_directions(read: Tensor, moments: Sequence[Moment], ridge: float) -> Tensor:
+    stacked, rest = torch.cat([moment.factor.double() for moment in moments]), sum(moment.rest for moment in moments)
+    damping = rest + _mu(stacked.square().sum() / stacked.shape[1] + rest, ridge)
+    inner = stacked @ stacked.mT + damping * torch.eye(len(stacked), dtype=stacked.dtype)
+    return (read - torch.linalg.solve(inner, stacked @ read.mT).mT @ stacked) / damping
+
+
+def _mu(size: Tensor, ridge: float) -> Tensor | float:
+    """The damping for inputs of this mean variance.  Inputs that never varied leave the identity."""
+    return ridge * size if size > 0 else 1.0
 
 
 def fused_by_descent(deltas: Sequence[Tensor], inputs: Sequence[Tensor], iterations: int = 500) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..moments import Moment
 from .fusion import RIDGE
 
 
@@ -38,11 +39,11 @@ class MergeOptions:
 class Evidence:
     """What concepts' layers read, one entry for each concept in order; see `moments.py` and `customisation`.
 
-    moments: layer -> (n, n) second moments of its inputs, for fusion.
+    moments: layer -> second moments of its inputs, (n, n) or in few directions, for fusion.
     texts: (rows, width) text features of prompts with the concept, and usual: (width, width) second moments of
     ordinary captions', for custom_diffusion.
     """
 
-    moments: Sequence[Mapping[str, Tensor]] = ()
+    moments: Sequence[Mapping[str, Tensor | Moment]] = ()
     texts: Sequence[Tensor] = ()
     usual: Tensor | None = None

@@ -7,12 +7,13 @@ gone.  The loss is measured here (`kept`), layer by layer; whether the identity 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..adapters import LowRank
+from ..concept import Concept
 from ..errors import AdapterError
 
 WAYS = ("symmetric", "sequential")
@@ -56,6 +57,30 @@ def orthogonalised(concepts: Sequence[Mapping[str, LowRank]], way: str = "symmet
             results[index][layer] = changed
     kept = [share / whole if whole else 1.0 for share, whole in zip(after, before, strict=True)]
     return Orthogonalised(results, kept)
+
+
+def orthogonal_concepts(concepts: Sequence[Concept], way: str = "symmetric") -> tuple[list[Concept], list[float]]:
+    """`orthogonalised` for whole concepts: (concepts that share no direction, what each keeps).
+
+    Their recipes no longer name a basis, for the new rows are columns of none.
+    """
+    found = orthogonalised([concept.layers for concept in concepts], way)
+    new = []
+    for concept, layers in zip(concepts, found.layers, strict=True):
+        own, rank = concept.recipe, max((adapter.rank for adapter in layers.values()), default=concept.recipe.rank)
+        recipe = replace(
+            own,
+            method="lora" if own.blocks is None else "block",
+            rank=rank,
+            alpha=float(rank),
+            basis=None,
+            basis_kind=None,
+            basis_seed=None,
+            slot=None if own.blocks is None else own.slot,
+            slot_policy=None,
+        )
+        new.append(replace(concept, layers=layers, recipe=recipe))
+    return new, found.kept
 
 
 def _row_space(adapter: LowRank) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from ..errors import AdapterError
@@ -27,3 +29,14 @@ def truncated(layer: MergedLayer, rank: int) -> tuple[MergedLayer, float]:
     up = (left @ u[:, :count]) * root
     down = (right @ v.mT[:, :count] * root).mT.reshape(count, *layer.down.shape[1:])
     return MergedLayer(up.to(layer.up), down.to(layer.down), layer.rows, layer.out_features), kept
+
+
+def share_kept(cut: Mapping[str, MergedLayer], whole: Mapping[str, MergedLayer]) -> float:
+    """The share of |delta|^2, over all layers, that a cut merge has of the whole one, 0..1."""
+    total = sum(map(_energy, whole.values()))
+    return sum(map(_energy, cut.values())) / total if total else 1.0
+
+
+def _energy(layer: MergedLayer) -> float:
+    up, down = layer.up.double(), layer.down.flatten(1).double()
+    return float(((up.mT @ up) * (down @ down.mT)).sum())

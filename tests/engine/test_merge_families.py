@@ -7,13 +7,15 @@ import torch
 from laws import EFFECT, filled_adapter, relative_error, seeded
 
 from modular_concepts.adapters import KINDS, ConvGeometry
+from modular_concepts.concept import Concept, Recipe, check_concept
 from modular_concepts.crosstalk import crosstalk
 from modular_concepts.errors import AdapterError
-from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, merge_concepts, merged_factors
+from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, add_concepts, merge_concepts, merged_factors
 from modular_concepts.merge.fusion import fused_by_descent, fused_factors
-from modular_concepts.merge.orthogonalize import orthogonalised
+from modular_concepts.merge.orthogonalize import orthogonal_concepts, orthogonalised
 from modular_concepts.merge.sparse import trimmed
-from modular_concepts.merge.truncation import truncated
+from modular_concepts.merge.truncation import share_kept, truncated
+from modular_concepts.moments import Moment
 
 OUT, INP, RANK = 24, 64, 3
 STRENGTHS = [0.6, 1.0, -0.5]
@@ -120,6 +122,15 @@ def test_only_a_blocks_own_rows_are_touched_in_whatever_order_they_are(rows):
     assert torch.equal(found[others], base[others]) and not torch.isclose(found[rows], base[rows]).all(1).any()
 
 
+def test_concepts_are_added_to_weights_that_are_ours_to_change():
+    concepts = trio()
+    weights = {LAYER: torch.randn(OUT, INP, generator=seeded(2)), "other": torch.zeros(1)}
+    base, place = weights[LAYER].clone(), weights[LAYER].data_ptr()
+    add_concepts(weights, concepts, STRENGTHS)
+    assert relative_error(weights[LAYER], base + merge_concepts(concepts, STRENGTHS)[LAYER].delta()) < 1e-6
+    assert weights[LAYER].data_ptr() == place and not weights["other"].any()
+
+
 def test_concepts_of_strength_zero_leave_a_weight_bit_for_bit():
     base = torch.randn(OUT, INP, generator=seeded(2))
     for family in ("sum", "mean", "magnitude", "dare", "ties", "svd"):
@@ -172,6 +183,17 @@ def test_fusion_is_what_the_papers_descent_arrives_at(kind):
 
     assert residual(fused) <= residual(descended) * 1.0001
     assert residual(fused) < 0.9 * residual(merged_factors(adapters, STRENGTHS).delta())
+
+
+@pytest.mark.parametrize("directions", [6, 30])
+def test_fusion_by_directions_is_fusion_by_whole_moments(directions):
+    """6 directions of 3 concepts are fewer than the 64 inputs, 30 are more: two ways of solving."""
+    kept = [Moment.of(moment(INP, seed)[1], directions) for seed in range(3)]
+    adapters = [next(iter(concept.layers.values())) for concept in trio()]
+    found = fused_factors(adapters, STRENGTHS, kept).delta()
+    whole = fused_factors(adapters, STRENGTHS, [m.matrix() for m in kept]).delta()
+    assert relative_error(found, whole) < 1e-5
+    assert relative_error(found, merged_factors(adapters, STRENGTHS).delta()) > EFFECT
 
 
 def test_fusion_of_concepts_that_read_different_inputs_keeps_each_whole():
@@ -247,6 +269,25 @@ def test_orthogonal_concepts_pass_through_orthogonalising_unchanged():
     for concept, layers, kept in zip(concepts, result.layers, result.kept, strict=True):
         assert kept == pytest.approx(1.0)
         assert relative_error(layers[LAYER].delta(), concept.layers[LAYER].delta()) < 1e-5
+
+
+def test_a_concept_made_orthogonal_no_longer_names_its_basis():
+    recipe = Recipe("orthogonal", RANK, 1.0, basis="b", basis_kind="qr", basis_seed=1, slot=2, slot_policy="slot")
+    given = [Concept(c.name, c.layers, {}, recipe) for c in trio()]
+    concepts, kept = orthogonal_concepts(given)
+    assert kept == orthogonalised([c.layers for c in given]).kept and 0 < min(kept) < 1
+    for old, new in zip(given, concepts, strict=True):
+        assert (new.name, new.recipe.method, new.recipe.basis, new.recipe.slot) == (old.name, "lora", None, None)
+        check_concept(new)
+
+
+def test_what_a_cut_keeps_is_its_share_of_the_whole():
+    concepts = trio("orthogonal")
+    whole = merge_concepts(concepts, STRENGTHS)
+    cut = merge_concepts(concepts, STRENGTHS, "svd", options=MergeOptions(rank=4))
+    energies = [merged[LAYER].delta().double().square().sum() for merged in (cut, whole)]
+    assert share_kept(cut, whole) == pytest.approx(float(energies[0] / energies[1]), rel=1e-5)
+    assert share_kept(cut, whole) == pytest.approx(truncated(whole[LAYER], 4)[1], rel=1e-5)
 
 
 def test_too_many_directions_are_refused():

@@ -45,6 +45,16 @@ def test_a_moment_of_few_directions_keeps_the_largest_and_the_trace():
     assert few.matrix().trace().item() == pytest.approx(matrix.trace().item(), rel=1e-6)
 
 
+def test_wide_layers_keep_nearly_the_same_directions():
+    rows = torch.randn(300, 1500, generator=seeded(1), dtype=torch.float64) * torch.logspace(1, -2, 1500)
+    matrix = rows.mT @ rows / 300
+    found, values = Moment.of(matrix, 20), torch.linalg.eigvalsh(matrix)
+    best = (values[:-20] - values[:-20].mean()).norm() / matrix.norm()
+    assert relative_error(found.matrix(), matrix) == pytest.approx(best.item(), rel=0.01)
+    assert found.matrix().trace().item() == pytest.approx(matrix.trace().item(), rel=1e-6)
+    assert torch.equal(found.factor, Moment.of(matrix, 20).factor)
+
+
 def test_a_file_brings_them_back(tmp_path):
     rows = torch.randn(300, 20, generator=seeded(2))
     moments = {"unet.a.b": Moment.of(rows.mT @ rows * 1e-9, 8), "unet.c": Moment.of(rows.mT @ rows * 1e9, 20)}

@@ -26,6 +26,8 @@ NODES = {
     "ConceptTextEncode": "CONDITIONING",
     "ConceptMerge": "MODEL CLIP CONCEPT_STACK",
     "BlockLoRAMerge": "MODEL CLIP CONCEPT_STACK",
+    "ConceptFusion": "MODEL CLIP CONCEPT_STACK",
+    "ConceptOrthogonalize": "CONCEPT_STACK STRING",
     "ConceptRegion": "CONCEPT_REGIONS",
     "RegionalConceptSampler": "LATENT",
     "CrosstalkReport": "IMAGE STRING STRING",

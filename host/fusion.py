@@ -1,0 +1,125 @@
+"""Gradient fusion in the host: what each concept's layers read is recorded while it is drawn alone, and kept.
+
+Moments lie beside the concept file as NAME.moments.safetensors, so that they are recorded once; a concept that came
+straight from a trainer, or was changed since it was loaded, is drawn each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_patcher
+import comfy.sample
+import comfy.sd
+import comfy.utils
+import torch
+
+from ..modular_concepts.concept import Concept
+from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.evidence import PROMPTS, trigger_of
+from ..modular_concepts.files.moments import load_moments, moments_path, save_moments
+from ..modular_concepts.merge import Evidence, MergeOptions
+from ..modular_concepts.moments import Moment, recording
+from .clip import encode_prompt
+from .concepts import file_of
+from .layers import host_layers
+from .patching import merged
+
+SAMPLER = ("euler", "normal")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a concept is drawn to be recorded: prompts in turn, {concept} becomes its trigger; no guidance.
+
+    size: width and height in pixels.  Raises AdapterError for no prompt at all.
+    """
+
+    prompts: Sequence[str] = PROMPTS
+    pictures: int = 8
+    steps: int = 12
+    size: int = 512
+    seed: int = 0
+
+    def __post_init__(self):
+        if not any(self.texts()):
+            raise AdapterError(f"there is no prompt to draw the concepts with; give one a line, such as {PROMPTS[0]}")
+
+    def texts(self) -> list[str]:
+        return [prompt.strip() for prompt in self.prompts if prompt.strip()]
+
+
+def fused(
+    model: comfy.model_patcher.ModelPatcher,
+    clip: comfy.sd.CLIP,
+    stack: Sequence[tuple[Concept, float]],
+    drawing: Drawing,
+    ridge: float,
+    anew: bool = False,
+) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, str]:
+    """(MODEL, CLIP, where each concept's moments came from, for a person); see `merge/fusion.py`.
+
+    anew: record also what a file beside the concept already says.
+    """
+    merged(model, clip, stack)  # What does not fit together is refused before anything is drawn.
+    bar, moments, said = comfy.utils.ProgressBar(len(stack)), [], []
+    for concept, _ in stack:
+        found, source = _moments(model, clip, concept, drawing, anew)
+        moments.append(found)
+        said.append(f"{concept.name}: {source}")
+        bar.update(1)
+    options, evidence = MergeOptions(ridge=ridge), Evidence(moments)
+    return *merged(model, clip, stack, "fusion", options=options, evidence=evidence), "\n".join(said)
+
+
+def _moments(
+    model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, concept: Concept, drawing: Drawing, anew: bool
+) -> tuple[Mapping[str, Moment], str]:
+    file = file_of(concept)
+    beside = None if file is None else moments_path(file)
+    if beside is not None and not anew and (known := _known(concept, file, beside)) is not None:
+        return known, f"moments read from {beside.name}"
+    found = recorded(model, clip, concept, drawing)
+    text = f"moments recorded from {drawing.pictures} pictures"
+    if beside is None:
+        return found, text
+    save_moments(found, beside)
+    # As they will be read, so that the second time gives the same picture as the first.
+    return load_moments(beside), f"{text}, kept in {beside.name}"
+
+
+def _known(concept: Concept, file: Path, beside: Path) -> Mapping[str, Moment] | None:
+    """The moments beside a concept file, if they are of this concept's layers and not older than the file."""
+    if not beside.is_file() or beside.stat().st_mtime_ns < file.stat().st_mtime_ns:
+        return None
+    known = load_moments(beside)
+    widths = {name: adapter.lora_down[0].numel() for name, adapter in concept.layers.items()}
+    fit = all(name in known and known[name].factor.shape[1] == width for name, width in widths.items())
+    return known if fit else None
+
+
+@torch.no_grad()
+def recorded(
+    model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, concept: Concept, drawing: Drawing
+) -> dict[str, Moment]:
+    """Draw a concept alone at strength 1 with the host's own sampler, and record what its layers read."""
+    texts = drawing.texts()
+    if any("{concept}" in text for text in texts):
+        trigger = trigger_of(concept)
+        texts = [text.replace("{concept}", trigger) for text in texts]
+    everything = host_layers(model, clip)
+    alone, alone_clip = merged(model, clip, [(concept, 1.0)])
+    form = model.get_model_object("latent_format")
+    side = max(1, drawing.size // form.spacial_downscale_ratio)
+    shape = (1, form.latent_channels, side, side)
+    with recording({name: everything[name].module for name in concept.layers}) as recorder:
+        for number in range(drawing.pictures):
+            said = encode_prompt(alone_clip, texts[number % len(texts)])
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(drawing.seed + number))
+            latent = torch.zeros_like(noise)
+            comfy.sample.sample(
+                alone, noise, drawing.steps, 1.0, *SAMPLER, said, said, latent, disable_pbar=True, seed=drawing.seed
+            )
+    return recorder.moments()

@@ -1,0 +1,155 @@
+"""In the host: put the same concepts into the toy base by every family, as weights and as activations."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from in_host import FOLDER, pack_module, start
+
+start()
+
+import comfy.hooks  # noqa: E402
+import comfy.lora  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.weight_adapter  # noqa: E402
+import folder_paths  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+torch.set_num_threads(1)
+folder_paths.models_dir = str(FOLDER)
+
+
+def weights(model, clip) -> dict[str, torch.Tensor]:
+    parts = {"model": model.model, "clip": clip.cond_stage_model}
+    return {f"{part}.{key}": value.clone() for part, net in parts.items() for key, value in net.state_dict().items()}
+
+
+def hooks_on(model, clip) -> list:
+    parts = (*model.model.modules(), *clip.cond_stage_model.modules())
+    return [hook for part in parts for hook in (*part._forward_hooks, *part._forward_pre_hooks)]
+
+
+@torch.inference_mode()
+def main() -> None:
+    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
+    toy, patching, fusion, merging_words = (
+        pack_module(f"host.{name}") for name in ("toy", "patching", "fusion", "merging")
+    )
+    loading, merging = pack_module("nodes.concepts"), pack_module("nodes.merging")
+    plan = json.loads((FOLDER / "plan.json").read_text())
+    model, clip, _ = toy.load_toy_base()
+    layers = pack_module("host.layers").host_layers(model, clip)
+    before, found, facts = weights(model, clip), {}, {"untouched": [], "refused": {}}
+
+    def key_of(name: str) -> str:
+        return f"{'model' if layers[name].part == 'unet' else 'clip'}.{layers[name].key}"
+
+    def back_to_base() -> None:
+        comfy.model_management.unload_all_models()
+        after = weights(model, clip)
+        same = all(torch.equal(before[name], after[name]) for name in before)
+        facts["untouched"].append(same and not hooks_on(model, clip))
+
+    def look(title: str, patched, patched_clip) -> None:
+        comfy.model_management.load_models_gpu([patched, patched_clip.patcher])
+        now = weights(patched, patched_clip)
+        found.update({f"{title}|{name}": now[key_of(name)] for name in plan["layers"]})
+        found[f"{title}|by_weight"] = patched.model.apply_model(latent, sigma, c_crossattn=context)
+        patched.unpatch_model()
+        patched_clip.patcher.unpatch_model()
+        back_to_base()
+
+    def look_by_bypass(title: str, patched) -> None:
+        manager = comfy.weight_adapter.BypassInjectionManager()
+        for key, [patch] in patched.patches.items():
+            manager.add_adapter(key, patch[1], strength=patch[0])
+        bypassing = model.clone()
+        bypassing.set_injections("bypass", manager.create_injections(bypassing.model))
+        comfy.model_management.load_models_gpu([bypassing])
+        bypassing.inject_model()
+        found[f"{title}|by_bypass"] = bypassing.model.apply_model(latent, sigma, c_crossattn=context)
+        bypassing.eject_model()
+        back_to_base()
+
+    latent, sigma = torch.randn(1, 12, 16, 16, generator=torch.Generator().manual_seed(3)), torch.tensor([2.0])
+    context = torch.randn(1, 40, 128, generator=torch.Generator().manual_seed(4))
+    found |= {f"base|{name}": before[key_of(name)] for name in plan["layers"]}
+    found["base|by_weight"] = model.model.apply_model(latent, sigma, c_crossattn=context)
+    stacks = {name: loading.ConceptLoader.execute(f"{name}.safetensors", s)[0] for name, s in plan["strengths"].items()}
+    facts["listed"] = pack_module("host.concepts").concept_names()
+    sockets = {f"concept{index}": stack for index, stack in enumerate(stacks.values())}
+    for family in plan["families"]:
+        result = merging.ConceptMerge.execute(model, clip, sockets, family, **plan["options"]).args
+        look(family, *result[:2])
+        look_by_bypass(family, result[0])
+    options = pack_module("modular_concepts.merge").MergeOptions(**plan["options"])
+    facts["svd"] = merging_words.kept_by_cut(sum(stacks.values(), ()), options)
+
+    # Fusion: drawn once, then read from beside the files.
+    asked = (model, clip, sockets, plan["prompts"], 2, plan["ridge"], 2, 32)
+    look("fusion", *merging.ConceptFusion.execute(*asked).args[:2])
+    look_by_bypass("fusion", merging.ConceptFusion.execute(*asked)[0])
+    drawing = fusion.Drawing(plan["prompts"].splitlines(), 2, 2, 32)
+    stack = sum(stacks.values(), ())
+    facts["second"] = fusion.fused(model, clip, stack, drawing, plan["ridge"])[2]
+    facts["anew"] = fusion.fused(model, clip, stack[:1], drawing, plan["ridge"], anew=True)[2]
+    half = loading.ConceptStrength.execute(stacks["tom"], 1.0, "mid=0.5")[0]
+    facts["changed"] = fusion.fused(model, clip, half, drawing, plan["ridge"])[2]
+    facts["listed again"] = pack_module("host.concepts").concept_names()
+    back_to_base()
+
+    # Made orthogonal, and strong in parts.
+    orthogonal, facts["kept"] = merging.ConceptOrthogonalize.execute(sockets, "symmetric").args
+    look("orthogonal", *merging.ConceptMerge.execute(model, clip, {"concept0": orthogonal}, "sum").args[:2])
+    parts = loading.ConceptLoader.execute("tom.safetensors", 0.7, plan["blocks"])[0]
+    look("blocks", *merging.ConceptMerge.execute(model, clip, {"concept0": parts}, "sum").args[:2])
+
+    # Part of a weight, a function of the delta, another strength, a smaller dtype: as the host may ask.
+    patched = merging.ConceptMerge.execute(model, clip, sockets, "sum")[0]
+    key = layers[plan["square"]].key
+    adapter, weight = patched.patches[key][0][1], before[key_of(plan["square"])]
+    out = len(weight)
+    for title, (patch, given) in {
+        "third": ((1.0, adapter, 1.0, (0, out, out), None), weight.repeat(3, 1)),
+        "function": ((0.5, adapter, 1.0, None, lambda delta: 2 * delta), weight.clone()),
+        "strength": ((-0.4, adapter, 1.0, None, None), weight.clone()),
+        "half": ((1.0, adapter, 1.0, None, None), weight.to(torch.float16)),
+    }.items():
+        found[f"asked|{title}"] = comfy.lora.calculate_weight([patch], given, key)
+
+    # Inside a hook whose strength changes while sampling.
+    hook = comfy.hooks.WeightHook()
+    hook.need_weight_init, hook.weights = False, {key: patch[0][1] for key, patch in patched.patches.items()}
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    hooked = model.clone()
+    hooked.register_all_hook_patches(group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+    comfy.model_management.load_models_gpu([hooked])
+    for title, strength in (("hook", 0.4), ("hook later", 1.5)):
+        hook.hook_keyframe._current_keyframe = comfy.hooks.HookKeyframe(strength)
+        hooked.clear_cached_hook_weights()
+        hooked.patch_hooks(group)
+        found[title] = hooked.model.state_dict()[key].clone()
+    hooked.unpatch_hooks()
+    back_to_base()
+
+    for title, attempt in {
+        "no prompt": lambda: merging.ConceptFusion.execute(model, clip, sockets, " \n", 2, 1e-3),
+        "unknown part": lambda: loading.ConceptStrength.execute(stacks["tom"], 1.0, "middle=2"),
+        "no trigger": lambda: merging.ConceptFusion.execute(
+            model, clip, {"a": loading.ConceptLoader.execute("plain.safetensors", 1.0)[0]}, plan["prompts"], 1, 1e-3
+        ),
+    }.items():
+        try:
+            attempt()
+            facts["refused"][title] = ""
+        except ValueError as error:
+            facts["refused"][title] = f"{type(error).__name__}: {error}"
+    back_to_base()
+    save_file({key: value.float().contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
+    (FOLDER / "found.json").write_text(json.dumps(facts))
+
+
+main()

@@ -1,0 +1,170 @@
+"""Every merge family in the host: the engine's delta in the weights, the same as activations, the base untouched."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from made_concepts import made_concept
+from safetensors.torch import load_file
+from test_patching import CONVOLUTIONS, relative_error, wide_concept
+
+from modular_concepts.evidence import PROMPTS
+from modular_concepts.files import save_concept
+from modular_concepts.files.kohya import export_kohya
+from modular_concepts.files.moments import load_moments, moments_path
+from modular_concepts.merge import BlockStrengths, Evidence, MergeOptions, merge_concepts
+from modular_concepts.merge.orthogonalize import orthogonal_concepts
+
+FAMILIES = ["sum", "mean", "average", "magnitude", "dare", "ties", "svd"]
+STRENGTHS = {"tom": 0.7, "rex": 1.0, "wide": -0.5}
+OPTIONS = {"density": 0.3, "rank": 4, "seed": 5}
+RIDGE = 1e-3
+BLOCKS = "mid=0, up=0.5, text=0.8"
+
+
+@pytest.fixture(scope="module")
+def concepts():
+    return {"tom": made_concept("tom", "lora"), "rex": made_concept("rex", "lora", slot=1), "wide": wide_concept()}
+
+
+@pytest.fixture(scope="module")
+def found(host, concepts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    (folder / "concepts").mkdir()
+    for name, concept in concepts.items():
+        save_concept(concept, folder / "concepts" / f"{name}.safetensors")
+    export_kohya(replace(concepts["tom"], tokens={}), folder / "concepts" / "plain.safetensors")
+    layers = sorted(concepts["wide"].layers)
+    plan = {
+        "strengths": STRENGTHS,
+        "families": FAMILIES,
+        "options": OPTIONS,
+        "layers": layers,
+        "prompts": "\n".join(PROMPTS),
+        "ridge": RIDGE,
+        "blocks": BLOCKS,
+        "square": next(name for name in sorted(concepts["tom"].layers) if name.endswith("attn1.to_q")),
+    }
+    (folder / "plan.json").write_text(json.dumps(plan))
+    host.run("merge_families.py", folder)
+    return load_file(folder / "found.safetensors"), json.loads((folder / "found.json").read_text()), plan, folder
+
+
+def wanted(concepts, family, evidence=None):
+    options = MergeOptions(**OPTIONS, ridge=RIDGE)
+    return merge_concepts(
+        list(concepts.values()), list(STRENGTHS.values()), family, options=options, evidence=evidence or Evidence()
+    )
+
+
+def check_weights(tensors, layers, title, merged, tolerance=1e-6):
+    moved = 0.0
+    for layer in layers:
+        base, now = tensors[f"base|{layer}"], tensors[f"{title}|{layer}"]
+        if layer not in merged:
+            assert torch.equal(now, base), layer
+            continue
+        assert relative_error(now, base + merged[layer].delta().reshape(base.shape)) < tolerance, layer
+        moved = max(moved, relative_error(now, base))
+    assert moved > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_the_base_and_the_engines_delta(found, concepts, family):
+    assert set(CONVOLUTIONS) <= set(found[2]["layers"])
+    check_weights(found[0], found[2]["layers"], family, wanted(concepts, family))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "fusion"])
+def test_bypass_computes_what_merged_weights_compute(found, family):
+    tensors = found[0]
+    assert relative_error(tensors[f"{family}|by_bypass"], tensors[f"{family}|by_weight"]) < 1e-5
+    assert relative_error(tensors["base|by_weight"], tensors[f"{family}|by_weight"]) > 1e-2
+
+
+def test_families_differ(found, concepts):
+    layer = next(iter(concepts["tom"].layers))
+    everything = [found[0][f"{family}|{layer}"] for family in [*FAMILIES, "fusion"]]
+    pairs = [relative_error(a, b) for i, a in enumerate(everything) for b in everything[:i]]
+    assert min(pairs) > 1e-4
+
+
+def test_fusion_is_the_engines_with_what_was_recorded_and_kept(found, concepts):
+    tensors, facts, plan, folder = found
+    moments = [load_moments(moments_path(folder / "concepts" / f"{name}.safetensors")) for name in concepts]
+    assert all(set(known) == set(concept.layers) for known, concept in zip(moments, concepts.values(), strict=True))
+    check_weights(tensors, plan["layers"], "fusion", wanted(concepts, "fusion", Evidence(moments)), 1e-5)
+    assert facts["second"].splitlines() == [
+        f"{name}: moments read from {name}.moments.safetensors" for name in concepts
+    ]
+    assert facts["anew"] == "tom: moments recorded from 2 pictures, kept in tom.moments.safetensors"
+    assert facts["changed"] == "tom: moments recorded from 2 pictures"
+
+
+def test_moments_are_no_concepts(found):
+    assert found[1]["listed"] == found[1]["listed again"]
+    assert "tom.safetensors" in found[1]["listed"]
+
+
+def test_what_a_cut_costs_is_said(found, concepts):
+    whole = wanted(concepts, "sum")
+    cut = wanted(concepts, "svd")
+    kept, total = (sum(float(m.delta().double().square().sum()) for m in part.values()) for part in (cut, whole))
+    assert found[1]["svd"] == f"rank 4 keeps {kept / total:.1%} of the sum's energy, {1 - kept / total:.1%} is lost"
+    assert kept / total < 0.99
+
+
+def test_concepts_are_made_orthogonal_and_what_they_keep_is_said(found, concepts):
+    new, kept = orthogonal_concepts(list(concepts.values()))
+    check_weights(found[0], found[2]["layers"], "orthogonal", merge_concepts(new, list(STRENGTHS.values())), 1e-5)
+    assert found[1]["kept"].splitlines() == [
+        f"{name} keeps {share:.1%} of its energy" for name, share in zip(concepts, kept, strict=True)
+    ]
+
+
+def test_parts_of_a_concept_act_as_strongly_as_was_typed(found, concepts):
+    tom = concepts["tom"]
+    parts = replace(tom, layers=BlockStrengths.parse(BLOCKS).on(tom.layers))
+    assert 0 < len(parts.layers) < len(tom.layers)
+    check_weights(found[0], found[2]["layers"], "blocks", merge_concepts([parts], [0.7]))
+
+
+def test_part_of_a_weight_a_function_and_a_smaller_dtype(found, concepts):
+    tensors, _, plan, _ = found
+    base = tensors[f"base|{plan['square']}"]
+    delta = wanted(concepts, "sum")[plan["square"]].delta()
+    third = tensors["asked|third"]
+    assert torch.equal(third[: len(base)], base) and torch.equal(third[2 * len(base) :], base)
+    assert relative_error(third[len(base) : 2 * len(base)], base + delta) < 1e-6
+    assert relative_error(tensors["asked|function"], base + delta) < 1e-6
+    assert relative_error(tensors["asked|strength"], base - 0.4 * delta) < 1e-6
+    assert relative_error(tensors["asked|half"], base + delta) < 2e-3
+    assert relative_error(delta + base, base) > 1e-2
+
+
+def test_hooks_scale_a_merge_while_sampling(found, concepts):
+    tensors, _, plan, _ = found
+    base, delta = tensors[f"base|{plan['square']}"], wanted(concepts, "sum")[plan["square"]].delta()
+    assert relative_error(tensors["hook"], base + 0.4 * delta) < 1e-6
+    assert relative_error(tensors["hook later"], base + 1.5 * delta) < 1e-6
+
+
+def test_the_loaded_base_is_untouched_after_everything(found):
+    assert len(found[1]["untouched"]) > 2 * len(FAMILIES)
+    assert all(found[1]["untouched"])
+
+
+@pytest.mark.parametrize(
+    ("title", "words"),
+    [
+        ("no prompt", "there is no prompt to draw the concepts with"),
+        ("unknown part", "'middle=2' is not like mid=0.5"),
+        ("no trigger", "has no trigger word"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_plain_words(found, title, words):
+    said = found[1]["refused"][title]
+    assert said.startswith("AdapterError: ") and words in said
