@@ -52,5 +52,14 @@ def test_nodes_touch_the_host_only_where_they_may(source):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             imported.add(node.module)
-    allowed = {"__future__", "comfy_api.latest", "comfy.samplers", "folder_paths", "math", "collections.abc", "torch"}
+    allowed = {
+        "__future__",
+        "comfy_api.latest",
+        "comfy.samplers",
+        "folder_paths",
+        "math",
+        "collections",
+        "collections.abc",
+        "torch",
+    }
     assert imported - allowed <= {"dataclasses", "enum", "typing", "pathlib", "functools"}
