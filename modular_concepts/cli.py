@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
-from .adapters import KINDS
+from .cli_training import add_training_options, chosen_preset
 from .errors import AdapterError
 from .files.safe import safe_name
-from .layers import TARGETS
 
 EXTRA = ("diffusers", "transformers", "tqdm", "matplotlib", "PIL")
 
@@ -89,9 +88,10 @@ def _pictures(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     from .bases import OrthogonalBasis
     from .customisation import Subject, Targets, check_training, concept_from, train_concept, trigger_of
-    from .dataset import load_folder
+    from .dataset import filled_in, load_folder
     from .files.concept import save_concept
     from .toy.demo import SETTINGS, UNDESCRIBED
+    from .toy.presets import on_toy_base
     from .training import TrainSettings, Unfinished, check_checkpoint
 
     name = safe_name(args.name)
@@ -100,23 +100,10 @@ def _train(args: argparse.Namespace) -> None:
     if args.checkpoints:
         _folder(args.checkpoints, "--checkpoints")
     base = _base(args.base)
-    preset = (SETTINGS if args.description else UNDESCRIBED) if base.architecture == "toy" else TrainSettings()
-    chosen = {
-        key: getattr(args, key)
-        for key in (
-            "rank",
-            "steps",
-            "batch",
-            "adapter_lr",
-            "token_lr",
-            "token_vectors",
-            "seed",
-            "erasure",
-            "blocks",
-        )
-        if getattr(args, key) is not None
-    }
-    settings = _settings(preset, method=args.method, name=name, slot=args.slot, **chosen)
+    toy = base.architecture == "toy"
+    usual = (SETTINGS if args.description else UNDESCRIBED) if toy else TrainSettings()
+    preset = chosen_preset(args, usual, on_toy_base if toy else lambda own: own)
+    settings = _settings(preset.settings, name=name)
     if args.checkpoints:
         settings = _settings(settings, checkpoint_every=args.checkpoint_every)
     height, width = args.size or base.size
@@ -125,8 +112,11 @@ def _train(args: argparse.Namespace) -> None:
             f"training size {width}x{height} does not fit this base; choose multiples of {base.multiple}"
         )
     trigger = trigger_of(name)
-    template = "a {concept}" if base.architecture == "toy" else "a photo of {concept}"
-    data = load_folder(args.pictures, (height, width), (trigger,), template=template)
+    template = "a {concept}" if toy else "a photo of {concept}"
+    data = load_folder(
+        args.pictures, (height, width), (trigger,), template=template, buckets=args.buckets, multiple=base.multiple
+    )
+    data = filled_in(data, (trigger,))
     captions = [text.replace("<TOK>", trigger) for text in data.captions]
     subject = Subject(
         name,
@@ -138,11 +128,11 @@ def _train(args: argparse.Namespace) -> None:
         args.description,
         data.repeats,
     )
-    targets = Targets(tuple(args.targets), ("attention",) if args.text_encoder else None)
+    targets = Targets(preset.targets, preset.text_encoder_targets)
     check_training(base, subject, settings, targets)
     if args.resume:
         check_checkpoint(args.resume)
-    prior, basis = _prior(base, args, height, width), OrthogonalBasis()
+    prior, basis = _prior(base, args.class_word, preset.prior, height, width), OrthogonalBasis()
     fault = None
     try:
         with _Bar(f"train {name} ({settings.method})", settings.steps) as advance, _Interruption() as interrupted:
@@ -152,7 +142,18 @@ def _train(args: argparse.Namespace) -> None:
                 return interrupted()
 
             concept, result = train_concept(
-                base, subject, settings, targets, basis, after_step, args.checkpoints, args.resume, prior
+                base,
+                subject,
+                settings,
+                targets,
+                basis,
+                after_step,
+                args.checkpoints,
+                args.resume,
+                prior,
+                accept_changes=args.accept_changes,
+                cache=args.cache,
+                estimate=print,
             )
     except Unfinished as error:
         fault, result = error, error.result
@@ -162,23 +163,32 @@ def _train(args: argparse.Namespace) -> None:
     if result.losses:
         _folder(out.parent)
         save_concept(concept, out, compact=args.compact)
-        print(f"wrote {out}: {len(concept.layers)} layers of rank {settings.rank}, last loss {result.losses[-1]:.4f}")
+        print(f"wrote {out}: {_what_learned(concept)}, last loss {result.losses[-1]:.4f}")
     if fault is not None:
         raise AdapterError(f"{fault}" + (f" in {out}" if result.losses else "")) from fault
     if not result.finished:
         raise KeyboardInterrupt
 
 
-def _prior(base, args: argparse.Namespace, height: int, width: int):
+def _what_learned(concept) -> str:
+    ranks = sorted({adapter.rank for adapter in concept.layers.values()})
+    if not ranks:
+        return f"{' '.join(concept.tokens)}, no layers"
+    if all(adapter.kind == "full" for adapter in concept.layers.values()):
+        return f"{len(concept.layers)} layers in full"
+    return f"{len(concept.layers)} layers of rank {ranks[-1]}"
+
+
+def _prior(base, class_word: str, count: int, height: int, width: int):
     """Pictures of the base's own for prior preservation, in the training's size, or None."""
     from .customisation import prior_examples
     from .sampling import SampleSettings
 
-    if args.prior < 1:
+    if count < 1:
         return None
     settings = SampleSettings(steps=12, height=height, width=width, batch=24)
-    with _Bar("draw what the base knows", settings.steps * -(-args.prior // settings.batch)) as advance:
-        return prior_examples(base, args.class_word, args.prior, 1000, settings, lambda done, total: advance(done))
+    with _Bar("draw what the base knows", settings.steps * -(-count // settings.batch)) as advance:
+        return prior_examples(base, class_word, count, 1000, settings, lambda done, total: advance(done))
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -236,9 +246,13 @@ def _inspect(args: argparse.Namespace) -> None:
         adapters: list[LowRank] = list(concept.layers.values())
         size = sum(a.delta().norm().item() ** 2 for a in adapters) ** 0.5
         print(f"{path}: concept {concept.name!r}")
-        print(f"  {len(adapters)} layers in {', '.join(blocks)}; size of the change ‖ΔW‖ = {size:.3f}")
+        if adapters:
+            print(f"  {len(adapters)} layers in {', '.join(blocks)}; size of the change ‖ΔW‖ = {size:.3f}")
+        else:
+            print("  no layers, the word alone")
         for word, rows in concept.tokens.items():
-            print(f"  learned word {word}: {tuple(rows.shape)}")
+            each = f", for each of {len(rows)} cross-attention layers" if rows.dim() == 3 else ""
+            print(f"  learned word {word}: {rows.shape[-2]} x {rows.shape[-1]}{each}")
         print("  " + json.dumps({key: value for key, value in made.items() if key != "training"}))
         if args.verbose:
             print("  training " + json.dumps(made.get("training", {})))
@@ -261,6 +275,8 @@ def _export(args: argparse.Namespace) -> None:
     if concept.tokens:
         for path in export_embeddings(concept, _folder(words)):
             print(f"wrote {path}: the learned word, for the embeddings folder")
+        if any(rows.dim() == 3 for rows in concept.tokens.values()):
+            print("note: the word has rows for each layer, which other programs cannot use; the file has their mean")
     if concept.layers:
         _folder(out.parent)
         export = export_kohya if args.format == "kohya" else export_diffusers
@@ -447,31 +463,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--out", type=Path, help="concept file (default concepts/NAME.safetensors)")
     train.add_argument("--base", default="toy", help="toy, or a diffusers folder")
-    train.add_argument("--method", choices=KINDS, default="orthogonal")
-    train.add_argument("--slot", type=int, help="the concept's own columns; without it they follow from the name")
-    train.add_argument("--blocks", type=int, help="number of row blocks (block methods)")
-    train.add_argument("--rank", type=int)
-    train.add_argument("--steps", type=int)
-    train.add_argument("--batch", type=int)
-    train.add_argument("--adapter-lr", type=float)
-    train.add_argument("--token-lr", type=float)
-    train.add_argument("--token-vectors", type=int)
-    train.add_argument(
-        "--prior",
-        type=int,
-        default=0,
-        metavar="N",
-        help="learn beside N pictures that the base draws itself, so that it keeps what it knows (default none)",
-    )
-    train.add_argument("--erasure", type=float, help="probability to erase an output row (BlockLoRA)")
-    train.add_argument("--seed", type=int)
+    add_training_options(train)
     train.add_argument("--size", type=_size, help="WIDTHxHEIGHT to train at (default: the base's own)")
-    train.add_argument("--targets", nargs="+", choices=TARGETS, default=["attention", "feed_forward"])
-    train.add_argument("--text-encoder", action="store_true", help="adapt the text encoder's attention too")
+    train.add_argument(
+        "--buckets", action="store_true", help="keep each picture's aspect, at sizes of about the same area"
+    )
+    train.add_argument("--cache", type=Path, metavar="DIR", help="folder to keep the pictures' latents in")
     train.add_argument("--compact", action="store_true", help="leave the frozen factors out of the file")
     train.add_argument("--checkpoints", type=Path, help="folder for checkpoints")
     train.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
     train.add_argument("--resume", type=Path, help="a checkpoint, or a folder for its newest")
+    train.add_argument(
+        "--accept-changes", action="store_true", help="resume although pictures, captions, base or settings changed"
+    )
     train.set_defaults(run=_train)
 
     merge = commands.add_parser("merge", help="sum concepts into one file")

@@ -184,7 +184,7 @@ def test_sample_says_which_words_mean_nothing(here, capsys):
 def test_inspect_tells_what_is_in_a_file(made, here, capsys):
     code, out, _ = run(capsys, "inspect", "-v", concept(made), concept(made, "tim"), concept(made, "plain"))
     assert code == 0
-    for words in ("concept 'tom'", "learned word <tim>: (8, 128)", '"base_hash"', '"slot": 1', "adapter_lr", "mid"):
+    for words in ("concept 'tom'", "learned word <tim>: 8 x 128", '"base_hash"', '"slot": 1', "adapter_lr", "mid"):
         assert words in out
     assert "crosstalk tom (1) and tim: 0.0000" in out and "crosstalk tom (1) and tom (2): 0." in out
     assert files(here) == {}
