@@ -1,4 +1,4 @@
-"""What time and memory a training will take, measured before it starts: one picture, forward and backward."""
+"""What time and memory a training will take, measured before it starts: a picture or two, forward and backward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .memory import memory_advice, ran_out_of_memory
 from .problem import Problem
 from .run import Run
 from .settings import TrainSettings
-from .step import on_base
+from .step import Step, on_base
 
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0}  # bytes for each trained number
 
@@ -39,33 +39,42 @@ class Estimate:
 
 
 def rehearse(problem: Problem, settings: TrainSettings, basis: OrthogonalBasis | None = None) -> Estimate:
-    """Measure one picture's step and scale it to the batch; what the training itself will draw is not touched.
+    """Measure small steps and scale them to the batch; what the training itself will draw is not touched.
 
-    A batch costs at most as much time and memory as its pictures one by one; a large one on an accelerator less time.
+    Memory grows by the same for each further picture; time is that of the pictures one by one, which a large batch on
+    an accelerator stays below.
     Raises AdapterError when even one picture is too much for the memory.
     """
     with torch.inference_mode(False), torch.enable_grad():
         run = Run(problem, replace(settings, batch=1), basis)
-        trained = list(run.parameters().values())
-        numbers = sum(parameter.numel() for parameter in trained)
         try:
             with on_base(problem, run) as step:
-                with LiveMemory() as live:
-                    step.gradients()
+                one = _peak(step)
                 started = time.monotonic()
                 step.gradients()
-                _wait(trained[0].device)
+                _wait(step.parameters[0].device)
                 seconds = time.monotonic() - started
+                run.settings = replace(settings, batch=min(2, settings.batch))
+                more = _peak(step) - one
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
             raise AdapterError(
-                f"memory is too small for one picture; {memory_advice(replace(settings, batch=1))}"
+                f"memory is too small for {run.settings.batch} of {settings.batch} pictures at once; "
+                f"{memory_advice(run.settings)}"
             ) from error
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    one = max(0, live.peak - gradients)
-    kept = round(gradients * 3 + numbers * MOMENTS[settings.optimizer])  # factors, their last good copy, gradients
-    return Estimate(seconds * settings.batch, one * settings.batch + kept, settings.steps)
+    numbers = sum(parameter.numel() for parameter in step.parameters)
+    factors = sum(parameter.numel() * parameter.element_size() for parameter in step.parameters)
+    # Beside the factors and their last good copy; gradients are in the peak.
+    kept = round(2 * factors + numbers * MOMENTS[settings.optimizer])
+    return Estimate(seconds * settings.batch, one + more * (settings.batch - 1) + kept, settings.steps)
+
+
+def _peak(step: Step) -> int:
+    step.run.optimizer.zero_grad()
+    with LiveMemory() as live:
+        step.gradients()
+    return live.peak
 
 
 class LiveMemory(TorchDispatchMode):

@@ -1,0 +1,121 @@
+"""When memory runs out a sentence names what helps, nothing learned is lost, and what a step needs is told before."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_problem import (
+    EVERYTHING,
+    hook_count,
+    learned,
+    problem_with_everything,
+    tiny_basis,
+    tiny_problem,
+    weights_hash,
+)
+from untrained_toy import untrained_base
+
+from modular_concepts.customisation import Subject, Targets, problem_for
+from modular_concepts.errors import AdapterError
+from modular_concepts.training import OutOfMemory, TrainSettings, rehearse, train
+from modular_concepts.training.memory import memory_advice, ran_out_of_memory
+from modular_concepts.training.rehearsal import Estimate, LiveMemory
+from modular_concepts.training.run import Run
+from modular_concepts.training.step import on_base
+
+SETTINGS = TrainSettings(rank=2, slot=1, steps=8, batch=3, adapter_lr=1e-2, token_lr=1e-2)
+
+
+def too_much(*_):
+    """More than any machine has: the allocator's own error."""
+    return torch.empty(1 << 56, dtype=torch.uint8)
+
+
+def accelerator_full(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("fault", [too_much, accelerator_full])
+def test_memory_that_runs_out_is_a_sentence_and_loses_nothing(tmp_path, fault):
+    base, calls = problem_with_everything(), []
+
+    def predict(*given):
+        calls.append(given)
+        return fault() if len(calls) == 9 else base.predict(*given)
+
+    settings = replace(EVERYTHING, gradient_checkpointing=False, precision="fp32")
+    before, state = weights_hash(base), torch.get_rng_state()
+    with pytest.raises(OutOfMemory) as caught:
+        train(replace(base, predict=predict), settings, basis=tiny_basis(), checkpoints=tmp_path)
+    said = str(caught.value)
+    assert "memory ran out at step 5; turn gradient_checkpointing on, lower batch (now 3) or set precision" in said
+    assert "What was learned up to step 4 is kept" in said and caught.value.result.step == 4
+    assert weights_hash(base) == before and hook_count(base) == 0 and torch.equal(torch.get_rng_state(), state)
+    straight = learned(train(base, settings, basis=tiny_basis()))
+    lean = replace(settings, gradient_checkpointing=True)
+    resumed = learned(train(base, lean, resume=tmp_path, basis=tiny_basis()))
+    assert all(torch.equal(own, resumed[name]) for name, own in straight.items())
+
+
+def test_memory_that_is_too_small_from_the_start_keeps_no_file(tmp_path):
+    with pytest.raises(AdapterError, match="memory ran out at step 1;.*lower batch"):
+        train(replace(tiny_problem(), predict=too_much), SETTINGS, basis=tiny_basis(), checkpoints=tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(AdapterError, match="too small for 1 of 3 pictures at once; turn gradient_checkpointing on"):
+        rehearse(replace(tiny_problem(), predict=too_much), SETTINGS, tiny_basis())
+
+
+def test_the_advice_names_only_what_is_left_to_do():
+    assert memory_advice(TrainSettings(batch=4)).startswith("turn gradient_checkpointing on, lower batch (now 4) or")
+    lean = TrainSettings(batch=1, gradient_checkpointing=True, precision="bf16", rank=8)
+    assert memory_advice(lean) == "train on smaller pictures, train fewer layers or lower rank (now 8)"
+    assert not ran_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+# --- the rehearsal ---
+
+
+def toy_problem(size=None):
+    base = untrained_base()
+    pictures = torch.rand(4, 3, *(size or base.size), generator=torch.Generator().manual_seed(3))
+    return problem_for(base, Subject("x", pictures, ["a <x> on the beach"] * 4, "man"), Targets(("all_linear",)))
+
+
+def test_a_rehearsal_moves_nothing_of_the_training():
+    problem, told = problem_with_everything(), []
+    state = torch.get_rng_state()
+    plain = learned(train(problem, EVERYTHING, basis=tiny_basis()))
+    rehearsed = learned(train(problem, EVERYTHING, basis=tiny_basis(), estimate=told.append))
+    assert all(torch.equal(own, rehearsed[name]) for name, own in plain.items())
+    assert len(told) == 1 and told[0].seconds_per_step > 0 and told[0].memory_bytes > 0
+    assert torch.equal(torch.get_rng_state(), state) and hook_count(problem) == 0
+
+
+@pytest.mark.parametrize("changed", [{}, {"gradient_checkpointing": True}, {"precision": "bf16"}])
+def test_the_estimate_is_near_what_a_step_takes(changed):
+    problem, settings = toy_problem(), replace(SETTINGS, method="lora", batch=4, **changed)
+    estimate = rehearse(problem, settings)
+    with LiveMemory() as live:
+        run = Run(problem, settings)
+        good = [parameter.detach().clone() for parameter in run.parameters().values()]
+        with on_base(problem, run) as step:
+            for _ in range(2):
+                step.gradients()
+                run.optimizer.step()
+    assert len(good) == len(step.parameters)
+    assert 0.9 * live.peak < estimate.memory_bytes < 1.2 * live.peak
+
+
+def test_the_estimate_grows_with_batch_and_pictures_and_shrinks_with_checkpointing():
+    settings = replace(SETTINGS, method="lora", batch=2)
+    one = rehearse(toy_problem(), settings).memory_bytes
+    assert rehearse(toy_problem(), replace(settings, batch=4)).memory_bytes > 1.5 * one
+    assert rehearse(toy_problem((64, 64)), settings).memory_bytes > 2 * one
+    assert rehearse(toy_problem(), replace(settings, gradient_checkpointing=True)).memory_bytes < 0.9 * one
+
+
+def test_it_is_told_in_plain_words():
+    assert str(Estimate(12.3, 3 << 30, 500)) == (
+        "about 12 s a step, 1 h 42 min for 500 steps; at most about 3 GiB of memory beside the model"
+    )
+    assert "0.042 s a step, 4.2 s for 100 steps" in str(Estimate(0.042, 1 << 20, 100))
