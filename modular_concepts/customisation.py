@@ -120,7 +120,7 @@ def problem_for(
         triggers={subject.trigger: start},
         prior=prior,
         base_hash=base.hash,
-        cross_attention_layers=getattr(base, "cross_attention_layers", 0),
+        cross_attention_layers=base.cross_attention_layers,
         denoiser=base.denoiser,
         cross_attentions=base.cross_attentions(),
         trigger_positions=base.trigger_positions,
@@ -129,7 +129,7 @@ def problem_for(
 
 def check_training(base: Base, subject: Subject, settings: TrainSettings, targets: Targets = Targets()) -> None:
     """Raise AdapterError at once for words, rank or slot that a training would refuse once its prior is drawn."""
-    new_words({subject.trigger: _start_rows(base, subject)}, settings, getattr(base, "cross_attention_layers", 0))
+    new_words({subject.trigger: _start_rows(base, subject)}, settings, base.cross_attention_layers)
     new_adapters(concept_layers(base, targets), settings)
 
 
