@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..adapters import ConvGeometry, LowRank
 from ..errors import AdapterError
+from .adapted import LowRankTerm
+from .frozen import FrozenForward
 
 
 class Residual(Protocol):
@@ -31,7 +33,8 @@ def attached(
 
     layers: layer name -> Linear or Conv2d; adapters: layer name -> adapter, on the layer's device.
     erasure: layer name -> 0/1 mask (lora_up rows,), read anew at each forward pass; training only.
-    The hooks are removed on leaving, also by an exception.  Strength 0 attaches nothing.
+    Hooks do it, and in a frozen Linear (`frozen.py`) the layer itself; both end on leaving, also by an exception.
+    Strength 0 attaches nothing.
     Raises AdapterError for an adapter whose layer is not in `layers`.
     """
     missing = [name for name in adapters if name not in layers]
@@ -40,15 +43,17 @@ def attached(
             f"{missing[0]}: the adapter has no layer of this name in the model ({len(missing)} of "
             f"{len(adapters)} adapters do not fit); it was trained on another architecture"
         )
-    handles = []
-    try:
+    with ExitStack() as stack:
         for name, adapter in adapters.items() if strength != 0 else ():
             mask = _mask_of(name, erasure)
-            handles.append(layers[name].register_forward_hook(_hook(layers[name], adapter, strength, mask)))
+            forward = vars(layers[name]).get("forward")
+            if isinstance(forward, FrozenForward) and forward.takes_low_rank and _is_low_rank(adapter):
+                forward.low_rank = _term(adapter, strength, mask)
+                stack.callback(setattr, forward, "low_rank", None)
+            else:
+                hook = _hook(layers[name], adapter, strength, mask)
+                stack.callback(layers[name].register_forward_hook(hook).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -71,6 +76,19 @@ def frozen_networks(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _mask_of(name: str, erasure: Mapping[str, Tensor] | None) -> Callable[[], Tensor | None]:
     return (lambda: None) if erasure is None else (lambda: erasure.get(name))
+
+
+def _is_low_rank(adapter: LowRank | Residual) -> bool:
+    return isinstance(adapter, LowRank) and adapter.kind != "full"
+
+
+def _term(adapter: LowRank, strength: float, mask: Callable[[], Tensor | None]) -> Callable[[], LowRankTerm]:
+    def term() -> LowRankTerm:
+        erased = mask()
+        up = adapter.lora_up if erased is None else adapter.lora_up * erased[:, None]
+        return LowRankTerm(up, adapter.lora_down, strength * adapter.scale, adapter.rows)
+
+    return term
 
 
 def _hook(

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .activations import activation_of, remember
+from .adapted import AdaptedLinear, LowRankTerm
+
 Weights = Callable[[nn.Module, Tensor], AbstractContextManager[tuple[Tensor | None, Tensor | None]]]
 
 
@@ -60,8 +63,8 @@ def _frozen(module: nn.Module, weights: Weights) -> Callable | None:
         return None
     for kind, function in _FUNCTIONS.items():
         if isinstance(module, kind):
-            return partial(_apply, function, module, weights)
-    return None
+            return FrozenForward(function, module, weights)
+    return activation_of(module)
 
 
 def _rms_norm(module: nn.Module, weights: Weights, input: Tensor) -> Tensor:
@@ -70,8 +73,33 @@ def _rms_norm(module: nn.Module, weights: Weights, input: Tensor) -> Tensor:
         return F.rms_norm(input, weight.shape, weight.clone(), module.eps)
 
 
-def _apply(function: type[Function], module: nn.Module, weights: Weights, input: Tensor) -> Tensor:
-    return function.apply(input, module, weights)
+class FrozenForward:
+    """What stands in place of a layer's forward.
+
+    low_rank: what gives a term that joins a Linear's output in the same node of autograd, or None (`attach.py`).
+    """
+
+    def __init__(self, function: type[Function], module: nn.Module, weights: Weights):
+        self.function, self.module, self.weights = function, module, weights
+        self.low_rank: Callable[[], LowRankTerm] | None = None
+
+    @property
+    def takes_low_rank(self) -> bool:
+        return self.function is _Linear and self.low_rank is None
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if self.function is _GroupNorm:
+            input = input.contiguous()
+            return remember(_GroupNorm.apply(input, self.module, self.weights), input, self.normalised)
+        if self.low_rank is None:
+            return self.function.apply(input, self.module, self.weights)
+        term = self.low_rank()
+        return AdaptedLinear.apply(input, term.up, term.down, self.module, self.weights, term)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """A GroupNorm's output, with nothing for autograd."""
+        with self.weights(self.module, x) as (weight, bias):
+            return F.group_norm(x, self.module.num_groups, weight, bias, self.module.eps)
 
 
 class _Linear(Function):
@@ -129,7 +157,6 @@ class _LayerNorm(Function):
 class _GroupNorm(Function):
     @staticmethod
     def forward(ctx, x, module, weights):
-        x = x.contiguous()
         ctx.module, ctx.weights = module, weights
         ctx.sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), module.num_groups)
         with weights(module, x) as (weight, bias):

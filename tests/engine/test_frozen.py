@@ -1,10 +1,14 @@
 """A frozen network: the same numbers and gradients, and nothing of its weights in what autograd saves."""
 
+import contextlib
+
 import pytest
 import torch
+import torch.nn.functional as F
 from laws import relative_error, seeded
 from torch import nn
 
+from modular_concepts.adapters import block_rows, new_block, new_full, new_lora
 from modular_concepts.training.attach import attached
 from modular_concepts.training.frozen import frozen_forward, own_weights
 
@@ -96,8 +100,6 @@ def test_inference_tensors_can_be_trained_on():
 
 
 def test_adapters_attach_to_frozen_layers_and_learn():
-    from modular_concepts.adapters import new_lora
-
     with torch.inference_mode():
         net = Net().requires_grad_(False)
     x, ids = _input()
@@ -166,3 +168,100 @@ def test_forwards_come_back_also_after_an_exception_and_others_replacements_stay
         raise ZeroDivisionError
     assert [name for name, part in net.named_modules() if "forward" in vars(part)] == ["second"]
     assert net.second.forward is own and net(*x_ids).isfinite().all()
+
+
+def _trained(adapter):
+    factors = {"lora_up": adapter.lora_up, "lora_down": adapter.lora_down}
+    made = {name: torch.randn(factor.shape, generator=seeded(6)).double() for name, factor in factors.items()}
+    made = {name: made[name] if name in adapter.trainable() else factors[name].double() for name in made}
+    return adapter.replace(**{n: nn.Parameter(v) if n in adapter.trainable() else v for n, v in made.items()})
+
+
+ADAPTERS = {
+    "lora": lambda: new_lora(10, 8, 3, 6.0, seeded(2)),
+    "frozen lora_down": lambda: new_lora(10, 8, 3, 6.0, seeded(2)).replace(kind="orthogonal"),
+    "block": lambda: new_block(10, 8, 2, None, block_rows(10, 3, 1, "strided"), seeded(2)),
+    "full": lambda: new_full(10, 8),
+}
+
+
+@pytest.mark.parametrize("erased", [False, True], ids=["whole", "erased"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_inside_a_frozen_layer_is_the_one_hooked_on_it(kind, erased):
+    layer, adapter = nn.Linear(8, 10).double().requires_grad_(False), _trained(ADAPTERS[kind]())
+    start = torch.randn(2, 5, 8, generator=seeded(1)).double()
+    mask = {"layer": (torch.arange(len(adapter.lora_up)) % 3 != 1).double()} if erased else None
+    found = {}
+    for way, block in (("hooked", contextlib.nullcontext()), ("inside", frozen_forward([layer]))):
+        x, factors = start.clone().requires_grad_(), list(adapter.trainable().values())
+        with block, attached({"layer": layer}, {"layer": adapter}, -0.7, mask):
+            assert bool(layer._forward_hooks) == (way == "hooked" or kind == "full")
+            out = layer(x)
+            found[way] = out, *torch.autograd.grad(out.square().sum(), [x, *factors])
+            assert way == "hooked" or torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *factors))  # noqa: B023
+        assert not layer._forward_hooks and "forward" not in vars(layer)
+    for inside, hooked in zip(found["inside"], found["hooked"], strict=True):
+        assert relative_error(inside, hooked) < 1e-14 and hooked.norm() > 0.1
+    assert relative_error(found["inside"][0], layer(start)) > 1e-2
+
+
+def test_two_adapters_on_a_frozen_layer_add_up_and_end_with_their_blocks():
+    layer, x = nn.Linear(8, 10).double(), torch.randn(3, 8, generator=seeded(1)).double()
+    first, second = _trained(ADAPTERS["lora"]()), _trained(ADAPTERS["block"]())
+    with frozen_forward([layer]), attached({"layer": layer}, {"layer": first}):
+        with attached({"layer": layer}, {"layer": second}, 0.5):
+            both = layer(x)
+        one = layer(x)
+    assert relative_error(both - one, 0.5 * second.residual(x)) < 1e-12
+    assert relative_error(one - layer(x), first.residual(x)) < 1e-12
+
+
+def test_autocast_reaches_an_adapter_inside_a_frozen_layer():
+    layer, adapter = nn.Linear(8, 10).requires_grad_(False), ADAPTERS["lora"]()
+    adapter = adapter.replace(lora_up=nn.Parameter(torch.randn(10, 3, generator=seeded(4))))
+    x = torch.randn(2, 5, 8, generator=seeded(1)).requires_grad_()
+    expected = layer(x) + adapter.residual(x)
+    slope, up = torch.autograd.grad(expected.square().sum(), [x, adapter.lora_up])
+    with frozen_forward([layer]), attached({"layer": layer}, {"layer": adapter}):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(x)
+        found.float().square().sum().backward()
+    assert found.dtype == torch.bfloat16 and x.grad.dtype == adapter.lora_up.grad.dtype == torch.float32
+    assert 1e-4 < relative_error(x.grad, slope) < 0.05 and 1e-4 < relative_error(adapter.lora_up.grad, up) < 0.05
+
+
+class GEGLU(nn.Module):
+    """As diffusers and hosts have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 24)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+def test_activations_that_follow_from_what_is_kept_are_not_kept():
+    """The norm's output and gelu(gate) are computed again: same bits, and half as much to keep."""
+    net = nn.Sequential(nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Flatten(2), nn.Linear(36, 8), GEGLU())
+    net = net.requires_grad_(False)
+    start, kept, found = torch.randn(3, 4, 6, 6, generator=seeded(1)), {}, {}
+    for way in ("plain", "frozen"):
+        x, tensors = start.clone().requires_grad_(), {}
+
+        def keep(tensor, tensors=tensors):
+            tensors[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        block = frozen_forward([net]) if way == "frozen" else contextlib.nullcontext()
+        with block, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = net(x)
+            (slope,) = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+        kept[way] = sorted(tensor.numel() for where, tensor in tensors.items() if where not in weights)
+        found[way] = out, slope
+    assert all(map(torch.equal, found["frozen"], found["plain"])) and found["plain"][1].norm() > 0.1
+    norm_in, both = 3 * 8 * 36, 3 * 8 * 24
+    assert kept["frozen"].count(norm_in) == 1 and kept["plain"].count(norm_in) == 2
+    assert sum(kept["plain"]) - sum(kept["frozen"]) >= norm_in + both // 2

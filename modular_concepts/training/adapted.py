@@ -1,0 +1,61 @@
+"""A frozen Linear and its low-rank adapter as one node of autograd: fewer passes over what is as large as the output.
+
+    out    = W x + b + scale * up (down x)
+    dL/dx  = W^T g + scale * down^T (up^T g),  dL/dup = scale * g (down x)^T,  dL/ddown = scale * (up^T g) x^T
+
+Both sums are made in place of the larger part, and only the rank-wide down x is kept, x too where down trains.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class LowRankTerm(NamedTuple):
+    """scale * up (down x); rows: the output rows that up (rows, rank) writes, None for all (out, rank)."""
+
+    up: Tensor
+    down: Tensor
+    scale: float
+    rows: Tensor | None
+
+
+class AdaptedLinear(Function):
+    """apply(x, term.up, term.down, module, weights, term), with `weights` as in `frozen.frozen_forward`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, module: nn.Module, weights, term: LowRankTerm) -> Tensor:
+        with weights(module, x) as (weight, bias):
+            out = F.linear(x, weight, bias)
+        hidden = F.linear(x, down.to(x)).to(out.dtype).flatten(0, -2)
+        rows = None if term.rows is None else term.rows.to(out.device)
+        flat, factor = out.view(-1, out.shape[-1]), up.to(out.dtype).mT
+        if rows is None:
+            flat.addmm_(hidden, factor, alpha=term.scale)
+        else:
+            flat.index_add_(1, rows, hidden @ factor, alpha=term.scale)
+        ctx.module, ctx.weights, ctx.scale = module, weights, term.scale
+        ctx.save_for_backward(hidden, up, down, rows, x if ctx.needs_input_grad[2] else None)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        hidden, up, down, rows, x = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        written = flat if rows is None else flat[:, rows]
+        grad_x = grad_up = grad_down = None
+        if ctx.needs_input_grad[1]:
+            grad_up = (written.mT @ hidden).to(up.dtype).mul_(ctx.scale)
+        grad_hidden = (written @ up.to(grad.dtype)).mul_(ctx.scale)
+        if ctx.needs_input_grad[2]:
+            grad_down = (grad_hidden.mT @ x.to(grad.dtype).flatten(0, -2)).to(down.dtype)
+        if ctx.needs_input_grad[0]:
+            with ctx.weights(ctx.module, grad) as (weight, _):
+                grad_x = (flat @ weight).addmm_(grad_hidden, down.to(grad.dtype)).view(*grad.shape[:-1], -1)
+        return grad_x, grad_up, grad_down, None, None, None
