@@ -25,16 +25,22 @@ class Net(nn.Module):
         self.groups = nn.GroupNorm(2, 4, dtype=dtype)
         self.conv = nn.Conv2d(4, 4, 3, padding=1, groups=2, dtype=dtype)
         self.down = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False, dtype=dtype)
-        generator = seeded(3)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        _drawn(self)
 
     def forward(self, x, ids):
         x = x + self.words(ids)
         x += self.second(torch.relu(self.first(self.norm(x))))
         x = self.bare(x)
         return self.down(torch.relu(self.conv(self.groups(x.unflatten(1, (4, -1))))))
+
+
+def _drawn(net):
+    """Weights that are the same each time."""
+    generator = seeded(3)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return net
 
 
 def _input(dtype=torch.float32):
@@ -188,7 +194,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("erased", [False, True], ids=["whole", "erased"])
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_adapter_inside_a_frozen_layer_is_the_one_hooked_on_it(kind, erased):
-    layer, adapter = nn.Linear(8, 10).double().requires_grad_(False), _trained(ADAPTERS[kind]())
+    layer, adapter = _drawn(nn.Linear(8, 10).double()).requires_grad_(False), _trained(ADAPTERS[kind]())
     start = torch.randn(2, 5, 8, generator=seeded(1)).double()
     mask = {"layer": (torch.arange(len(adapter.lora_up)) % 3 != 1).double()} if erased else None
     found = {}
@@ -206,7 +212,7 @@ def test_an_adapter_inside_a_frozen_layer_is_the_one_hooked_on_it(kind, erased):
 
 
 def test_two_adapters_on_a_frozen_layer_add_up_and_end_with_their_blocks():
-    layer, x = nn.Linear(8, 10).double(), torch.randn(3, 8, generator=seeded(1)).double()
+    layer, x = _drawn(nn.Linear(8, 10).double()), torch.randn(3, 8, generator=seeded(1)).double()
     first, second = _trained(ADAPTERS["lora"]()), _trained(ADAPTERS["block"]())
     with frozen_forward([layer]), attached({"layer": layer}, {"layer": first}):
         with attached({"layer": layer}, {"layer": second}, 0.5):
@@ -217,7 +223,7 @@ def test_two_adapters_on_a_frozen_layer_add_up_and_end_with_their_blocks():
 
 
 def test_autocast_reaches_an_adapter_inside_a_frozen_layer():
-    layer, adapter = nn.Linear(8, 10).requires_grad_(False), ADAPTERS["lora"]()
+    layer, adapter = _drawn(nn.Linear(8, 10)).requires_grad_(False), ADAPTERS["lora"]()
     adapter = adapter.replace(lora_up=nn.Parameter(torch.randn(10, 3, generator=seeded(4))))
     x = torch.randn(2, 5, 8, generator=seeded(1)).requires_grad_()
     expected = layer(x) + adapter.residual(x)
@@ -245,7 +251,7 @@ class GEGLU(nn.Module):
 def test_activations_that_follow_from_what_is_kept_are_not_kept():
     """The norm's output and gelu(gate) are computed again: same bits, and half as much to keep."""
     net = nn.Sequential(nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Flatten(2), nn.Linear(36, 8), GEGLU())
-    net = net.requires_grad_(False)
+    net = _drawn(net).requires_grad_(False)
     start, kept, found = torch.randn(3, 4, 6, 6, generator=seeded(1)), {}, {}
     for way in ("plain", "frozen"):
         x, tensors = start.clone().requires_grad_(), {}
