@@ -33,6 +33,7 @@ _OPTIONS: dict[str, tuple[Callable | tuple[str, ...], str]] = {
     "batch": (int, "pictures a step"),
     "seed": (int, "everything random follows from it"),
     "adapter_lr": (float, "step size of the layers"),
+    "text_encoder_lr": ("number or none", "step size of the text encoder's layers (default: as the others)"),
     "token_lr": (float, "step size of the learned word"),
     "token_vectors": (int, "how many words' worth of meaning the trigger holds"),
     "token_start": (TOKEN_STARTS, "where the word starts: the class word or description, or first a random vector"),

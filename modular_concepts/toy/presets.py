@@ -26,6 +26,7 @@ def on_toy_base(preset: Preset) -> Preset:
         steps=UNDESCRIBED.steps,
         batch=UNDESCRIBED.batch,
         adapter_lr=own.adapter_lr * ADAPTER_RATE,
+        text_encoder_lr=None if own.text_encoder_lr is None else own.text_encoder_lr * ADAPTER_RATE,
         token_lr=min(own.token_lr * TOKEN_RATE, LARGEST_TOKEN_RATE),
         token_norm=None,
         warmup=UNDESCRIBED.warmup,

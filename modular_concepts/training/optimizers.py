@@ -21,9 +21,13 @@ def new_optimizer(
 
     Raises AdapterError when there is nothing to train, or adamw8bit is chosen where bitsandbytes is missing.
     """
-    factors = [factor for adapter in adapters.values() for factor in adapter.trainable().values()]
+    layers, text_layers = [], []
+    for name, adapter in adapters.items():
+        apart = settings.text_encoder_lr is not None and name.startswith("text_encoder")
+        (text_layers if apart else layers).extend(adapter.trainable().values())
     groups = [
-        {"params": factors, "full_lr": settings.adapter_lr, "weight_decay": settings.weight_decay},
+        {"params": layers, "full_lr": settings.adapter_lr, "weight_decay": settings.weight_decay},
+        {"params": text_layers, "full_lr": settings.text_encoder_lr, "weight_decay": settings.weight_decay},
         {"params": list(tokens.values()), "full_lr": settings.token_lr, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]

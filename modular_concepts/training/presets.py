@@ -76,6 +76,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 rank=4,
                 steps=1000,
                 adapter_lr=1e-4,
+                text_encoder_lr=1e-5,
                 token_lr=1e-3,
                 token_vectors=2,
                 token_start=_RANDOM,

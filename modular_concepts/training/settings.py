@@ -24,6 +24,7 @@ class TrainSettings:
     method: lora, orthogonal, block, block_orthogonal (adapters.py); custom_diffusion trains the layers' whole weights,
     words only the learned word.  alpha None means alpha = rank.
     slot: the concept's own basis columns and rows; without one, orthogonal columns follow from `name`.
+    adapter_lr, text_encoder_lr: step size of the layers; the text encoder's own, None is the same for all.
     blocks, layout: row blocks of the block methods.  erasure: BlockLoRA's probability to erase an output row.
     token_norm: learned rows longer than this are scaled back to it (ED-LoRA stops at 0.55); None is no bound.
     token_vectors: at least so many vectors for a new token; one that starts from more words has one for each.
@@ -51,6 +52,7 @@ class TrainSettings:
     batch: int = 4
     seed: int = 0
     adapter_lr: float = 1e-4
+    text_encoder_lr: float | None = None
     token_lr: float = 1e-3
     token_vectors: int = 2
     token_noise: float = 0.1
@@ -91,7 +93,7 @@ class TrainSettings:
         for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise AdapterError(f"{name} is {getattr(self, name)}; it must be 0 or a positive number")
-        for name in ("min_snr", "token_norm"):
+        for name in ("text_encoder_lr", "min_snr", "token_norm"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise AdapterError(f"{name} is {getattr(self, name)}; it must be positive, or left out")
         for name, left in (("erasure", "nothing is left to train"), ("caption_dropout", "the word is never learned")):

@@ -165,6 +165,17 @@ def test_the_vocabulary_and_the_base_stay_as_they_are(method, layerwise):
     assert bool(result.layers) == (method != "words")
 
 
+@pytest.mark.parametrize("method", ["lora", "custom_diffusion"])
+def test_the_text_encoder_may_learn_at_a_rate_of_its_own(method):
+    problem, first = tiny_problem(tiny_base()), {}
+    for rate in (None, 1e-2, 1e-5):
+        first[rate] = train(problem, settings_of(method, steps=1, text_encoder_lr=rate)).layers
+    for name, adapter in first[None].items():
+        assert torch.equal(first[1e-2][name].lora_up, adapter.lora_up)
+        slower = adapter.lora_up.abs().max() / first[1e-5][name].lora_up.abs().max()
+        assert slower == pytest.approx(1000.0 if name.startswith("text_encoder") else 1.0, rel=1e-2)
+
+
 @pytest.mark.parametrize("start", ["words", "random + class"])
 def test_a_layer_wise_word_starts_the_same_in_every_layer(start):
     base = tiny_base()
