@@ -5,18 +5,22 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..modular_concepts.customisation import Targets
+from ..modular_concepts.training.presets import PRESETS, Preset
 from .training_form import Form, Trainer, Way, inputs, outputs, rank_input, train
 
-# Without a choice of ours: the learning rates stay as they are, and AdamW pulls nothing towards 0.
-PLAIN = {"schedule": "constant", "warmup": 0}
-ED_LORA = {
-    "layerwise": True,
-    "token_start": "random + class",
-    "noise_offset": 0.01,
-    "schedule": "linear",
-    "warmup": 0,
-    "weight_decay": 0.01,
-}
+INVERSION, P_PLUS = PRESETS["textual inversion"], PRESETS["p+"]
+CUSTOM, ED_LORA = PRESETS["custom diffusion"], PRESETS["ed-lora"]
+# Settings of a preset that a trainer has no widget for.
+WITHOUT_WIDGET = (
+    *("layerwise", "token_start", "token_norm", "schedule", "warmup", "weight_decay"),
+    *("noise_offset", "min_snr", "flip"),
+)
+
+
+def _way(preset: Preset, rank: int = 1, targets: Targets | None = None) -> Way:
+    """The preset's method with all that the widgets do not say."""
+    own = {name: getattr(preset.settings, name) for name in WITHOUT_WIDGET}
+    return Way(preset.settings.method, rank, targets=targets, settings=own)
 
 
 class WordTrainer(Trainer):
@@ -42,14 +46,14 @@ class WordTrainer(Trainer):
                     )
                 ],
                 Form(
-                    steps=5000,
-                    steps_help="How many training steps: Textual Inversion's authors took 5000; a word for each layer "
-                    "is there in about 500",
+                    steps=INVERSION.settings.steps,
+                    steps_help="How many training steps: 3000 for one word, 5000 in the paper; 500 for a word for each "
+                    "layer",
                     rate=None,
-                    token_rate=5e-3,
+                    token_rate=INVERSION.settings.token_lr,
                     word_help="Step size of the word, per step: 0.005 for Stable Diffusion, as in Textual Inversion; "
                     "0.03 for the toy base",
-                    vectors=1,
+                    vectors=INVERSION.settings.token_vectors,
                     targets=None,
                 ),
             ),
@@ -59,8 +63,7 @@ class WordTrainer(Trainer):
 
     @classmethod
     def execute(cls, word: str, **common) -> io.NodeOutput:
-        own = PLAIN | {"layerwise": word == "one for each layer"}
-        return train(cls, common, Way("words", targets=Targets(), settings=own))
+        return train(cls, common, _way(P_PLUS if word == "one for each layer" else INVERSION, targets=Targets()))
 
 
 class CustomDiffusionTrainer(Trainer):
@@ -77,17 +80,17 @@ class CustomDiffusionTrainer(Trainer):
             inputs=inputs(
                 [],
                 Form(
-                    steps=250,
+                    steps=CUSTOM.settings.steps,
                     steps_help="How many training steps: the authors take 250, for faces 750 at half the step size",
-                    rate=4e-5,
+                    rate=CUSTOM.settings.adapter_lr,
                     rate_help="Step size of the layers, per step: the authors take 0.00001 for each picture of a step, "
                     "so 0.00004 for four; 0.0002 for the toy base",
-                    token_rate=4e-5,
+                    token_rate=CUSTOM.settings.token_lr,
                     word_help="Step size of the learned word, per step: the same as the layers' in the paper; 0.03 for "
                     "the toy base",
-                    vectors=1,
+                    vectors=CUSTOM.settings.token_vectors,
                     targets=None,
-                    prior=200,
+                    prior=CUSTOM.prior,
                 ),
             ),
             outputs=outputs(),
@@ -96,8 +99,7 @@ class CustomDiffusionTrainer(Trainer):
 
     @classmethod
     def execute(cls, **common) -> io.NodeOutput:
-        way = Way("custom_diffusion", targets=Targets(("cross_attention_kv",), None), settings=PLAIN)
-        return train(cls, common, way)
+        return train(cls, common, _way(CUSTOM, targets=Targets(CUSTOM.targets)))
 
 
 class EDLoRATrainer(Trainer):
@@ -114,12 +116,13 @@ class EDLoRATrainer(Trainer):
             inputs=inputs(
                 [],
                 Form(
-                    rank=rank_input("Size of the adapters: 4 in the paper", default=4),
-                    steps=1000,
+                    rank=rank_input("Size of the adapters: 4 in the paper", default=ED_LORA.settings.rank),
+                    steps=ED_LORA.settings.steps,
                     steps_help="How many training steps: the authors take 1000 for people and scenes, 500 for objects",
-                    rate=1e-4,
+                    rate=ED_LORA.settings.adapter_lr,
                     rate_help="Step size of the layers, per step: 0.0001 as the authors take for the U-Net; 0.0002 for "
                     "the toy base",
+                    token_rate=ED_LORA.settings.token_lr,
                     word_help="Step size of the learned word, per step: 0.001 as in the paper; 0.03 for the toy base",
                     targets="attention",
                     text_encoder=True,
@@ -131,4 +134,4 @@ class EDLoRATrainer(Trainer):
 
     @classmethod
     def execute(cls, rank: int, **common) -> io.NodeOutput:
-        return train(cls, common, Way("lora", rank, settings=ED_LORA))
+        return train(cls, common, _way(ED_LORA, rank))

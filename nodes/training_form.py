@@ -235,7 +235,10 @@ def train(node: type[io.ComfyNode], common: dict, way: Way) -> io.NodeOutput:
     options = dict(common.get("options") or {})
     keep_latents = bool(options.pop("keep_latents", False))
     rates = Rates(common.get("learning_rate", 0.0), common["token_learning_rate"])
-    settings = settings_for(base.architecture, rates, **{**chosen, **way.settings, **options})
+    own = dict(way.settings)
+    if base.architecture != "sd15":
+        own.pop("token_norm", None)  # a length in CLIP-L's table says nothing of others
+    settings = settings_for(base.architecture, rates, **{**chosen, **own, **options})
     plan = Plan(
         subject,
         settings,

@@ -129,7 +129,7 @@ def test_methods_are_those_that_the_nodes_are_named_for(server, runs):
     assert settings["lora"]["warmup"] == 3 and settings["lora"]["noise_offset"] == 0.05
     ed_lora = ("random + class", "linear", 4, 0.01)
     assert tuple(settings["edlora"][key] for key in ("token_start", "schedule", "rank", "noise_offset")) == ed_lora
-    assert settings["custom"]["schedule"] == "constant"
+    assert settings["custom"]["schedule"] == "constant" and settings["custom"]["flip"]
     assert settings["custom"]["targets"] == ["cross_attention_kv"]
     assert list((server.output / "modular_concepts_latents").rglob("*.safetensors"))
     assert settings["inversion"]["caption_dropout"] == 0.2 and settings["inversion"]["shuffle_tags"]
