@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 from host_training import (
     Seen,
@@ -22,6 +23,8 @@ from in_host import FOLDER
 import comfy.sd  # noqa: E402  isort: skip
 import torch  # noqa: E402  isort: skip
 
+methods = pack_module("modular_concepts.training.methods")
+
 
 def learn(base, loaded, case: dict, prefix: str) -> None:
     own, seen, before = lesson(case, prefix), Seen(), traces(*loaded[:2])
@@ -31,11 +34,18 @@ def learn(base, loaded, case: dict, prefix: str) -> None:
     files.save_concept(concept, FOLDER / f"{prefix}{case['name']}.safetensors")
     facts[f"{prefix}{case['name']}"] = {
         "losses": result.losses,
-        "fixed": [fixed_loss(base, own.subject), fixed_loss(base, own.subject, concept)],
+        "fixed": [fixed_loss(base, own.subject, fresh(base, own)), fixed_loss(base, own.subject, concept)],
         "previews": list(seen.previews),
         "said": said,
         "untouched": traces(*loaded[:2]) == before,
     }
+
+
+def fresh(base, own) -> types.SimpleNamespace:
+    """What the training starts from: its new word, and no layer that differs."""
+    start = {own.subject.trigger: base.word_rows(own.subject.class_word)}
+    words = methods.new_words(start, own.settings, base.cross_attention_layers)
+    return types.SimpleNamespace(layers={}, tokens={word: rows.detach() for word, rows in words.items()})
 
 
 def stop_and_go_on(base, loaded, case: dict) -> None:
