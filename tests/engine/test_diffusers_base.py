@@ -102,6 +102,34 @@ def test_pictures_become_the_mode_of_the_posterior(folder, base):
         base.encode(torch.zeros(1, 3, 16, 17))
 
 
+@torch.no_grad()
+def test_a_layer_wise_word_reaches_each_cross_attention(base):
+    layers = base.cross_attention_layers
+    rows = torch.randn(layers, 2, 32, generator=seeded(2))
+    context = base.context(["a <kodo> dog", "a dog"], {"<kodo>": rows})
+    assert context.shape == (2, layers, LENGTH, 32) and layers > 1
+    for layer in range(layers):
+        alone = base.context(["a <kodo> dog", "a dog"], {"<kodo>": rows[layer]})
+        assert relative_error(context[:, layer], alone) < 1e-5
+    noisy, steps = torch.randn(2, 4, 8, 8, generator=seeded(1)), torch.tensor([3, 900])
+    drawn = base.predict(noisy, steps, context)
+    assert relative_error(base.predict(noisy, steps, context[:, :1].expand(-1, layers, -1, -1)), drawn) > 1e-4
+    plain = base.predict(noisy, steps, context[:, 0])
+    assert relative_error(base.predict(noisy, steps, context[:, :1].expand(-1, layers, -1, -1)), plain) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["words", "custom_diffusion"])
+def test_a_layer_wise_word_is_learned_and_drawn(base, method):
+    subject = Subject("kodo", pictures(), ["a photo of <kodo>"] * len(pictures()), "dog")
+    settings = TrainSettings(method=method, steps=2, batch=2, layerwise=True, token_lr=0.5, adapter_lr=1e-2)
+    concept, result = train_concept(base, subject, settings, Targets(("cross_attention_kv",)))
+    assert concept.tokens["<kodo>"].shape == (base.cross_attention_layers, 2, 32) and result.finished
+    assert {adapter.kind for adapter in concept.layers.values()} == ({"full"} if concept.layers else set())
+    with customised(base, [concept], [1.0]) as tokens:
+        drawn = sample(base, ["a photo of <kodo>"], [5], tokens, QUICK)
+    assert relative_error(drawn, sample(base, ["a photo of dog"], [5], settings=QUICK)) > 1e-3
+
+
 def test_trigger_words_stand_for_ids_behind_the_vocabulary(base):
     rows = {"<kodo>": torch.randn(2, 32, generator=seeded(2))}
     first = base.embedding.num_embeddings
