@@ -1,0 +1,108 @@
+"""In the host: one training step of each family with and without gradient checkpointing, and in half precision."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from in_host import FOLDER, pack_module, start
+
+start()
+
+import comfy.sd  # noqa: E402
+import tiny_models  # noqa: E402
+import torch  # noqa: E402
+from left_behind import traces  # noqa: E402
+
+torch.set_num_threads(1)
+host_base = pack_module("host.base")
+customisation = pack_module("modular_concepts.customisation")
+training = pack_module("modular_concepts.training")
+run_module, step_module = (pack_module(f"modular_concepts.training.{name}") for name in ("run", "step"))
+checkpointing = pack_module("modular_concepts.training.gradient_checkpointing")
+LiveMemory = pack_module("modular_concepts.training.rehearsal").LiveMemory
+AdapterError = pack_module("modular_concepts.errors").AdapterError
+
+SETTINGS = training.TrainSettings(method="block", rank=2, slot=1, blocks=4, batch=2, erasure=0.3)
+OPTIONS = {
+    "plain": {},
+    "layer-wise": {"layerwise": True},
+    "attention": {"attention_regularisation": 0.1},
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+}
+
+
+def problem_on(base):
+    generator = torch.Generator().manual_seed(3)
+    side = 2 * base.multiple
+    pictures = torch.rand(3, 3, side, side, generator=generator)
+    masks = torch.zeros(3, 1, side, side)
+    masks[..., : side // 2] = 1
+    subject = customisation.Subject("x", pictures, ["a photo of <x> outside"] * 3, "man", masks)
+    targets = customisation.Targets(("all_linear",))
+    return customisation.problem_for(base, subject, targets)
+
+
+def step_of(problem, settings) -> tuple[float, dict, int]:
+    """Loss, gradients and the most memory that one step held."""
+    run = run_module.Run(problem, settings)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for adapter in run.adapters.values():
+            adapter.lora_up.copy_(0.02 * torch.randn(adapter.lora_up.shape, generator=generator))
+    with torch.enable_grad(), step_module.on_base(problem, run) as step, LiveMemory() as live:
+        loss, _ = step.gradients()
+    return loss, {name: parameter.grad.clone() for name, parameter in run.parameters().items()}, live.peak
+
+
+def compare(base, options: dict) -> dict:
+    """A step with everything kept beside one whose blocks are computed again."""
+    with base.trainable():
+        problem = problem_on(base)
+        settings = replace(SETTINGS, **options)
+        try:
+            kept = step_of(problem, settings)
+        except AdapterError as error:
+            return {"refused": str(error)}
+        again = step_of(problem, replace(settings, gradient_checkpointing=True))
+        plain = kept if not options else step_of(problem, SETTINGS)
+        positions = problem.trigger_positions(
+            ["a photo of <x> outside", "a man"], run_module.Run(problem, settings).tokens
+        )
+    whole = torch.cat([gradient.flatten().float() for gradient in kept[1].values()])
+    other = None
+    if kept[1].keys() == plain[1].keys() and all(kept[1][name].shape == plain[1][name].shape for name in kept[1]):
+        exact = torch.cat([gradient.flatten().float() for gradient in plain[1].values()])
+        other = ((whole - exact).norm() / exact.norm()).item()
+    return {
+        "loss": [kept[0], again[0]],
+        "same": all(torch.equal(gradient, again[1][name]) for name, gradient in kept[1].items()),
+        "alive": sum(bool(gradient.abs().max() > 0) for gradient in kept[1].values()) / len(kept[1]),
+        "finite": bool(whole.isfinite().all()),
+        "peak": [kept[2], again[2]],
+        "from_plain": other,
+        "positions": positions.tolist(),
+    }
+
+
+@torch.inference_mode()
+def main() -> None:
+    facts = {}
+    for name in ("tiny_sd15", "vega", "sd3"):
+        if name == "tiny_sd15":
+            loaded = comfy.sd.load_checkpoint_guess_config(str(FOLDER / f"{name}.safetensors"))[:3]
+        else:
+            tiny_models.write(name)
+            loaded = tiny_models.load(name)
+        base, before = host_base.host_base(*loaded), traces(*loaded[:2])
+        facts[name] = {option: compare(base, changed) for option, changed in OPTIONS.items()}
+        facts[name]["blocks"] = sorted(
+            {type(block).__name__ for block in checkpointing.outermost_blocks(base.denoiser)}
+        )
+        facts[name]["untouched"] = traces(*loaded[:2]) == before
+        del loaded, base
+    (FOLDER / "facts.json").write_text(json.dumps(facts))
+
+
+main()
