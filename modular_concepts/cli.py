@@ -102,7 +102,7 @@ def _train(args: argparse.Namespace) -> None:
     base = _base(args.base)
     toy = base.architecture == "toy"
     usual = (SETTINGS if args.description else UNDESCRIBED) if toy else TrainSettings()
-    preset = chosen_preset(args, usual, on_toy_base if toy else lambda own: own)
+    preset = chosen_preset(args, usual, lambda own: on_toy_base(own, described=bool(args.description)) if toy else own)
     settings = _settings(preset.settings, name=name)
     if args.checkpoints:
         settings = _settings(settings, checkpoint_every=args.checkpoint_every)

@@ -7,30 +7,33 @@ from dataclasses import replace
 from ..training.presets import Preset
 from .demo import SETTINGS, UNDESCRIBED
 
-ADAPTER_RATE, TOKEN_RATE = 2.0, 10.0
-LARGEST_TOKEN_RATE = UNDESCRIBED.token_lr
-RANK, BLOCKS, PRIOR = SETTINGS.rank, 8, 48
+USUAL_ADAPTER_LR, USUAL_TOKEN_LR = 1e-4, 1e-3
+BLOCKS, PRIOR = 8, 48
 
 
-def on_toy_base(preset: Preset) -> Preset:
-    """The same method at the demo's steps, batch and schedule.
+def on_toy_base(preset: Preset, described: bool = False) -> Preset:
+    """The same method with the demo's steps, batch, schedule and size of a word.
 
-    Rates keep their proportions: the demo's are twice and ten times the usual 1e-4 and 1e-3.  CLIP's bound on a
-    word's length says nothing here.
+    Rates keep their proportions: what is 1e-4 and 1e-3 on Stable Diffusion is the demo's rate here, which the word's
+    does not pass.  CLIP's bound on a word's length says nothing here.
+    described: whether the word starts from a description; it then needs fewer and smaller steps.
     """
-    own = preset.settings
+    own, demo = preset.settings, SETTINGS if described else UNDESCRIBED
+    faster = demo.adapter_lr / USUAL_ADAPTER_LR
     settings = replace(
         own,
-        rank=min(own.rank, RANK),
+        rank=min(own.rank, demo.rank),
         blocks=BLOCKS,
-        steps=UNDESCRIBED.steps,
-        batch=UNDESCRIBED.batch,
-        adapter_lr=own.adapter_lr * ADAPTER_RATE,
-        text_encoder_lr=None if own.text_encoder_lr is None else own.text_encoder_lr * ADAPTER_RATE,
-        token_lr=min(own.token_lr * TOKEN_RATE, LARGEST_TOKEN_RATE),
+        steps=demo.steps,
+        batch=demo.batch,
+        adapter_lr=own.adapter_lr * faster,
+        text_encoder_lr=None if own.text_encoder_lr is None else own.text_encoder_lr * faster,
+        token_lr=min(1.0, own.token_lr / USUAL_TOKEN_LR) * demo.token_lr,
+        token_vectors=demo.token_vectors,
+        token_noise=demo.token_noise,
         token_norm=None,
-        warmup=UNDESCRIBED.warmup,
-        schedule=UNDESCRIBED.schedule,
-        weight_decay=UNDESCRIBED.weight_decay,
+        warmup=demo.warmup,
+        schedule=demo.schedule,
+        weight_decay=demo.weight_decay,
     )
     return replace(preset, settings=settings, prior=min(preset.prior, PRIOR))

@@ -48,7 +48,7 @@ def test_a_preset_is_trained_and_explicit_options_win(train, tmp_path):
     assert code == 0, err
     assert "a step" in out and "of memory" in out
     concept = load_concept(tmp_path / "concepts/tom.safetensors")
-    assert concept.tokens["<tom>"].shape == (4, 2, 128)
+    assert concept.tokens["<tom>"].shape == (4, 8, 128)
     assert {adapter.rank for adapter in concept.layers.values()} == {3}
     assert all(".attn" in name and name.startswith("unet.") for name in concept.layers)
     said = concept.recipe.training
@@ -61,13 +61,13 @@ def test_a_word_alone_is_trained_shown_drawn_with_and_exported(train, tmp_path, 
     file = tmp_path / "concepts/tom.safetensors"
     code, out, _ = run(capsys, "inspect", file)
     assert code == 0 and "no layers, the word alone" in out
-    assert "learned word <tom>: 1 x 128, for each of 4 cross-attention layers" in out
+    assert "learned word <tom>: 8 x 128, for each of 4 cross-attention layers" in out
     drawn = ["sample", "a <tom> on the beach", "--steps", "1", "--concept", file]
     assert run(capsys, *drawn, "--region", "0,0,0.5,1:a <tom>", "--out", "regions.png")[0] == 0
     code, out, _ = run(capsys, "export", file)
     assert code == 0 and "has rows for each layer" in out
     _, rows = import_embedding(tmp_path / "embeddings/tom.safetensors")
-    assert rows.shape == (1, 128)
+    assert rows.shape == (8, 128)
 
 
 def test_whole_weights_are_trained_and_exported(train, tmp_path, capsys):
