@@ -41,7 +41,8 @@ DIFFERENCES = {
 
 def contestants(pixels: int, steps: int, **chosen) -> list[dict]:
     """One round's runs at one size, in the order in which they take turns."""
-    names = ("frozen", "ours", "ours every", "core_bypass", "core", *HEADLESS)
+    headless = ("peft", "ours_lora") if pixels > 256 else HEADLESS
+    names = ("frozen", "ours", "ours every", "core_bypass", "core", *headless)
     return [_task(name, pixels=pixels, steps=steps, **chosen) for name in names]
 
 
@@ -49,7 +50,7 @@ def growth(**chosen) -> list[dict]:
     """How our training grows, at 256 pixels: rank, batch, number of layers; and with gradient checkpointing at 512."""
     varied = [{"rank": rank} for rank in (4, 64, 128)] + [{"batch": batch} for batch in (2, 4)]
     varied += [{"layers": layers} for layers in ("cross_attention_kv", "attention")]
-    tasks = [_task("ours", pixels=256, steps=3, **{**chosen, **change}) for change in varied]
+    tasks = [_task("ours", pixels=256, steps=2, **{**chosen, **change}) for change in varied]
     lean = [_task(name, pixels=512, steps=2, checkpointing=True, **chosen) for name in ("ours", "core_bypass")]
     return tasks + lean
 
@@ -65,7 +66,7 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         small = dict(layout="narrow", rank=4)
         runs = [("quick", 0, task) for task in contestants(64, 2, **small)]
     else:
-        runs = [("256", number, task) for number in range(args.rounds) for task in contestants(256, 4)]
+        runs = [("256", number, task) for number in range(args.rounds) for task in contestants(256, 3)]
         runs += [("512", number, task) for number in range(args.large_rounds) for task in contestants(512, 2)]
         runs += [("growth", 0, task) for task in growth()]
     for group, number, task in runs:
