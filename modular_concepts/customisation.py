@@ -22,6 +22,7 @@ from .merge import merge_concepts
 from .sampling import SampleSettings, sample
 from .training import Estimate, Examples, Problem, Progress, TrainResult, TrainSettings, attached, train
 from .training.methods import new_adapters, new_words
+from .training.needs import check_needs
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,11 @@ def problem_for(
 
 
 def check_training(base: Base, subject: Subject, settings: TrainSettings, targets: Targets = Targets()) -> None:
-    """Raise AdapterError at once for words, rank or slot that a training would refuse once its prior is drawn."""
+    """Raise AdapterError at once for words, rank, slot and options that a training refuses, before a prior is drawn."""
     new_words({subject.trigger: _start_rows(base, subject)}, settings, base.cross_attention_layers)
     new_adapters(concept_layers(base, targets), settings)
+    attends = bool(base.cross_attentions())
+    check_needs(settings, masked=subject.masks is not None, attends=attends, networks=[base.denoiser])
 
 
 def _examples(base: Base, subject: Subject, flip: bool, cache: Path | None) -> Examples:

@@ -26,9 +26,7 @@ def checkpointed(networks: Iterable[nn.Module]) -> Iterator[None]:
     The blocks' own forwards come back on leaving, also by an exception.
     Raises AdapterError for networks without a block that is known.
     """
-    blocks = list(dict.fromkeys(block for network in networks for block in outermost_blocks(network)))
-    if not blocks:
-        raise AdapterError("gradient_checkpointing knows none of this network's blocks; turn it off for this base")
+    blocks = known_blocks(networks)
     before = [(block, block.__dict__.get("forward")) for block in blocks]
     try:
         for block in blocks:
@@ -40,6 +38,14 @@ def checkpointed(networks: Iterable[nn.Module]) -> Iterator[None]:
                 block.__dict__.pop("forward", None)
             else:
                 block.forward = own
+
+
+def known_blocks(networks: Iterable[nn.Module]) -> list[nn.Module]:
+    """`outermost_blocks` of all networks.  Raises AdapterError where there is none."""
+    blocks = list(dict.fromkeys(block for network in networks for block in outermost_blocks(network)))
+    if not blocks:
+        raise AdapterError("gradient_checkpointing knows none of this network's blocks; turn it off for this base")
+    return blocks
 
 
 def outermost_blocks(network: nn.Module) -> list[nn.Module]:

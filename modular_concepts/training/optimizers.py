@@ -33,9 +33,22 @@ def new_optimizer(
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise AdapterError("there is nothing to train: no layer is chosen and no trigger word is given")
-    if settings.optimizer == "adamw8bit":
-        return _adamw8bit()(groups, lr=0.0, betas=BETAS)
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
+    fused = {"fused": True} if settings.optimizer == "adamw" else {}
+    return optimizer_class(settings)(groups, lr=0.0, betas=BETAS, **fused)
+
+
+def optimizer_class(settings: TrainSettings) -> type[torch.optim.Optimizer]:
+    """Raises AdapterError for adamw8bit where bitsandbytes is missing."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except (ImportError, OSError, RuntimeError) as error:
+        raise AdapterError(
+            f"optimizer adamw8bit needs the package bitsandbytes, which is not usable here ({error}); "
+            "install it into the Python that runs this, or choose adamw"
+        ) from error
+    return AdamW8bit
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -61,14 +74,3 @@ def _untouched(parameter: Tensor) -> dict[str, Tensor]:
         "exp_avg": torch.zeros_like(parameter),
         "exp_avg_sq": torch.zeros_like(parameter),
     }
-
-
-def _adamw8bit() -> type[torch.optim.Optimizer]:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except (ImportError, OSError, RuntimeError) as error:
-        raise AdapterError(
-            f"optimizer adamw8bit needs the package bitsandbytes, which is not usable here ({error}); "
-            "install it into the Python that runs this, or choose adamw"
-        ) from error
-    return AdamW8bit

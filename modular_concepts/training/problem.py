@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError
 from .attention_regularisation import CrossAttention
 from .losses import Schedule
+from .needs import check_needs
 from .settings import TrainSettings
 
 
@@ -143,15 +144,10 @@ class Problem:
         """Raise AdapterError for an option that these pictures or this base do not have what it takes for."""
         if settings.flip and self.examples.mirrored is None:
             raise AdapterError("flip needs the mirrored pictures' latents, which this data set lacks; turn flip off")
-        if not settings.attention_regularisation:
-            return
-        if self.examples.masks is None:
-            raise AdapterError(
-                "attention_regularisation keeps the word's attention inside the masks, and these pictures have none; "
-                "give a mask for each, or set it to 0"
-            )
-        if not self.triggers or not self.cross_attentions or self.trigger_positions is None:
-            raise AdapterError(
-                "attention_regularisation needs a learned word and a base with cross-attention, which diffusion "
-                "transformers lack; set it to 0"
-            )
+        attends = bool(self.triggers and self.cross_attentions and self.trigger_positions)
+        check_needs(settings, masked=self.examples.masks is not None, attends=attends, networks=self.networks)
+
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """Those that `predict` runs."""
+        return self.modules if self.denoiser is None else [self.denoiser]

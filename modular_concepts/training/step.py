@@ -104,8 +104,7 @@ def on_base(problem: Problem, run: Run) -> Iterator[Step]:
         stack.enter_context(frozen_networks(problem.modules))
         stack.enter_context(attached(problem.layers, run.adapters, erasure=erasure))
         if settings.gradient_checkpointing:
-            networks = problem.modules if problem.denoiser is None else [problem.denoiser]
-            stack.enter_context(checkpointed(networks))
+            stack.enter_context(checkpointed(problem.networks))
         watch = None
         if settings.attention_regularisation:
             watch = stack.enter_context(watched(problem.cross_attentions))

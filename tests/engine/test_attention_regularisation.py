@@ -8,7 +8,7 @@ import torch
 from tiny_problem import tiny_problem
 from untrained_toy import traces, untrained_base
 
-from modular_concepts.customisation import Subject, Targets, problem_for
+from modular_concepts.customisation import Subject, Targets, check_training, problem_for
 from modular_concepts.errors import AdapterError
 from modular_concepts.training import TrainSettings, train
 from modular_concepts.training.attention_regularisation import attention_outside, first_positions, watched
@@ -128,3 +128,11 @@ def test_without_masks_or_cross_attention_it_is_refused():
         train(bare, asked)
     with pytest.raises(AdapterError, match="diffusion transformers lack; set it to 0"):
         train(tiny_problem(cross_attentions=()), asked)
+
+
+def test_it_is_refused_before_class_pictures_are_drawn():
+    base = untrained_base()
+    bare = replace(subject(base.size), masks=None)
+    with pytest.raises(AdapterError, match="these pictures have none"):
+        check_training(base, bare, replace(SETTINGS, attention_regularisation=0.1))
+    check_training(base, subject(base.size), replace(SETTINGS, attention_regularisation=0.1))
