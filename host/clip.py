@@ -220,4 +220,7 @@ class ClassWords:
 def _of_layer(rows: Tensor, layer: int | str | None) -> Tensor:
     if rows.dim() == 2:
         return rows
-    return rows[layer] if isinstance(layer, int) else rows.mean(0)
+    if isinstance(layer, int):
+        return rows[layer]
+    # So that equal rows come back to the bit.
+    return rows[0] + (rows - rows[0]).mean(0)

@@ -104,7 +104,8 @@ def save(concepts: Sequence[Concept], strengths: Sequence[float], filename: str,
 
 
 def _save_lora(concept: Concept, typed: str, replace: bool) -> Saved:
-    folder, path = _target("loras", typed)
+    """The layers in models/loras, the words in models/embeddings; words alone, as Textual Inversion's, only there."""
+    folder, path = _target("loras" if concept.layers else "embeddings", typed)
     words = list(concept.tokens)
     _, beside = _target("embeddings", path.stem)
 
@@ -114,7 +115,10 @@ def _save_lora(concept: Concept, typed: str, replace: bool) -> Saved:
     if not replace:
         path = _free(path, lambda free: any(file.exists() for file in embeddings(free.stem)))
     written = embeddings(path.stem)
-    export_kohya(concept, path)
+    if concept.layers:
+        export_kohya(concept, path)
+    else:
+        path = written[0]
     for word, file in zip(words, written, strict=True):
         export_embedding(word, concept.tokens[word], file)
     return _saved(folder, path, " ".join(f"{w} is embedding:{f.stem}" for w, f in zip(words, written, strict=True)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
 from ..modular_concepts.customisation import Targets
@@ -121,7 +123,7 @@ class EDLoRATrainer(Trainer):
                     steps_help="How many training steps: the authors take 1000 for people and scenes, 500 for objects",
                     rate=ED_LORA.settings.adapter_lr,
                     rate_help="Step size of the layers, per step: 0.0001 as the authors take for the U-Net; 0.0002 for "
-                    "the toy base",
+                    "the toy base. The text encoder's take a tenth of it",
                     token_rate=ED_LORA.settings.token_lr,
                     word_help="Step size of the learned word, per step: 0.001 as in the paper; 0.03 for the toy base",
                     targets="attention",
@@ -134,4 +136,8 @@ class EDLoRATrainer(Trainer):
 
     @classmethod
     def execute(cls, rank: int, **common) -> io.NodeOutput:
-        return train(cls, common, _way(ED_LORA, rank))
+        way = _way(ED_LORA, rank)
+        # A tenth of the others' in the paper, whatever the others' is.
+        share = ED_LORA.settings.text_encoder_lr / ED_LORA.settings.adapter_lr
+        own = {**way.settings, "text_encoder_lr": share * common["learning_rate"] or None}
+        return train(cls, common, replace(way, settings=own))

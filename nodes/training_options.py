@@ -7,7 +7,7 @@ from comfy_api.latest import io
 CONCEPT_TRAINING_OPTIONS = io.Custom("CONCEPT_TRAINING_OPTIONS")
 OWN = "as the method has it"
 OWN_NUMBER = -1.0
-OFF_IS_NONE = ("min_snr", "token_norm")
+OFF_IS_NONE = ("min_snr", "token_norm", "text_encoder_lr")
 
 # What a choice says -> the value of the setting.
 WORD_LAYERS = {"one for all layers": False, "one for each layer": True}
@@ -55,6 +55,16 @@ class ConceptTrainingOptions(io.ComfyNode):
                 _number(
                     "token_norm",
                     "Longest that a vector of the learned word may grow; ED-LoRA's authors stop at 0.55",
+                ),
+                io.Float.Input(
+                    "text_encoder_learning_rate",
+                    default=OWN_NUMBER,
+                    min=OWN_NUMBER,
+                    max=1.0,
+                    step=1e-5,
+                    round=1e-7,
+                    tooltip="Step size of the text encoder's layers, per step, where they learn; ED-LoRA gives them a "
+                    "tenth of the others'. -1: as the method has it; 0: the same as the others'",
                 ),
                 _choice(
                     "schedule",
@@ -185,6 +195,7 @@ def settings_of(
     optimizer: str,
     gradient_checkpointing: bool,
     keep_latents: bool,
+    text_encoder_learning_rate: float,
     **numbers: float,
 ) -> dict[str, object]:
     """Settings by their names in the engine (and keep_latents), those alone that are not left to the method."""
@@ -202,7 +213,7 @@ def settings_of(
         "keep_latents": keep_latents or None,
     }
     found = {name: value for name, value in choices.items() if value is not None}
-    for name, value in numbers.items():
+    for name, value in {**numbers, "text_encoder_lr": text_encoder_learning_rate}.items():
         if value != OWN_NUMBER:
             found[name] = None if name in OFF_IS_NONE and not value else value
     return found

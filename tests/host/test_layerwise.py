@@ -114,7 +114,10 @@ def test_the_network_hears_what_the_headless_one_hears(found):
         for handle in handles:
             handle.remove()
         plain = base.predict(noisy, torch.full((len(noisy),), 500), by_layer[0].expand(len(noisy), -1, -1))
+        own = base.context(["a <varied> in the snow"] * len(noisy), concept.tokens)
+        headless = base.predict(noisy, torch.full((len(noisy),), 500), own)
     assert next(heard, None) is None
+    assert relative_error(tensors["predicted"], headless) < 1e-5
     assert relative_error(tensors["predicted"], expected) < 1e-5
     assert relative_error(tensors["predicted"], plain) > 1e-3
 
@@ -143,3 +146,19 @@ def test_what_cannot_be_said_is_refused_in_plain_words(found, model, what, words
     message = found[1]["refused"][model + what]
     assert message.startswith(words) and bool(message) == bool(words)
     assert what != "core" or "Concept Prompt" in message
+
+
+def test_sdxl_hears_layer_by_layer_too(found):
+    tensors, facts, _ = found
+    layers = facts["sdxl_layers"]
+    assert layers > LAYERS and facts["sdxl_contexts"][:2] == [1, layers] and facts["sdxl_contexts"][3] == 2048
+    assert relative_error(tensors["sdxl_even"], tensors["sdxl_flat"]) <= 1e-6
+    assert relative_error(tensors["sdxl_varied"], tensors["sdxl_flat"]) > 1e-5
+    assert facts["sdxl_calls varied"] == [2, 2]
+
+
+def test_a_diffusion_transformer_has_no_layers_for_words(found):
+    refused = found[1]["refused"]
+    assert refused["sd3_merged"].startswith("AdapterError: <varied> was learned for each cross-attention layer apart")
+    assert refused["sd3_trained"].startswith("AdapterError: layer-wise words need a base whose cross-attention layers")
+    assert refused["sd3_trained flat"] == ""

@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from server import HostServer
 from test_bad_input import taught
 
@@ -129,6 +130,7 @@ def test_methods_are_those_that_the_nodes_are_named_for(server, runs):
     assert settings["lora"]["warmup"] == 3 and settings["lora"]["noise_offset"] == 0.05
     ed_lora = ("random + class", "linear", 4, 0.01)
     assert tuple(settings["edlora"][key] for key in ("token_start", "schedule", "rank", "noise_offset")) == ed_lora
+    assert settings["edlora"]["text_encoder_lr"] == pytest.approx(0.1 * settings["edlora"]["adapter_lr"])
     assert settings["custom"]["schedule"] == "constant" and settings["custom"]["flip"]
     assert settings["custom"]["targets"] == ["cross_attention_kv"]
     assert list((server.output / "modular_concepts_latents").rglob("*.safetensors"))
@@ -169,6 +171,19 @@ def test_resume_goes_on_with_other_settings_only_when_told_to(server, runs):
     run = server.run(longer)
     assert run.progress["train"][0][0] == STEPS + 1
     assert trained(server, "pplus").recipe.training["steps_done"] == STEPS + 4
+
+
+def test_words_alone_are_embeddings_for_other_programs(server, runs):
+    runs("inversion")
+    prompt = lesson(server, "inversion")
+    form = {"format": "LoRA for stock loaders", "filename": "inversion_word", "replace": True}
+    prompt["stock"] = server.node("ConceptSave", concept=["train", 0], **form)
+    server.run(prompt)
+    (rows,) = trained(server, "inversion").tokens.values()
+    with safe_open(server.models / "embeddings" / "inversion_word.safetensors", "pt") as file:
+        (key,) = file.keys()
+        assert torch.equal(file.get_tensor(key), rows)
+    assert not (server.models / "loras" / "inversion_word.safetensors").exists()
 
 
 def optional(server: HostServer, title: str, **options) -> dict:

@@ -11,6 +11,7 @@ start()
 
 import comfy.model_management  # noqa: E402
 import comfy.sd  # noqa: E402
+import tiny_models  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -116,6 +117,55 @@ def look(prefix: str, model, clip) -> None:
     facts[f"{prefix}wrapped"] = {kind: len(one[0].wrappers.get("outer_sample", {})) for kind, one in merged.items()}
 
 
+@torch.inference_mode()
+def look_at_sdxl() -> None:
+    """Two text models and fewer layers; the words are those of `words`, made for as many layers as there are."""
+    tiny_models.write("vega")
+    model, clip, _ = tiny_models.load("vega")
+    layerwise, patching = pack_module("host.layerwise"), pack_module("host.patching")
+    encode_prompt = pack_module("host.clip").encode_prompt
+    layers = layerwise.cross_attention_layers(model)
+    rows = 0.3 * torch.randn(layers, 2, 768 + 1280, generator=torch.Generator().manual_seed(4))
+    noise = nodes.EmptyLatentImage().generate(64, 64)[0]
+    for kind, own in (("flat", rows[0]), ("even", rows[:1].repeat(layers, 1, 1)), ("varied", rows)):
+        changed, knowing = patching.merged(model, clip, [(word_alone(kind, own, "sdxl"), 1.0)])
+        prompt, negative = encode_prompt(knowing, f"a <{kind}> in the snow"), encode_prompt(knowing, "a car")
+        calls = facts[f"sdxl_calls {kind}"] = []
+
+        def counted(apply, about, calls=calls):
+            calls.append(len(about["input"]))
+            return apply(about["input"], about["timestep"], **about["c"])
+
+        changed.set_model_unet_function_wrapper(counted)
+        found[f"sdxl_{kind}"] = nodes.common_ksampler(changed, 5, 2, 3.0, "euler", "normal", prompt, negative, noise)[
+            0
+        ]["samples"]
+    facts["sdxl_layers"], facts["sdxl_contexts"] = layers, list(prompt[0][1][layerwise.LAYERS].shape)
+
+
+def word_alone(name: str, rows: torch.Tensor, architecture: str):
+    concept = pack_module("modular_concepts.concept")
+    recipe = concept.Recipe(method="words", architecture=architecture, triggers=(f"<{name}>",), class_word="dog")
+    return concept.Concept(name, {}, {f"<{name}>": rows}, recipe)
+
+
+def look_at_sd3() -> None:
+    """A diffusion transformer has no layers that a word could be learned for."""
+    tiny_models.write("sd3")
+    model, clip, vae = tiny_models.load("sd3")
+    customisation, training = pack_module("modular_concepts.customisation"), pack_module("modular_concepts.training")
+    merged = pack_module("host.patching").merged
+    rows = torch.zeros(4, 2, 768 + 1280)
+    facts["refused"]["sd3_merged"] = said(lambda: merged(model, clip, [(word_alone("varied", rows, "sd3"), 1.0)]))
+    base = pack_module("host.base").host_base(model, clip, vae)
+    subject = customisation.Subject("new", torch.zeros(2, 3, 64, 64), ["a <new>"] * 2, "dog")
+    for kind, layerwise in (("trained", True), ("trained flat", False)):
+        settings = training.TrainSettings(method="words", layerwise=layerwise)
+        facts["refused"][f"sd3_{kind}"] = said(
+            lambda settings=settings: customisation.check_training(base, subject, settings)
+        )
+
+
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
     look("", *pack_module("host.toy").load_toy_base()[:2])
@@ -123,6 +173,8 @@ def main() -> None:
     if checkpoint.is_file():
         model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_vae=False)
         look("sd_", model, clip)
+    look_at_sdxl()
+    look_at_sd3()
     save_file({key: value.float().contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
     (FOLDER / "found.json").write_text(json.dumps(facts))
 
