@@ -3,10 +3,10 @@
 #   PYTHON=python3.12          the interpreter to build .venv with (3.11 to 3.14; otherwise the first one found)
 #   TORCH_INDEX=ADDRESS        a package index to take torch from, such as one of CPU builds
 #   PYTEST_FLAGS="-k basis"    handed to pytest
-#   BENCH_FLAGS=--quick        handed to bench/train.py
+#   BENCH_FLAGS=--quick        handed to bench/train.py or bench/merge.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-train test test-host check format install clean
+.PHONY: help demo bench-train bench-merge test test-host check format install clean
 .NOTPARALLEL:
 
 VENV := .venv
@@ -31,6 +31,7 @@ help:
 	@echo "make test       all tests"
 	@echo "make test-host  only those in the real ComfyUI (in COMFYUI_PATH, else ~/comfy/ComfyUI)"
 	@echo "make bench-train  measure training beside ComfyUI's own trainer and peft (about an hour)"
+	@echo "make bench-merge  measure merging beside ComfyUI's LoRA loaders and peft"
 	@echo "make check      format, lint and the fast tests"
 	@echo "make format     put the code into the format that check asks for"
 	@echo "make install    only create $(VENV) with the pinned packages"
@@ -47,6 +48,9 @@ test-host: $(STAMP)
 
 bench-train: $(STAMP)
 	@$(BIN)/python bench/train.py $(BENCH_FLAGS)
+
+bench-merge: $(STAMP)
+	@$(BIN)/python bench/merge.py $(BENCH_FLAGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

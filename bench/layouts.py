@@ -32,10 +32,18 @@ LAYOUTS = {
 
 
 def diffusers_unet(layout: Layout) -> nn.Module:
+    unet = empty_unet(layout)
+    weights = {name: value.shape for name, value in unet.state_dict().items()}
+    unet.load_state_dict(random_weights(weights), assign=True)
+    return unet.eval().requires_grad_(False)
+
+
+def empty_unet(layout: Layout) -> nn.Module:
+    """Without memory for weights, to read shapes from."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
+        return UNet2DConditionModel(
             sample_size=64,
             block_out_channels=tuple(WIDTH * width for width in layout.widths),
             layers_per_block=layout.blocks,
@@ -44,9 +52,6 @@ def diffusers_unet(layout: Layout) -> nn.Module:
             cross_attention_dim=CONTEXT[1],
             attention_head_dim=8,
         )
-    weights = {name: value.shape for name, value in unet.state_dict().items()}
-    unet.load_state_dict(random_weights(weights), assign=True)
-    return unet.eval().requires_grad_(False)
 
 
 def write_checkpoint(layout: Layout, path: Path) -> None:

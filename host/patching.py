@@ -15,7 +15,7 @@ import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
 
-from ..modular_concepts.adapters import ConvGeometry
+from ..modular_concepts.adapters import ConvGeometry, LowRank
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.fitting import fitted
@@ -27,6 +27,7 @@ from ..modular_concepts.merge import (
     MergedBlocks,
     MergedDense,
     MergedLayer,
+    MergedSum,
     MergeOptions,
 )
 from .clip import class_words_of, with_tokens
@@ -34,30 +35,36 @@ from .layers import architecture_of, host_layers
 from .layerwise import cross_attention_layers, refuse_other_layers, with_layers
 
 INSIDE = "modular_concepts"
-Part = tuple[Tensor, Tensor, Tensor | None, int] | tuple[Tensor]
+# One summand: up, down, rows, out_features, and what its product is multiplied with.
+Summand = tuple[Tensor, Tensor, Tensor | None, int, float]
 
 
 class MergedWeight(WeightAdapterBase):
     """All concepts of one layer as one of the host's adapters, for weights and for bypass.
 
-    weights: (up, down, rows, out_features) of each part, or (values,) of a dense one; plain, so that the host can move
-    the tensors.
+    weights: the summands of each part (one part, or one for each block), or ((values,),) of a dense merge; plain, so
+    that the host can move the tensors.  They are the concepts' own: nothing is copied before a weight is patched.
     """
 
     name = "modular concepts"
 
-    def __init__(self, loaded_keys: set[str], weights: Sequence[Part]):
+    def __init__(self, loaded_keys: set[str], weights: Sequence[Sequence[tuple]]):
         self.loaded_keys, self.weights = loaded_keys, weights
+        self._beside: Merged | None = None
+        self._on: torch.device | None = None
 
     @classmethod
     def of(cls, merged: Merged) -> MergedWeight:
-        return cls(set(), _plain_parts(merged))
+        if isinstance(merged, MergedDense):
+            return cls(set(), [((merged.values,),)])
+        parts = merged.parts if isinstance(merged, MergedBlocks) else (merged,)
+        return cls(set(), [_summands(part) for part in parts])
 
     def merged(self) -> Merged:
-        if len(self.weights[0]) == 1:
-            return MergedDense(*self.weights[0])
-        pieces = tuple(MergedLayer(*part) for part in self.weights)
-        return pieces[0] if len(pieces) == 1 else MergedBlocks(pieces, pieces[0].out_features)
+        if len(self.weights[0][0]) == 1:
+            return MergedDense(*self.weights[0][0])
+        parts = tuple(_sum_of(summands) for summands in self.weights)
+        return parts[0] if len(parts) == 1 else MergedBlocks(parts, parts[0].out_features)
 
     def calculate_weight(
         self,
@@ -85,17 +92,27 @@ class MergedWeight(WeightAdapterBase):
     def h(self, x: Tensor, base_out: Tensor) -> Tensor:
         """What bypass adds to a layer's output; the host tells of convolutions in attributes."""
         conv = ConvGeometry(**getattr(self, "kw_dict", {})) if getattr(self, "is_conv", False) else None
-        if self.weights[0][0].device != x.device:
-            # Once, for the host does not see the tensors inside the parts.
-            self.weights = _plain_parts(self.merged().to(x.device))
-        return self.multiplier * self.merged().residual(x, conv)
+        if self._beside is None or self._on != x.device:
+            # Joined and moved once, for the host does not see the tensors inside the parts.
+            self._beside, self._on = self.merged().to(x.device), x.device
+        return self.multiplier * self._beside.residual(x, conv)
 
 
-def _plain_parts(merged: Merged) -> list[Part]:
-    if isinstance(merged, MergedDense):
-        return [(merged.values,)]
-    pieces = merged.parts if isinstance(merged, MergedBlocks) else (merged,)
-    return [(part.up, part.down, part.rows, part.out_features) for part in pieces]
+def _summands(part: MergedLayer | MergedSum) -> tuple[Summand, ...]:
+    if isinstance(part, MergedLayer):
+        return ((part.up, part.down, part.rows, part.out_features, 1.0),)
+    return tuple(
+        (a.lora_up.detach(), a.lora_down.detach(), a.rows, a.out_features, strength * a.scale)
+        for a, strength in zip(part.adapters, part.strengths, strict=True)
+    )
+
+
+def _sum_of(summands: Sequence[Summand]) -> MergedSum:
+    adapters = [
+        LowRank(up, down, float(len(down)), "lora" if rows is None else "block", rows, out)
+        for up, down, rows, out, _ in summands
+    ]
+    return MergedSum(tuple(adapters), tuple(strength for *_, strength in summands))
 
 
 def merged(

@@ -344,9 +344,10 @@ def check_adapter(name: str, adapter: LowRank, weight_shape: Sequence[int] | Non
 def _check_rows(name: str, rows: Tensor, out: int) -> None:
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise AdapterError(f"{name}: block rows must be a list of whole numbers")
-    if rows.min() < 0 or rows.max() >= out:
+    values = rows.tolist()
+    if min(values) < 0 or max(values) >= out:
         raise AdapterError(f"{name}: block rows reach outside the layer's {out} output rows")
-    if len(rows.unique()) != len(rows):
+    if len(set(values)) != len(values):
         raise AdapterError(f"{name}: block rows name the same output row twice")
 
 

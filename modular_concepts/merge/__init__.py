@@ -20,7 +20,7 @@ from .fusion import fused_factors
 from .options import Evidence, MergeOptions
 from .sparse import dare_merge, magnitude_merge, ties_merge
 from .strengths import BlockStrengths
-from .sums import MergedLayer, average_strengths, mean_strengths, merged_delta, merged_factors
+from .sums import MergedLayer, MergedSum, average_strengths, mean_strengths, merged_delta, merged_factors
 from .truncation import truncated
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "MergedBlocks",
     "MergedDense",
     "MergedLayer",
+    "MergedSum",
     "add_concepts",
     "average_strengths",
     "mean_strengths",
@@ -58,7 +59,7 @@ FAMILIES = {
 }
 DEFAULTS, NOTHING = MergeOptions(), Evidence()
 SPARSE = ("magnitude", "dare", "ties")
-Merged = MergedLayer | MergedBlocks | MergedDense
+Merged = MergedLayer | MergedSum | MergedBlocks | MergedDense
 
 _READS_TEXT = re.compile(r"\.attn2\.to_[kv]$")
 
@@ -157,7 +158,7 @@ def _merged_layer(
     if how not in SPARSE:
         if any(adapter.kind == "full" for adapter in adapters):
             return MergedDense(merged_delta(adapters, strengths))
-        return merged_factors(adapters, strengths)
+        return MergedSum(tuple(adapters), tuple(strengths))
     deltas = [adapter.delta().detach() for adapter in adapters]
     if how == "dare":
         generators = [seeded(options.seed, "dare", name, layer) for name in names]

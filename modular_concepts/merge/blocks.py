@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adapters import ConvGeometry, LowRank, low_rank_product, scatter_rows
 from ..errors import AdapterError
-from .sums import MergedLayer, merged_factors
+from .sums import MergedLayer, MergedSum, merged_factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class MergedBlocks:
     products cost 1/k of a sum's.
     """
 
-    parts: tuple[MergedLayer, ...]
+    parts: tuple[MergedLayer | MergedSum, ...]
     out_features: int
 
     @property
@@ -64,8 +64,8 @@ class MergedBlocks:
 
 def merged_blocks(adapters: Sequence[LowRank], strengths: Sequence[float]) -> MergedBlocks:
     """Put blocks with disjoint rows side by side, each times its strength; see `check_blocks`."""
-    parts = [merged_factors([a], [s]) for a, s in zip(adapters, strengths, strict=True) if s != 0]
-    return MergedBlocks(tuple(parts or [merged_factors(adapters[:1], [0.0])]), adapters[0].out_features)
+    parts = [MergedSum((a,), (s,)) for a, s in zip(adapters, strengths, strict=True) if s != 0]
+    return MergedBlocks(tuple(parts or [MergedSum((adapters[0],), (0.0,))]), adapters[0].out_features)
 
 
 def check_blocks(layer: str, names: Sequence[str], adapters: Sequence[LowRank]) -> None:
@@ -93,6 +93,6 @@ def check_blocks(layer: str, names: Sequence[str], adapters: Sequence[LowRank]) 
             )
 
 
-def _packed(part: MergedLayer) -> MergedLayer:
+def _packed(part: MergedLayer | MergedSum) -> MergedLayer:
     """The part's own rows as a whole layer."""
     return MergedLayer(part.up, part.down, None, part.up.shape[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -65,6 +66,63 @@ class MergedLayer:
         return LowRank(up, self.down, float(self.rank), "lora", None, self.out_features)
 
 
+@dataclass(frozen=True, eq=False)
+class MergedSum:
+    """A `MergedLayer` that is joined when it is needed: summands of one layer and their strengths.
+
+    Joining a hundred concepts' factors costs as much memory and time as copying the weights; adding them to one weight
+    after another needs one layer's at a time, and a single summand needs none.
+    """
+
+    adapters: tuple[LowRank, ...]
+    strengths: tuple[float, ...]
+
+    @cached_property
+    def joined(self) -> MergedLayer:
+        """Kept from the first use on: bypass asks at every step."""
+        return merged_factors(self.adapters, self.strengths)
+
+    @property
+    def up(self) -> Tensor:
+        return self.joined.up
+
+    @property
+    def down(self) -> Tensor:
+        return self.joined.down
+
+    @property
+    def rows(self) -> Tensor | None:
+        return self.adapters[0].rows if len(self.adapters) == 1 else self.joined.rows
+
+    @property
+    def out_features(self) -> int:
+        return self.adapters[0].out_features
+
+    @property
+    def rank(self) -> int:
+        return self.joined.rank
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MergedSum:
+        return replace(self, adapters=tuple(adapter.to(device, dtype) for adapter in self.adapters))
+
+    def delta(self) -> Tensor:
+        return self.joined.delta()
+
+    def add_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """As `MergedLayer.add_to`; what is joined for it is not kept."""
+        only = self.adapters[0]
+        if len(self.adapters) > 1 or weight.dtype != only.lora_up.dtype or weight.dtype != only.lora_down.dtype:
+            return merged_factors(self.adapters, self.strengths).add_to(weight, strength)
+        layer = MergedLayer(only.lora_up.detach(), only.lora_down.detach(), only.rows, only.out_features)
+        return layer.add_to(weight, strength * self.strengths[0] * only.scale)
+
+    def residual(self, x: Tensor, conv: ConvGeometry | None = None) -> Tensor:
+        return self.joined.residual(x, conv)
+
+    def as_low_rank(self) -> LowRank:
+        return self.joined.as_low_rank()
+
+
 def merged_factors(adapters: Sequence[LowRank], strengths: Sequence[float]) -> MergedLayer:
     """Concatenate factors: up = [s1 U1 | s2 U2 | ...], down = [D1; D2; ...]; s = strength alpha / rank.
 
@@ -77,12 +135,9 @@ def merged_factors(adapters: Sequence[LowRank], strengths: Sequence[float]) -> M
     rows = first.rows if all(_same_rows(first, adapter) for adapter, _ in used) else None
     ups = _common_dtype([_plain(a.full_up() if rows is None else a.lora_up, device) for a, _ in used])
     downs = _common_dtype([_plain(adapter.lora_down, device) for adapter, _ in used])
-    up = ups[0].new_empty(len(ups[0]), sum(part.shape[1] for part in ups))
-    own = up.split([part.shape[1] for part in ups], dim=1)
-    # Scaled on the way to its place: the factors of many concepts are as large as the weights.
-    for place, part, (adapter, strength) in zip(own, ups, used, strict=True):
-        torch.mul(part, strength * adapter.scale, out=place)
-    return MergedLayer(up, torch.cat(downs) if len(downs) > 1 else downs[0], rows, first.out_features)
+    scales = [strength * adapter.scale for adapter, strength in used for _ in range(adapter.rank)]
+    up = torch.cat(ups, dim=1).mul_(ups[0].new_tensor(scales))
+    return MergedLayer(up, torch.cat(downs), rows, first.out_features)
 
 
 def merged_delta(adapters: Sequence[LowRank], strengths: Sequence[float]) -> Tensor:
@@ -111,10 +166,10 @@ def average_strengths(strengths: Sequence[float]) -> list[float]:
 
 def _run(rows: Tensor) -> slice | None:
     """The rows as a slice, if they rise evenly, as both layouts of blocks do; else None."""
-    first, step = int(rows[0]), int(rows[1] - rows[0]) if len(rows) > 1 else 1
-    if step < 1 or not torch.equal(rows, torch.arange(first, first + step * len(rows), step, device=rows.device)):
-        return None
-    return slice(first, first + step * (len(rows) - 1) + 1, step)
+    values = rows.tolist()
+    step = values[1] - values[0] if len(values) > 1 else 1
+    end = values[-1] + 1
+    return slice(values[0], end, step) if step > 0 and values == list(range(values[0], end, step)) else None
 
 
 def _same_rows(first: LowRank, second: LowRank) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import AdapterError
-from .sums import MergedLayer
+from .sums import MergedLayer, MergedSum
 
 
 @torch.no_grad()
@@ -31,12 +31,12 @@ def truncated(layer: MergedLayer, rank: int) -> tuple[MergedLayer, float]:
     return MergedLayer(up.to(layer.up), down.to(layer.down), layer.rows, layer.out_features), kept
 
 
-def share_kept(cut: Mapping[str, MergedLayer], whole: Mapping[str, MergedLayer]) -> float:
+def share_kept(cut: Mapping[str, MergedLayer], whole: Mapping[str, MergedLayer | MergedSum]) -> float:
     """The share of |delta|^2, over all layers, that a cut merge has of the whole one, 0..1."""
     total = sum(map(_energy, whole.values()))
     return sum(map(_energy, cut.values())) / total if total else 1.0
 
 
-def _energy(layer: MergedLayer) -> float:
+def _energy(layer: MergedLayer | MergedSum) -> float:
     up, down = layer.up.double(), layer.down.flatten(1).double()
     return float(((up.mT @ up) * (down @ down.mT)).sum())

@@ -1,0 +1,220 @@
+"""In the host's interpreter: our merge and a chain of core's LoraLoaders, up to the first step of a sampling.
+
+    python merge_in_host.py HOST - run '{"layout": "full", "counts": [1, 15], "rank": 20, "repeats": 3}'
+
+The U-Net is the host's own in SD 1.5's layout, built in memory; its Linear layers have random weights.  Both sides
+share the LoRAs' tensors, and what they make of the weights is compared before it is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from statistics import median
+
+from in_host import ARGUMENT, pack_module, start
+
+start(on_cpu=True)
+
+import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.sd1_clip  # noqa: E402
+import comfy.supported_models  # noqa: E402
+import comfy.supported_models_base  # noqa: E402
+import comfy.weight_adapter  # noqa: E402
+import comfyui_version  # noqa: E402
+import torch  # noqa: E402
+from layouts import LAYOUTS, WIDTH  # noqa: E402
+from merge_work import STRENGTH, made_work, timed  # noqa: E402
+
+CHANGED = 0.7
+
+
+class FirstStep(Exception):
+    """The network was asked for the first time."""
+
+
+class Bench:
+    def __init__(self, layout: str, counts: list[int], rank: int, repeats: int):
+        self.counts, self.rank, self.repeats = counts, rank, repeats
+        self.patching, layers = pack_module("host.patching"), pack_module("host.layers")
+        self.concept = pack_module("modular_concepts.concept")
+        self.adapters, self.names = (pack_module(f"modular_concepts.{name}") for name in ("adapters", "layers"))
+        self.model, self.clip = loaded(layout)
+        linear = {
+            name: layer
+            for name, layer in layers.host_layers(self.model, None).items()
+            if isinstance(layer.module, torch.nn.Linear)
+        }
+        self.keys = {name: layer.key for name, layer in linear.items()}
+        generator = torch.Generator().manual_seed(0)
+        for layer in linear.values():
+            weight = layer.module.weight.data
+            weight.copy_(torch.randn(weight.shape, generator=generator).mul_(weight.shape[1] ** -0.5))
+        self.weights = {name: layer.module.weight.data for name, layer in linear.items()}
+        self.latent = torch.zeros(1, 4, 8, 8)
+        self.context = torch.randn(1, 77, 768, generator=generator)
+
+    # -- the two ways to a MODEL
+
+    def ours(self, concepts: list, how: str, last: float = STRENGTH):
+        recipe = self.concept.Recipe(architecture="sd15")
+        stack = [(self.concept.Concept(c.name, c.layers, {}, recipe), STRENGTH) for c in concepts]
+        stack[-1] = (stack[-1][0], last)
+        return self.patching.merged(self.model, self.clip, stack, how)[0]
+
+    def chain(self, loras: list[dict], last: float = STRENGTH, start=None):
+        """start: a MODEL with all but the last LoRA, which the host keeps from the run before."""
+        model = start or self.model
+        for number, lora in enumerate(loras[-1:] if start else loras):
+            own = last if start or number == len(loras) - 1 else STRENGTH
+            model, _ = comfy.sd.load_lora_for_models(model, self.clip, lora, own, own)
+        return model
+
+    def files(self, concepts: list) -> list[dict]:
+        """The concepts as LoRA files that core has read."""
+        found = []
+        for concept in concepts:
+            lora = {}
+            for name, adapter in concept.layers.items():
+                key = self.names.file_key(name)
+                lora[f"{key}.lora_up.weight"], lora[f"{key}.lora_down.weight"] = adapter.full_up(), adapter.lora_down
+                lora[f"{key}.alpha"] = torch.tensor(adapter.alpha)
+            found.append(lora)
+        return found
+
+    # -- what is timed
+
+    def first_step(self, model, whole: bool = False) -> None:
+        """Sample until the network is first asked; or one whole step."""
+
+        def seen(*_):
+            raise FirstStep
+
+        said = [[self.context, {}]]
+        network = model.model.diffusion_model
+        handle = network.register_forward_pre_hook(lambda *_: None if whole else seen())
+        try:
+            comfy.sample.sample(
+                model, self.latent, 1, 1.0, "euler", "normal", said, said, self.latent, disable_pbar=True, seed=0
+            )
+        except FirstStep:
+            pass
+        finally:
+            handle.remove()
+
+    def turn(self, make: Callable[[], object], change: Callable[[object], object]) -> dict[str, float]:
+        """Seconds of the nodes and of the way to the first step: on the bare base, and after a changed strength."""
+        self.first_step(self.model)
+        made, found = [], {}
+        found["nodes"] = timed(lambda: made.append(make()))
+        found["first_step"] = timed(lambda: self.first_step(made[-1]))
+        found["changed_nodes"] = timed(lambda: made.append(change(made[-1])))
+        found["changed_step"] = timed(lambda: self.first_step(made[-1]))
+        found["changed"] = found["changed_nodes"] + found["changed_step"]
+        return found
+
+    def compare(self, ours, theirs) -> float:
+        """The largest relative difference between what both make of a weight."""
+        self.first_step(ours)
+        mine = {name: self._weight(key).clone() for name, key in self._some()}
+        self.first_step(theirs)
+        found = [float((self._weight(key) - mine[name]).norm() / mine[name].norm()) for name, key in self._some()]
+        base = self.weights
+        moved = max(float((mine[name] - base[name]).norm() / base[name].norm()) for name in mine)
+        if not moved > 1e-2:
+            raise RuntimeError("the merge did not move the weights")
+        return max(found)
+
+    def _some(self) -> list[tuple[str, str]]:
+        return list(self.keys.items())[::12]
+
+    def _weight(self, key: str) -> torch.Tensor:
+        return comfy.utils.get_attr(self.model.model, key)
+
+    # -- everything
+
+    def run(self) -> dict:
+        result = {"sum": {}, "block": {}, "host": comfyui_version.__version__, "layers": len(self.weights)}
+        for count in self.counts:
+            work = made_work(self.adapters, self.weights, count, self.rank)
+            for how, concepts in (("sum", work.sums), ("block", work.blocks)):
+                result[how][count] = self.pair(how, concepts)
+                print(how, count, json.dumps(result[how][count]), file=sys.stderr, flush=True)
+            if count in (1, 3, 15):
+                result.setdefault("bypass", {})[count] = self.bypass(work.sums)
+        return result
+
+    def pair(self, how: str, concepts: list) -> dict:
+        files = self.files(concepts)
+        before = self.chain(files[:-1]) if len(files) > 1 else self.model
+        difference = self.compare(self.ours(concepts, how), self.chain(files))
+        turns: dict[str, list[dict]] = {"ours": [], "core": []}
+        for _ in range(self.repeats):
+            make = lambda: self.ours(concepts, how)  # noqa: E731
+            turns["ours"].append(self.turn(make, lambda _: self.ours(concepts, how, CHANGED)))
+            turns["core"].append(
+                self.turn(lambda: self.chain(files), lambda _: self.chain(files, CHANGED, start=before))
+            )
+        self.first_step(self.model)
+        medians = {who: {name: median(one[name] for one in own) for name in own[0]} for who, own in turns.items()}
+        ratios = {name: medians["ours"][name] / medians["core"][name] for name in medians["ours"]}
+        return {**medians, "ratios": ratios, "difference": difference}
+
+    def bypass(self, concepts: list) -> dict:
+        """What bypass instead of weights would cost: the way to the first step, and a whole step at 256 pixels."""
+        merged, self.latent = self.ours(concepts, "sum"), torch.zeros(1, 4, 32, 32)
+        manager = comfy.weight_adapter.BypassInjectionManager()
+        for key, [patch] in merged.patches.items():
+            manager.add_adapter(key, patch[1], strength=patch[0])
+        bypassing = self.model.clone()
+        bypassing.set_injections("bypass", manager.create_injections(bypassing.model))
+        steps: dict[str, list[float]] = {"first_step": [], "step": [], "plain_step": []}
+        for _ in range(self.repeats):
+            self.first_step(self.model)
+            steps["first_step"].append(timed(lambda: self.first_step(bypassing)))
+            steps["step"].append(timed(lambda: self.first_step(bypassing, whole=True)))
+            self.first_step(self.model)
+            steps["plain_step"].append(timed(lambda: self.first_step(self.model, whole=True)))
+        self.latent = torch.zeros(1, 4, 8, 8)
+        return {name: median(own) for name, own in steps.items()}
+
+
+def loaded(layout: str):
+    """MODEL and CLIP; weights that nobody fills take no memory."""
+    form = LAYOUTS[layout]
+    config = comfy.supported_models.SD15(
+        dict(
+            image_size=32,
+            in_channels=4,
+            out_channels=4,
+            use_spatial_transformer=True,
+            legacy=False,
+            adm_in_channels=None,
+            model_channels=WIDTH,
+            num_res_blocks=[form.blocks] * len(form.widths),
+            channel_mult=list(form.widths),
+            transformer_depth=[int(has) for has in form.attends for _ in range(form.blocks)],
+            transformer_depth_output=[int(has) for has in form.attends for _ in range(form.blocks + 1)],
+            transformer_depth_middle=1,
+            use_linear_in_transformer=False,
+            use_temporal_attention=False,
+            context_dim=768,
+            num_heads=8,
+            dtype=torch.float32,
+        )
+    )
+    config.set_inference_dtype(torch.float32, None)
+    network = config.get_model({}, "", device=torch.device("cpu"))
+    network.diffusion_model.eval()
+    patcher = comfy.model_patcher.ModelPatcher(network, torch.device("cpu"), torch.device("cpu"))
+    target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
+    return patcher, comfy.sd.CLIP(target)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        print(json.dumps(Bench(**json.loads(ARGUMENT)).run()))
