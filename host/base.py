@@ -29,10 +29,10 @@ from ..modular_concepts.training import Cancelled, FlowSchedule, NoiseSchedule
 from ..modular_concepts.training.attention_regularisation import CrossAttention, cross_attentions_of
 from ..modular_concepts.training.frozen import frozen_forward, own_weights
 from ..modular_concepts.training.losses import Schedule
-from .clip import trigger_positions
+from .clip import trigger_positions, word_rows
 from .layers import architecture_of, base_hash, host_layers, text_encoders_of
 from .layerwise import LAYERS, PickLayer, cross_attention_layers, stacked, with_layers
-from .texts import HostContext, check_text_models, contexts, word_rows
+from .texts import HostContext, check_text_models, contexts
 
 SAMPLER = ("euler", "normal")
 DRAWN = {"sdxl": 1024, "sd3": 1024}  # pixels; 512 elsewhere
@@ -176,7 +176,7 @@ class HostBase:
         return {names.get(name, name): value.cond.to(noisy) for name, value in conditions.items()}
 
     def word_rows(self, words: str) -> Tensor:
-        """(k, width) rows that some words have in the text models, side by side: see `texts.word_rows`."""
+        """(k, width) rows that some words have in the text models, side by side: see `clip.word_rows`."""
         return word_rows(self.clip, words)
 
     def unknown_words(self, prompt: str, triggers: Sequence[str]) -> list[str]:

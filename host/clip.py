@@ -17,29 +17,31 @@ from torch import Tensor
 
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
-from ..modular_concepts.fitting import refuse_shared_triggers
+from ..modular_concepts.fitting import faded_words, refuse_shared_triggers
 from ..modular_concepts.tokens import caption_ids, learned_rows, token_ids
 from ..modular_concepts.training.attention_regularisation import first_positions
+from .layers import text_encoders_of
 from .layerwise import LAYERS
 
-KNOWN = "modular_concepts_words"  # on a tokenizer: all learned words, and what other text models read for them
+# On a tokenizer: all learned words, what other text models read for them, and the words at full strength.
+KNOWN = "modular_concepts_words"
 TEXT_MODELS = ("clip_l", "clip_g")
 T5 = "t5xxl"
 MEAN = "mean"
 
 
-def encode_prompt(clip: comfy.sd.CLIP, text: str, concepts: Sequence[Concept] = ()) -> list:
-    """CONDITIONING of a prompt; the concepts' learned words stand for their rows.
+def encode_prompt(clip: comfy.sd.CLIP, text: str, stack: Sequence[tuple[Concept, float]] = ()) -> list:
+    """CONDITIONING of a prompt; the concepts' learned words stand for their rows, as loud as the stack has them.
+
+    A concept that the CLIP knows already keeps the strength that it has there.
 
     With a layer-wise word in it, its tensor is made with the mean of the layers' rows, and `layerwise.LAYERS` holds a
     context for each layer, which the samplers of a MODEL with the concept listen to.
     """
+    concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
     refuse_shared_triggers(concepts)
-    clip = with_tokens(
-        clip,
-        {word: rows for concept in concepts for word, rows in concept.tokens.items()},
-        class_words_of(concepts),
-    )
+    said = faded_words(concepts, strengths, lambda words: word_rows(clip, words))
+    clip = with_tokens(clip, said, class_words_of(concepts), learned_words(concepts))
     layers = layers_in(clip, text)
     if not layers:
         return _encoded(clip, text)
@@ -55,18 +57,27 @@ def _encoded(clip: comfy.sd.CLIP, text: str) -> list:
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
+def learned_words(concepts: Sequence[Concept]) -> dict[str, Tensor]:
+    """Trigger word -> rows at full strength."""
+    return {word: rows for concept in concepts for word, rows in concept.tokens.items()}
+
+
 def class_words_of(concepts: Sequence[Concept]) -> dict[str, str]:
     """Trigger word -> what a text model reads that cannot learn words."""
     return {word: concept.recipe.class_word for concept in concepts for word in concept.tokens}
 
 
 def with_tokens(
-    clip: comfy.sd.CLIP, tokens: Mapping[str, Tensor], class_words: Mapping[str, str] | None = None
+    clip: comfy.sd.CLIP,
+    tokens: Mapping[str, Tensor],
+    class_words: Mapping[str, str] | None = None,
+    learned: Mapping[str, Tensor] | None = None,
 ) -> comfy.sd.CLIP:
     """A clone of `clip` whose tokenizers know the trigger words too; the weights are shared.
 
     tokens: trigger word -> (vectors, width) float32, or (layers, vectors, width), of which `at_layer` chooses.
     width: that of all CLIP text models together, CLIP-L's columns first.  T5 reads `class_words` instead.
+    learned: the same at full strength, by which a word that the CLIP knows already is told from another of its name.
     Raises AdapterError for a width that is not the text models', and for a word that they know otherwise.
     """
     if not tokens:
@@ -77,11 +88,12 @@ def with_tokens(
             f"the CLIP is a {type(clip.tokenizer).__name__}, whose prompts cannot hold learned words; "
             "load the text encoder of the base that the concept was trained on"
         )
-    known, known_classes = getattr(clip.tokenizer, KNOWN, ({}, {}))
-    for word, rows in tokens.items():
-        if word in known and not torch.equal(known[word], rows):
+    known, known_classes, known_learned = getattr(clip.tokenizer, KNOWN, ({}, {}, {}))
+    learned = {**tokens, **(learned or {})}
+    for word, rows in learned.items():
+        if word in known_learned and not torch.equal(known_learned[word], rows):
             raise AdapterError(f"{word} means another concept in this CLIP already; train one under another name")
-    every, classes = {**known, **tokens}, {**known_classes, **(class_words or {})}
+    every, classes = {**tokens, **known}, {**known_classes, **(class_words or {})}
     widths = [part.embedding_size for part in stock.values()]
     for word, rows in every.items():
         if rows.shape[-1] != sum(widths):
@@ -90,7 +102,7 @@ def with_tokens(
                 "they were trained on another base"
             )
     clone = _own_tokenizer(clip)
-    setattr(clone.tokenizer, KNOWN, (every, classes))
+    setattr(clone.tokenizer, KNOWN, (every, classes, {**learned, **known_learned}))
     split = {word: rows.split(widths, dim=-1) for word, rows in every.items()}
     for number, (name, part) in enumerate(stock.items()):
         own = {word: columns[number] for word, columns in split.items()}
@@ -111,7 +123,7 @@ def at_layer(clip: comfy.sd.CLIP, layer: int | str) -> comfy.sd.CLIP:
 
 def layers_in(clip: comfy.sd.CLIP, text: str) -> int:
     """For how many layers the learned words in a prompt were learned; 0 where there is no layer-wise word."""
-    known, _ = getattr(clip.tokenizer, KNOWN, ({}, {}))
+    known, *_ = getattr(clip.tokenizer, KNOWN, ({},))
     found = {
         word: len(rows)
         for word, rows in known.items()
@@ -120,6 +132,25 @@ def layers_in(clip: comfy.sd.CLIP, text: str) -> int:
     if len(set(found.values())) > 1:
         raise AdapterError(f"{' and '.join(found)} were learned for different numbers of layers; use one at a time")
     return next(iter(found.values()), 0)
+
+
+def word_rows(clip: comfy.sd.CLIP, words: str) -> Tensor:
+    """(k, width) rows of the token tables for some words, without start, end and padding; CLIP-L's columns first."""
+    columns = []
+    for name, encoder in text_encoders_of(clip).items():
+        ids, bare = (
+            [token for section in clip.tokenize(text)[key_of(name)] for token, *_ in section] for text in (words, "")
+        )
+        known = [token for token in ids if isinstance(token, int) and token not in bare]
+        table = encoder.transformer.get_input_embeddings()
+        with torch.no_grad():
+            columns.append(table(torch.tensor(known, dtype=torch.long), out_dtype=torch.float32).float().cpu().clone())
+    return torch.cat(columns, dim=1)
+
+
+def key_of(name: str) -> str:
+    """The host's tokenizers call it l what its encoders call clip_l."""
+    return name.removeprefix("clip_")
 
 
 def trigger_positions(clip: comfy.sd.CLIP, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:

@@ -15,7 +15,6 @@ from .patching import merged
 
 
 def merged_by(
-    node_id: str | None,
     model: comfy.model_patcher.ModelPatcher,
     clip: comfy.sd.CLIP,
     stack: Sequence[tuple[Concept, float]],
@@ -25,7 +24,7 @@ def merged_by(
     """`merged`; a cut to a lower rank says on the node what it keeps of the sum."""
     result = merged(model, clip, stack, family, options=options)
     if family == "svd":
-        show_text(node_id, kept_by_cut(stack, options))
+        show_text(kept_by_cut(stack, options))
     return result
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 
-def show_text(node_id: str | None, text: str) -> None:
-    """Show `text` on the node while and after it runs; nothing happens without a browser."""
-    if node_id:
-        PromptServer.instance.send_progress_text(text, node_id)
+def show_text(text: str) -> None:
+    """Show `text` on the node that runs just now, while and after it runs; nothing happens without a browser."""
+    running = get_executing_context()
+    if running is not None:
+        PromptServer.instance.send_progress_text(text, running.node_id)

@@ -30,7 +30,7 @@ from ..modular_concepts.merge import (
     MergedSum,
     MergeOptions,
 )
-from .clip import class_words_of, with_tokens
+from .clip import class_words_of, learned_words, with_tokens, word_rows
 from .layers import architecture_of, host_layers
 from .layerwise import cross_attention_layers, refuse_other_layers, with_layers
 
@@ -141,12 +141,25 @@ def merged(
             )
     layers = host_layers(model, clip)
     shapes = {name: layer.module.weight.shape for name, layer in layers.items()}
-    adapters, tokens = fitted(architecture_of(model), shapes, concepts, strengths, how, literal, options, evidence)
+    adapters, tokens = fitted(
+        architecture_of(model),
+        shapes,
+        concepts,
+        strengths,
+        how,
+        literal,
+        options,
+        evidence,
+        lambda words: word_rows(clip, words),
+    )
     refuse_other_layers(tokens, cross_attention_layers(model))
     patches: dict[str, dict[str, MergedWeight]] = {"unet": {}, "text_encoder": {}}
     for name, adapter in adapters.items():
         patches[layers[name].part][layers[name].key] = MergedWeight.of(adapter)
-    model, clip = model.clone(), with_tokens(clip.clone(), tokens, class_words_of(concepts))
+    model, clip = (
+        model.clone(),
+        with_tokens(clip.clone(), tokens, class_words_of(concepts), learned_words(concepts)),
+    )
     model.add_patches(patches["unet"])
     clip.add_patches(patches["text_encoder"])
     if any(rows.dim() == 3 for rows in tokens.values()):

@@ -50,8 +50,8 @@ class Previews:
 class Watch:
     """Told of each step: moves the bar, says on the node how it goes, draws previews, sees an interrupt."""
 
-    def __init__(self, steps: int, previews: Previews, draw: Callable[..., Tensor], node: str | None = None):
-        self.previews, self.draw, self.node = previews, draw, node
+    def __init__(self, steps: int, previews: Previews, draw: Callable[..., Tensor]):
+        self.previews, self.draw = previews, draw
         self.bar = comfy.utils.ProgressBar(steps)
         self.first: Progress | None = None
         self.said = 0.0
@@ -72,7 +72,7 @@ class Watch:
             return
         self.said = time.monotonic()
         a_step = (at.seconds - first.seconds) / (at.step - first.step) if at.step > first.step else None
-        show_text(self.node, told(at, a_step))
+        show_text(told(at, a_step))
 
 
 def told(at: Progress, seconds_per_step: float | None) -> str:

@@ -13,7 +13,7 @@ from comfy.text_encoders.sd3_clip import SD3ClipModel
 from torch import Tensor
 
 from ..modular_concepts.errors import AdapterError
-from .clip import MEAN, T5, at_layer, layers_in, with_tokens
+from .clip import MEAN, T5, at_layer, key_of, layers_in, with_tokens
 from .layers import text_encoders_of
 
 SD3_WIDTH = 4096  # T5's; the other two together are padded to it
@@ -66,20 +66,6 @@ def contexts(
     return text if pooled is None else HostContext(text, pooled[: len(prompts)])
 
 
-def word_rows(clip: comfy.sd.CLIP, words: str) -> Tensor:
-    """(k, width) rows of the token tables for some words, without start, end and padding; CLIP-L's columns first."""
-    columns = []
-    for name, encoder in text_encoders_of(clip).items():
-        ids, bare = (
-            [token for section in clip.tokenize(text)[_key(name)] for token, *_ in section] for text in (words, "")
-        )
-        known = [token for token in ids if isinstance(token, int) and token not in bare]
-        table = encoder.transformer.get_input_embeddings()
-        with torch.no_grad():
-            columns.append(table(torch.tensor(known, dtype=torch.long), out_dtype=torch.float32).float().cpu().clone())
-    return torch.cat(columns, dim=1)
-
-
 def _by_layer(text: Tensor, apart: Sequence[bool], layers: int) -> Tensor:
     """(B + L * those apart, T, D), all prompts and then those apart for one layer after another -> (B, L, T, D)."""
     rows, own = list(text[: len(apart), None].expand(-1, layers, -1, -1)), [i for i, one in enumerate(apart) if one]
@@ -97,9 +83,9 @@ def _encoded(clip: comfy.sd.CLIP, said: Sequence[Mapping[str, list]]) -> tuple[T
     whole.set_clip_options({"execution_device": clip.patcher.load_device})
     hidden, pooled = {}, {}
     for name, encoder in text_encoders_of(clip).items():
-        sections = [one[_key(name)] for one in said]
+        sections = [one[key_of(name)] for one in said]
         longest = max(len(own) for own in sections)
-        padded = [own + empty[_key(name)] * (longest - len(own)) for own in sections]
+        padded = [own + empty[key_of(name)] * (longest - len(own)) for own in sections]
         text, summary = encoder([[token for token, *_ in section] for own in padded for section in own])[:2]
         hidden[name] = text.unflatten(0, (len(said), longest)).flatten(1, 2)
         pooled[name] = summary.unflatten(0, (len(said), longest))[:, 0]  # the host takes that of the first section
@@ -120,8 +106,3 @@ def _of_t5(clip: comfy.sd.CLIP, said: Sequence[list]) -> Tensor:
     length, padding = max(map(len, said)), clip.tokenizer.t5xxl.pad_token
     ids = [[token for token, *_ in one] + [padding] * (length - len(one)) for one in said]
     return clip.cond_stage_model.t5xxl(ids)[0]
-
-
-def _key(name: str) -> str:
-    """The host's tokenizers call it l what its encoders call clip_l."""
-    return name.removeprefix("clip_")

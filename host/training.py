@@ -63,7 +63,6 @@ class Plan:
     preview_every, preview_prompts: see `progress.Previews`.
     resume: go on from the newest checkpoint of this name, where there is one; accept_changes: with other settings too.
     keep_latents: keep the pictures' latents on disk, for the next training on them.
-    node: the id of the node that the training shows itself on.
     """
 
     subject: Subject
@@ -76,7 +75,6 @@ class Plan:
     resume: bool = False
     accept_changes: bool = False
     keep_latents: bool = False
-    node: str | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -159,7 +157,7 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
                 plan.settings,
                 plan.targets,
                 plan.basis,
-                Watch(plan.settings.steps, plan.previews, partial(draw, base), plan.node),
+                Watch(plan.settings.steps, plan.previews, partial(draw, base)),
                 folder,
                 resume,
                 prior,
@@ -181,7 +179,7 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
 def _announce(plan: Plan, estimate: Estimate) -> None:
     """Time and memory, before the first step."""
     logging.info("%s: %s", plan.subject.name, estimate)
-    show_text(plan.node, str(estimate))
+    show_text(str(estimate))
 
 
 @contextmanager
@@ -222,6 +220,7 @@ def keep_unfinished(concept: Concept, result: TrainResult) -> Path | None:
     path = path / f"{safe_name(concept.name)}-cancelled-step{result.step}.safetensors"
     save_concept(concept, path)
     logging.info("%s: stopped after %d steps; what was learned is in %s", concept.name, result.step, path)
+    show_text(f"stopped after {result.step} steps; what was learned is in models/concepts/{path.name}")
     return path
 
 

@@ -16,7 +16,7 @@ from .base_model import Base, BaseModel
 from .bases import OrthogonalBasis
 from .concept import Concept, Recipe
 from .errors import AdapterError
-from .fitting import fitted, refuse_shared_triggers
+from .fitting import fitted, refuse_shared_triggers, voice_of
 from .latents import encoded, kept, latent_masks, mirrored
 from .merge import merge_concepts
 from .sampling import SampleSettings, sample
@@ -253,11 +253,12 @@ def customised(
 ) -> Iterator[Mapping[str, Tensor]]:
     """Within the block the base draws with the merged concepts; yields their learned tokens for prompts.
 
+    Below strength 1 a learned word goes back towards its class word (`fitting.faded_words`).
     Raises AdapterError for a concept of another base.
     """
     everything = concept_layers(base, Targets(("all_linear",), ("all_linear",)))
     shapes = {name: module.weight.shape for name, module in everything.items()}
-    merged, tokens = fitted(base.architecture, shapes, concepts, strengths, how)
+    merged, tokens = fitted(base.architecture, shapes, concepts, strengths, how, word_rows=base.word_rows)
     with attached(everything, merged):
         yield tokens
 
@@ -286,6 +287,12 @@ def merged_concept(name: str, concepts: Sequence[Concept], strengths: Sequence[f
         origin={
             "program": f"modular-concepts {__version__}",
             "merge": how,
+            "words": {
+                word: {"class_word": class_word, "strength": share * min(1.0, max(0.0, strength))}
+                for concept, strength in zip(concepts, strengths, strict=True)
+                for word in concept.tokens
+                for class_word, share in (voice_of(concept, word),)
+            },
             "parts": [
                 {"name": concept.name, "strength": strength, "origin": dict(concept.recipe.origin)}
                 for concept, strength in zip(concepts, strengths, strict=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from .adapters import check_adapter
 from .concept import Concept
 from .errors import AdapterError
 from .merge import DEFAULTS, NOTHING, Evidence, Merged, MergeOptions, merge_concepts
+
+WordRows = Callable[[str], Tensor]
 
 
 def fitted(
@@ -21,10 +24,12 @@ def fitted(
     literal: bool = False,
     options: MergeOptions = DEFAULTS,
     evidence: Evidence = NOTHING,
+    word_rows: WordRows | None = None,
 ) -> tuple[dict[str, Merged], dict[str, Tensor]]:
     """(canonical layer name -> merged layer, trigger word -> rows) of concepts on a base.
 
     architecture, shapes (canonical name -> weight's shape): the base's.  how and all after it: as `merge_concepts`.
+    word_rows: the base's, and learned words follow their concepts' strengths (`faded_words`); None: as learned.
     Raises AdapterError for a concept of another base, for two that share a trigger word, and for concepts on
     different orthogonal bases.
     """
@@ -41,7 +46,43 @@ def fitted(
                 )
             check_adapter(f"{concept.name}, {layer}", adapter, shapes[layer])
     merged = merge_concepts(concepts, strengths, how, literal, options, evidence) if concepts else {}
-    return merged, {word: rows for concept in concepts for word, rows in concept.tokens.items()}
+    return merged, faded_words(concepts, strengths, word_rows)
+
+
+def faded_words(
+    concepts: Sequence[Concept], strengths: Sequence[float], word_rows: WordRows | None
+) -> dict[str, Tensor]:
+    """Trigger word -> rows, between the class word's (strength 0) and as learned (1 and above).
+
+    A concept's word says as much of it as its layers do, so a strength that left the word alone would leave the
+    concept in the picture.  Without a class word that the base knows, or without word_rows, words stay as learned.
+    word_rows(text): (k, width) rows of the base's token table.
+    """
+    words = {}
+    for concept, strength in zip(concepts, strengths, strict=True):
+        for word, rows in concept.tokens.items():
+            class_word, own = voice_of(concept, word)
+            share = own * min(1.0, max(0.0, strength))
+            start = word_rows(class_word) if word_rows and share < 1 else rows[:0]
+            if len(start) and start.shape[-1] == rows.shape[-1]:
+                start = start.to(rows)[torch.arange(rows.shape[-2]) % len(start)]
+                rows = torch.lerp(start.expand_as(rows), rows, share)
+            words[word] = rows
+    return words
+
+
+def voice_of(concept: Concept, word: str) -> tuple[str, float]:
+    """(the class word that a trigger goes back to, how much of it is said at strength 1).
+
+    A saved merge notes both for each of its words (`customisation.merged_concept`), for its parts had strengths.
+    """
+    noted = concept.recipe.origin.get("words")
+    entry = noted.get(word) if isinstance(noted, Mapping) else None
+    if isinstance(entry, Mapping):
+        class_word, share = entry.get("class_word"), entry.get("strength")
+        if isinstance(class_word, str) and isinstance(share, int | float) and 0 <= share <= 1:
+            return class_word, float(share)
+    return concept.recipe.class_word, 1.0
 
 
 def check_architecture(concept: Concept, architecture: str) -> None:

@@ -60,12 +60,11 @@ class WordTrainer(Trainer):
                 ),
             ),
             outputs=outputs(lora=False),
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, word: str, **common) -> io.NodeOutput:
-        return train(cls, common, _way(P_PLUS if word == "one for each layer" else INVERSION, targets=Targets()))
+        return train(common, _way(P_PLUS if word == "one for each layer" else INVERSION, targets=Targets()))
 
 
 class CustomDiffusionTrainer(Trainer):
@@ -96,12 +95,11 @@ class CustomDiffusionTrainer(Trainer):
                 ),
             ),
             outputs=outputs(),
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, **common) -> io.NodeOutput:
-        return train(cls, common, _way(CUSTOM, targets=Targets(CUSTOM.targets)))
+        return train(common, _way(CUSTOM, targets=Targets(CUSTOM.targets)))
 
 
 class EDLoRATrainer(Trainer):
@@ -131,7 +129,6 @@ class EDLoRATrainer(Trainer):
                 ),
             ),
             outputs=outputs(),
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -140,4 +137,4 @@ class EDLoRATrainer(Trainer):
         # A tenth of the others' in the paper, whatever the others' is.
         share = ED_LORA.settings.text_encoder_lr / ED_LORA.settings.adapter_lr
         own = {**way.settings, "text_encoder_lr": share * common["learning_rate"] or None}
-        return train(cls, common, replace(way, settings=own))
+        return train(common, replace(way, settings=own))

@@ -108,7 +108,6 @@ class OrthoBasisLoader(io.ComfyNode):
                 ORTHO_BASIS.Output("ortho_basis", display_name="ORTHO_BASIS", tooltip="For the concept trainers"),
                 io.String.Output("info", display_name="info", tooltip="Fingerprint, and how many concepts fit"),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -120,5 +119,5 @@ class OrthoBasisLoader(io.ComfyNode):
         matrices = OrthogonalBasis(kind, seed) if basis == GENERATED else load_basis_named(basis)
         choice = OrthoChoice(matrices, method, rank, slot_policy)
         info = describe(choice)
-        show_text(cls.hidden.unique_id, info)
+        show_text(info)
         return io.NodeOutput(choice, info, ui=ui.PreviewText(info))

@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..host import concepts as files
 from ..host.clip import encode_prompt
+from ..host.messages import show_text
 from . import stacks
 from .types import CONCEPT_STACK, blocks_input, concepts_input, strength_input
 
@@ -28,7 +29,10 @@ class ConceptLoader(io.ComfyNode):
                     options=files.concept_names(),
                     tooltip="A .safetensors file in models/concepts; press R in the browser to see new files",
                 ),
-                strength_input("How strongly the concept acts: 0 not at all, 1 as it was trained"),
+                strength_input(
+                    "How strongly the concept acts, layers and word: 0 not at all, its trigger then means its class "
+                    "word; 1 as it was trained"
+                ),
                 blocks_input(),
             ],
             outputs=[
@@ -65,7 +69,7 @@ class ConceptStrength(io.ComfyNode):
             search_aliases=["lora strength", "lora weight", "slider", "lambda"],
             inputs=[
                 concepts_input("concept", "A concept from a trainer, or a stack"),
-                strength_input("How strongly it acts: 0 not at all, 1 as it came"),
+                strength_input("How strongly it acts, layers and word: 0 not at all, 1 as it came"),
                 blocks_input(),
             ],
             outputs=[
@@ -122,6 +126,7 @@ class ConceptSave(io.ComfyNode):
     def execute(cls, concept, filename: str, format: str, replace: bool = False) -> io.NodeOutput:
         concepts, strengths = stacks.parts(stacks.as_stack(concept))
         saved = files.save(concepts, strengths, filename, files.Format(FORMATS.index(format)), replace)
+        show_text(saved.message)
         return io.NodeOutput(saved.name, ui=ui.PreviewText(saved.message))
 
 
@@ -154,4 +159,4 @@ class ConceptTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, text: str, concepts=None) -> io.NodeOutput:
-        return io.NodeOutput(encode_prompt(clip, text, stacks.parts(stacks.as_stack(concepts))[0]))
+        return io.NodeOutput(encode_prompt(clip, text, stacks.as_stack(concepts)))

@@ -83,7 +83,6 @@ class ConceptDataset(io.ComfyNode):
             outputs=[
                 CONCEPT_DATASET.Output("dataset", display_name="CONCEPT_DATASET", tooltip="For the concept trainers")
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -109,7 +108,7 @@ class ConceptDataset(io.ComfyNode):
                 "there is only one picture, which teaches that picture and not the concept; give at least 2"
             )
         text = describe(dataset)
-        show_text(cls.hidden.unique_id, text)
+        show_text(text)
         shown = {
             **ui.PreviewImage([picture.movedim(0, -1) for picture in dataset.pictures], cls=None).as_dict(),
             **ui.PreviewText(text).as_dict(),

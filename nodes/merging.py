@@ -81,7 +81,6 @@ class ConceptMerge(io.ComfyNode):
                 ),
             ],
             outputs=_outputs(),
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -97,9 +96,7 @@ class ConceptMerge(io.ComfyNode):
     ) -> io.NodeOutput:
         stack = stacks.joined(concepts)
         options = MergeOptions(density=density, rank=rank, seed=seed)
-        return io.NodeOutput(
-            *merged_by(getattr(cls.hidden, "unique_id", None), model, clip, stack, method, options), stack
-        )
+        return io.NodeOutput(*merged_by(model, clip, stack, method, options), stack)
 
 
 class BlockLoRAMerge(io.ComfyNode):
@@ -187,7 +184,6 @@ class ConceptFusion(io.ComfyNode):
                 ),
             ],
             outputs=_outputs(),
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -206,7 +202,7 @@ class ConceptFusion(io.ComfyNode):
         stack = stacks.joined(concepts)
         drawing = Drawing(prompts.splitlines(), pictures, steps, size)
         model, clip, text = fused(model, clip, stack, drawing, ridge, anew)
-        show_text(getattr(cls.hidden, "unique_id", None), text)
+        show_text(text)
         return io.NodeOutput(model, clip, stack)
 
 
@@ -235,7 +231,6 @@ class ConceptOrthogonalize(io.ComfyNode):
                 CONCEPT_STACK.Output("stack", display_name="CONCEPT_STACK", tooltip="The changed concepts"),
                 io.String.Output("text", display_name="text", tooltip="What share of its energy each concept keeps"),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -243,5 +238,5 @@ class ConceptOrthogonalize(io.ComfyNode):
         given, strengths = stacks.parts(stacks.joined(concepts))
         new, kept = orthogonal_concepts(given, way)
         text = "\n".join(f"{c.name} keeps {share:.1%} of its energy" for c, share in zip(new, kept, strict=True))
-        show_text(getattr(cls.hidden, "unique_id", None), text)
+        show_text(text)
         return io.NodeOutput(tuple(zip(new, strengths, strict=True)), text)

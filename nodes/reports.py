@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from ..host.messages import show_text
 from ..modular_concepts.explain import explained
 from ..modular_concepts.heatmap import draw_report
 from . import stacks
@@ -33,5 +34,6 @@ class CrosstalkReport(io.ComfyNode):
     def execute(cls, concepts: dict) -> io.NodeOutput:
         found = explained(stacks.parts(stacks.joined(concepts))[0])
         picture, text = draw_report(found.names, found.table), found.text()
+        show_text(text)
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
         return io.NodeOutput(picture, text, found.to_json(), ui=shown)

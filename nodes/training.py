@@ -31,7 +31,6 @@ class OrthoLoRATrainer(Trainer):
                 Form(),
             ),
             outputs=outputs(),
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -42,7 +41,7 @@ class OrthoLoRATrainer(Trainer):
             )
         own = slot if ortho_basis.slot_policy == "slot" else None
         way = Way("orthogonal", ortho_basis.rank, ortho_basis.basis, settings={"slot": own})
-        return train(cls, common, way)
+        return train(common, way)
 
 
 class BlockLoRATrainer(Trainer):
@@ -96,7 +95,6 @@ class BlockLoRATrainer(Trainer):
                 ),
             ),
             outputs=outputs(),
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -112,7 +110,7 @@ class BlockLoRATrainer(Trainer):
     ) -> io.NodeOutput:
         own = dict(blocks=blocks, slot=slot, layout=layout, erasure=erasure)
         if ortho_basis is None:
-            return train(cls, common, Way("block", rank, settings=own))
+            return train(common, Way("block", rank, settings=own))
         if ortho_basis.method != "block_orthogonal":
             raise AdapterError(
                 f"the basis is for method {ortho_basis.method}; set it to block_orthogonal, or use Train "
@@ -121,7 +119,7 @@ class BlockLoRATrainer(Trainer):
         if ortho_basis.slot_policy != "slot":
             raise AdapterError("a block concept's columns go by its slot; set the basis' slot_policy to slot")
         way = Way("block_orthogonal", ortho_basis.rank, ortho_basis.basis, settings=own)
-        return train(cls, common, way)
+        return train(common, way)
 
 
 class LoRATrainer(Trainer):
@@ -136,9 +134,8 @@ class LoRATrainer(Trainer):
             search_aliases=["train lora", "lora trainer", "dreambooth", "textual inversion", "fine-tune"],
             inputs=inputs([], Form(rank_input("Size of the adapters; more learn more and make a larger file"))),
             outputs=outputs(),
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, rank: int, **common) -> io.NodeOutput:
-        return train(cls, common, Way("lora", rank))
+        return train(common, Way("lora", rank))

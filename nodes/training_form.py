@@ -217,7 +217,7 @@ class Way:
     settings: Mapping[str, object] = field(default_factory=dict)
 
 
-def train(node: type[io.ComfyNode], common: dict, way: Way) -> io.NodeOutput:
+def train(common: dict, way: Way) -> io.NodeOutput:
     """`common`: the values of `inputs` without a trainer's own."""
     subject = subject_of(common["dataset"], common["name"], common["class_word"], common.get("description") or "")
     base = host_base(common["model"], common["clip"], common["vae"])
@@ -250,7 +250,6 @@ def train(node: type[io.ComfyNode], common: dict, way: Way) -> io.NodeOutput:
         common["resume"],
         common.get("on_change") == CHANGES[1],
         keep_latents,
-        node.hidden.unique_id,
     )
     concept, result = train_in_host(base, plan)
     learned = [lora_of(concept)] if concept.layers else []

@@ -242,3 +242,27 @@ def test_a_trigger_beyond_what_the_text_model_reads_is_refused(trio):
         base.context([fits], tokens)
         with pytest.raises(AdapterError, match=f"<{concept.name}> stands beyond the 40 tokens"):
             base.context([cut], tokens)
+
+
+def test_a_word_follows_its_concepts_strength_from_the_class_word_to_what_was_learned():
+    base, concept = untrained_base(), filled_concept("tom", 1)
+    (rows,), (start,) = concept.tokens.values(), [base.word_rows("man")]
+    for strength, wanted in (
+        (0.0, start.expand_as(rows)),
+        (0.25, 0.75 * start + 0.25 * rows),
+        (1.0, rows),
+        (1.5, rows),
+        (-1.0, start.expand_as(rows)),
+    ):
+        with customised(base, [concept], [strength]) as tokens:
+            assert torch.allclose(tokens["<tom>"], wanted, atol=1e-6), strength
+    with customised(base, [concept], [0.0]) as tokens:
+        faded = picture("a <tom> on the beach", tokens=tokens)
+    # At strength 0 the trigger is as many class words as it has vectors.
+    assert torch.equal(faded, picture("a man man on the beach"))
+    layered = replace(concept, tokens={"<tom>": rows.repeat(4, 1, 1)})
+    with customised(base, [layered], [0.25]) as tokens:
+        assert torch.allclose(tokens["<tom>"][2], 0.75 * start + 0.25 * rows, atol=1e-6)
+    nameless = replace(concept, recipe=replace(concept.recipe, class_word=""))
+    with customised(base, [nameless], [0.25]) as tokens:
+        assert torch.equal(tokens["<tom>"], rows)

@@ -103,6 +103,12 @@ def test_the_stock_loader_gives_the_same_weights_and_words(found):
     assert relative_error(tensors["word_stock"], tensors["word"]) < 1e-6
 
 
+def test_a_word_follows_the_strength_of_its_concept(found):
+    tensors, _, _ = found
+    assert torch.equal(tensors["word_at_none"], tensors["class_words"])
+    assert torch.equal(tensors["word_at_none"], tensors["word_named_again"])
+
+
 def test_a_clip_learns_words_in_turn_as_well_as_at_once(found, concepts):
     tensors, _, _ = found
     assert torch.equal(tensors["words_in_turn"], tensors["words_at_once"])

@@ -29,7 +29,7 @@ methods = pack_module("modular_concepts.training.methods")
 def learn(base, loaded, case: dict, prefix: str) -> None:
     own, seen, before = lesson(case, prefix), Seen(), traces(*loaded[:2])
     said = []
-    training.show_text = lambda _node, text: said.append(text)
+    training.show_text = said.append
     concept, result = training.train_in_host(base, own)
     files.save_concept(concept, FOLDER / f"{prefix}{case['name']}.safetensors")
     facts[f"{prefix}{case['name']}"] = {

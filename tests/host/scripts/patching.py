@@ -85,7 +85,9 @@ def main() -> None:
     stock = nodes.LoraLoader().load_lora(model, clip, saved, *(plan["strengths"]["tom"],) * 2)
     facts["lora_warnings"] = warnings[warned:]
     look("stock", *stock)
-    merged, merged_clip, _ = merging.ConceptMerge.execute(model, clip, {"concept0": stacks["tom"]}, "sum").args
+    # At full strength, which is what an embedding file says of a word.
+    stock = nodes.LoraLoader().load_lora(model, clip, saved, 1.0, 1.0)
+    merged, merged_clip, _ = merging.ConceptMerge.execute(model, clip, {"concept0": stacks["tom"][0][0]}, "sum").args
     encode = nodes.CLIPTextEncode().encode
     found["word"] = encode(merged_clip, "a <tom> man on the beach")[0][0][0]
     found["word_stock"] = encode(stock[1], "a embedding:tom man on the beach")[0][0][0]
@@ -99,7 +101,13 @@ def main() -> None:
         one_by_one = clip_module.with_tokens(one_by_one, {word: tokens[word]})
     text = "a <rex> dog and a <Tom> man"
     found["words_at_once"], found["words_in_turn"] = (encode(c, text)[0][0][0] for c in (at_once, one_by_one))
-    prompt = concepts.ConceptTextEncode.execute(clip, text, (*stacks["tom"], *stacks["rex"]))[0]
+    whole = tuple((stacks[name][0][0], 1.0) for name in ("tom", "rex"))
+    prompt = concepts.ConceptTextEncode.execute(clip, text, whole)[0]
+    # The words of a merge follow its strengths, also where a prompt names the concepts again.
+    _, quiet, _ = merging.ConceptMerge.execute(model, clip, {"concept0": (whole[0], (whole[1][0], 0.0))}, "sum").args
+    found["word_at_none"] = encode(quiet, "a <rex>")[0][0][0]
+    found["word_named_again"] = concepts.ConceptTextEncode.execute(quiet, "a <rex>", whole)[0][0][0]
+    found["class_words"] = encode(quiet, "a dog dog")[0][0][0]
     found["words_of_node"] = prompt[0][0]
     found["words_unknown"] = encode(clip, text)[0][0][0]
     back_to_base()
