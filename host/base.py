@@ -76,6 +76,7 @@ class HostBase:
     hash: str
     schedule: Schedule
     class_words: Mapping[str, str] = field(default_factory=dict)
+    read_by_t5: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
     # Nothing for the engine to freeze: `trainable` keeps gradients from every weight, and the host's flags as they are.
     modules: Sequence[nn.Module] = ()
 
@@ -131,7 +132,7 @@ class HostBase:
     def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor | HostContext:
         """What the host's own text encoding gives, learned words standing for their rows: see `texts.contexts`."""
         with _cancellable():
-            found = contexts(self.clip, prompts, tokens, self.class_words)
+            found = contexts(self.clip, prompts, tokens, self.class_words, self.read_by_t5)
         if isinstance(found, HostContext):
             return HostContext(*(part.to(self.device) for part in found))
         return found.to(self.device)

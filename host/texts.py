@@ -44,12 +44,17 @@ def check_text_models(clip: comfy.sd.CLIP, architecture: str) -> None:
 
 
 def contexts(
-    clip: comfy.sd.CLIP, prompts: Sequence[str], tokens: Mapping[str, Tensor], class_words: Mapping[str, str]
+    clip: comfy.sd.CLIP,
+    prompts: Sequence[str],
+    tokens: Mapping[str, Tensor],
+    class_words: Mapping[str, str],
+    read: dict[tuple[int, ...], Tensor],
 ) -> Tensor | HostContext:
     """What the model is told of each prompt, learned words standing for their rows.
 
     tokens: trigger word -> (vectors, width) or layer-wise (L, vectors, width); then text is (B, L, T, D), and pooled
     that of the layers' mean.  class_words: what T5 reads for a trigger word.
+    read: what T5 made of token ids before, which never changes; more is put there.
     Brackets in a prompt are words, not weights.  Prompts longer than one section lengthen all of them.
     """
     known = with_tokens(clip, tokens, class_words)
@@ -60,7 +65,7 @@ def contexts(
     for layer in range(layers if any(apart) else 0):
         own = at_layer(known, layer)
         said += [own.tokenize(prompts[i], disable_weights=True) for i, is_apart in enumerate(apart) if is_apart]
-    text, pooled = _encoded(clip, said)
+    text, pooled = _encoded(clip, said, read)
     if layers:
         text = _by_layer(text, apart, layers)
     return text if pooled is None else HostContext(text, pooled[: len(prompts)])
@@ -74,7 +79,9 @@ def _by_layer(text: Tensor, apart: Sequence[bool], layers: int) -> Tensor:
     return torch.stack(rows)
 
 
-def _encoded(clip: comfy.sd.CLIP, said: Sequence[Mapping[str, list]]) -> tuple[Tensor, Tensor | None]:
+def _encoded(
+    clip: comfy.sd.CLIP, said: Sequence[Mapping[str, list]], read: dict[tuple[int, ...], Tensor]
+) -> tuple[Tensor, Tensor | None]:
     """(text, pooled or None) of prompts as the host's tokenizers read them, put together as the host's encoder does."""
     whole, empty = clip.cond_stage_model, clip.tokenize("", disable_weights=True)
     whole.reset_clip_options()
@@ -96,13 +103,19 @@ def _encoded(clip: comfy.sd.CLIP, said: Sequence[Mapping[str, list]]) -> tuple[T
         return both, pooled["clip_g"]
     both = F.pad(both, (0, SD3_WIDTH - both.shape[-1]))
     if whole.t5xxl is not None:
-        both = torch.cat([both, _of_t5(clip, [one[T5][0] for one in said])], dim=1)
+        both = torch.cat([both, _of_t5(clip, [one[T5][0] for one in said], read)], dim=1)
     return both, torch.cat(list(pooled.values()), dim=-1)
 
 
 @torch.no_grad()
-def _of_t5(clip: comfy.sd.CLIP, said: Sequence[list]) -> Tensor:
-    """T5 learns no words, and so nothing goes back through it; its sections are as long as they need to be."""
+def _of_t5(clip: comfy.sd.CLIP, said: Sequence[list], read: dict[tuple[int, ...], Tensor]) -> Tensor:
+    """T5 learns no words, so that nothing goes back through it and each text is read once.
+
+    Each alone, so that what it makes of one does not depend, to the last bit, on what is read beside it.
+    """
     length, padding = max(map(len, said)), clip.tokenizer.t5xxl.pad_token
-    ids = [[token for token, *_ in one] + [padding] * (length - len(one)) for one in said]
-    return clip.cond_stage_model.t5xxl(ids)[0]
+    ids = [(*(token for token, *_ in one), *[padding] * (length - len(one))) for one in said]
+    for own in ids:
+        if own not in read:
+            read[own] = clip.cond_stage_model.t5xxl([list(own)])[0]
+    return torch.cat([read[own] for own in ids])
