@@ -35,6 +35,7 @@ _FACTORS = (
     (re.compile(r"(.+?)(?:[._]lora)?\.alpha"), "alpha"),
     (re.compile(r"(.+?)\.(?:lora_magnitude_vector|lora_B\.bias|dora_scale).*"), "unknown"),
 )
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -44,6 +45,7 @@ def export_diffusers(concept: Concept, path: Path | str, dtype: torch.dtype | No
     Returns the file.  dtype: None keeps the adapters' own.  delta is unchanged: lora_B = scale * lora_up.
     """
     require_layers(concept)
+    _refuse_joint_blocks(concept)
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     tensors = {}
@@ -87,6 +89,16 @@ def import_diffusers(path: Path | str, layers: Layers | None = None, name: str |
     return Imported(imported_concept(path, name, adapters, "diffusers", metadata), unmatched)
 
 
+def _refuse_joint_blocks(concept: Concept) -> None:
+    """diffusers keeps queries, keys and values of such a layer apart, under other names."""
+    joint = next((name for name in concept.layers if name.startswith("unet.joint_blocks.")), None)
+    if joint is not None:
+        raise AdapterError(
+            f"{concept.name}, {joint}: diffusers' files cannot hold layers of Stable Diffusion 3 as they were trained; "
+            "export to kohya's form, which ComfyUI reads"
+        )
+
+
 def _name(path: str) -> str | None:
     """Canonical name of a diffusers module path, or None."""
     path = path.removeprefix(_PREFIX).replace(".processor.", ".")
@@ -97,9 +109,9 @@ def _name(path: str) -> str | None:
     head, _, last = rest.rpartition(".")
     if part == "unet" and last == "to_out":
         rest = f"{rest}.0"
-    if part == "text_encoder" and last in _OLD_TEXT:
+    if part in TEXT_PARTS and last in _OLD_TEXT:
         rest = f"{head}.{_OLD_TEXT[last]}"
-    if part not in ("unet", "text_encoder") or not rest:
+    if part not in ("unet", *TEXT_PARTS) or not rest:
         return None
     try:
         return check_name(canonical_name(part, rest))

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from modular_concepts.concept import Concept
 from modular_concepts.errors import AdapterError
-from modular_concepts.files.concept import save_concept
+from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.diffusers import FILE_NAME, export_diffusers, import_diffusers
 from modular_concepts.files.embeddings import export_embeddings, import_embedding
 from modular_concepts.files.kohya import export_kohya, import_kohya
@@ -42,6 +43,41 @@ def test_kohya_keys_are_the_ones_that_stock_loaders_look_for(make_concept, tmp_p
     assert tensors[f"{stem}.lora_up.weight"].dtype == torch.float16
     assert tensors[f"{stem}.alpha"].item() == 2.0
     assert tensors[f"{stem}.lora_up.weight"].abs().sum(1).nonzero().flatten().tolist() == [1, 5, 9, 13]
+
+
+def of_two_text_encoders(concept: Concept, layer: str) -> Concept:
+    """The concept as one of SDXL, with an adapter on both text encoders and one more layer."""
+    path = "text_model.encoder.layers.0.self_attn.q_proj"
+    adapter = concept.layers[f"text_encoder.{path}"]
+    layers = {f"text_encoder.{path}": adapter, f"text_encoder_2.{path}": adapter, layer: adapter}
+    return dataclasses.replace(concept, layers=layers, recipe=dataclasses.replace(concept.recipe, architecture="sdxl"))
+
+
+@pytest.mark.parametrize("form", ROUND_TRIPS)
+def test_both_text_encoders_of_sdxl_come_back_by_name(make_concept, tmp_path, form):
+    concept = of_two_text_encoders(make_concept("lora"), "unet.mid_block.attentions.0.proj_in")
+    export, read = ROUND_TRIPS[form]
+    path = export(concept, tmp_path / "x.safetensors")
+    keys = {key.split(".")[0] for key in load_file(path)}
+    if form == "kohya":
+        path_in_file = "text_model_encoder_layers_0_self_attn_q_proj"
+        assert {f"lora_te1_{path_in_file}", f"lora_te2_{path_in_file}"} <= keys
+    for known in (None, list(concept.layers)):
+        imported, unmatched = read(path, known)
+        assert unmatched == [] and set(imported.layers) == set(concept.layers)
+    save_concept(concept, tmp_path / "whole.safetensors")
+    assert set(load_concept(tmp_path / "whole.safetensors").layers) == set(concept.layers)
+
+
+def test_joint_blocks_go_to_kohyas_form_alone(make_concept, tmp_path):
+    layer = "unet.joint_blocks.0.x_block.attn.qkv"
+    concept = of_two_text_encoders(make_concept("lora"), layer)
+    tensors = load_file(export_kohya(concept, tmp_path / "x"))
+    assert "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight" in tensors
+    assert layer in import_kohya(tmp_path / "x").concept.layers
+    with pytest.raises(AdapterError, match="joint_blocks.0.x_block.attn.qkv: .* export to kohya's form"):
+        export_diffusers(concept, tmp_path)
+    assert not (tmp_path / FILE_NAME).exists()
 
 
 def test_every_unmatched_key_is_reported(make_concept, tmp_path):
