@@ -48,6 +48,16 @@ _COMPOUND = (
     "conv_shortcut|time_emb_proj|time_embedding|add_embedding|linear_1|linear_2|text_model|self_attn|q_proj|k_proj|"
     "v_proj|out_proj|text_projection|joint_blocks|x_block|context_block|adaLN_modulation"
 )
+# kohya's trainers count the blocks of SDXL's U-Net as Stability's code does, three to a level; these are attentions.
+_COUNTED = (
+    (
+        re.compile(r"input_blocks_(\d+)_1_"),
+        lambda block: f"down_blocks_{(block - 1) // 3}_attentions_{(block - 1) % 3}_",
+    ),
+    (re.compile(r"middle_block_(1)_"), lambda block: "mid_block_attentions_0_"),
+    (re.compile(r"output_blocks_(\d+)_1_"), lambda block: f"up_blocks_{block // 3}_attentions_{block % 3}_"),
+)
+_COUNTED_THROUGH = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
 _WORD = re.compile(rf"({_COMPOUND}|[A-Za-z0-9]+)(?:_|$)")
 
 
@@ -138,11 +148,14 @@ def file_key(name: str, architecture: str = "") -> str:
 
 
 def name_of_key(key: str) -> str | None:
-    """The canonical name of a kohya key, or None; `file_key(name_of_key(key)) == key` but for lora_te1_.
+    """The canonical name of a kohya key, or None; `file_key` of it is the key again, or our spelling of another's.
 
     Underscores are ambiguous, so this knows the words of SD's module paths; where the model is at hand, match
     its own names instead.
     """
+    key = by_level(key)
+    if key.startswith(_COUNTED_THROUGH):
+        return None
     known = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
     for part, prefixes in known.items():
         for prefix in prefixes:
@@ -153,6 +166,14 @@ def name_of_key(key: str) -> str | None:
             if words and key == prefix + "_".join(words) and len(name) <= MAX_NAME:
                 return name
     return None
+
+
+def by_level(key: str) -> str:
+    """A key whose blocks are counted through, as kohya's trainers write SDXL's, in the words of diffusers' levels."""
+    for pattern, words in _COUNTED:
+        if match := pattern.match(key, len("lora_unet_")):
+            return f"lora_unet_{words(int(match[1]))}{key[match.end() :]}"
+    return key
 
 
 def block_of(name: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..adapters import LowRank, check_adapter
 from ..concept import Concept, Recipe, clip
 from ..errors import AdapterError
-from ..layers import file_key, name_of_key
+from ..layers import by_level, file_key, name_of_key
 from .concept import layer_tensors, stock_metadata
 from .safe import read_safetensors, write_safetensors
 
@@ -60,7 +60,8 @@ def import_kohya(path: Path | str, layers: Layers | None = None, name: str | Non
         stem, _, factor = key.partition(".")
         if known is None:
             return name_of_key(stem), _FACTORS.get(factor, "unknown")
-        return known.get(stem) or known.get(stem.replace("lora_te1_", "lora_te_")), _FACTORS.get(factor, "unknown")
+        ours = by_level(stem).replace("lora_te1_", "lora_te_")
+        return known.get(ours), _FACTORS.get(factor, "unknown")
 
     adapters, unmatched = assemble(path, tensors, parse, layers)
     return Imported(imported_concept(path, name, adapters, "kohya", metadata), unmatched)

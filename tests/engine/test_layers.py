@@ -96,6 +96,22 @@ def test_keys_and_names_are_inverse(unet, text_encoder):
     )
 
 
+@pytest.mark.parametrize(
+    ("counted", "level"),
+    [
+        ("input_blocks_4_1", "down_blocks.1.attentions.0"),
+        ("input_blocks_8_1", "down_blocks.2.attentions.1"),
+        ("middle_block_1", "mid_block.attentions.0"),
+        ("output_blocks_2_1", "up_blocks.0.attentions.2"),
+        ("output_blocks_3_1", "up_blocks.1.attentions.0"),
+    ],
+)
+def test_sdxls_blocks_counted_through_are_known(counted, level):
+    layer = "transformer_blocks_1_attn2_to_k"
+    assert name_of_key(f"lora_unet_{counted}_{layer}") == f"unet.{level}.transformer_blocks.1.attn2.to_k"
+    assert name_of_key("lora_unet_input_blocks_4_0_in_layers_2") is None
+
+
 @pytest.mark.parametrize("key", ["", "lora_unet_", "lora_unet__a", "lora_unet_a_", "lora_unet_a/b", "other_a",
                                  "lora_unet_" + "down_blocks_" * 60 + "!"])  # fmt: skip
 def test_strange_keys_have_no_name(key):
