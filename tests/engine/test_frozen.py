@@ -271,3 +271,29 @@ def test_activations_that_follow_from_what_is_kept_are_not_kept():
     norm_in, both = 3 * 8 * 36, 3 * 8 * 24
     assert kept["frozen"].count(norm_in) == 1 and kept["plain"].count(norm_in) == 2
     assert sum(kept["plain"]) - sum(kept["frozen"]) >= norm_in + both // 2
+
+
+class RMSNorm(nn.Module):
+    """One of a program's own, known by its name."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(width)), 1e-6
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, RMSNorm])
+def test_a_norm_by_the_root_mean_square_lets_gradients_through_inference_weights(kind):
+    with torch.inference_mode():
+        norm = _drawn(kind(8)).requires_grad_(False)
+    x = torch.randn(3, 8, generator=seeded(4)).requires_grad_()
+    expected = F.rms_norm(x, (8,), norm.weight.clone().detach(), norm.eps)
+    (slope,) = torch.autograd.grad(expected.square().sum(), x)
+    with pytest.raises(RuntimeError, match="Inference tensors"):
+        norm(x)
+    with frozen_forward([norm]):
+        found = norm(x)
+        (gradient,) = torch.autograd.grad(found.square().sum(), x)
+    assert torch.equal(found, expected) and torch.equal(gradient, slope) and slope.norm() > 1
