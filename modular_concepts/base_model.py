@@ -17,18 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import at_least_float32
+from .contexts import Context, hidden_states
 from .errors import AdapterError
 from .layers import find_layers
 from .layerwise import cross_attention_transformers, routed
-from .tokens import (
-    check_layer_count,
-    layer_count,
-    layered_ids,
-    layered_rows,
-    learned_tokens,
-    says_layer_wise,
-    token_ids,
-)
+from .tokens import check_layer_count, layer_count, token_ids
 from .training.attention_regularisation import CrossAttention, cross_attentions_of, first_positions
 from .training.losses import NoiseSchedule
 
@@ -55,9 +48,9 @@ class Base(Protocol):
 
     def encode(self, pictures: Tensor) -> Tensor: ...
 
-    def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor: ...
+    def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Context: ...
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor: ...
+    def predict(self, noisy: Tensor, timesteps: Tensor, context: Context) -> Tensor: ...
 
     def cross_attentions(self) -> list[CrossAttention]: ...
 
@@ -122,28 +115,9 @@ class BaseModel:
         check_layer_count(tokens, self.cross_attention_layers if layer_count(tokens) else 0)
         extra = token_ids(tokens, self.embedding.num_embeddings)
         ids = self.tokenize(prompts, extra)
-        _check_reach(prompts, extra, ids)
+        check_reach(prompts, extra, ids)
         ids = ids.to(self.embedding.weight.device)
-        if layer_count(tokens):
-            return self._layered_context(ids, tokens)
-        with learned_tokens(self.embedding, tokens):
-            return self.text_encoder(ids).last_hidden_state
-
-    def _layered_context(self, ids: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
-        """(B, L, T, D).  Prompts without a layer-wise word are encoded once, the same for all layers."""
-        layers, vocab_size = layer_count(tokens), self.embedding.num_embeddings
-        apart = says_layer_wise(ids, tokens, vocab_size)
-        parts = []
-        if not apart.all():
-            with learned_tokens(self.embedding, tokens, layer=0):
-                alike = self.text_encoder(ids[~apart]).last_hidden_state
-            parts.append(alike[:, None].expand(-1, layers, -1, -1))
-        if apart.any():
-            with learned_tokens(self.embedding, {"every layer": layered_rows(tokens)}):
-                every = self.text_encoder(layered_ids(ids[apart], tokens, vocab_size)).last_hidden_state
-            parts.append(every.unflatten(0, (-1, layers)))
-        # Back into the prompts' order: those that are alike come first in `parts`.
-        return torch.cat(parts)[apart.int().argsort(stable=True).argsort()]
+        return hidden_states(ids, tokens, self.embedding, lambda ids: self.text_encoder(ids).last_hidden_state)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """context: (B, T, D), or (B, L, T, D) with one for each cross-attention layer."""
@@ -168,7 +142,8 @@ class BaseModel:
         return self.embedding.weight[[int(i) for i, b in zip(ids, bare, strict=True) if i != b and i not in bare]]
 
 
-def _check_reach(prompts: Sequence[str], extra: Mapping[str, Sequence[int]], ids: Tensor) -> None:
+def check_reach(prompts: Sequence[str], extra: Mapping[str, Sequence[int]], ids: Tensor) -> None:
+    """Raise AdapterError for a prompt so long that a trigger word in it is cut off its ids (B, T)."""
     for prompt, row in zip(prompts, ids.tolist(), strict=True):
         for trigger, own in extra.items():
             if own[-1] not in row and re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt):

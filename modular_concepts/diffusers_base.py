@@ -1,4 +1,4 @@
-"""A Stable Diffusion 1.x or 2.x model in diffusers' folder layout as a `BaseModel`.
+"""A Stable Diffusion 1.x or 2.x model in diffusers' folder layout as a `BaseModel`; `diffusers_xl.py` has XL.
 
     model_index.json  unet/  text_encoder/  vae/  tokenizer/  scheduler/
 
@@ -20,13 +20,14 @@ from .files.safe import FLOATS, parse_json, read_safetensors, safe_child
 from .tokens import spelled
 from .training.losses import NoiseSchedule
 
-PIPELINE = "StableDiffusionPipeline"
+PIPELINE, XL_PIPELINE = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 PARTS = {
     "unet": ("UNet2DConditionModel",),
     "text_encoder": ("CLIPTextModel",),
     "vae": ("AutoencoderKL",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
+XL_PARTS = PARTS | {"text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer_2": PARTS["tokenizer"]}
 ARCHITECTURES = {768: "sd15", 1024: "sd2"}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 CONVERT = (
@@ -51,13 +52,16 @@ def load_diffusers_base(folder: Path | str) -> BaseModel:
     Raises AdapterError, naming the file, for other models and for folders that are damaged or incomplete.
     """
     folder = Path(folder)
-    _check_index(folder)
-    schedule, betas = _schedule(folder / "scheduler" / "scheduler_config.json")
-    tokenizer = _tokenizer(folder / "tokenizer")
-    unet = _network(folder / "unet", "diffusion_pytorch_model", _build_unet)
-    text_encoder = _network(folder / "text_encoder", "model", _build_text_encoder)
-    vae = _network(folder / "vae", "diffusion_pytorch_model", _build_vae)
-    _check_fit(folder, unet, text_encoder, vae, tokenizer)
+    if check_index(folder) == XL_PIPELINE:
+        from .diffusers_xl import load_xl
+
+        return load_xl(folder)
+    schedule, betas = read_schedule(folder / "scheduler" / "scheduler_config.json")
+    tokenizer = read_tokenizer(folder / "tokenizer")
+    unet = read_network(folder / "unet", "diffusion_pytorch_model", build_unet)
+    text_encoder = read_network(folder / "text_encoder", "model", build_text_encoder)
+    vae = read_network(folder / "vae", "diffusion_pytorch_model", build_vae)
+    check_fit(folder, unet, vae, {"tokenizer": (text_encoder, tokenizer)})
     downscale = 2 ** (len(vae.config.block_out_channels) - 1)
     multiple = downscale * 2 ** (len(unet.config.block_out_channels) - 1)
     length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
@@ -66,15 +70,15 @@ def load_diffusers_base(folder: Path | str) -> BaseModel:
         architecture=ARCHITECTURES.get(width, f"sd-{width}"),
         unet=unet,
         text_encoder=text_encoder,
-        tokenize=lambda prompts, triggers: _tokenize(tokenizer, length, prompts, triggers),
-        encode=lambda pictures: _encode(vae, multiple, pictures),
-        decode=lambda latents: _decode(vae, latents),
+        tokenize=lambda prompts, triggers: tokenized(tokenizer, length, prompts, triggers),
+        encode=lambda pictures: encode_pictures(vae, multiple, pictures),
+        decode=lambda latents: decode_latents(vae, latents),
         schedule=schedule,
         betas=betas,
         latent_channels=vae.config.latent_channels,
         downscale=downscale,
         multiple=multiple,
-        size=_size(folder / "unet" / "config.json", unet.config.sample_size, downscale),
+        size=size_in_pixels(folder / "unet" / "config.json", unet.config.sample_size, downscale),
         hash=weights_hash(unet, text_encoder),
     )
 
@@ -82,7 +86,7 @@ def load_diffusers_base(folder: Path | str) -> BaseModel:
 # --- what the networks do -----------------------------------------------------------------------------------
 
 
-def _tokenize(tokenizer, length: int, prompts: Sequence[str], triggers: Mapping[str, Sequence[int]]) -> Tensor:
+def tokenized(tokenizer, length: int, prompts: Sequence[str], triggers: Mapping[str, Sequence[int]]) -> Tensor:
     """(B, length) int64: start, words, end, padding."""
 
     def words(text: str) -> list[int]:
@@ -97,7 +101,7 @@ def _tokenize(tokenizer, length: int, prompts: Sequence[str], triggers: Mapping[
 
 
 @torch.no_grad()
-def _encode(vae: nn.Module, multiple: int, pictures: Tensor) -> Tensor:
+def encode_pictures(vae: nn.Module, multiple: int, pictures: Tensor) -> Tensor:
     """(N, 3, H, W) in 0..1 -> (N, C, H/8, W/8), one picture at a time: a VAE needs much memory for each."""
     height, width = pictures.shape[2:]
     if height % multiple or width % multiple:
@@ -109,7 +113,7 @@ def _encode(vae: nn.Module, multiple: int, pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _decode(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     """(N, C, h, w) -> pictures (N, 3, 8h, 8w) in 0..1, one at a time."""
     decoded = [vae.decode(latent[None] / vae.config.scaling_factor, return_dict=False)[0] for latent in latents]
     return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
@@ -118,8 +122,8 @@ def _decode(vae: nn.Module, latents: Tensor) -> Tensor:
 # --- reading the folder -------------------------------------------------------------------------------------
 
 
-def _check_index(folder: Path) -> None:
-    """Refuse what is not a Stable Diffusion 1.x or 2.x folder, in words that name what it is."""
+def check_index(folder: Path) -> str:
+    """The pipeline's name; refuses what is not a Stable Diffusion 1.x, 2.x or XL folder, in words that name it."""
     if folder.is_file():
         raise AdapterError(
             f"{folder}: this is a file, and a base is a folder in diffusers' layout; "
@@ -135,15 +139,17 @@ def _check_index(folder: Path) -> None:
         )
     index = _json(path)
     found = index.get("_class_name")
-    if found != PIPELINE:
+    if found not in (PIPELINE, XL_PIPELINE):
         raise AdapterError(
-            f"{path}: this is a {ascii(found)[:80]}; only Stable Diffusion 1.x and 2.x ({PIPELINE}) can be the base"
+            f"{path}: this is a {ascii(found)[:80]}; only Stable Diffusion 1.x and 2.x ({PIPELINE}) and XL "
+            f"({XL_PIPELINE}) can be the base"
         )
-    for part, known in PARTS.items():
+    for part, known in (PARTS if found == PIPELINE else XL_PARTS).items():
         entry = index.get(part)
         name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if name not in known:
             raise AdapterError(f"{path}: its {part} is {ascii(name)[:80]}; it must be a {known[0]}")
+    return found
 
 
 def _json(path: Path) -> dict:
@@ -158,7 +164,7 @@ def _json(path: Path) -> dict:
     return content
 
 
-def _schedule(path: Path) -> tuple[NoiseSchedule, dict]:
+def read_schedule(path: Path) -> tuple[NoiseSchedule, dict]:
     from diffusers import DPMSolverMultistepScheduler
 
     config = _json(path)
@@ -175,7 +181,7 @@ def _schedule(path: Path) -> tuple[NoiseSchedule, dict]:
         raise AdapterError(f"{path}: {error}") from error
 
 
-def _tokenizer(folder: Path):
+def read_tokenizer(folder: Path):
     from transformers import CLIPTokenizer
 
     names = ("vocab.json", "merges.txt")
@@ -191,25 +197,25 @@ def _tokenizer(folder: Path):
     return tokenizer
 
 
-def _build_unet(config: Mapping) -> nn.Module:
+def build_unet(config: Mapping) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel.from_config(config)
 
 
-def _build_text_encoder(config: Mapping) -> nn.Module:
+def build_text_encoder(config: Mapping) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(CLIPTextConfig.from_dict(config))
 
 
-def _build_vae(config: Mapping) -> nn.Module:
+def build_vae(config: Mapping) -> nn.Module:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL.from_config(config)
 
 
-def _network(folder: Path, stem: str, build: Callable[[Mapping], nn.Module]) -> nn.Module:
+def read_network(folder: Path, stem: str, build: Callable[[Mapping], nn.Module]) -> nn.Module:
     """A frozen network whose weights are the very tensors that were read, as float32."""
     config = _json(folder / "config.json")
     try:
@@ -292,14 +298,23 @@ def _fill_positions(folder: Path, network: nn.Module) -> None:
         network.get_submodule(parent).position_ids = torch.arange(buffer.shape[-1]).expand(buffer.shape)
 
 
-def _check_fit(folder: Path, unet: nn.Module, text_encoder: nn.Module, vae: nn.Module, tokenizer) -> None:
-    """The parts fit each other, and the U-Net wants nothing but latents, timesteps and text."""
+def check_fit(
+    folder: Path,
+    unet: nn.Module,
+    vae: nn.Module,
+    texts: Mapping[str, tuple[nn.Module, object]],
+    met: Sequence[str] = (),
+) -> None:
+    """The parts fit each other, and the U-Net wants nothing but latents, timesteps, text and what is `met`.
+
+    texts: the tokenizer's folder -> (text encoder, tokenizer), in the order in which the U-Net has their columns.
+    """
     where = folder / "unet" / "config.json"
-    unmet = [name for name in _UNMET if getattr(unet.config, name, None) is not None]
+    unmet = [name for name in _UNMET if name not in met and getattr(unet.config, name, None) is not None]
     if unmet:
         raise AdapterError(
-            f"{where}: the U-Net has {unmet[0]}, so it is of another family (SDXL, LCM, upscaler, ...); "
-            "only Stable Diffusion 1.x and 2.x can be the base"
+            f"{where}: the U-Net has {unmet[0]}, so it is of another family (LCM, upscaler, ...) than its "
+            "model_index.json says; only plain Stable Diffusion 1.x, 2.x and XL can be the base"
         )
     channels, latent_channels = unet.config.in_channels, vae.config.latent_channels
     if channels != latent_channels or unet.config.out_channels != latent_channels:
@@ -307,21 +322,22 @@ def _check_fit(folder: Path, unet: nn.Module, text_encoder: nn.Module, vae: nn.M
             f"{where}: the U-Net takes {channels} channels where the VAE gives {latent_channels}, as models for "
             "inpainting, depth and upscaling do; only a plain text-to-image model can be the base"
         )
-    hidden = text_encoder.config.hidden_size
+    hidden = sum(text_encoder.config.hidden_size for text_encoder, _ in texts.values())
     if unet.config.cross_attention_dim != hidden:
         raise AdapterError(
             f"{where}: the U-Net listens to text {unet.config.cross_attention_dim} wide, the text encoder gives "
             f"{hidden}; the two do not belong together"
         )
-    rows = text_encoder.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise AdapterError(
-            f"{folder / 'tokenizer'}: the tokenizer has {len(tokenizer)} tokens, the text encoder {rows}; "
-            "the two do not belong together"
-        )
+    for name, (text_encoder, tokenizer) in texts.items():
+        rows = text_encoder.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            raise AdapterError(
+                f"{folder / name}: the tokenizer has {len(tokenizer)} tokens, the text encoder {rows}; "
+                "the two do not belong together"
+            )
 
 
-def _size(path: Path, sample_size: object, downscale: int) -> tuple[int, int]:
+def size_in_pixels(path: Path, sample_size: object, downscale: int) -> tuple[int, int]:
     """(height, width) in pixels; sample_size is one number or two, in latents."""
     sides = list(sample_size) if isinstance(sample_size, (list, tuple)) else [sample_size] * 2
     if len(sides) != 2 or not all(type(side) is int and 0 < side <= 1024 for side in sides):

@@ -66,15 +66,16 @@ def find_layers(
     text_encoder: nn.Module | None,
     targets: str | Iterable[str] = "attention",
     text_encoder_targets: str | Iterable[str] | None = None,
+    text_encoder_2: nn.Module | None = None,
 ) -> dict[str, nn.Module]:
-    """`chosen_layers` of a diffusers U-Net and a transformers text encoder; None leaves a model out.
+    """`chosen_layers` of a diffusers U-Net and transformers text encoders; None leaves a model out.
 
-    unet: diffusers' UNet2DConditionModel.  text_encoder: transformers' CLIPTextModel, with or without
+    unet: diffusers' UNet2DConditionModel.  text_encoder, text_encoder_2: transformers' CLIPTextModel, with or without
     `text_model`.
     """
     named = {
         canonical_name(part, path): module
-        for part, model in (("unet", unet), ("text_encoder", text_encoder))
+        for part, model in (("unet", unet), ("text_encoder", text_encoder), ("text_encoder_2", text_encoder_2))
         if model is not None
         for path, module in model.named_modules()
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .base_model import BaseModel
+from .contexts import joined, text_of
 from .errors import AdapterError
 from .regions.attention import regional_attention
 from .regions.geometry import Region
@@ -108,11 +109,12 @@ def _sample_batch(base, prompts, seeds, tokens, settings, regions, size, step_do
     contexts = [base.context([region.prompt] * count, tokens) for region in regions]
     if guided:
         negative = base.context([settings.negative] * count, tokens)
-        context = torch.cat([negative, context])
+        context = joined([negative, context])
         for index, region in enumerate(regions):
             own = negative if region.negative is None else base.context([region.negative] * count, tokens)
-            contexts[index] = torch.cat([own, contexts[index]])
-    with regional_attention(base.unet, regions, torch.stack(contexts) if regions else None, latent_size):
+            contexts[index] = joined([own, contexts[index]])
+    texts = torch.stack([text_of(own) for own in contexts]) if regions else None
+    with regional_attention(base.unet, regions, texts, latent_size):
         for step, timestep in enumerate(scheduler.timesteps):
             doubled = torch.cat([latents, latents]) if guided else latents
             predicted = base.predict(doubled, timestep.expand(len(doubled)), context)

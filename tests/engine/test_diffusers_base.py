@@ -297,9 +297,13 @@ def widen_input(unet):
 UNET, TEXT, VAE = "unet/config.json", "text_encoder", "vae/diffusion_pytorch_model.safetensors"
 FAULTS = {
     "no index": (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
+    "flux": (
+        lambda f: edit_json(f / "model_index.json", _class_name="FluxPipeline"),
+        "'FluxPipeline'; only Stable Diffusion 1.x and 2.x .* and XL .* can be the base",
+    ),
     "sdxl": (
         lambda f: edit_json(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
-        "'StableDiffusionXLPipeline'; only Stable Diffusion 1.x and 2.x",
+        "its text_encoder_2 is None; it must be a CLIPTextModelWithProjection",
     ),
     "other vae": (
         lambda f: edit_json(f / "model_index.json", vae=["diffusers", "AutoencoderTiny"]),

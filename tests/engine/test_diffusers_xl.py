@@ -1,0 +1,208 @@
+"""A Stable Diffusion XL folder as the base: what its own pipeline computes is what we train on and draw with."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from laws import relative_error, seeded
+from safetensors.torch import load_file
+from tiny_sd import END, LENGTH, edit_json, write_tokenizer
+
+from modular_concepts.base_model import weights_hash
+from modular_concepts.customisation import Subject, Targets, customised, train_concept
+from modular_concepts.diffusers_base import load_diffusers_base
+from modular_concepts.errors import AdapterError
+from modular_concepts.files import load_concept, save_concept
+from modular_concepts.files.embeddings import export_embeddings
+from modular_concepts.files.kohya import export_kohya
+from modular_concepts.regions.geometry import Region
+from modular_concepts.sampling import SampleSettings, sample
+from modular_concepts.training import TrainSettings
+
+diffusers = pytest.importorskip("diffusers")
+PROMPT = "a photo of a dog, on the beach"
+QUICK = SampleSettings(steps=3, cfg=5.0)
+EVERYWHERE = Targets(("attention", "feed_forward"), ("attention",))
+WIDTHS, POOLED = (32, 48), 24
+
+
+def write_tiny_xl(folder):
+    """SDXL's layout with random weights: 16 x 16 pictures; the end mark's id as in SDXL's own configs."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    for name, pad in (("tokenizer", END), ("tokenizer_2", "!")):
+        vocab_size = write_tokenizer(folder / name, pad)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=sum(WIDTHS),
+            attention_head_dim=4,
+            norm_num_groups=8,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + POOLED,
+        )
+        first, second = (
+            kind(
+                CLIPTextConfig(
+                    vocab_size=vocab_size,
+                    hidden_size=width,
+                    intermediate_size=2 * width,
+                    num_hidden_layers=3,
+                    num_attention_heads=4,
+                    max_position_embeddings=LENGTH,
+                    bos_token_id=0,
+                    eos_token_id=2,
+                    projection_dim=POOLED,
+                    initializer_factor=8.0,
+                )
+            )
+            for kind, width in zip((CLIPTextModel, CLIPTextModelWithProjection), WIDTHS, strict=True)
+        )
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            sample_size=16,
+            scaling_factor=0.13,
+        )
+    tokenizers = [
+        CLIPTokenizer.from_pretrained(str(folder / name), local_files_only=True)
+        for name in ("tokenizer", "tokenizer_2")
+    ]
+    scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    diffusers.StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=unet,
+        scheduler=scheduler,
+    ).save_pretrained(folder)
+    for name in ("tokenizer", "tokenizer_2"):
+        (folder / name / "tokenizer.json").unlink(missing_ok=True)  # SDXL folders have none
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_xl(tmp_path_factory.mktemp("xl") / "sdxl")
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return load_diffusers_base(folder)
+
+
+def trained(base, **changed):
+    pictures = torch.rand(2, 3, 16, 16, generator=seeded(3))
+    settings = TrainSettings(rank=2, steps=3, batch=2, slot=0, adapter_lr=0.05, token_lr=0.5, **changed)
+    return train_concept(base, Subject("kodo", pictures, ["a photo of <kodo>"] * 2, "dog"), settings, EVERYWHERE)[0]
+
+
+def test_a_folder_draws_what_its_own_pipeline_draws(folder, base):
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", steps_offset=0
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    for prompt in (PROMPT, ""):
+        text, nothing, pooled, pooled_nothing = pipeline.encode_prompt(prompt, negative_prompt="", device="cpu")
+        assert relative_error(base.context([prompt], {}).text, text) < 1e-6
+        assert relative_error(base.context([prompt], {}).pooled, pooled) < 1e-6
+        assert relative_error(base.context([""], {}).text, nothing) < 1e-6
+    noise = torch.randn(1, 4, 8, 8, generator=seeded(5))
+    wanted = pipeline(
+        PROMPT,
+        negative_prompt="",
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        latents=noise,
+        height=16,
+        width=16,
+        output_type="pt",
+    ).images
+    drawn = sample(base, [PROMPT], [5], settings=QUICK)
+    assert relative_error(drawn, wanted) < 1e-4
+    assert (drawn - sample(base, ["man"], [5], settings=QUICK)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_word_with_the_rows_of_a_known_word_means_the_same(base):
+    rows = base.word_rows("dog")
+    assert rows.shape == (1, sum(WIDTHS))
+    known, learned = base.context(["a dog"], {}), base.context(["a <x>"], {"<x>": rows})
+    other = base.context(["a <x>"], {"<x>": -rows})
+    for part in ("text", "pooled"):
+        assert torch.equal(getattr(known, part), getattr(learned, part))
+        assert relative_error(getattr(other, part), getattr(known, part)) > 1e-3
+    with pytest.raises(AdapterError, match="<x>: the learned word is 32 wide, the two text models 80"):
+        base.context(["a <x>"], {"<x>": rows[:, :32]})
+
+
+@torch.no_grad()
+def test_each_layer_reads_its_own_rows(base):
+    layers = base.cross_attention_layers
+    rows = torch.randn(layers, 2, sum(WIDTHS), generator=seeded(2))
+    context = base.context(["a <x> dog", "a dog"], {"<x>": rows})
+    assert context.text.shape == (2, layers, LENGTH, sum(WIDTHS)) and context.pooled.shape == (2, POOLED)
+    for layer in range(layers):
+        alone = base.context(["a <x> dog", "a dog"], {"<x>": rows[layer]})
+        assert relative_error(context.text[:, layer], alone.text) < 1e-5
+    assert relative_error(context.pooled, base.context(["a <x> dog", "a dog"], {"<x>": rows.mean(0)}).pooled) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "changed", [{"method": "orthogonal"}, {"method": "lora", "layerwise": True}, {"method": "words"}]
+)
+def test_a_concept_is_trained_saved_and_drawn(base, tmp_path, changed):
+    before = weights_hash(*base.modules)
+    concept = trained(base, **changed)
+    assert weights_hash(*base.modules) == before
+    parts = {name.split(".")[0] for name in concept.layers}
+    assert parts == (set() if changed["method"] == "words" else {"unet", "text_encoder", "text_encoder_2"})
+    save_concept(concept, tmp_path / "kodo.safetensors")
+    loaded = load_concept(tmp_path / "kodo.safetensors")
+    assert loaded.recipe.architecture == "sdxl"
+    prompt, regions = "a photo of <kodo>", [Region("a <kodo>", (0.0, 0.0, 0.5, 1.0))]
+    with customised(base, [loaded], [1.0]) as tokens:
+        drawn = sample(base, [prompt], [5], tokens, QUICK)
+        assert relative_error(sample(base, [prompt], [5], tokens, QUICK, regions), drawn) > 1e-5
+        whole = [Region(prompt, (0.0, 0.0, 1.0, 1.0))]
+        assert relative_error(sample(base, [prompt], [5], tokens, QUICK, whole), drawn) < 1e-5
+    with customised(base, [concept], [1.0]) as tokens:
+        assert torch.equal(sample(base, [prompt], [5], tokens, QUICK), drawn)
+    assert relative_error(drawn, sample(base, ["a photo of dog"], [5], settings=QUICK)) > 1e-3
+
+
+def test_exports_name_both_text_encoders(base, tmp_path):
+    concept = trained(base, method="lora")
+    export_kohya(concept, tmp_path / "kohya.safetensors")
+    prefixes = {"_".join(key.split("_")[:2]) for key in load_file(tmp_path / "kohya.safetensors")}
+    assert prefixes == {"lora_unet", "lora_te1", "lora_te2"}
+    assert export_embeddings(concept, tmp_path)
+
+
+def test_folders_that_are_not_whole_are_refused(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    edit_json(copy / "unet/config.json", projection_class_embeddings_input_dim=6 * 8 + POOLED + 1)
+    with pytest.raises(AdapterError, match="config.json"):
+        load_diffusers_base(copy)
+    shutil.rmtree(copy)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    words = json.loads((copy / "tokenizer_2/vocab.json").read_text())
+    first, second = list(words)[:2]
+    words[first], words[second] = words[second], words[first]
+    (copy / "tokenizer_2/vocab.json").write_text(json.dumps(words))
+    with pytest.raises(AdapterError, match="tokenizer_2: its words have other ids"):
+        load_diffusers_base(copy)
