@@ -66,8 +66,10 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         small = dict(layout="narrow", rank=4)
         runs = [("quick", 0, task) for task in contestants(64, 2, **small)]
     else:
-        runs = [("256", number, task) for number in range(args.rounds) for task in contestants(256, 3)]
-        runs += [("512", number, task) for number in range(args.large_rounds) for task in contestants(512, 2)]
+        runs = [("256", number, task) for number in range(args.rounds) for task in contestants(256, args.steps)]
+        runs += [
+            ("512", number, task) for number in range(args.large_rounds) for task in contestants(512, args.large_steps)
+        ]
         runs += [("growth", 0, task) for task in growth()]
     for group, number, task in runs:
         what = ", ".join(f"{name} {value}" for name, value in task.items() if name not in ("trainer", "steps"))
@@ -213,6 +215,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep what --out holds already")
     parser.add_argument("--rounds", type=int, default=3, help="at 256 pixels")
     parser.add_argument("--large-rounds", type=int, default=2, help="at 512 pixels")
+    parser.add_argument("--steps", type=int, default=3, help="timed in each run at 256 pixels")
+    parser.add_argument("--large-steps", type=int, default=2, help="at 512 pixels")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--host", type=Path, default=os.environ.get("COMFYUI_PATH") or Path.home() / "comfy/ComfyUI")
