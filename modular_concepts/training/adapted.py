@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -25,12 +26,20 @@ class LowRankTerm(NamedTuple):
     rows: Tensor | None
 
 
+def computed_in(x: Tensor) -> Tensor:
+    """An example of what autocast makes of x in a product, so that a weight is cast once and not on the way too."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return x.new_empty(0, dtype=torch.get_autocast_dtype(kind))
+    return x
+
+
 class AdaptedLinear(Function):
     """apply(x, term.up, term.down, module, weights, term), with `weights` as in `frozen.frozen_forward`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, module: nn.Module, weights, term: LowRankTerm) -> Tensor:
-        with weights(module, x) as (weight, bias):
+        with weights(module, computed_in(x)) as (weight, bias):
             out = F.linear(x, weight, bias)
         hidden = F.linear(x, down.to(x)).to(out.dtype).flatten(0, -2)
         rows = None if term.rows is None else term.rows.to(out.device)

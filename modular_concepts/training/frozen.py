@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .activations import activation_of, remember
-from .adapted import AdaptedLinear, LowRankTerm
+from .adapted import AdaptedLinear, LowRankTerm, computed_in
 
 Weights = Callable[[nn.Module, Tensor], AbstractContextManager[tuple[Tensor | None, Tensor | None]]]
 
@@ -106,7 +106,7 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx, x, module, weights):
         ctx.module, ctx.weights = module, weights
-        with weights(module, x) as (weight, bias):
+        with weights(module, computed_in(x)) as (weight, bias):
             return F.linear(x, weight, bias)
 
     @staticmethod
@@ -120,7 +120,7 @@ class _Conv2d(Function):
     @staticmethod
     def forward(ctx, x, module, weights):
         ctx.module, ctx.weights, ctx.shape = module, weights, x.shape
-        with weights(module, x) as (weight, bias):
+        with weights(module, computed_in(x)) as (weight, bias):
             return F.conv2d(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
 
     @staticmethod

@@ -166,6 +166,25 @@ def test_autocast_computes_in_bfloat16():
     assert 1e-4 < relative_error(x.grad, expected) < 0.1
 
 
+def test_autocast_asks_for_weights_as_they_are_computed_in():
+    """A half precision weight is cast once, not to float32 on the way."""
+    net, asked = Net().half(), {}
+
+    def weights(module, like):
+        asked.setdefault(module, []).append(like.dtype)
+        return own_weights(module, like)
+
+    x, ids = _input()
+    with frozen_forward([net], weights), torch.autocast("cpu", torch.bfloat16):
+        found = net(x, ids)
+    found.float().sum().backward()
+    assert asked[net.first] == asked[net.second] == asked[net.conv] == asked[net.down] == [torch.bfloat16] * 2
+    x, ids = _input()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = _plain(net.float(), x, ids)
+    assert relative_error(found, expected) < 2e-2
+
+
 def test_forwards_come_back_also_after_an_exception_and_others_replacements_stay():
     net, x_ids = Net(), _input()
     net.second.forward = own = lambda x: x
