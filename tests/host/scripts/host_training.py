@@ -92,11 +92,11 @@ def fixed_loss(base, subject, concept=None) -> float:
     adapters = concept.layers if concept else {}
     tokens = dict(concept.tokens) if concept else {subject.trigger: base.word_rows(subject.class_word)}
     with base.trainable(), attach.attached(base.layers(("all_linear",), ("all_linear",)), adapters):
+        told = dict.fromkeys(captions)
+        context = dict(zip(told, base.context(list(told), tokens), strict=True))
+        context = torch.stack([context[caption] for caption in captions])
         predicted = torch.cat(
-            [
-                base.predict(noisy[i : i + 8], timesteps[i : i + 8], base.context(captions[i : i + 8], tokens))
-                for i in range(0, 32, 8)
-            ]
+            [base.predict(noisy[i : i + 8], timesteps[i : i + 8], context[i : i + 8]) for i in range(0, 32, 8)]
         )
     return float((predicted - wanted).square().mean())
 
