@@ -34,7 +34,7 @@ class Estimate:
         whole = self.seconds_per_step * self.steps
         return (
             f"about {_duration(self.seconds_per_step)} a step, {_duration(whole)} for {self.steps} steps; "
-            f"at most about {self.memory_bytes / 2**30:.2g} GiB of memory beside the model"
+            f"about {self.memory_bytes / 2**30:.2g} GiB of memory beside the model"
         )
 
 

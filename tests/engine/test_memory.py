@@ -116,6 +116,6 @@ def test_the_estimate_grows_with_batch_and_pictures_and_shrinks_with_checkpointi
 
 def test_it_is_told_in_plain_words():
     assert str(Estimate(12.3, 3 << 30, 500)) == (
-        "about 12 s a step, 1 h 42 min for 500 steps; at most about 3 GiB of memory beside the model"
+        "about 12 s a step, 1 h 42 min for 500 steps; about 3 GiB of memory beside the model"
     )
     assert "0.042 s a step, 4.2 s for 100 steps" in str(Estimate(0.042, 1 << 20, 100))
