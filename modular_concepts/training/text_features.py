@@ -22,7 +22,8 @@ class TextFeatures:
         """trained: whether the text model's own layers learn."""
         self.encode, self.tokens = problem.encode, tokens
         known = {"", *problem.examples.captions, *(problem.prior.captions if problem.prior else ())}
-        self.fixed = set() if trained else {text for text in known if not any(word in text for word in tokens)}
+        alive = {text for text in known if trained or any(word.lower() in text.lower() for word in tokens)}
+        self.fixed = known - alive
         self.kept: dict[str, Any] = {}
 
     def __call__(self, captions: Sequence[str]) -> Any:
