@@ -1,4 +1,4 @@
-"""In the host: one training step of each family with and without gradient checkpointing, and in half precision."""
+"""In the host: one training step of each family with and without gradient checkpointing, and in bfloat16."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ OPTIONS = {
     "plain": {},
     "layer-wise with attention": {"layerwise": True, "attention_regularisation": 0.1},
     "bf16": {"precision": "bf16"},
-    "fp16": {"precision": "fp16"},
 }
 FAMILIES = {"tiny_sd15": list(OPTIONS), "vega": list(OPTIONS)[:2], "sd3": list(OPTIONS)[:2]}
 
