@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .base_model import BaseModel
 from .concept import Concept
+from .contexts import text_of
 from .customisation import Targets, concept_layers, customised
 from .errors import AdapterError
 from .moments import Recorder, recording
@@ -73,9 +74,9 @@ def text_features(base: BaseModel, concept: Concept, prompts: Sequence[str] = PR
     vectors = sum(len(rows) for rows in concept.tokens.values())
     found = []
     with customised(base, [concept], [1.0]) as tokens:
-        bare = base.context([text.replace(trigger, " ") for text in texts], {})
+        bare = text_of(base.context([text.replace(trigger, " ") for text in texts], {}))
         for text, without in zip(texts, bare, strict=True):
-            context = base.context([text], tokens)[0]
+            context = text_of(base.context([text], tokens))[0]
             differs = (context - without).abs().amax(1) > 1e-6
             first = int(differs.nonzero()[0])
             # The trigger's own rows and the end mark behind the text; what follows is padding.
@@ -86,7 +87,7 @@ def text_features(base: BaseModel, concept: Concept, prompts: Sequence[str] = PR
 @torch.no_grad()
 def usual_text(base: BaseModel, prompts: Sequence[str] = ORDINARY) -> Tensor:
     """(width, width) second moments of ordinary captions' text features, without any concept."""
-    rows = base.context(list(prompts), {}).flatten(0, 1).double()
+    rows = text_of(base.context(list(prompts), {})).flatten(0, 1).double()
     return rows.mT @ rows / len(rows)
 
 

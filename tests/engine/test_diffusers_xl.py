@@ -13,9 +13,11 @@ from modular_concepts.base_model import weights_hash
 from modular_concepts.customisation import Subject, Targets, customised, train_concept
 from modular_concepts.diffusers_base import load_diffusers_base
 from modular_concepts.errors import AdapterError
+from modular_concepts.evidence import text_features, usual_text
 from modular_concepts.files import load_concept, save_concept
 from modular_concepts.files.embeddings import export_embeddings
 from modular_concepts.files.kohya import export_kohya
+from modular_concepts.merge import Evidence, merge_concepts
 from modular_concepts.regions.geometry import Region
 from modular_concepts.sampling import SampleSettings, sample
 from modular_concepts.training import TrainSettings
@@ -183,6 +185,16 @@ def test_a_concept_is_trained_saved_and_drawn(base, tmp_path, changed):
     with customised(base, [concept], [1.0]) as tokens:
         assert torch.equal(sample(base, [prompt], [5], tokens, QUICK), drawn)
     assert relative_error(drawn, sample(base, ["a photo of dog"], [5], settings=QUICK)) > 1e-3
+
+
+def test_whole_weights_are_merged_as_custom_diffusion_merges_them(base):
+    concept = trained(base, method="custom_diffusion")
+    features, usual = text_features(base, concept, ["a {concept}"]), usual_text(base)
+    assert features.shape[1] == sum(WIDTHS) and usual.shape == (sum(WIDTHS), sum(WIDTHS))
+    merged = merge_concepts([concept], [1.0], "custom_diffusion", evidence=Evidence((), [features], usual))
+    name = next(name for name in merged if name.endswith("attn2.to_k"))
+    wanted = concept.layers[name].residual(features)
+    assert relative_error(merged[name].residual(features), wanted) < 1e-2 and wanted.abs().max() > 1e-3
 
 
 def test_exports_name_both_text_encoders(base, tmp_path):
