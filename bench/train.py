@@ -8,6 +8,7 @@
 Every run is a process of its own, so its peak memory is its own; rounds are interleaved (A B C A B C), and figures are
 ratios of medians.  All use the same latents and contexts, rank, batch, precision and threads.  What is ours in the host
 is compared with core in the host's interpreter, what is ours without a host with peft in this one.
+On a machine that others use too, --threads 1 --clock processor tells what steps would take without them.
 Progress goes to stderr; the last line of stdout is one JSON object, of which --out FILE keeps every run.
 """
 
@@ -28,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "build" / "bench-train.json"
 HEADLESS = ("frozen_diffusers", "peft", "ours_lora", "ours_orthogonal")
 BARS = {"step_vs_core": 0.75, "memory_vs_core": 0.55, "step_vs_peft": 1.0, "overhead_vs_frozen": 1.12}
+CLOCKS = {"wall": "seconds_per_step", "processor": "processor_seconds_per_step"}
 DIFFERENCES = {
     "ours": "orthogonal adapters on all 160 Linear layers of the attention blocks, as published: lora_up trains",
     "ours every": "plain LoRA, both factors, on every Linear and convolution with at least as many outputs as the "
@@ -96,7 +98,7 @@ def _process(command: Sequence[object], threads: int) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603
 
 
-def figures(runs: Sequence[Mapping]) -> dict:
+def figures(runs: Sequence[Mapping], clock: str) -> dict:
     """Medians of each trainer at each size, and the ratios; a ratio whose runs are missing is None."""
     sizes = {}
     for group in dict.fromkeys(one["group"] for one in runs if one["group"] != "growth"):
@@ -105,7 +107,7 @@ def figures(runs: Sequence[Mapping]) -> dict:
             if one["group"] == group and "failed" not in one:
                 table.setdefault(_name(one), []).append(one)
         sizes[group] = {"trainers": {name: _medians(own) for name, own in table.items()}}
-        sizes[group] |= _ratios(sizes[group]["trainers"])
+        sizes[group] |= _ratios(sizes[group]["trainers"], clock)
     ratios = {name for size in sizes.values() for name in size if name != "trainers"}
     worst = {name: _worst([size.get(name) for size in sizes.values()]) for name in sorted(ratios)}
     return {**{name: worst.get(name) for name in BARS}, **worst, "sizes": sizes}
@@ -129,11 +131,12 @@ def _medians(runs: Sequence[Mapping]) -> dict:
     }
 
 
-def _ratios(table: Mapping[str, Mapping]) -> dict:
-    """The worst of these over all sizes is what the bars are about; those in processor time are beside them."""
+def _ratios(table: Mapping[str, Mapping], clock: str) -> dict:
+    """The worst of these over all sizes is what the bars are about; those by the other clock are beside them."""
     found = {}
     core = [table[name] for name in ("core", "core_bypass") if name in table]
-    for unit, suffix in (("seconds_per_step", ""), ("processor_seconds_per_step", "_processor")):
+    for own, unit in CLOCKS.items():
+        suffix = "" if own == clock else f"_by_{own}"
         pairs = {"step_vs_peft": ("ours_lora", "peft"), "orthogonal_step_vs_peft": ("ours_orthogonal", "peft")}
         pairs |= {"overhead_vs_frozen": ("ours", "frozen")}
         pairs |= {"headless_overhead_vs_frozen": ("ours_orthogonal", "frozen_diffusers")}
@@ -141,10 +144,10 @@ def _ratios(table: Mapping[str, Mapping]) -> dict:
             if ours in table and other in table:
                 found[name + suffix] = round(table[ours][unit] / table[other][unit], 3)
         for name, ours in (("step_vs_core", "ours"), ("step_vs_core_every_layer", "ours every")):
-            if ours in table and len(core) == 2:
+            if ours in table and core:
                 found[name + suffix] = round(table[ours][unit] / min(one[unit] for one in core), 3)
     for name, ours in (("memory_vs_core", "ours"), ("memory_vs_core_every_layer", "ours every")):
-        if ours in table and len(core) == 2:
+        if ours in table and core:
             found[name] = round(table[ours]["peak_gb"] / min(one["peak_gb"] for one in core), 3)
     if "ours_lora" in table and "peft" in table:
         found["memory_vs_peft"] = round(table["ours_lora"]["peak_gb"] / table["peft"]["peak_gb"], 3)
@@ -157,11 +160,16 @@ def _worst(values: Sequence[float | None]) -> float | None:
 
 
 def summary(runs: Sequence[Mapping], args: argparse.Namespace, accelerator: object) -> dict:
-    result = figures(runs)
+    result = figures(runs, args.clock)
     growing = [one for one in runs if one["group"] == "growth" and "failed" not in one]
     plain = ("trainer", "pixels", "rank", "batch", "layers", "checkpointing", "adapters", "trained", "peak_gb")
     result["growth"] = [
-        {name: one[name] for name in plain} | {"seconds_per_step": round(median(one["seconds"]), 3)} for one in growing
+        {name: one[name] for name in plain}
+        | {
+            "seconds_per_step": round(median(one["seconds"]), 3),
+            "processor_seconds_per_step": round(median(one["processor_seconds"]), 3),
+        }
+        for one in growing
     ]
     result["bars"] = {
         name: {"at_most": bar, "found": result[name], "held": result[name] is not None and result[name] <= bar}
@@ -176,7 +184,13 @@ def summary(runs: Sequence[Mapping], args: argparse.Namespace, accelerator: obje
         for face, own in (("host", False), ("headless", True))
     }
     failed = [{"trainer": one["trainer"], "failed": one["failed"]} for one in runs if "failed" in one]
-    result |= {"failed": failed, "machine": machine(), "threads": args.threads, "differences": DIFFERENCES}
+    result |= {
+        "failed": failed,
+        "machine": machine(),
+        "threads": args.threads,
+        "clock": args.clock,
+        "differences": DIFFERENCES,
+    }
     result["accelerator"] = accelerator
     return result
 
@@ -218,6 +232,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="timed in each run at 256 pixels")
     parser.add_argument("--large-steps", type=int, default=2, help="at 512 pixels")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what the ratios of times are made of")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--host", type=Path, default=os.environ.get("COMFYUI_PATH") or Path.home() / "comfy/ComfyUI")
     parser.add_argument("--host-python", type=Path, default=os.environ.get("COMFYUI_PYTHON"))
@@ -235,18 +250,19 @@ def main() -> None:
     kept = json.loads(args.out.read_text())["runs"] if args.resume and args.out.is_file() else {}
     runs = {key: one for key, one in kept.items() if "failed" not in one}
     checkpoint = args.out.with_suffix(".safetensors")
+    pending = [(key, task) for key, task in plan(args) if key not in runs and args.only in key]
     try:
-        layout = "narrow" if args.quick else "full"
-        done = _process([args.host_python, HERE / "in_host.py", args.host, checkpoint, "write", layout], args.threads)
-        if done.returncode:
-            sys.exit(f"no checkpoint could be written: {done.stderr[-2000:]}")
-        for key, task in plan(args):
-            if key in runs or args.only not in key:
-                continue
+        if any(task["trainer"] not in HEADLESS for _, task in pending):
+            layout = "narrow" if args.quick else "full"
+            writer = [args.host_python, HERE / "in_host.py", args.host, checkpoint, "write", layout]
+            done = _process(writer, args.threads)
+            if done.returncode:
+                sys.exit(f"no checkpoint could be written: {done.stderr[-2000:]}")
+        for key, task in pending:
             runs[key] = {"group": task["group"], **run(task, args, checkpoint)}
             args.out.write_text(json.dumps({"runs": runs}, indent=1))
             print(key, runs[key].get("failed") or _told(runs[key]), file=sys.stderr, flush=True)
-        accelerator = "not asked for" if args.quick or args.only else on_accelerator(args, checkpoint)
+        accelerator = on_accelerator(args, checkpoint) if pending and not (args.quick or args.only) else "not asked for"
     finally:
         checkpoint.unlink(missing_ok=True)
     result = summary(list(runs.values()), args, accelerator)
