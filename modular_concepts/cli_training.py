@@ -66,8 +66,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=list(PRESETS),
         metavar="NAME",
-        help="a method as its paper publishes it, or as it is quick (--list-presets); on the toy base at rates that suit "
-        "it; other options win over it",
+        help="a method as its paper publishes it, or as it is quick (--list-presets), on the toy base at rates that "
+        "suit it; other options win over it",
     )
     parser.add_argument("--list-presets", action=_ListPresets, help="say what presets there are, and which to take")
     parser.add_argument("--method", choices=METHODS, help="default orthogonal")
