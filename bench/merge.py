@@ -8,7 +8,8 @@ Without a host, in this process: our merge into weights, the arithmetic of core'
 fused, and fused one by one), and the floor: arithmetic at the measured rate of a large product, or reading and writing
 the weights at the measured rate of a copy, whichever takes longer.  In the host's interpreter: from patched MODEL to
 first step, and from a changed strength to the next step, beside core's loaders.  Turns are interleaved; figures are
-ratios of medians, times ours / theirs.  Progress goes to stderr; the last line of stdout is one JSON object.
+ratios of medians, times ours / theirs, on the clock and (under "processor") in processor time, which others on the
+machine do not lengthen.  Progress goes to stderr; the last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "build" / "bench-merge.json"
@@ -56,8 +56,7 @@ def engine(args: argparse.Namespace) -> dict:
         "counts": found,
         "layers": len(weights),
         "numbers": sum(weight.numel() for weight in weights.values()),
-        "operations_per_second": machine.operations,
-        "bytes_per_second": machine.bytes,
+        **machine.rates(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
     }
@@ -65,41 +64,39 @@ def engine(args: argparse.Namespace) -> dict:
 
 def counted(args: argparse.Namespace, machine, weights: dict, count: int) -> dict:
     """Medians for one number of concepts, each way in turn; the weights are the base's again before each."""
-    from merge_work import Peft, core_chain, made_work, peak_extra, timed
+    from merge_work import Peft, core_chain, made_work, medians, peak_extra, timed
 
     from modular_concepts import adapters
     from modular_concepts.merge import add_concepts
 
     work = made_work(adapters, weights, count, args.rank)
     base = {name: weight.clone() for name, weight in list(weights.items())[::12]}
-    whole_blocks = [_over_all_rows(concept) for concept in work.blocks] if count <= MANY else []
-    peft = Peft(work)
     ways: dict[str, Callable[[], object]] = {
         "sum": lambda: add_concepts(weights, work.sums, work.strengths),
         "block": lambda: add_concepts(weights, work.blocks, work.strengths, "block"),
-        "core_sum": lambda: core_chain(work, work.sums),
-        "peft_cat": peft.cat,
-        "peft_fuse": peft.fuse,
     }
-    if whole_blocks:
-        ways["core_block"] = lambda: core_chain(work, whole_blocks)
-    turns: dict[str, list[float]] = {name: [] for name in ways}
-    check(work, base, weights, count)
+    if count <= args.rivals_up_to:
+        peft, whole_blocks = Peft(work), [_over_all_rows(concept) for concept in work.blocks]
+        ways |= {"core_sum": lambda: core_chain(work, work.sums), "core_block": lambda: core_chain(work, whole_blocks)}
+        ways |= {"peft_cat": peft.cat, "peft_fuse": peft.fuse}
+    turns = {name: [] for name in ways}
+    check(work, base, count)
+    extra = peak_extra(ways["sum"]) if args.device == "cpu" else None
     for _ in range(args.turns if count <= MANY else 1):
         machine.measure()
         for name, way in ways.items():
             turns[name].append(timed(way))
             if name.startswith("peft"):
                 peft.undo()
-    seconds = {name: median(own) for name, own in turns.items()}
-    seconds["floor_sum"], seconds["floor_block"] = (machine.floor(work, c) for c in (work.sums, work.blocks))
-    extra = peak_extra(ways["sum"]) if args.device == "cpu" else None
+    spent = {name: medians(own) for name, own in turns.items()}
+    spent |= {"floor_sum": machine.floor(work, work.sums), "floor_block": machine.floor(work, work.blocks)}
     factors = sum(adapter.lora_up.nbytes + adapter.lora_down.nbytes for adapter in _adapters(work.sums))
     largest = max(weight.nbytes for weight in weights.values())
-    return {"seconds": seconds, "peak_extra_mb": extra, "largest_and_factors_mb": (largest + factors) / 1e6}
+    found = {unit: {name: getattr(own, unit) for name, own in spent.items()} for unit in ("seconds", "processor")}
+    return {**found, "peak_extra_mb": extra, "largest_and_factors_mb": (largest + factors) / 1e6}
 
 
-def check(work, base: dict, weights: dict, count: int) -> None:
+def check(work, base: dict, count: int) -> None:
     """What is timed is right: our sum and core's arithmetic give one weight, and it moved."""
     from merge_work import STRENGTH
 
@@ -137,6 +134,7 @@ def in_host(args: argparse.Namespace) -> dict:
         "counts": args.host_counts,
         "rank": args.rank,
         "repeats": args.turns,
+        "bypass": not args.no_bypass,
     }
     command = [args.host_python, HERE / "merge_in_host.py", args.host, "-", "run", json.dumps(asked)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
@@ -152,27 +150,30 @@ def summary(engine_part: dict, host_part: dict) -> dict:
     """The ratios that the bars are about, and those beside them; None where a part is missing."""
     counts = engine_part.get("counts", {})
 
-    def ratio(count: int, ours: str, theirs: str) -> float | None:
-        seconds = counts.get(count, {}).get("seconds", {})
-        return round(seconds[ours] / seconds[theirs], 4) if ours in seconds and theirs in seconds else None
+    def ratio(unit: str, ours: str, theirs: str) -> float | None:
+        spent = counts.get(MANY, {}).get(unit, {})
+        return round(spent[ours] / spent[theirs], 4) if ours in spent and theirs in spent else None
 
-    def hosted(how: str, figure: str) -> float | None:
+    def hosted(unit: str, how: str, figure: str) -> float | None:
         found = host_part.get(how, {}).get(str(MANY))
-        return round(found["ratios"][figure], 4) if found else None
+        return round(found["ratios"][unit][figure], 4) if found else None
 
-    result = {
-        "sum15_vs_floor": ratio(MANY, "sum", "floor_sum"),
-        "sum15_vs_core_host": hosted("sum", "first_step"),
-        "block15_vs_core": ratio(MANY, "block", "core_block"),
-        "block15_vs_core_host": hosted("block", "first_step"),
-        "lambda_vs_core": hosted("sum", "changed"),
-        "sum15_vs_core": ratio(MANY, "sum", "core_sum"),
-        "sum15_vs_peft_cat": ratio(MANY, "sum", "peft_cat"),
-        "sum15_vs_peft_fuse": ratio(MANY, "sum", "peft_fuse"),
-        "block15_vs_floor": ratio(MANY, "block", "floor_block"),
-        "block_lambda_vs_core": hosted("block", "changed"),
-        "nodes15_vs_core_host": hosted("sum", "nodes"),
-    }
+    def ratios(unit: str) -> dict[str, float | None]:
+        return {
+            "sum15_vs_floor": ratio(unit, "sum", "floor_sum"),
+            "sum15_vs_core_host": hosted(unit, "sum", "first_step"),
+            "block15_vs_core": ratio(unit, "block", "core_block"),
+            "block15_vs_core_host": hosted(unit, "block", "first_step"),
+            "lambda_vs_core": hosted(unit, "sum", "changed"),
+            "sum15_vs_core": ratio(unit, "sum", "core_sum"),
+            "sum15_vs_peft_cat": ratio(unit, "sum", "peft_cat"),
+            "sum15_vs_peft_fuse": ratio(unit, "sum", "peft_fuse"),
+            "block15_vs_floor": ratio(unit, "block", "floor_block"),
+            "block_lambda_vs_core": hosted(unit, "block", "changed"),
+            "nodes15_vs_core_host": hosted(unit, "sum", "nodes"),
+        }
+
+    result = {**ratios("seconds"), "processor": ratios("processor")}
     result["bars"] = {
         name: {
             "at_most": round(bar, 4),
@@ -194,6 +195,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--counts", type=int, nargs="+", default=[1, 3, 15, 50, 100], help="of concepts, without a host"
     )
     parser.add_argument("--host-counts", type=int, nargs="*", default=[1, 3, 15, 50], help="of concepts, in the host")
+    parser.add_argument("--rivals-up-to", type=int, default=50, help="concepts; beyond, only ours and the floor")
+    parser.add_argument("--no-bypass", action="store_true", help="leave out what bypass would cost, in the host")
     parser.add_argument("--rank", type=int, default=20)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")

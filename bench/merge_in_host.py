@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from statistics import median
 
 from in_host import ARGUMENT, pack_module, start
 
@@ -28,7 +27,7 @@ import comfy.weight_adapter  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from layouts import LAYOUTS, WIDTH  # noqa: E402
-from merge_work import STRENGTH, made_work, timed  # noqa: E402
+from merge_work import STRENGTH, Spent, made_work, medians, timed  # noqa: E402
 
 CHANGED = 0.7
 
@@ -38,8 +37,8 @@ class FirstStep(Exception):
 
 
 class Bench:
-    def __init__(self, layout: str, counts: list[int], rank: int, repeats: int):
-        self.counts, self.rank, self.repeats = counts, rank, repeats
+    def __init__(self, layout: str, counts: list[int], rank: int, repeats: int, bypass: bool = True):
+        self.counts, self.rank, self.repeats, self.with_bypass = counts, rank, repeats, bypass
         self.patching, layers = pack_module("host.patching"), pack_module("host.layers")
         self.concept = pack_module("modular_concepts.concept")
         self.adapters, self.names = (pack_module(f"modular_concepts.{name}") for name in ("adapters", "layers"))
@@ -106,8 +105,8 @@ class Bench:
         finally:
             handle.remove()
 
-    def turn(self, make: Callable[[], object], change: Callable[[object], object]) -> dict[str, float]:
-        """Seconds of the nodes and of the way to the first step: on the bare base, and after a changed strength."""
+    def turn(self, make: Callable[[], object], change: Callable[[object], object]) -> dict[str, Spent]:
+        """What the nodes take, and the way to the first step: on the bare base, and after a changed strength."""
         self.first_step(self.model)
         made, found = [], {}
         found["nodes"] = timed(lambda: made.append(make()))
@@ -144,7 +143,7 @@ class Bench:
             for how, concepts in (("sum", work.sums), ("block", work.blocks)):
                 result[how][count] = self.pair(how, concepts)
                 print(how, count, json.dumps(result[how][count]), file=sys.stderr, flush=True)
-            if count in (1, 3, 15):
+            if self.with_bypass and count in (1, 3, 15):
                 result.setdefault("bypass", {})[count] = self.bypass(work.sums)
         return result
 
@@ -152,7 +151,7 @@ class Bench:
         files = self.files(concepts)
         before = self.chain(files[:-1]) if len(files) > 1 else self.model
         difference = self.compare(self.ours(concepts, how), self.chain(files))
-        turns: dict[str, list[dict]] = {"ours": [], "core": []}
+        turns: dict[str, list[dict[str, Spent]]] = {"ours": [], "core": []}
         for _ in range(self.repeats):
             make = lambda: self.ours(concepts, how)  # noqa: E731
             turns["ours"].append(self.turn(make, lambda _: self.ours(concepts, how, CHANGED)))
@@ -160,9 +159,13 @@ class Bench:
                 self.turn(lambda: self.chain(files), lambda _: self.chain(files, CHANGED, start=before))
             )
         self.first_step(self.model)
-        medians = {who: {name: median(one[name] for one in own) for name in own[0]} for who, own in turns.items()}
-        ratios = {name: medians["ours"][name] / medians["core"][name] for name in medians["ours"]}
-        return {**medians, "ratios": ratios, "difference": difference}
+        spent = {who: {name: medians([one[name] for one in own]) for name in own[0]} for who, own in turns.items()}
+        units, ratios = {}, {}
+        for unit in Spent._fields:
+            own = {who: {name: getattr(one, unit) for name, one in taken.items()} for who, taken in spent.items()}
+            ratios[unit] = {name: own["ours"][name] / own["core"][name] for name in own["ours"]}
+            units[unit] = own
+        return {**units, "ratios": ratios, "difference": difference}
 
     def bypass(self, concepts: list) -> dict:
         """What bypass instead of weights would cost: the way to the first step, and a whole step at 256 pixels."""
@@ -172,7 +175,7 @@ class Bench:
             manager.add_adapter(key, patch[1], strength=patch[0])
         bypassing = self.model.clone()
         bypassing.set_injections("bypass", manager.create_injections(bypassing.model))
-        steps: dict[str, list[float]] = {"first_step": [], "step": [], "plain_step": []}
+        steps: dict[str, list[Spent]] = {"first_step": [], "step": [], "plain_step": []}
         for _ in range(self.repeats):
             self.first_step(self.model)
             steps["first_step"].append(timed(lambda: self.first_step(bypassing)))
@@ -180,7 +183,7 @@ class Bench:
             self.first_step(self.model)
             steps["plain_step"].append(timed(lambda: self.first_step(self.model, whole=True)))
         self.latent = torch.zeros(1, 4, 8, 8)
-        return {name: median(own) for name, own in steps.items()}
+        return {name: medians(own)._asdict() for name, own in steps.items()}
 
 
 def loaded(layout: str):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,13 +116,27 @@ class Peft:
 # -- measuring
 
 
-def timed(action: Callable[[], object]) -> float:
-    """Seconds, with everything done that was asked of a device."""
+class Spent(NamedTuple):
+    """seconds on the clock; processor: of all threads of this process, which others on the machine do not lengthen."""
+
+    seconds: float
+    processor: float
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.seconds + other.seconds, self.processor + other.processor)
+
+
+def timed(action: Callable[[], object]) -> Spent:
+    """With everything done that was asked of a device."""
     _wait()
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     action()
     _wait()
-    return time.perf_counter() - began
+    return Spent(time.perf_counter() - began[0], time.process_time() - began[1])
+
+
+def medians(turns: Sequence[Spent]) -> Spent:
+    return Spent(*(median(values) for values in zip(*turns, strict=True)))
 
 
 def _wait() -> None:
@@ -136,28 +151,29 @@ class Machine:
         self.left, self.right = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
         self.source = torch.randn(numbers, device=device)
         self.target = torch.empty_like(self.source)
-        self.products: list[float] = []
-        self.copies: list[float] = []
+        self.products: list[Spent] = []
+        self.copies: list[Spent] = []
 
     def measure(self) -> None:
         self.products.append(min(timed(lambda: torch.mm(self.left, self.right)) for _ in range(3)))
         self.copies.append(min(timed(lambda: self.target.copy_(self.source)) for _ in range(3)))
 
-    @property
-    def operations(self) -> float:
-        return 2 * len(self.left) ** 3 / median(self.products)
+    def rates(self) -> dict[str, float]:
+        product, copy = medians(self.products), medians(self.copies)
+        return {
+            "operations_per_second": 2 * len(self.left) ** 3 / product.seconds,
+            "bytes_per_second": 2 * self.source.nbytes / copy.seconds,
+        }
 
-    @property
-    def bytes(self) -> float:
-        return 2 * self.source.nbytes / median(self.copies)
-
-    def floor(self, work: Work, concepts: Sequence[SimpleNamespace]) -> float:
-        """Seconds that no merge can be quicker than: its arithmetic, or reading and writing what it must."""
+    def floor(self, work: Work, concepts: Sequence[SimpleNamespace]) -> Spent:
+        """What no merge can be quicker than: its arithmetic, or reading and writing what it must."""
         adapters = [adapter for concept in concepts for adapter in concept.layers.values()]
         operations = sum(2 * adapter.lora_up.numel() * adapter.lora_down.shape[1] for adapter in adapters)
         moved = 2 * sum(weight.nbytes for weight in work.weights.values())
         moved += sum(adapter.lora_up.nbytes + adapter.lora_down.nbytes for adapter in adapters)
-        return max(operations / self.operations, moved / self.bytes)
+        product, copy = medians(self.products), medians(self.copies)
+        shares = operations / (2 * len(self.left) ** 3), moved / (2 * self.source.nbytes)
+        return Spent(*(max(shares[0] * p, shares[1] * c) for p, c in zip(product, copy, strict=True)))
 
 
 def peak_extra(action: Callable[[], object]) -> float | None:
