@@ -192,7 +192,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a narrow network and one turn, as a smoke test")
     parser.add_argument(
-        "--counts", type=int, nargs="+", default=[1, 3, 15, 50, 100], help="of concepts, without a host"
+        "--counts", type=int, nargs="*", default=[1, 3, 15, 50, 100], help="of concepts, without a host"
     )
     parser.add_argument("--host-counts", type=int, nargs="*", default=[1, 3, 15, 50], help="of concepts, in the host")
     parser.add_argument("--rivals-up-to", type=int, default=50, help="concepts; beyond, only ours and the floor")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import comfy.model_patcher
 import comfy.sample
@@ -79,7 +78,7 @@ def _moments(
 ) -> tuple[Mapping[str, Moment], str]:
     file = file_of(concept)
     beside = None if file is None else moments_path(file)
-    if beside is not None and not anew and (known := _known(concept, file, beside)) is not None:
+    if not anew and (known := kept_moments(concept)) is not None:
         return known, f"moments read from {beside.name}"
     found = recorded(model, clip, concept, drawing)
     text = f"moments recorded from {drawing.pictures} pictures"
@@ -90,9 +89,11 @@ def _moments(
     return load_moments(beside), f"{text}, kept in {beside.name}"
 
 
-def _known(concept: Concept, file: Path, beside: Path) -> Mapping[str, Moment] | None:
-    """The moments beside a concept file, if they are of this concept's layers and not older than the file."""
-    if not beside.is_file() or beside.stat().st_mtime_ns < file.stat().st_mtime_ns:
+def kept_moments(concept: Concept) -> Mapping[str, Moment] | None:
+    """The moments beside a concept's file, if they are of this concept's layers and not older than the file."""
+    file = file_of(concept)
+    beside = None if file is None else moments_path(file)
+    if beside is None or not beside.is_file() or beside.stat().st_mtime_ns < file.stat().st_mtime_ns:
         return None
     known = load_moments(beside)
     widths = {name: adapter.lora_down[0].numel() for name, adapter in concept.layers.items()}

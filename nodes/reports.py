@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from ..host.fusion import kept_moments
 from ..host.messages import show_text
 from ..modular_concepts.explain import explained
 from ..modular_concepts.heatmap import draw_report
@@ -19,10 +20,20 @@ class CrosstalkReport(io.ComfyNode):
             display_name="Crosstalk Report",
             category="modular concepts",
             description="How much concepts step on each other when they are merged, for every pair and every "
-            "part of the model: 0 not at all, 1 the most there can be. Read from their weights alone.",
+            "part of the model: 0 not at all, 1 the most there can be. Read from their weights, and where moments of "
+            "Fuse Concepts lie beside the files, also from what each one's layers read.",
             search_aliases=["lora conflict", "lora analysis", "interference", "orthogonality", "compare loras"],
             is_output_node=True,
-            inputs=[many_concepts_input("A concept or a stack; strengths do not matter here")],
+            inputs=[
+                many_concepts_input("A concept or a stack; strengths do not matter here"),
+                io.Boolean.Input(
+                    "signs",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Count also the weights that two concepts pull in opposite directions; takes longer",
+                ),
+            ],
             outputs=[
                 io.Image.Output("heat_map", display_name="IMAGE", tooltip="Heat map of the pairs and of the layers"),
                 io.String.Output("text", display_name="text", tooltip="The same in words and numbers"),
@@ -31,8 +42,9 @@ class CrosstalkReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concepts: dict) -> io.NodeOutput:
-        found = explained(stacks.parts(stacks.joined(concepts))[0])
+    def execute(cls, concepts: dict, signs: bool = False) -> io.NodeOutput:
+        given, _ = stacks.parts(stacks.joined(concepts))
+        found = explained(given, [kept_moments(concept) for concept in given], signs)
         picture, text = draw_report(found.names, found.table), found.text()
         show_text(text)
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}

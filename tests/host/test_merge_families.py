@@ -104,6 +104,13 @@ def test_fusion_is_the_engines_with_what_was_recorded_and_kept(found, concepts):
     assert facts["changed"] == "tom: moments recorded from 2 pictures"
 
 
+def test_the_report_reads_the_moments_that_fusion_left(found):
+    pairs = found[1]["figures"]["pairs"]
+    assert len(pairs) == 3
+    assert all(answer > 0 for pair in pairs for answer in pair["answers"])
+    assert all(0 < pair["sign_conflicts"] < 1 for pair in pairs)
+
+
 def test_moments_are_no_concepts(found):
     assert found[1]["listed"] == found[1]["listed again"]
     assert "tom.safetensors" in found[1]["listed"]

@@ -95,6 +95,8 @@ def main() -> None:
     stack = sum(stacks.values(), ())
     facts["second"] = fusion.fused(model, clip, stack, drawing, plan["ridge"])[2]
     facts["anew"] = fusion.fused(model, clip, stack[:1], drawing, plan["ridge"], anew=True)[2]
+    report = pack_module("nodes.reports").CrosstalkReport.execute(sockets, True).args
+    facts["report"], facts["figures"] = report[1], json.loads(report[2])
     half = loading.ConceptStrength.execute(stacks["tom"], 1.0, "mid=0.5")[0]
     facts["changed"] = fusion.fused(model, clip, half, drawing, plan["ridge"])[2]
     facts["listed again"] = pack_module("host.concepts").concept_names()
