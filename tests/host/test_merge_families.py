@@ -148,6 +148,7 @@ def test_part_of_a_weight_a_function_and_a_smaller_dtype(found, concepts):
     assert relative_error(third[len(base) : 2 * len(base)], base + delta) < 1e-6
     assert relative_error(tensors["asked|function"], base + delta) < 1e-6
     assert relative_error(tensors["asked|strength"], base - 0.4 * delta) < 1e-6
+    assert relative_error(tensors["asked|prefetched"], base + delta) < 1e-6
     assert relative_error(tensors["asked|half"], base + delta) < 2e-3
     assert relative_error(delta + base, base) > 1e-2
 

@@ -120,6 +120,11 @@ def main() -> None:
         "half": ((1.0, adapter, 1.0, None, None), weight.to(torch.float16)),
     }.items():
         found[f"asked|{title}"] = comfy.lora.calculate_weight([patch], given, key)
+    # As the host's dynamic memory takes an adapter's tensors along; older hosts do not.
+    if hasattr(comfy.lora, "prefetch_prepared_value"):
+        adapter = comfy.lora.prefetch_prepared_value(adapter, [0], None, None, False)
+    moved = (1.0, adapter, 1.0, None, None)
+    found["asked|prefetched"] = comfy.lora.calculate_weight([moved], weight.clone(), key)
 
     # Inside a hook whose strength changes while sampling.
     hook = comfy.hooks.WeightHook()
