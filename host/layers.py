@@ -145,11 +145,12 @@ def text_encoders_of(clip: comfy.sd.CLIP) -> dict[str, comfy.sd1_clip.SDClipMode
 
 
 def _text_names(name: str, encoder: comfy.sd1_clip.SDClipModel) -> dict[str, str]:
-    """transformers' parameter name without `text_model.` -> the patcher's."""
+    """transformers' parameter name without `text_model.` -> the patcher's; only CLIP-G has a projection there."""
+    own = ("text_model.", "text_projection.") if name == "clip_g" else ("text_model.",)
     return {
         key.removeprefix("text_model."): f"{name}.transformer.{key}"
         for key in encoder.transformer.state_dict()
-        if key.startswith("text_model.")
+        if key.startswith(own)
     }
 
 
