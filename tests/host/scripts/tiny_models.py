@@ -6,6 +6,8 @@ the host's own loader, which knows the family by itself and is told only how sha
 
 from __future__ import annotations
 
+from functools import cache
+
 import comfy.ldm.modules.diffusionmodules.mmdit
 import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.ops
@@ -50,10 +52,11 @@ SD3_UNET = dict(
     pos_embed_max_size=6,
 )
 
+PERIOD = 1_000_003
+
 
 def write(name: str) -> None:
     """name: sdxl, vega (SDXL's layout with fewer blocks), sd3, sd3_t5, sd35 (with norms and self-attention)."""
-    torch.manual_seed(0)
     text = dict(dtype=torch.float16, device="cpu", model_options=TEXT)
     if name in ("sdxl", "vega"):
         deep = (10, 2) if name == "sdxl" else (2, 1)
@@ -92,16 +95,33 @@ def load(name: str, stored: str = "float16"):
     """(MODEL, CLIP, VAE), the weights kept in memory as `stored`: float16, or float32."""
     dtype = {"dtype": getattr(torch, stored)}
     return comfy.sd.load_checkpoint_guess_config(
-        str(FOLDER / f"{name}.safetensors"), model_options=dtype, te_model_options=TEXT | dtype
+        str(FOLDER / f"{name}.safetensors"),
+        embedding_directory=str(FOLDER / "embeddings"),
+        model_options=dtype,
+        te_model_options=TEXT | dtype,
     )[:3]
 
 
 def random_weights(module: torch.nn.Module, scale: float = 0.02) -> dict[str, torch.Tensor]:
     """Norms and single numbers as they are made, everything else small and random, in half precision."""
-    return {
-        key: (torch.randn(value.shape) * scale + (key.endswith("weight") and value.dim() == 1)).half()
-        if value.dim()
-        else value.clone()
-        for key, value in module.state_dict().items()
-        if value.is_floating_point()
-    }
+    made, place = {}, 0
+    for key, value in module.state_dict().items():
+        if not value.is_floating_point():
+            continue
+        if not value.dim():
+            made[key] = value.clone()
+            continue
+        norm = key.endswith("weight") and value.dim() == 1
+        made[key] = _numbers(place, value.numel()).reshape(value.shape) * scale + norm
+        place += value.numel()
+    return made
+
+
+def _numbers(start: int, count: int) -> torch.Tensor:
+    """Gaussian numbers in half precision, a few again and again; no two rows are equal, since PERIOD is prime."""
+    return _drawn().roll(-(start % PERIOD)).repeat(count // PERIOD + 1)[:count]
+
+
+@cache
+def _drawn() -> torch.Tensor:
+    return torch.randn(PERIOD, generator=torch.Generator().manual_seed(0)).half()
