@@ -49,6 +49,8 @@ def on_stable_diffusion(name: str, checkpoint: str) -> dict:
             inputs |= TRAINING
             saving = {"concept": [node, 0], "filename": f"{inputs['name']}_sd15", "format": "concept", "replace": True}
             prompt[f"save {inputs['name']}"] = {"class_type": "ConceptSave", "inputs": saving}
+        elif kind == "ConceptSave":  # not under the name that the toy base's workflows save theirs
+            inputs |= {"filename": "workflow_sd15"}
         elif kind == "ConceptDataset":
             inputs |= {"width": SIDE, "height": SIDE}
         elif kind == "EmptyLatentImage":
