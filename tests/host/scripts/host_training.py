@@ -143,7 +143,7 @@ def stop_and_resume(loaded) -> None:
 
     def interrupt(*_):
         asked_to["count"] += 1
-        if asked_to["count"] == 4:  # in the second step: the estimate before the first asks twice
+        if asked_to["count"] == 5:  # in the second step: the estimate before the first asks three times
             comfy.model_management.interrupt_current_processing(True)
             comfy.model_management.throw_exception_if_processing_interrupted()
 
