@@ -2,7 +2,7 @@
 
     make bench-train                       everything; about an hour on two cores, and 14 GB of memory
     python bench/train.py --quick          a narrow network, one round: half a minute, and no figure that means much
-    python bench/train.py --only core      only runs whose name has the word
+    python bench/train.py --only 'core|peft'   only runs whose name the expression finds
     python bench/train.py --resume         keep the finished runs of an aborted measurement
 
 Every run is a process of its own, so its peak memory is its own; rounds are interleaved (A B C A B C), and figures are
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -225,7 +226,7 @@ def on_accelerator(args: argparse.Namespace, checkpoint: Path) -> object:
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a narrow network and one round, as a smoke test")
-    parser.add_argument("--only", default="", help="only runs whose name has this")
+    parser.add_argument("--only", default="", help="only runs whose name it finds, an expression")
     parser.add_argument("--resume", action="store_true", help="keep what --out holds already")
     parser.add_argument("--rounds", type=int, default=3, help="at 256 pixels")
     parser.add_argument("--large-rounds", type=int, default=2, help="at 512 pixels")
@@ -250,7 +251,7 @@ def main() -> None:
     kept = json.loads(args.out.read_text())["runs"] if args.resume and args.out.is_file() else {}
     runs = {key: one for key, one in kept.items() if "failed" not in one}
     checkpoint = args.out.with_suffix(".safetensors")
-    pending = [(key, task) for key, task in plan(args) if key not in runs and args.only in key]
+    pending = [(key, task) for key, task in plan(args) if key not in runs and re.search(args.only, key)]
     try:
         if any(task["trainer"] not in HEADLESS for _, task in pending):
             layout = "narrow" if args.quick else "full"
