@@ -77,6 +77,7 @@ class ConceptMerge(io.ComfyNode):
                     max=2**31 - 1,
                     optional=True,
                     advanced=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="For dare: which weights are dropped follows from it; same seed, same merge",
                 ),
             ],
