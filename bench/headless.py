@@ -41,6 +41,7 @@ def run_ours(task: Task) -> dict:
         examples=Examples(latents, [str(index) for index in range(len(latents))], None, "-"),
         modules=(unet,),
         denoiser=unet,
+        lean=True,
     )
     settings = TrainSettings(
         method=method,

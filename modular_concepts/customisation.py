@@ -123,6 +123,7 @@ def problem_for(
         base_hash=base.hash,
         cross_attention_layers=base.cross_attention_layers,
         denoiser=base.denoiser,
+        lean=base.architecture != "toy",  # whose published figures keep plain autograd's rounding
         cross_attentions=base.cross_attentions(),
         trigger_positions=base.trigger_positions,
     )

@@ -35,6 +35,7 @@ def frozen_forward(networks: Iterable[nn.Module], weights: Weights = own_weights
 
     Outputs are the same bit for bit; gradients reach inputs and never parameters; hooks act as before.
     weights(module, like): how a layer's weight and bias are had in the dtype and on the device of `like`.
+    A layer that is frozen already, by a block around this one, stays as it is.
     The modules' own forwards come back on leaving, also by an exception.
     """
     before = []
@@ -55,6 +56,8 @@ def frozen_forward(networks: Iterable[nn.Module], weights: Weights = own_weights
 
 def _frozen(module: nn.Module, weights: Weights) -> Callable | None:
     """The forward to put in place of the module's own, or None where it has no weight that we know."""
+    if isinstance(vars(module).get("forward"), FrozenForward):
+        return None
     if isinstance(module, nn.Embedding):
         return torch.no_grad()(module.forward)
     if type(module).__name__ == "RMSNorm" and module.weight is not None:  # many programs have one of their own

@@ -111,6 +111,7 @@ class Problem:
     cross_attention_layers: how many a layer-wise word has rows for; 0 where the base knows no such words.
     base_hash: identity of the base's weights; a resumed training refuses another one.
     denoiser: the network that `predict` runs, for gradient checkpointing.
+    lean: run its layers as `frozen.py` does, in less time and memory; rounding differs in the last digit.
     cross_attentions, trigger_positions: for attention regularisation; the latter gives where the rows of tokens stand
     in the context of captions, (B, all rows) int64, -1 where a caption lacks them.
     """
@@ -126,6 +127,7 @@ class Problem:
     base_hash: str = ""
     cross_attention_layers: int = 0
     denoiser: nn.Module | None = None
+    lean: bool = False
     cross_attentions: Sequence[CrossAttention] = ()
     trigger_positions: Callable[[Sequence[str], Mapping[str, Tensor]], Tensor] | None = None
 

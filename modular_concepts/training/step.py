@@ -14,6 +14,7 @@ from ..errors import AdapterError
 from .attach import attached, frozen_networks
 from .attention_regularisation import Watch, attention_outside, watched
 from .batches import Batch, draw_batches
+from .frozen import frozen_forward
 from .gradient_checkpointing import checkpointed
 from .losses import draw_noise, masked_mean
 from .precision import computing_in
@@ -102,6 +103,8 @@ def on_base(problem: Problem, run: Run) -> Iterator[Step]:
     erasure: dict[str, Tensor] = {}
     with ExitStack() as stack:
         stack.enter_context(frozen_networks(problem.modules))
+        if problem.lean:
+            stack.enter_context(frozen_forward(problem.networks))
         stack.enter_context(attached(problem.layers, run.adapters, erasure=erasure))
         if settings.gradient_checkpointing:
             stack.enter_context(checkpointed(problem.networks))

@@ -255,6 +255,21 @@ def test_autocast_reaches_an_adapter_inside_a_frozen_layer():
     assert 1e-4 < relative_error(x.grad, slope) < 0.05 and 1e-4 < relative_error(adapter.lora_up.grad, up) < 0.05
 
 
+def test_a_layer_that_is_frozen_already_keeps_where_its_weights_come_from():
+    net, asked = Net(), []
+
+    def weights(module, like):
+        asked.append(module)
+        return own_weights(module, like)
+
+    with frozen_forward([net], weights):
+        with frozen_forward([net]):
+            net(*_input())
+        assert asked.count(net.first) == asked.count(net.conv) == asked.count(net.norm) == 1
+        net(*_input())
+    assert asked.count(net.first) == 2 and not any("forward" in vars(part) for part in net.modules())
+
+
 class GEGLU(nn.Module):
     """As diffusers and hosts have it."""
 
