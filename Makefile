@@ -6,7 +6,7 @@
 #   BENCH_FLAGS=--quick        handed to bench/train.py or bench/merge.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-train bench-merge test test-host check format install clean
+.PHONY: help demo bench-train bench-merge bench-methods test test-host check format install clean
 .NOTPARALLEL:
 
 VENV := .venv
@@ -31,6 +31,7 @@ help:
 	@echo "make test       all tests"
 	@echo "make test-host  only those in the real ComfyUI (in COMFYUI_PATH, else ~/comfy/ComfyUI)"
 	@echo "make bench-train  measure training beside ComfyUI's own trainer and peft (about an hour)"
+	@echo "make bench-methods  train every method on toy concepts and judge them (half an hour on two cores)"
 	@echo "make bench-merge  measure merging beside ComfyUI's LoRA loaders and peft"
 	@echo "make check      format, lint and the fast tests"
 	@echo "make format     put the code into the format that check asks for"
@@ -48,6 +49,9 @@ test-host: $(STAMP)
 
 bench-train: $(STAMP)
 	@$(BIN)/python bench/train.py $(BENCH_FLAGS)
+
+bench-methods: $(STAMP)
+	@$(BIN)/python -m bench.methods $(BENCH_FLAGS)
 
 bench-merge: $(STAMP)
 	@$(BIN)/python bench/merge.py $(BENCH_FLAGS)
