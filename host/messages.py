@@ -7,7 +7,10 @@ from server import PromptServer
 
 
 def show_text(text: str) -> None:
-    """Show `text` on the node that runs just now, while and after it runs; nothing happens without a browser."""
+    """Show `text` on the node that runs just now, while and after it runs; nothing happens without a browser.
+
+    Browsers take what stands in < and > for markup and leave it out, so trigger words come in other brackets.
+    """
     running = get_executing_context()
     if running is not None:
-        PromptServer.instance.send_progress_text(text, running.node_id)
+        PromptServer.instance.send_progress_text(text.replace("<", "‹").replace(">", "›"), running.node_id)
