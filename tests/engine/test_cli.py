@@ -450,6 +450,15 @@ def test_a_folder_that_cannot_be_made(made, here, capsys, monkeypatch):
         refused(capsys, here, command, "cannot be made", "Permission denied", "--out")
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a terminal has it; programs that run in the background are started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_training_keeps_what_was_learned(made, here, capsys, monkeypatch):
     monkeypatch.setattr(cli._Bar, "__call__", lambda self, done: signal.raise_signal(signal.SIGINT))
     train = train_on(made / "pictures/tom", "--name", "tom", "--checkpoints", "steps")
@@ -460,6 +469,7 @@ def test_an_interrupted_training_keeps_what_was_learned(made, here, capsys, monk
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interruption_stops_at_once_and_writes_nothing(made, here, capsys, monkeypatch):
     def twice(self, done):
         signal.raise_signal(signal.SIGINT)
