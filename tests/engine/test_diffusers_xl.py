@@ -135,7 +135,9 @@ def test_a_folder_draws_what_its_own_pipeline_draws(folder, base):
         output_type="pt",
     ).images
     drawn = sample(base, [PROMPT], [5], settings=QUICK)
-    assert relative_error(drawn, wanted) < 1e-4
+    # Three guided steps in float32 round by up to 2e-4, differently with every number of threads; a setting off by one
+    # changes hundredths.
+    assert relative_error(drawn, wanted) < 1e-3
     assert (drawn - sample(base, ["man"], [5], settings=QUICK)).abs().max() > 1e-3
 
 
