@@ -17,6 +17,7 @@ from .contexts import joined, text_of
 from .errors import AdapterError
 from .regions.attention import regional_attention
 from .regions.geometry import Region
+from .regions.places import Places
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ def sample(
     settings: SampleSettings = SampleSettings(),
     regions: Sequence[Region] = (),
     callback: Callable[[int, int], None] | None = None,
+    *,
+    overlap: str = "average",
 ) -> Tensor:
     """One picture per (prompt, seed): (N, 3, H, W) in 0..1.
 
     tokens: trigger word -> learned rows.  regions hold in every picture; their prompts replace the picture's
-    prompt inside.  callback(done, total) counts sampling steps over all batches.
+    prompt inside; overlap: as `region_weights`.  callback(done, total) counts sampling steps over all batches.
     Raises AdapterError, before anything is drawn, for sizes, steps or seeds that this base cannot take.
     """
     height, width = (
@@ -76,6 +79,7 @@ def sample(
     outside = [seed for seed in seeds if not 0 <= seed < 2**63]
     if outside:
         raise AdapterError(f"seed {outside[0]} is not a whole number from 0 to 2^63 - 1; choose another seed")
+    places = Places([region.placed(width, height) for region in regions], overlap)
     chunks = [slice(start, start + settings.batch) for start in range(0, len(prompts), settings.batch)]
     pictures = []
     for number, chunk in enumerate(chunks):
@@ -86,13 +90,13 @@ def sample(
                 callback(done + step, settings.steps * len(chunks))
 
         latents = _sample_batch(
-            base, prompts[chunk], seeds[chunk], tokens or {}, settings, regions, (height, width), step_done
+            base, prompts[chunk], seeds[chunk], tokens or {}, settings, places, (height, width), step_done
         )
         pictures.append(base.decode(latents))
     return torch.cat(pictures)
 
 
-def _sample_batch(base, prompts, seeds, tokens, settings, regions, size, step_done) -> Tensor:
+def _sample_batch(base, prompts, seeds, tokens, settings, places, size, step_done) -> Tensor:
     from diffusers import DPMSolverMultistepScheduler
 
     count, guided = len(prompts), settings.cfg != 1
@@ -106,16 +110,18 @@ def _sample_batch(base, prompts, seeds, tokens, settings, regions, size, step_do
         ]
     )
     context = base.context(prompts, tokens)
-    contexts = [base.context([region.prompt] * count, tokens) for region in regions]
+    contexts = [base.context([region.prompt] * count, tokens) for region in places.regions]
     if guided:
         negative = base.context([settings.negative] * count, tokens)
         context = joined([negative, context])
-        for index, region in enumerate(regions):
+        for index, region in enumerate(places.regions):
             own = negative if region.negative is None else base.context([region.negative] * count, tokens)
             contexts[index] = joined([own, contexts[index]])
-    texts = torch.stack([text_of(own) for own in contexts]) if regions else None
-    with regional_attention(base.unet, regions, texts, latent_size):
+    texts = torch.stack([text_of(own) for own in contexts]) if contexts else None
+    now, last = [0.0], len(base.schedule) - 1
+    with regional_attention(base.unet, places, texts, latent_size, lambda: now[0]):
         for step, timestep in enumerate(scheduler.timesteps):
+            now[0] = 1 - float(timestep) / last
             doubled = torch.cat([latents, latents]) if guided else latents
             predicted = base.predict(doubled, timestep.expand(len(doubled)), context)
             if guided:

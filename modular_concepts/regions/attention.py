@@ -2,61 +2,84 @@
 
 Mix-of-Show (Gu et al. 2023, section 3.3): the global prompt is attended everywhere; inside regions the result
 is replaced by that of the regions' prompts, averaged where they overlap.  Soft masks blend instead of
-replacing.
+replacing.  A region's text is attended to by the positions of the region alone, so that regions cost little.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..layerwise import cross_attention_transformers
-from .geometry import Region, grid_of, region_weights
+from .places import Division, Places
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def blend_regions(outside: Tensor, inside: Tensor, weights: Tensor) -> Tensor:
-    """outside * (1 - cover) + mean of inside * cover, with cover = min(1, sum of weights).
+def attend_by_region(
+    attend: Attend, query: Tensor, texts: Sequence[tuple[Tensor, Tensor]], division: Division
+) -> Tensor:
+    """rest * attend(q, global text) + sum of share_r * attend(q, text of region r).
 
-    outside: (B, T, D); inside: (R, B, T, D); weights: (R, T) in 0..1.  Returns (B, T, D).
-    Where no region is, `outside` comes back bit for bit; under one full region, its `inside` does.
+    query: (B, T, D); texts: (key, value), each (B, length, D), the global one first; attend: query, key, value to
+    (B, T, D).  Outside of all regions the first comes back bit for bit; under one full region, its own does.
     """
-    total = weights.sum(0)
-    shares = weights / total.clamp(min=1e-6)
-    cover = total.clamp(max=1.0)[:, None].to(outside)
-    mean = torch.einsum("rbtd,rt->btd", inside, shares.to(outside))
-    return torch.where(cover == 1, mean, outside + cover * (mean - outside))
+    (key, value), *regional = texts
+    return with_regions(attend, query, attend(query, key, value), regional, division)
+
+
+def with_regions(
+    attend: Attend, query: Tensor, everywhere: Tensor, texts: Sequence[tuple[Tensor, Tensor]], division: Division
+) -> Tensor:
+    """`attend_by_region` where the global text was attended to already, as `everywhere` (B, T, D)."""
+    found = everywhere.clone() if division.replaced else everywhere * division.rest[:, None]
+    for (key, value), part in zip(texts, division.regions, strict=True):
+        if part is None:
+            continue
+        inside = attend(query if part.index is None else query[:, part.index], key, value)
+        if part.everything:
+            return inside
+        if part.share is not None:
+            inside = inside * part.share
+        if part.index is None:
+            found += inside
+        elif division.replaced:
+            found.index_copy_(1, part.index, inside)
+        else:
+            found.index_add_(1, part.index, inside)
+    return found
 
 
 @contextmanager
 def regional_attention(
-    unet: nn.Module, regions: Sequence[Region], contexts: Tensor, latent_size: tuple[int, int]
+    unet: nn.Module,
+    places: Places,
+    contexts: Tensor,
+    latent_size: tuple[int, int],
+    progress: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[None]:
     """Within the block every cross-attention of a diffusers U-Net listens to the regions.
 
     contexts: (R, B, T, D), each region's text for each row of the batch (its negative for unconditional rows), or
     (R, B, L, T, D) with one for each of the U-Net's transformers.
-    latent_size: (height, width) of the latents.  The U-Net's own processors come back on leaving.
+    latent_size: (height, width) of the latents.  progress(): 0..1 of the sampling, asked in every layer.
+    The U-Net's own processors come back on leaving.
     """
-    if not regions:
+    if not places.regions:
         yield
         return
     before = dict(unet.attn_processors)
-    if contexts.dim() == 5:
-        transformers = cross_attention_transformers(unet)
-        own = {
-            path: _RegionalProcessor(regions, contexts[:, :, index], latent_size)
-            for index, path in enumerate(transformers)
-        }
-        regional = {name: own[name.split(".transformer_blocks.")[0]] for name in before if ".attn2." in name}
-    else:
-        regional = dict.fromkeys(
-            (name for name in before if ".attn2." in name), _RegionalProcessor(regions, contexts, latent_size)
-        )
+    transformers = list(cross_attention_transformers(unet))
+    regional = {}
+    for name in before:
+        if ".attn2." in name:
+            index = transformers.index(name.split(".transformer_blocks.")[0])
+            own = contexts[:, :, index] if contexts.dim() == 5 else contexts
+            regional[name] = _RegionalProcessor(places, own, latent_size, progress)
     unet.set_attn_processor(before | regional)
     try:
         yield
@@ -67,27 +90,20 @@ def regional_attention(
 class _RegionalProcessor:
     """A diffusers attention processor for one sampling run."""
 
-    def __init__(self, regions: Sequence[Region], contexts: Tensor, latent_size: tuple[int, int]):
-        self.regions, self.contexts, self.latent_size = regions, contexts, latent_size
-        self.weights: dict[int, Tensor] = {}
+    def __init__(self, places: Places, contexts: Tensor, latent_size: tuple[int, int], progress: Callable[[], float]):
+        self.places, self.contexts, self.latent_size, self.progress = places, contexts, latent_size, progress
 
     def __call__(self, attention: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, *args, **kwargs):
-        query = _heads(attention.to_q(hidden_states), attention.heads)
-        everywhere = self._attend(attention, query, encoder_hidden_states)
-        inside = torch.stack([self._attend(attention, query, context) for context in self.contexts])
-        blended = blend_regions(everywhere, inside, self._weights_for(hidden_states.shape[1]).to(everywhere))
+        query = attention.to_q(hidden_states)
+        texts = [(attention.to_k(text), attention.to_v(text)) for text in (encoder_hidden_states, *self.contexts)]
+        division = self.places.division(query.shape[1], self.latent_size, self.progress(), query)
+        blended = attend_by_region(_attend_in(attention.heads), query, texts, division)
         return attention.to_out[1](attention.to_out[0](blended))
 
-    def _attend(self, attention: nn.Module, query: Tensor, context: Tensor) -> Tensor:
-        key, value = (_heads(project(context), attention.heads) for project in (attention.to_k, attention.to_v))
+
+def _attend_in(heads: int) -> Attend:
+    def attend(*features: Tensor) -> Tensor:
+        query, key, value = (rearrange(one, "b t (h d) -> b h t d", h=heads) for one in features)
         return rearrange(F.scaled_dot_product_attention(query, key, value), "b h t d -> b t (h d)")
 
-    def _weights_for(self, tokens: int) -> Tensor:
-        if tokens not in self.weights:
-            grid = grid_of(tokens, *self.latent_size)
-            self.weights[tokens] = region_weights(self.regions, *grid).flatten(1)
-        return self.weights[tokens]
-
-
-def _heads(features: Tensor, heads: int) -> Tensor:
-    return rearrange(features, "b t (h d) -> b h t d", h=heads)
+    return attend

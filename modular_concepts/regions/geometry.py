@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 
+OVERLAPS = ("average", "priority")
 _MOST_PIXELS = 2**20
 
 
@@ -23,6 +24,9 @@ class Region:
     feather: width of the soft edge, half of it on each side, as a fraction of the picture's shorter side.
     strength: how far the prompt replaces the global one inside, 0..1.
     pixels: box and feather count pixels of a picture that is not known yet; see `placed`.
+    concepts: names of those that act here; None is those whose trigger word stands in the prompt, () is none.
+    start, end: the part of the sampling in which it holds, 0..1 of the way from noise to picture.
+    priority: who lies on top where regions overlap, if priority decides; of equals the later one.
     """
 
     prompt: str
@@ -32,12 +36,23 @@ class Region:
     feather: float = 0.0
     strength: float = 1.0
     pixels: bool = False
+    concepts: tuple[str, ...] | None = None
+    start: float = 0.0
+    end: float = 1.0
+    priority: int = 0
 
     def __post_init__(self):
         if (self.box is None) == (self.mask is None):
             raise AdapterError(f"region {self.prompt!r} needs either a box or a mask")
         if not 0 <= self.strength <= 1:
             raise AdapterError(f"region {self.prompt!r} has strength {self.strength}; it must be from 0 to 1")
+        if not 0 <= self.start < self.end <= 1:
+            raise AdapterError(
+                f"region {self.prompt!r} holds from {self.start:g} to {self.end:g} of the sampling; "
+                "give 0 <= start < end <= 1"
+            )
+        if isinstance(self.concepts, str):
+            raise AdapterError(f"region {self.prompt!r} names its concepts as one text; give a tuple of names")
         if not 0 <= self.feather <= (_MOST_PIXELS if self.pixels else 1):
             raise AdapterError(
                 f"region {self.prompt!r} has a feather of {self.feather:g}"
@@ -60,6 +75,10 @@ class Region:
                     f"region {self.prompt!r} has the box {self.box}; "
                     f"give left, top, right, bottom as {unit}, 0 <= left < right{limit} and 0 <= top < bottom{limit}"
                 )
+
+    def holds(self, progress: float) -> bool:
+        """Whether it holds at this point of the sampling: from `start` on, and before `end`."""
+        return self.start <= progress and (progress < self.end or self.end == 1)
 
     def placed(self, width: int, height: int) -> Region:
         """The same in fractions of a picture of this size.  AdapterError for a box in pixels that leaves it."""
@@ -85,8 +104,12 @@ def region_from(
     feather: float,
     strength: float,
     negative: str,
+    **more: object,
 ) -> Region:
-    """A region from what a person filled in: a mask, (H, W) or (1, H, W), takes the place of the box."""
+    """A region from what a person filled in: a mask, (H, W) or (1, H, W), takes the place of the box.
+
+    more: `concepts`, `start`, `end` and `priority` as `Region` has them.
+    """
     if mask is not None and mask.dim() == 3:
         if len(mask) != 1:
             raise AdapterError(f"region {prompt!r} has {len(mask)} masks; give one, a region for each")
@@ -96,7 +119,8 @@ def region_from(
             f"region {prompt!r} has the box {box}, which reaches outside the picture: as fractions all four are "
             "at most 1; correct them, or set units to pixels"
         )
-    return Region(prompt, None if mask is not None else box, mask, negative.strip() or None, feather, strength, pixels)
+    box = None if mask is not None else box
+    return Region(prompt, box, mask, negative.strip() or None, feather, strength, pixels, **more)
 
 
 def fractions(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
@@ -109,13 +133,17 @@ def fractions(box: Sequence[float], width: int, height: int) -> tuple[float, flo
     return left / width, top / height, right / width, bottom / height
 
 
-def region_weights(regions: Sequence[Region], height: int, width: int) -> Tensor:
+def region_weights(regions: Sequence[Region], height: int, width: int, overlap: str = "average") -> Tensor:
     """(R, height, width) float32 in 0..1: how much of each cell of a feature grid a region covers.
 
     A box's edges snap to the nearest grid line, so neighbours leave no gap; a box too small for the grid
     keeps the one cell of its centre.  A mask is averaged over each cell.  Feathers blur what that gives, so
     neighbours with one feather still add up to 1; then the strength multiplies.
+    overlap: "average" lets all have what they cover; with "priority" the highest takes its own and those below
+    what is left of the cell, so that the sum is never above 1.
     """
+    if overlap not in OVERLAPS:
+        raise AdapterError(f"overlap is {overlap!r}; choose one of {', '.join(OVERLAPS)}")
     weights = torch.zeros(len(regions), height, width)
     for weight, region in zip(weights, regions, strict=True):
         weight.copy_(_cover(region, height, width))
@@ -123,6 +151,11 @@ def region_weights(regions: Sequence[Region], height: int, width: int) -> Tensor
             weight.copy_(_blurred(weight, region.feather * min(height, width)))
         if region.strength != 1:
             weight.mul_(region.strength)
+    if overlap == "priority":
+        left = torch.ones(height, width)
+        for number in sorted(range(len(regions)), key=lambda own: (regions[own].priority, own), reverse=True):
+            weights[number] = torch.minimum(weights[number], left)
+            left = left - weights[number]
     return weights
 
 

@@ -9,8 +9,9 @@ from untrained_toy import QUICK, filled_concept, picture, traces, untrained_base
 
 from modular_concepts.customisation import customised
 from modular_concepts.errors import AdapterError
-from modular_concepts.regions.attention import blend_regions, regional_attention
+from modular_concepts.regions.attention import attend_by_region, regional_attention
 from modular_concepts.regions.geometry import Region, fractions, grid_of, region_from, region_weights
+from modular_concepts.regions.places import Division, Places
 from modular_concepts.sampling import SampleSettings
 
 WHOLE, LEFT, RIGHT = (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
@@ -112,20 +113,70 @@ def test_the_base_gets_its_processors_back_also_after_an_exception():
     with pytest.raises(RuntimeError, match="on purpose"):
         sample(base, [EVERYWHERE], [0], settings=QUICK, regions=[Region(HERE, LEFT)], callback=fail)
     assert traces(base) == before
-    with regional_attention(base.unet, [Region(HERE, LEFT)], torch.zeros(1, 1, 2, 128), (16, 16)):
+    with regional_attention(base.unet, Places([Region(HERE, LEFT)]), torch.zeros(1, 1, 2, 128), (16, 16)):
         assert traces(base)[2] != before[2]
     assert traces(base) == before
 
 
-def test_every_cell_is_shared_out_whole():
-    """Sources told apart as unit vectors: what comes back are their shares."""
-    weights = torch.cat([torch.rand(3, 40, generator=seeded(5)), torch.zeros(3, 8), torch.ones(3, 8)], dim=1)
-    weights[1, 48:] = 0
-    sources = torch.eye(4)[:, None, None].expand(4, 1, weights.shape[1], 4)
-    shares = blend_regions(sources[0], sources[1:], weights)[0]
+@pytest.mark.parametrize("overlap", ["average", "priority"])
+def test_every_cell_is_shared_out_whole(overlap):
+    """Texts told apart as unit vectors: what comes back are their shares."""
+    masks = torch.cat([torch.rand(3, 40, generator=seeded(5)), torch.zeros(3, 8), torch.ones(3, 8)], dim=1)
+    masks[1, 48:] = 0
+    places = Places([Region("", mask=mask.unflatten(0, (4, 14))) for mask in masks], overlap)
+    division = places.division(56, (4, 14), 0.0, masks)
+    texts = [(row, row) for row in torch.eye(4)]
+    shares = attend_by_region(
+        lambda query, _key, value: value.expand(*query.shape[:2], 4), masks[:1, :, None], texts, division
+    )[0]
     assert (shares.sum(1) - 1).abs().max() < 1e-6 and shares.min() >= 0
     assert torch.equal(shares[40:48], torch.eye(4)[:1].expand(8, 4))
-    assert torch.equal(shares[48:], torch.tensor([0.0, 0.5, 0.0, 0.5]).expand(8, 4))
+    on_top = [0.0, 0.5, 0.0, 0.5] if overlap == "average" else [0.0, 0.0, 0.0, 1.0]
+    assert torch.equal(shares[48:], torch.tensor(on_top).expand(8, 4))
+    assert (division.shares.sum(0) <= 1 + 1e-6).all()
+
+
+def test_priority_decides_who_lies_on_top_and_of_equals_the_later():
+    left, middle = (0.0, 0.0, 0.75, 1.0), (0.25, 0.0, 1.0, 1.0)
+    later = region_weights([Region("a", left), Region("b", middle)], 1, 4, "priority")
+    assert torch.equal(later[:, 0], torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 1]]))
+    higher = region_weights([Region("a", left, priority=1), Region("b", middle)], 1, 4, "priority")
+    assert torch.equal(higher[:, 0], torch.tensor([[1.0, 1, 1, 0], [0, 0, 0, 1]]))
+    thin = region_weights([Region("a", left), Region("b", middle, strength=0.25)], 1, 4, "priority")
+    assert torch.equal(thin[:, 0, 1], torch.tensor([0.75, 0.25]))
+    with pytest.raises(AdapterError, match="overlap is 'sum'; choose one of average, priority"):
+        region_weights([], 1, 4, "sum")
+
+
+def test_a_region_holds_for_its_part_of_the_sampling():
+    early, late = Region(HERE, WHOLE, end=0.5), Region("a robot", WHOLE, start=0.5)
+    assert [early.holds(p) for p in (0.0, 0.49, 0.5, 1.0)] == [True, True, False, False]
+    assert [late.holds(p) for p in (0.0, 0.49, 0.5, 1.0)] == [False, False, True, True]
+    settings = SampleSettings(steps=4, cfg=4.0)
+    seen = {}
+    for title, regions in {
+        "none": [],
+        "early": [early],
+        "late": [late],
+        "both": [early, late],
+        "first": [HERE],
+    }.items():
+        prompt = regions.pop() if title == "first" else EVERYWHERE
+        seen[title] = picture(prompt, settings=settings, regions=regions)
+    for one, other in itertools.combinations(seen.values(), 2):
+        assert relative_error(one, other) > EFFECT
+    whole = Region(HERE, WHOLE, start=0.0, end=1.0)
+    assert torch.equal(picture(EVERYWHERE, settings=settings, regions=[whole]), seen["first"])
+    with pytest.raises(AdapterError, match="from 0.5 to 0.5 of the sampling"):
+        Region(HERE, WHOLE, start=0.5, end=0.5)
+
+
+def test_a_cell_that_two_texts_share_is_divided_only_where_they_do():
+    division = Division(torch.tensor([[0.0, 1.0, 0.5], [0.0, 0.0, 0.25]]))
+    assert torch.equal(division.rest, torch.tensor([1.0, 0.0, 0.25])) and not division.replaced
+    first, second = division.regions
+    assert first.index.tolist() == [1, 2] and second.share.tolist() == [[0.25]]
+    assert Division(torch.zeros(1, 3)).regions == (None,) and Division(torch.ones(1, 3)).regions[0].everything
 
 
 def test_neighbours_leave_no_gap_and_small_boxes_keep_a_cell():

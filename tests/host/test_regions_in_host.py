@@ -13,6 +13,7 @@ from modular_concepts.customisation import customised
 from modular_concepts.files import save_concept
 from modular_concepts.regions.attention import regional_attention
 from modular_concepts.regions.geometry import region_from
+from modular_concepts.regions.places import Places
 
 PROMPT, NEGATIVE, INSIDE = "a man and a dog and a cat on the beach", "a car", "a <rex> dog in the snow"
 STACK = [["tom", 0.8], ["rex", 1.0]]
@@ -90,7 +91,7 @@ def test_the_network_listens_to_regions_as_the_headless_sampler_makes_it(found, 
 
         contexts = torch.stack([both(region.prompt, region.negative or NEGATIVE) for region in regions])
         doubled = noisy.repeat(2, 1, 1, 1)
-        with regional_attention(base.unet, regions, contexts, (16, 48)):
+        with regional_attention(base.unet, Places(regions), contexts, (16, 48)):
             expected = base.predict(doubled, timesteps, both(PROMPT, NEGATIVE))
         plain = base.predict(doubled, timesteps, both(PROMPT, NEGATIVE))
     assert relative_error(tensors["plain"], plain) < 1e-5

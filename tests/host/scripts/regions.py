@@ -22,6 +22,7 @@ torch.set_num_threads(1)
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
     toy, regional, patching = (pack_module(f"host.{name}") for name in ("toy", "regions", "patching"))
+    places = pack_module("modular_concepts.regions.places")
     node, encode = pack_module("nodes.regions"), nodes.CLIPTextEncode().encode
     asked, plan = load_file(FOLDER / "asked.safetensors"), json.loads((FOLDER / "plan.json").read_text())
     model, clip, _ = toy.load_toy_base()
@@ -50,7 +51,7 @@ def main() -> None:
     placed = [region.placed(*size) for region in regions(plan["regions"])]
     own = [encode(merged_clip, region.prompt)[0][0][0] for region in placed]
     own_negatives = [bare if r.negative is None else encode(merged_clip, r.negative)[0][0][0] for r in placed]
-    listening = regional.with_regions(merged, placed, own, own_negatives)
+    listening = regional.listening(merged, places.Places(placed), own, own_negatives, True)
     comfy.model_management.load_models_gpu([listening])
     count = len(asked["noisy"])
     for title, patched in (("regional", listening), ("plain", merged)):

@@ -1,0 +1,106 @@
+"""Cross-attention of the host's U-Nets that listens to each region's own text.
+
+Regions' texts ride behind the global one as further tokens of the context, so that keys and values of all come
+from one product; a replacement of the attention takes them apart again, attends to each, and blends before the
+output projection, just as the headless sampler does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import comfy.ldm.modules.attention as host_attention
+import comfy.model_patcher
+import torch
+from torch import Tensor
+
+from ..modular_concepts.regions.attention import attend_by_region, with_regions
+from ..modular_concepts.regions.places import Places
+from .layerwise import choose, joined
+
+CONDITIONAL = 0  # the host's number for rows of the positive prompt in `cond_or_uncond`
+PROGRESS = "modular_concepts_progress"  # in transformer_options: how far the sampling is, 0..1
+
+
+class Listening:
+    """The patches of one sampling; what they compute depends on nothing but the call and the regions.
+
+    contexts, negatives: (1, T, D) for each region, (1, L, T, D) where it is layer-wise.
+    own: whether rows of the negative prompt must ask the regions too; else one negative holds everywhere.
+    """
+
+    def __init__(self, places: Places, contexts: Sequence[Tensor], negatives: Sequence[Tensor], own: bool):
+        self.places, self.own = places, own
+        pairs = [_same_length(c, n) for c, n in zip(contexts, negatives, strict=True)]
+        self.lengths = [positive.shape[-2] for positive, _ in pairs]
+        self.texts = [joined(texts) for texts in zip(*pairs, strict=True)]
+
+    def patch(self, model: comfy.model_patcher.ModelPatcher) -> None:
+        """Let a clone's cross-attention listen."""
+        model.set_model_attn2_patch(self.append_texts)
+        unet = model.model.diffusion_model
+        for name, count in (("input", len(unet.input_blocks)), ("middle", 1), ("output", len(unet.output_blocks))):
+            for number in range(count):
+                model.set_model_attn2_replace(self.attend, name, number)
+
+    def append_texts(self, hidden: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple:
+        """Put all regions' texts behind the global one: (rows, T, D) -> (rows, T + all of theirs, D)."""
+        kinds = options["cond_or_uncond"]
+        texts = [choose(self.texts[int(kind != CONDITIONAL)], options).to(context) for kind in kinds]
+        each = len(context) // len(kinds)
+        longer = torch.cat([context, torch.cat([text.expand(each, -1, -1) for text in texts])], dim=1)
+        return hidden, longer, longer if value is context else torch.cat([value, longer[:, context.shape[1] :]], dim=1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor:
+        """Attention to the global text, blended with that to each region's where it holds."""
+        lengths = [key.shape[1] - sum(self.lengths), *self.lengths]
+        texts = list(zip(key.split(lengths, dim=1), value.split(lengths, dim=1), strict=True))
+        size = options["original_shape"][-2:]
+        division = self.places.division(query.shape[1], size, options.get(PROGRESS, 0.0), query)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return _attention(query, key, value, options)
+
+        if self.own or set(options["cond_or_uncond"]) == {CONDITIONAL}:
+            return attend_by_region(attend, query, texts, division)
+        attended, each = attend(query, *texts[0]), len(query) // len(options["cond_or_uncond"])
+        for chunk, kind in enumerate(options["cond_or_uncond"]):
+            if kind == CONDITIONAL:  # in the others the regions would say the same again
+                rows = slice(chunk * each, (chunk + 1) * each)
+                regional = [(k[rows], v[rows]) for k, v in texts[1:]]
+                attended[rows] = with_regions(attend, query[rows], attended[rows], regional, division)
+        return attended
+
+
+class Clock:
+    """How far a sampling is, in the steps that matter: the latest start or end of a region that it has reached."""
+
+    def __init__(self, places: Places, model: comfy.model_patcher.ModelPatcher):
+        moments = {moment for region in places.regions for moment in (region.start, region.end)} - {0.0, 1.0}
+        sampling = model.get_model_object("model_sampling")
+        self.sigmas = {moment: float(sampling.percent_to_sigma(moment)) for moment in sorted(moments)}
+
+    def progress(self, sigma: Tensor) -> float:
+        """sigma: (B,) noise of the rows, the same for all."""
+        if not self.sigmas:
+            return 0.0
+        now = float(sigma.flatten()[0])
+        return max((moment for moment, own in self.sigmas.items() if now <= own), default=0.0)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping) -> Tensor:
+    return host_attention.optimized_attention(
+        query,
+        key,
+        value,
+        options["n_heads"],
+        attn_precision=options["attn_precision"],
+        transformer_options=options,
+    )
+
+
+def _same_length(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two contexts repeated to one number of tokens, which attention does not notice."""
+    length = math.lcm(first.shape[-2], second.shape[-2])
+    return tuple(one.repeat(*[1] * (one.dim() - 2), length // one.shape[-2], 1) for one in (first, second))
