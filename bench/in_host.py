@@ -55,11 +55,9 @@ def run_ours(task: Task) -> dict:
         base = base_module.HostBase(model, clip, vae, "sd15", "", base_module._schedule(model))
         latents, contexts = (value.to(base.device) for value in task.examples())
         probe = Probe(task, base.device)
-        method = "orthogonal"
-        if task.layers == "every":
-            layers, method = every_layer(base, task.rank), "lora"
-        else:
-            layers = base.layers((task.layers,), None)
+        chosen, _, plain = task.layers.partition(" as ")
+        method = plain or "orthogonal"
+        layers = every_layer(base, task.rank) if chosen == "every" else base.layers((chosen,), None)
         with base.trainable():
             problem = problems.Problem(
                 predict=base.predict,

@@ -30,11 +30,13 @@ HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "build" / "bench-train.json"
 HEADLESS = ("frozen_diffusers", "peft", "ours_lora", "ours_orthogonal")
 BARS = {"step_vs_core": 0.75, "memory_vs_core": 0.55, "step_vs_peft": 1.0, "overhead_vs_frozen": 1.12}
+OURS_IN_HOST = {"": "ours", "_every_layer": "ours every", "_every_layer_as_lora": "ours every as lora"}
 CLOCKS = {"wall": "seconds_per_step", "processor": "processor_seconds_per_step"}
 DIFFERENCES = {
     "ours": "orthogonal adapters on all 160 Linear layers of the attention blocks, as published: lora_up trains",
-    "ours every": "plain LoRA, both factors, on every Linear and convolution with at least as many outputs as the "
-    "rank; core trains besides these the last convolution (4 outputs) and all biases and norms",
+    "ours every": "orthogonal adapters on every Linear and convolution with at least as many outputs as the rank; "
+    "core trains besides these the last convolution (4 outputs) and all biases and norms",
+    "ours every as lora": "plain LoRA, both factors, on the same layers",
     "core": "TrainLoraNode without gradient checkpointing, which is faster; with torch's attention, which is faster "
     "there and what the host takes on a GPU",
     "peft": "plain LoRA, both factors, on the same 160 Linear layers",
@@ -45,7 +47,7 @@ DIFFERENCES = {
 def contestants(pixels: int, steps: int, **chosen) -> list[dict]:
     """One round's runs at one size, in the order in which they take turns."""
     headless = ("peft", "ours_lora") if pixels > 256 else HEADLESS
-    names = ("frozen", "ours", "ours every", "core_bypass", "core", *headless)
+    names = ("frozen", "ours", "ours every", "ours every as lora", "core_bypass", "core", *headless)
     return [_task(name, pixels=pixels, steps=steps, **chosen) for name in names]
 
 
@@ -115,7 +117,7 @@ def figures(runs: Sequence[Mapping], clock: str) -> dict:
 
 
 def _name(one: Mapping) -> str:
-    return "ours every" if one["layers"] == "every" else one["trainer"]
+    return f"ours {one['layers']}" if one["layers"].startswith("every") else one["trainer"]
 
 
 def _medians(runs: Sequence[Mapping]) -> dict:
@@ -144,12 +146,12 @@ def _ratios(table: Mapping[str, Mapping], clock: str) -> dict:
         for name, (ours, other) in pairs.items():
             if ours in table and other in table:
                 found[name + suffix] = round(table[ours][unit] / table[other][unit], 3)
-        for name, ours in (("step_vs_core", "ours"), ("step_vs_core_every_layer", "ours every")):
+        for of, ours in OURS_IN_HOST.items():
             if ours in table and core:
-                found[name + suffix] = round(table[ours][unit] / min(one[unit] for one in core), 3)
-    for name, ours in (("memory_vs_core", "ours"), ("memory_vs_core_every_layer", "ours every")):
+                found[f"step_vs_core{of}{suffix}"] = round(table[ours][unit] / min(one[unit] for one in core), 3)
+    for of, ours in OURS_IN_HOST.items():
         if ours in table and core:
-            found[name] = round(table[ours]["peak_gb"] / min(one["peak_gb"] for one in core), 3)
+            found[f"memory_vs_core{of}"] = round(table[ours]["peak_gb"] / min(one["peak_gb"] for one in core), 3)
     if "ours_lora" in table and "peft" in table:
         found["memory_vs_peft"] = round(table["ours_lora"]["peak_gb"] / table["peft"]["peak_gb"], 3)
     return found

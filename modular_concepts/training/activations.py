@@ -2,7 +2,9 @@
 
 SiLU behind a GroupNorm: the norm keeps its input, and its output follows from that.
 GEGLU, x * gelu(gate): both halves are kept as they come from one Linear, so gelu(gate) need not be.
-The numbers are the same bit for bit.  Both are cheap to compute and as large as anything that is kept.
+What comes out of these and of a LayerNorm knows its origin, so that an adapter whose lora_down trains need not keep
+its input either (`adapted.py`).
+The numbers are the same bit for bit.  All are cheap to compute and as large as anything that is kept.
 """
 
 from __future__ import annotations
@@ -15,14 +17,23 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-# On a norm's output: (the norm's input, what gives the output again from it).
+# On an output: (what it was computed from, what computes it again, the output's version).
 _ORIGIN = "_modular_concepts_origin"
+
+Origin = tuple[Tensor, Callable[[Tensor], Tensor]]
 
 
 def remember(output: Tensor, input: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
     """Note on `output` that it is again(input); lost, harmlessly, with the next operation on it."""
-    setattr(output, _ORIGIN, (input.detach(), again))
+    if not output.is_inference():  # those count no versions
+        setattr(output, _ORIGIN, (input.detach(), again, output._version))
     return output
+
+
+def origin_of(output: Tensor) -> Origin | None:
+    """(input, again) with again(input) equal to `output`, or None where that is not known or no longer true."""
+    input, again, version = getattr(output, _ORIGIN, (None, None, None))
+    return None if again is None or version != output._version else (input, again)
 
 
 def activation_of(module: nn.Module) -> Callable | None:
@@ -33,13 +44,25 @@ def activation_of(module: nn.Module) -> Callable | None:
     if isinstance(module, nn.SiLU) and not module.inplace:
         return _silu
     if type(module).__name__ == "GEGLU" and isinstance(getattr(module, "proj", None), nn.Linear):
-        return lambda x, *_, **__: _Gated.apply(module.proj(x))
+        return lambda x, *_, **__: _gated(module.proj(x))
     return None
 
 
 def _silu(y: Tensor) -> Tensor:
-    origin = getattr(y, _ORIGIN, None)
-    return F.silu(y) if origin is None else _SiLU.apply(y, *origin)
+    origin = origin_of(y)
+    if origin is None:
+        return remember(F.silu(y), y, F.silu)
+    input, again = origin
+    return remember(_SiLU.apply(y, input, again), input, lambda x: F.silu(again(x)))
+
+
+def _gated(both: Tensor) -> Tensor:
+    return remember(_Gated.apply(both), both, _gated_product)
+
+
+def _gated_product(both: Tensor) -> Tensor:
+    x, gate = both.chunk(2, dim=-1)
+    return x * F.gelu(gate)
 
 
 class _SiLU(Function):
@@ -62,8 +85,7 @@ class _Gated(Function):
     @staticmethod
     def forward(ctx, both):
         ctx.save_for_backward(both)
-        x, gate = both.chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return _gated_product(both)
 
     @staticmethod
     @once_differentiable

@@ -3,7 +3,9 @@
     out    = W x + b + scale * up (down x)
     dL/dx  = W^T g + scale * down^T (up^T g),  dL/dup = scale * g (down x)^T,  dL/ddown = scale * (up^T g) x^T
 
-Both sums are made in place of the larger part, and only the rank-wide down x is kept, x too where down trains.
+Both sums are made in place of the larger part, and only the rank-wide down x is kept.  Where down trains, x is needed
+too: computed again from what its own layer keeps (`activations.py`), and kept itself only where that is not known.
+A convolution's adapter has a node for down x alone, whose input is as large.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from ..adapters import ConvGeometry
+from .activations import origin_of
 
 
 class LowRankTerm(NamedTuple):
@@ -49,13 +54,14 @@ class AdaptedLinear(Function):
         else:
             flat.index_add_(1, rows, hidden @ factor, alpha=term.scale)
         ctx.module, ctx.weights, ctx.scale = module, weights, term.scale
-        ctx.save_for_backward(hidden, up, down, rows, x if ctx.needs_input_grad[2] else None)
+        kept = _kept(ctx, x) if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(hidden, up, down, rows, kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        hidden, up, down, rows, x = ctx.saved_tensors
+        hidden, up, down, rows, kept = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         written = flat if rows is None else flat[:, rows]
         grad_x = grad_up = grad_down = None
@@ -63,8 +69,42 @@ class AdaptedLinear(Function):
             grad_up = (written.mT @ hidden).to(up.dtype).mul_(ctx.scale)
         grad_hidden = (written @ up.to(grad.dtype)).mul_(ctx.scale)
         if ctx.needs_input_grad[2]:
-            grad_down = (grad_hidden.mT @ x.to(grad.dtype).flatten(0, -2)).to(down.dtype)
+            x = ctx.again(kept).to(grad.dtype)
+            grad_down = (grad_hidden.mT @ x.flatten(0, -2)).to(down.dtype)
         if ctx.needs_input_grad[0]:
             with ctx.weights(ctx.module, grad) as (weight, _):
                 grad_x = (flat @ weight).addmm_(grad_hidden, down.to(grad.dtype)).view(*grad.shape[:-1], -1)
         return grad_x, grad_up, grad_down, None, None, None
+
+
+class ConvDown(Function):
+    """apply(x, down, conv): a plain convolution, (B, in, H, W) -> (B, rank, H', W'), down (rank, in, kh, kw)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, conv: ConvGeometry) -> Tensor:
+        ctx.conv, ctx.shape = conv, x.shape
+        ctx.save_for_backward(down, _kept(ctx, x) if ctx.needs_input_grad[1] else None)
+        return F.conv2d(x, down.to(x), None, conv.stride, conv.padding, conv.dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        down, kept = ctx.saved_tensors
+        how = (ctx.conv.stride, ctx.conv.padding, ctx.conv.dilation)
+        grad_x = grad_down = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.nn.grad.conv2d_input(ctx.shape, down.to(grad.dtype), grad, *how)
+        if ctx.needs_input_grad[1]:
+            x = ctx.again(kept).to(grad.dtype)
+            grad_down = torch.nn.grad.conv2d_weight(x, down.shape, grad, *how).to(down.dtype)
+        return grad_x, grad_down, None
+
+
+def _kept(ctx: Any, x: Tensor) -> Tensor:
+    """What to keep for a backward pass that needs x, which ctx.again makes of it."""
+    kept, ctx.again = origin_of(x) or (x, _itself)
+    return kept
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import ConvGeometry, LowRank
+from ..adapters import ConvGeometry, LowRank, scatter_rows
 from ..errors import AdapterError
-from .adapted import LowRankTerm
+from .adapted import ConvDown, LowRankTerm
 from .frozen import FrozenForward
 
 
@@ -100,7 +100,7 @@ def _hook(
         return _plus_low_rank(output, args[0], adapter, strength, mask())
 
     def add_conv(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return torch.add(output, adapter.residual(args[0], conv, mask()), alpha=strength)
+        return torch.add(output, _conv_residual(args[0], adapter, conv, mask()), alpha=strength)
 
     def add_any(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         extra = adapter.residual(args[0]) if conv is None else adapter.residual(args[0], conv)
@@ -127,3 +127,14 @@ def _plus_low_rank(output: Tensor, x: Tensor, adapter: LowRank, strength: float,
         )
     flat = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), up.to(x).mT, alpha=scale)
     return flat.view(output.shape)
+
+
+def _conv_residual(x: Tensor, adapter: LowRank, conv: ConvGeometry, mask: Tensor | None) -> Tensor:
+    """adapter.residual(x, conv, mask), with less kept for backward where the adapter is a plain one."""
+    down = adapter.lora_down
+    if adapter.kind == "full" or conv.groups != 1 or isinstance(conv.padding, str):
+        return adapter.residual(x, conv, mask)
+    up = adapter.lora_up if mask is None else adapter.lora_up * mask[:, None]
+    hidden = ConvDown.apply(x, down if down.dim() == 4 else down[:, :, None, None], conv)
+    written = F.conv2d(hidden, (adapter.scale * up).to(hidden)[:, :, None, None])
+    return scatter_rows(written, adapter.rows, adapter.out_features, dim=1)

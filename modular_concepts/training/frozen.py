@@ -94,14 +94,19 @@ class FrozenForward:
         if self.function is _GroupNorm:
             input = input.contiguous()
             return remember(_GroupNorm.apply(input, self.module, self.weights), input, self.normalised)
+        if self.function is _LayerNorm:
+            kept = input.detach().clone()
+            return remember(_LayerNorm.apply(input, kept, self.module, self.weights), kept, self.normalised)
         if self.low_rank is None:
             return self.function.apply(input, self.module, self.weights)
         term = self.low_rank()
         return AdaptedLinear.apply(input, term.up, term.down, self.module, self.weights, term)
 
     def normalised(self, x: Tensor) -> Tensor:
-        """A GroupNorm's output, with nothing for autograd."""
+        """A GroupNorm's or LayerNorm's output, with nothing for autograd."""
         with self.weights(self.module, x) as (weight, bias):
+            if self.function is _LayerNorm:
+                return F.layer_norm(x, self.module.normalized_shape, weight, bias, self.module.eps)
             return F.group_norm(x, self.module.num_groups, weight, bias, self.module.eps)
 
 
@@ -136,14 +141,14 @@ class _Conv2d(Function):
 
 
 class _LayerNorm(Function):
-    """The input is kept as a copy, since the text model of some programs adds to it in place."""
+    """The input is kept as a copy, `kept`, since the text model of some programs adds to it in place."""
 
     @staticmethod
-    def forward(ctx, x, module, weights):
+    def forward(ctx, x, kept, module, weights):
         with weights(module, x) as (weight, bias):
             out, mean, deviation = torch.native_layer_norm(x, module.normalized_shape, weight, bias, module.eps)
         ctx.module, ctx.weights = module, weights
-        ctx.save_for_backward(x.clone(), mean, deviation)
+        ctx.save_for_backward(kept, mean, deviation)
         return out
 
     @staticmethod
@@ -154,7 +159,7 @@ class _LayerNorm(Function):
             grad, _, _ = torch.ops.aten.native_layer_norm_backward(
                 grad.to(x), x, ctx.module.normalized_shape, mean, deviation, weight, bias, [True, False, False]
             )
-        return grad, None, None
+        return grad, None, None, None
 
 
 class _GroupNorm(Function):

@@ -307,6 +307,68 @@ def test_activations_that_follow_from_what_is_kept_are_not_kept():
     assert sum(kept["plain"]) - sum(kept["frozen"]) >= norm_in + both // 2
 
 
+class Behind(nn.Module):
+    """Adapted layers behind a SiLU, a LayerNorm and a GEGLU; `between` may write into what they get."""
+
+    def __init__(self, between=lambda x: None):
+        super().__init__()
+        self.groups, self.act, self.conv = nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.gate, self.out = nn.LayerNorm(8), GEGLU(), nn.Linear(12, 6)
+        self.between = between
+        _drawn(self.double()).requires_grad_(False)
+
+    def forward(self, x):
+        x = self.act(self.groups(x * 2))
+        self.between(x)
+        x = self.norm(self.conv(x).flatten(2).mT)
+        self.between(x)
+        x = self.gate(x)
+        self.between(x)
+        return self.out(x)
+
+
+def _gradients_behind(net, frozen):
+    """(output, gradients of x and all factors), numbers kept beside weights and factors, largest first."""
+    layers = {"conv": net.conv, "proj": net.gate.proj, "out": net.out}
+    adapters = {
+        "conv": new_lora(8, 8, 2, 2.0, seeded(2), kernel=(3, 3)),
+        "proj": new_lora(24, 8, 2, 2.0, seeded(3)),
+        "out": new_lora(6, 12, 2, 2.0, seeded(4)),
+    }
+    adapters = {name: _trained(adapter) for name, adapter in adapters.items()}
+    factors = [factor for adapter in adapters.values() for factor in adapter.trainable().values()]
+    x = torch.randn(2, 8, 5, 5, generator=seeded(1)).double().requires_grad_()
+    own = {value.untyped_storage().data_ptr() for value in (*net.parameters(), *factors)}
+    tensors = {}
+
+    def keep(tensor):
+        tensors[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with frozen_forward([net]) if frozen else contextlib.nullcontext(), attached(layers, adapters):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = net(x)
+        found = out, *torch.autograd.grad(out.square().sum(), [x, *factors])
+    return found, sorted((count for where, count in tensors.items() if where not in own), reverse=True)
+
+
+def test_an_adapter_keeps_no_input_that_follows_from_what_is_kept():
+    (frozen, kept), (plain, _) = (_gradients_behind(Behind(), frozen) for frozen in (True, False))
+    for ours, theirs in zip(frozen, plain, strict=True):
+        assert relative_error(ours, theirs) < 1e-13 and theirs.norm() > 0.1
+    # Inputs of the GroupNorm and the LayerNorm, both halves of the GEGLU; the rest is rank-wide.
+    assert kept[:3] == [2 * 25 * 24, 2 * 8 * 25, 2 * 8 * 25] and kept[3] <= 2 * 25 * 2
+
+
+def test_what_was_written_into_is_kept_itself():
+    (frozen, kept), (plain, _) = (
+        _gradients_behind(Behind(lambda x: x.detach().mul_(1.5)), frozen) for frozen in (True, False)
+    )
+    for ours, theirs in zip(frozen, plain, strict=True):
+        assert relative_error(ours, theirs) < 1e-13
+    assert kept.count(2 * 8 * 25) == 4 and kept.count(2 * 25 * 12) == 1
+
+
 class RMSNorm(nn.Module):
     """One of a program's own, known by its name."""
 

@@ -25,7 +25,7 @@ def measured(host, tmp_path_factory):
 
 def test_every_trainer_runs_and_every_ratio_is_there(measured):
     summary, runs = measured
-    assert summary["failed"] == [] and len(runs) == 9
+    assert summary["failed"] == [] and len(runs) == 10
     for name in ("step_vs_core", "memory_vs_core", "step_vs_peft", "overhead_vs_frozen", "step_vs_core_every_layer"):
         assert 0 < summary[name] < 100
     assert summary["torch"]["host"] and summary["torch"]["headless"] and summary["host"] and summary["machine"]
@@ -36,11 +36,12 @@ def test_every_trainer_runs_and_every_ratio_is_there(measured):
 
 def test_what_is_compared_trains_the_same_layers(measured):
     trainers = measured[0]["sizes"]["quick"]["trainers"]
-    ours, every, core, bypass, peft, lora = (
-        trainers[name] for name in ("ours", "ours every", "core", "core_bypass", "peft", "ours_lora")
+    ours, every, plain, core, bypass, peft, lora = (
+        trainers[name]
+        for name in ("ours", "ours every", "ours every as lora", "core", "core_bypass", "peft", "ours_lora")
     )
     assert ours["adapters"] == peft["adapters"] == lora["adapters"] == 40
-    assert every["adapters"] == core["adapters"] == bypass["adapters"] == 69
+    assert every["adapters"] == plain["adapters"] == core["adapters"] == bypass["adapters"] == 69
     assert lora["trained_numbers"] == peft["trained_numbers"] > ours["trained_numbers"]
     # The rest are core's biases, norms and one alpha for each layer.
-    assert 0.8 * core["trained_numbers"] < every["trained_numbers"] < core["trained_numbers"]
+    assert 0.8 * core["trained_numbers"] < plain["trained_numbers"] < core["trained_numbers"]
