@@ -22,7 +22,7 @@ RIDGE = 1e-6
 def constrained_factors(
     adapters: Sequence[LowRank], strengths: Sequence[float], features: Sequence[Tensor], usual: Tensor
 ) -> MergedLayer:
-    """up = V (d C^T)^-1 (out, rows), down = d (rows, in): the rank is the number of text features.
+    """up down = V (d C^T)^-1 d with down's rows orthonormal: the rank is the number of text features.
 
     features: (rows_i, in) that each concept must answer as it was trained; rows that repeat are dropped.
     usual: (in, in) second moments of text features without any concept, C_reg^T C_reg.
@@ -45,6 +45,9 @@ def constrained_factors(
     # Features of two prompts with one word can be almost alike.
     between = between + RIDGE * between.diagonal().mean() * torch.eye(len(between), dtype=between.dtype)
     up = torch.linalg.solve(between, wanted.mT).mT
+    # Features that are almost alike make large factors that cancel, which half precision would not survive.
+    basis, mixing = torch.linalg.qr(down.mT)
+    up, down = up @ mixing.mT, basis.mT
     first = adapters[0]
     dtype = torch.promote_types(first.lora_up.dtype, torch.float32)
     return MergedLayer(up.to(dtype), down.to(dtype), None, first.out_features)
