@@ -6,7 +6,7 @@
 #   BENCH_FLAGS=--quick        handed to bench/train.py or bench/merge.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-train bench-merge bench-methods test test-host check format install clean
+.PHONY: help demo bench-train bench-merge bench-methods bench-families test test-host check format install clean
 .NOTPARALLEL:
 
 VENV := .venv
@@ -33,6 +33,7 @@ help:
 	@echo "make bench-train  measure training beside ComfyUI's own trainer and peft (about an hour)"
 	@echo "make bench-methods  train every method on toy concepts and judge them (half an hour on two cores)"
 	@echo "make bench-merge  measure merging beside ComfyUI's LoRA loaders and peft"
+	@echo "make bench-families  merge toy concepts by every family and judge them (an hour and a half on two cores)"
 	@echo "make check      format, lint and the fast tests"
 	@echo "make format     put the code into the format that check asks for"
 	@echo "make install    only create $(VENV) with the pinned packages"
@@ -52,6 +53,9 @@ bench-train: $(STAMP)
 
 bench-methods: $(STAMP)
 	@$(BIN)/python -m bench.methods $(BENCH_FLAGS)
+
+bench-families: $(STAMP)
+	@$(BIN)/python -m bench.families $(BENCH_FLAGS)
 
 bench-merge: $(STAMP)
 	@$(BIN)/python bench/merge.py $(BENCH_FLAGS)

@@ -161,10 +161,11 @@ class ConceptFusion(io.ComfyNode):
                     "ridge",
                     default=DEFAULTS.ridge,
                     min=1e-6,
-                    max=1.0,
-                    step=1e-3,
+                    max=10.0,
+                    step=0.05,
                     round=1e-6,
-                    tooltip="Damping: larger changes the base less where the concepts were not seen",
+                    tooltip="Damping: larger changes the base less where the concepts were not seen; far below 0.1 "
+                    "the merge only fits the prompts that were recorded",
                 ),
                 io.Int.Input("steps", default=12, min=1, max=200, advanced=True, tooltip="Sampling steps of a picture"),
                 io.Int.Input(
