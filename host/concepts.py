@@ -120,7 +120,7 @@ def _save_lora(concept: Concept, typed: str, replace: bool) -> Saved:
     else:
         path = written[0]
     for word, file in zip(words, written, strict=True):
-        export_embedding(word, concept.tokens[word], file)
+        export_embedding(concept, word, file)
     return _saved(folder, path, " ".join(f"{w} is embedding:{f.stem}" for w, f in zip(words, written, strict=True)))
 
 

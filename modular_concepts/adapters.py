@@ -341,6 +341,18 @@ def check_adapter(name: str, adapter: LowRank, weight_shape: Sequence[int] | Non
         )
 
 
+def shaped_for(adapter: LowRank, weight_shape: Sequence[int]) -> LowRank:
+    """The same adapter with lora_down in the weight's shape, where only its dimensions differ.
+
+    Some programs write a convolution's lora_down as (rank, in * kh * kw), or a Linear's as (rank, in, 1, 1).
+    """
+    wanted, given = tuple(weight_shape[1:]), tuple(adapter.lora_down.shape[1:])
+    plain = len(wanted) != len(given) and math.prod(wanted) == math.prod(given)
+    if not plain or (len(given) == 3 and given[1:] != (1, 1)):
+        return adapter
+    return adapter.replace(lora_down=adapter.lora_down.reshape(adapter.rank, *wanted))
+
+
 def _check_rows(name: str, rows: Tensor, out: int) -> None:
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise AdapterError(f"{name}: block rows must be a list of whole numbers")

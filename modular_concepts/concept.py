@@ -72,12 +72,14 @@ class Concept:
 
     layers: canonical layer name (`layers.find_layers`) -> adapter.
     tokens: trigger word -> learned vectors, float32 (vectors, width), or (layers, vectors, width) layer-wise.
+    about: what a person says of it to programs that list models, title, author, thumbnail ... (`files/modelspec.py`).
     """
 
     name: str
     layers: Mapping[str, LowRank]
     tokens: Mapping[str, Tensor]
     recipe: Recipe
+    about: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_concept(concept: Concept) -> None:

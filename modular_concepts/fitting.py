@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .adapters import check_adapter
+from .adapters import check_adapter, shaped_for
 from .concept import Concept
 from .errors import AdapterError
 from .merge import DEFAULTS, NOTHING, Evidence, Merged, MergeOptions, merge_concepts
@@ -37,16 +38,24 @@ def fitted(
         check_architecture(concept, architecture)
     refuse_shared_triggers(concepts)
     _refuse_other_basis(concepts)
-    for concept in concepts:
-        for layer, adapter in concept.layers.items():
-            if layer not in shapes:
-                raise AdapterError(
-                    f"{concept.name}, {layer}: the base has no layer of this name; "
-                    "the concept was trained on another architecture"
-                )
-            check_adapter(f"{concept.name}, {layer}", adapter, shapes[layer])
+    concepts = [_on_base(concept, shapes) for concept in concepts]
     merged = merge_concepts(concepts, strengths, how, literal, options, evidence) if concepts else {}
     return merged, faded_words(concepts, strengths, word_rows)
+
+
+def _on_base(concept: Concept, shapes: Mapping[str, Sequence[int]]) -> Concept:
+    """The concept with adapters in the shapes of the base's weights.  Raises AdapterError where one does not fit."""
+    layers = {}
+    for layer, adapter in concept.layers.items():
+        if layer not in shapes:
+            raise AdapterError(
+                f"{concept.name}, {layer}: the base has no layer of this name; "
+                "the concept was trained on another architecture"
+            )
+        layers[layer] = shaped_for(adapter, shapes[layer])
+        check_adapter(f"{concept.name}, {layer}", layers[layer], shapes[layer])
+    changed = any(layers[layer] is not adapter for layer, adapter in concept.layers.items())
+    return replace(concept, layers=layers) if changed else concept
 
 
 def faded_words(

@@ -3,8 +3,8 @@
 Tensors: `<file_key>.lora_up.weight` (out, rank[, 1, 1]), `.lora_down.weight` (rank, in[, kh, kw]) and
 `.alpha`, as kohya's.  Block adapters are stored over all output rows, zero outside their block.
 Metadata: `modular_concepts` is one JSON text (format, name, recipe, and per layer its kind and rows),
-`modular_concepts_tokens` another with the learned words as base64 of little-endian float32, and kohya's `ss_`
-basics.
+`modular_concepts_tokens` another with the learned words as base64 of little-endian float32, then kohya's `ss_`
+basics and `modelspec.` entries for programs that list models (`modelspec.py`).
 
 Learned words are in the metadata and not among the tensors because a stock loader meets every tensor: ComfyUI
 warns of each key that it does not know, and diffusers refuses the whole file for one.  Metadata both ignore
@@ -30,6 +30,7 @@ from ..bases import OrthogonalBasis, hashed_indices, slot_indices
 from ..concept import Concept, Recipe, check_concept, check_token, clip
 from ..errors import AdapterError
 from ..layers import check_name, file_key
+from .modelspec import about_of, modelspec
 from .safe import check_finite, parse_json, read_safetensors, tensor_bytes, write_safetensors
 
 FORMAT = 1
@@ -76,7 +77,8 @@ def save_concept(
         used = basis or recipe_basis(concept.recipe)
         widths = {math.prod(concept.layers[name].lora_down.shape[1:]) for name in columns}
         document["bases"] = {str(width): used.fingerprint(width) for width in widths}
-    write_safetensors(path, tensors, stock_metadata(concept) | {KEY: _dump(document)} | _dump_tokens(concept.tokens))
+    metadata = stock_metadata(concept) | modelspec(concept, tensors)
+    write_safetensors(path, tensors, metadata | {KEY: _dump(document)} | _dump_tokens(concept.tokens))
 
 
 def load_concept(path: Path | str, basis: OrthogonalBasis | None = None) -> Concept:
@@ -219,7 +221,8 @@ def _parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], basis: Or
         adapters[name] = _adapter(name, key, entry, rest, expanded)
     if rest:
         raise AdapterError(f"{min(rest)} belongs to no layer of the description ({len(rest)} such tensors)")
-    concept = Concept(document["name"], adapters, _parse_tokens(metadata.get(TOKENS_KEY)), recipe)
+    name = document["name"]
+    concept = Concept(name, adapters, _parse_tokens(metadata.get(TOKENS_KEY)), recipe, about_of(metadata, name))
     check_concept(concept)
     return concept
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
 
+from ..adapters import LowRank
 from ..concept import Concept
 from ..errors import AdapterError
 from ..layers import canonical_name, check_name
-from .kohya import Imported, Layers, assemble, imported_concept, require_layers
+from .kohya import Imported, Layers, Parse, assemble, imported_concept, require_layers
+from .modelspec import modelspec
 from .safe import parse_json, read_safetensors, write_safetensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -32,6 +34,7 @@ _FACTORS = (
         re.compile(r"(.+?)(?:\.lora_B(?:\.default)?|[._]lora\.up|\.lora_linear_layer\.up|\.lora_up)\.weight"),
         "up",
     ),
+    (re.compile(r"(.+?)\.lora_mid\.weight"), "mid"),
     (re.compile(r"(.+?)(?:[._]lora)?\.alpha"), "alpha"),
     (re.compile(r"(.+?)\.(?:lora_magnitude_vector|lora_B\.bias|dora_scale).*"), "unknown"),
 )
@@ -58,7 +61,7 @@ def export_diffusers(concept: Concept, path: Path | str, dtype: torch.dtype | No
         tensors[f"{name}.lora_B.weight"] = up
     if dtype is not None:
         tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-    write_safetensors(path, tensors, {"format": "pt"})
+    write_safetensors(path, tensors, {"format": "pt"} | modelspec(concept, tensors, "lora/diffusers"))
     return path
 
 
@@ -70,23 +73,43 @@ def import_diffusers(path: Path | str, layers: Layers | None = None, name: str |
     """
     path = Path(path)
     tensors, metadata = read_safetensors(path)
+    adapters, unmatched = assemble(path, tensors, parser(layers), layers)
+    explicit = {parser(layers)(key)[0] for key in tensors if key.endswith(".alpha")}
+    adapters = with_peft_alphas(path, adapters, explicit, metadata)
+    return Imported(imported_concept(path, name, adapters, "diffusers", metadata), unmatched)
+
+
+def parser(layers: Layers | None) -> Parse:
+    """What `assemble` asks of diffusers' and peft's keys."""
     names = None if layers is None else set(layers)
 
     def parse(key: str) -> tuple[str | None, str]:
-        for pattern, factor in _FACTORS:
-            if match := pattern.fullmatch(key):
-                found = _name(match[1])
-                return found if names is None or found in names else None, factor
-        return None, "unknown"
+        stem, factor = stem_and_factor(key)
+        found = name_of_path(stem) if stem else None
+        return found if names is None or found in names else None, factor
 
-    adapters, unmatched = assemble(path, tensors, parse, layers)
-    if _SETTINGS_KEY in metadata:
-        explicit = {parse(key)[0] for key in tensors if key.endswith(".alpha")}
-        settings = parse_json(metadata[_SETTINGS_KEY], f"{path.name}: the peft settings")
-        for layer in set(adapters) - explicit:
-            alpha = _peft_alpha(path, layer, adapters[layer].rank, settings)
-            adapters[layer] = adapters[layer].replace(alpha=alpha)
-    return Imported(imported_concept(path, name, adapters, "diffusers", metadata), unmatched)
+    return parse
+
+
+def stem_and_factor(key: str) -> tuple[str | None, str]:
+    """(module path, factor) of a key with dots, of any of the forms that have been in use."""
+    for pattern, factor in _FACTORS:
+        if match := pattern.fullmatch(key):
+            return match[1], factor
+    return None, "unknown"
+
+
+def with_peft_alphas(
+    path: Path, adapters: Mapping[str, LowRank], explicit: Container[str | None], metadata: Mapping[str, str]
+) -> dict[str, LowRank]:
+    """The adapters with the alpha of the file's peft settings; explicit: layers whose alpha a key of the file says."""
+    if _SETTINGS_KEY not in metadata:
+        return dict(adapters)
+    settings = parse_json(metadata[_SETTINGS_KEY], f"{path.name}: the peft settings")
+    return {
+        layer: adapter if layer in explicit else adapter.replace(alpha=_peft_alpha(path, layer, adapter.rank, settings))
+        for layer, adapter in adapters.items()
+    }
 
 
 def _refuse_joint_blocks(concept: Concept) -> None:
@@ -99,7 +122,7 @@ def _refuse_joint_blocks(concept: Concept) -> None:
         )
 
 
-def _name(path: str) -> str | None:
+def name_of_path(path: str) -> str | None:
     """Canonical name of a diffusers module path, or None."""
     path = path.removeprefix(_PREFIX).replace(".processor.", ".")
     part, _, rest = path.partition(".")
@@ -124,6 +147,8 @@ def _peft_alpha(path: Path, layer: str, rank: int, settings: object) -> float:
     part, rest = layer.split(".", 1)
     if not isinstance(settings, Mapping):
         raise AdapterError(f"{path.name}: the peft settings are not a JSON object; the file is damaged")
+    if part == "unet" and "transformer.lora_alpha" in settings:
+        part = "transformer"
     patterns = settings.get(f"{part}.alpha_pattern") or {}
     alpha = settings.get(f"{part}.lora_alpha", rank)
     if isinstance(patterns, Mapping):

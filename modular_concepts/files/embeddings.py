@@ -8,6 +8,7 @@ No such file has rows for each layer: a layer-wise word becomes the mean of its 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..concept import Concept, check_token
 from ..errors import AdapterError
+from .modelspec import modelspec
 from .safe import read_safetensors, safe_child, safe_name, write_safetensors
 
 CLIP_L, CLIP_G = 768, 1280
@@ -33,19 +35,23 @@ def export_embeddings(concept: Concept, folder: Path | str) -> list[Path]:
             raise AdapterError(f"trigger words {files[path]!r} and {word!r} would both be {path.name}; rename one")
         files[path] = word
     for path, word in files.items():
-        export_embedding(word, concept.tokens[word], path)
+        export_embedding(concept, word, path)
     return list(files)
 
 
-def export_embedding(word: str, vectors: Tensor, path: Path | str) -> None:
-    """Write one learned word, (vectors, width) or (layers, vectors, width): see `stock_rows`."""
+def export_embedding(concept: Concept, word: str, path: Path | str) -> None:
+    """Write one of a concept's learned words, (vectors, width) or (layers, vectors, width): see `stock_rows`."""
+    vectors = concept.tokens[word]
     check_token(word, vectors.shape)
     rows = stock_rows(vectors).float().contiguous()
     if rows.shape[1] == CLIP_L + CLIP_G:
         left, right = rows.split((CLIP_L, CLIP_G), dim=1)
-        write_safetensors(path, {"clip_l": left.contiguous(), "clip_g": right.contiguous()}, {})
+        tensors = {"clip_l": left.contiguous(), "clip_g": right.contiguous()}
     else:
-        write_safetensors(path, {word: rows}, {})
+        tensors = {word: rows}
+    # A manager shows the word that this file is, and not those beside it.
+    alone = replace(concept, recipe=replace(concept.recipe, triggers=(word,)))
+    write_safetensors(path, tensors, modelspec(alone, tensors, "textual-inversion"))
 
 
 def stock_rows(vectors: Tensor) -> Tensor:

@@ -10,15 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters import LowRank, check_adapter
+from ..adapters import LowRank, check_adapter, shaped_for
 from ..concept import Concept, Recipe, clip
 from ..errors import AdapterError
 from ..layers import by_level, file_key, name_of_key
 from .concept import layer_tensors, stock_metadata
+from .modelspec import about_of, architecture_said, modelspec, triggers_said
 from .safe import read_safetensors, write_safetensors
 
 Layers = Mapping[str, nn.Module] | Iterable[str]
-_FACTORS = {"lora_up.weight": "up", "lora_down.weight": "down", "alpha": "alpha"}
+Parse = Callable[[str], tuple[str | None, str]]
+MAX_KERNEL = 7
+FACTORS = {"lora_up.weight": "up", "lora_down.weight": "down", "lora_mid.weight": "mid", "alpha": "alpha"}
 
 
 class Imported(NamedTuple):
@@ -39,43 +42,48 @@ def export_kohya(concept: Concept, path: Path | str, dtype: torch.dtype | None =
     for name, adapter in concept.layers.items():
         stock, key = adapter.stock(), file_key(name, concept.recipe.architecture)
         tensors |= layer_tensors(key, stock.to(dtype=dtype) if dtype else stock)
-    write_safetensors(path, tensors, stock_metadata(concept))
+    write_safetensors(path, tensors, stock_metadata(concept) | modelspec(concept, tensors))
     return Path(path)
 
 
 def import_kohya(path: Path | str, layers: Layers | None = None, name: str | None = None) -> Imported:
-    """Read a kohya file as a concept of kind "lora".
+    """Read a kohya file, LyCORIS' LoCon among them, as a concept of kind "lora".
 
     layers: the model's canonical names, or name -> module (`find_layers`), whose weight shapes are then
     checked too; None derives the names from the keys, which works for SD's module paths.
-    A layer with a factor that we do not know (DoRA, LoHa, Tucker) is left out whole and all its keys are
+    A layer with a factor that we do not know (DoRA, LoHa, LoKr) is left out whole and all its keys are
     reported.
     Raises AdapterError for a damaged file, a wrong shape, or when no key at all matches.
     """
     path = Path(path)
     tensors, metadata = read_safetensors(path)
+    adapters, unmatched = assemble(path, tensors, parser(layers), layers)
+    return Imported(imported_concept(path, name, adapters, "kohya", metadata), unmatched)
+
+
+def parser(layers: Layers | None) -> Parse:
+    """What `assemble` asks of kohya's keys."""
     known = None if layers is None else {file_key(layer): layer for layer in layers}
 
     def parse(key: str) -> tuple[str | None, str]:
         stem, _, factor = key.partition(".")
         if known is None:
-            return name_of_key(stem), _FACTORS.get(factor, "unknown")
+            return name_of_key(stem), FACTORS.get(factor, "unknown")
         ours = by_level(stem).replace("lora_te1_", "lora_te_")
-        return known.get(ours), _FACTORS.get(factor, "unknown")
+        return known.get(ours), FACTORS.get(factor, "unknown")
 
-    adapters, unmatched = assemble(path, tensors, parse, layers)
-    return Imported(imported_concept(path, name, adapters, "kohya", metadata), unmatched)
+    return parse
 
 
 def assemble(
     path: Path,
     tensors: Mapping[str, Tensor],
-    parse: Callable[[str], tuple[str | None, str]],
+    parse: Parse,
     layers: Layers | None,
 ) -> tuple[dict[str, LowRank], list[str]]:
     """Adapters from foreign keys, and the keys that fit nowhere.
 
-    parse: key -> (canonical name or None, "up" | "down" | "alpha" | "unknown").  Missing alpha means alpha =
+    parse: key -> (canonical name or None, "up" | "down" | "mid" | "alpha" | "unknown").  Missing alpha means alpha =
     rank.
     """
     parts: dict[str, dict[str, str]] = defaultdict(dict)
@@ -90,7 +98,7 @@ def assemble(
             parts[name][factor if factor != "unknown" else key] = key
     adapters = {}
     for name, keys in sorted(parts.items()):
-        if not {"up", "down"} <= set(keys) <= {"up", "down", "alpha"}:
+        if not {"up", "down"} <= set(keys) <= {"up", "down", "mid", "alpha"}:
             if ("up" in keys) != ("down" in keys):
                 raise AdapterError(f"{path.name}: {min(keys.values())}: only one factor is there; the file is damaged")
             unmatched += keys.values()
@@ -116,9 +124,16 @@ def imported_concept(
     rank, _ = Counter(adapter.rank for adapter in adapters.values()).most_common(1)[0]
     alpha, _ = Counter(adapter.alpha for adapter in adapters.values()).most_common(1)[0]
     said = {key: metadata[key][:200] for key in ("ss_base_model_version", "ss_sd_model_name") if key in metadata}
-    recipe = Recipe(method="lora", rank=rank, alpha=alpha, origin={"imported_from": kind, **said})
-    title = "".join(letter for letter in name or path.stem if letter.isprintable())[:100].strip()
-    return Concept(title or "imported", adapters, {}, recipe)
+    title = "".join(letter for letter in name or path.stem if letter.isprintable())[:100].strip() or "imported"
+    recipe = Recipe(
+        method="lora",
+        rank=rank,
+        alpha=alpha,
+        architecture=architecture_said(metadata),
+        triggers=triggers_said(metadata),
+        origin={"imported_from": kind, **said},
+    )
+    return Concept(title, adapters, {}, recipe, about_of(metadata, title))
 
 
 def require_layers(concept: Concept) -> None:
@@ -128,18 +143,35 @@ def require_layers(concept: Concept) -> None:
 
 
 def _adapter(name: str, factors: Mapping[str, Tensor], module: nn.Module | None) -> LowRank:
-    up, down = factors["up"], factors["down"]
-    if up.dim() == 4 and up.shape[2:] == (1, 1):
-        up = up[:, :, 0, 0]
-    weight = getattr(module, "weight", None)
-    if weight is not None and weight.dim() == 2 and down.dim() == 4 and down.shape[2:] == (1, 1):
-        down = down[:, :, 0, 0]
-    if weight is not None and weight.dim() == 4 and down.dim() == 2:
-        down = down[:, :, None, None]
+    up, down, mid = factors["up"], factors["down"], factors.get("mid")
     if "alpha" in factors and factors["alpha"].numel() != 1:
         raise AdapterError(f"{name}: alpha has shape {tuple(factors['alpha'].shape)}; it must be one number")
+    if up.dim() == 4 and up.shape[2:] == (1, 1):
+        up = up[:, :, 0, 0]
+    # By the rank of lora_down, also where a middle factor has another: so LyCORIS and the host scale.
     rank = down.shape[0] if down.dim() else 0
     alpha = float(factors["alpha"]) if "alpha" in factors else float(rank)
+    if mid is not None:
+        down = joined_with_middle(name, mid, down)
+        alpha = alpha if len(down) == rank else alpha * len(down) / rank
     adapter = LowRank(up.contiguous(), down.contiguous(), alpha, "lora", None, up.shape[0] if up.dim() else 0)
+    weight = getattr(module, "weight", None)
+    if weight is not None:
+        adapter = shaped_for(adapter, weight.shape)
     check_adapter(name, adapter, None if weight is None else weight.shape)
     return adapter
+
+
+def joined_with_middle(name: str, mid: Tensor, down: Tensor) -> Tensor:
+    """LoCon's middle convolution and its lora_down (rank, in, 1, 1) as one lora_down (rank, in, kh, kw), exactly."""
+    flat = down.flatten(1) if down.dim() > 1 else down
+    fits = mid.dim() == 4 and flat.dim() == 2 and mid.shape[1] == len(flat)
+    fits = fits and max(mid.shape[2:]) <= MAX_KERNEL and (down.dim() == 2 or down.shape[2:] == (1, 1))
+    # No larger than a kernel makes it, so that a small file cannot ask for much memory.
+    if not fits or mid.shape[0] * flat.shape[1] > mid.numel() + flat.numel():
+        raise AdapterError(
+            f"{name}: lora_mid {tuple(mid.shape)} does not fit lora_down {tuple(down.shape)}; the file is damaged or "
+            "of a kind that is not read"
+        )
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    return torch.einsum("abhw,bi->aihw", mid.to(dtype), flat.to(dtype))

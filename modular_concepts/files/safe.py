@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -111,7 +112,7 @@ def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata:
     Raises AdapterError for what the reader would refuse, before anything is written.
     """
     path = Path(path)
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    ordered = _in_order(tensors)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name, tensor in ordered:
@@ -135,6 +136,18 @@ def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata:
         handle.write(raw)
         for _, tensor in ordered:
             handle.write(tensor_bytes(tensor))
+
+
+def data_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of all that `write_safetensors` puts behind the header."""
+    digest = hashlib.sha256()
+    for _, tensor in _in_order(tensors):
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

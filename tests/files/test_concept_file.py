@@ -21,17 +21,34 @@ GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_KIND = "block_orthogonal"
 
 
+# Said of the golden concept; the picture is a JPEG of one pixel's first bytes.
+ABOUT = {
+    "title": "Kodo, the dog",
+    "author": "somebody",
+    "date": "2026-11-21T20:00:00Z",
+    "description": "A dog.\nIn two lines.",
+    "thumbnail": "data:image/jpeg;base64,/9j/4AAQSkZJRgABAQEASABIAAA=",
+}
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_golden_file_of_version_1_is_written_and_read_the_same_for_ever(make_concept, same_concept, tmp_path, compact):
-    golden = GOLDEN / ("concept-v1-compact.safetensors" if compact else "concept-v1.safetensors")
-    concept = make_concept(GOLDEN_KIND)
+    golden = GOLDEN / ("concept-v1-about-compact.safetensors" if compact else "concept-v1-about.safetensors")
+    concept = dataclasses.replace(make_concept(GOLDEN_KIND), about=ABOUT)
     same_concept(load_concept(golden), concept)
+    assert load_concept(golden).about == ABOUT
     save_concept(concept, tmp_path / "again.safetensors", compact)
     assert (tmp_path / "again.safetensors").read_bytes() == golden.read_bytes()
 
 
-def test_golden_file_has_the_keys_shapes_and_metadata_of_version_1():
-    with safe_open(GOLDEN / "concept-v1.safetensors", framework="pt") as file:
+@pytest.mark.parametrize("file", ["concept-v1.safetensors", "concept-v1-compact.safetensors"])
+def test_golden_file_without_entries_for_other_programs_is_read_for_ever(make_concept, same_concept, file):
+    same_concept(load_concept(GOLDEN / file), make_concept(GOLDEN_KIND))
+
+
+@pytest.mark.parametrize("file", ["concept-v1.safetensors", "concept-v1-about.safetensors"])
+def test_golden_file_has_the_keys_shapes_and_metadata_of_version_1(file):
+    with safe_open(GOLDEN / file, framework="pt") as file:
         shapes = {key: tuple(file.get_tensor(key).shape) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"

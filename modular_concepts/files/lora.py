@@ -1,0 +1,180 @@
+"""Any program's LoRA as a concept: each key is read as what it is, kohya's, LyCORIS', diffusers', peft's or the host's.
+
+The host writes `diffusion_model.…` and `text_encoders.…`, the modules' paths in Stable Diffusion's original layout.
+Where a model is at hand, it knows best what its own keys are called (`Places`); some programs keep queries, keys and
+values apart that are one layer in it, and then each is some rows of that layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapters import LowRank, check_adapter, shaped_for
+from ..errors import AdapterError
+from ..layers import check_name
+from . import diffusers, kohya
+from .kohya import Imported, assemble, imported_concept
+from .safe import check_finite, read_safetensors
+
+
+class Place(NamedTuple):
+    """Where a foreign module's adapter belongs: a layer, and which of its output rows, start and count, or all."""
+
+    layer: str
+    rows: tuple[int, int] | None = None
+
+
+Places = Callable[[str], Place | None]
+
+_RESNET = {
+    "in_layers.2": "conv1",
+    "out_layers.3": "conv2",
+    "emb_layers.1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+_SINGLE = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.2": "conv_out",
+}
+_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(.+)")
+_TEXT = re.compile(r"text_encoders\.clip_(l|g|h)\.transformer\.(.+)")
+
+
+def import_lora(
+    path: Path | str, name: str | None = None, places: Places | None = None, shapes: Mapping | None = None
+) -> Imported:
+    """Read a LoRA file of any form; see `lora_concept`."""
+    path = Path(path)
+    tensors, metadata = read_safetensors(path)
+    return lora_concept(path, tensors, metadata, name, places, shapes)
+
+
+def lora_concept(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    name: str | None = None,
+    places: Places | None = None,
+    shapes: Mapping | None = None,
+) -> Imported:
+    """A concept of kind "lora" from a LoRA's tensors, and every key that found no place in it.
+
+    path: names the LoRA in messages, and the concept unless `name` does.
+    places: foreign module path -> where it is in the model at hand; without one, paths are read by rule, which works
+    for Stable Diffusion 1.x, 2.x and XL.  shapes: layer -> its weight's shape, needed for rows of a layer.
+    Raises AdapterError for a damaged LoRA, or when no key at all matches.
+    """
+    rows: dict[str, Place] = {}
+    for key, tensor in tensors.items():
+        check_finite(f"{path.name}: {key}", tensor)
+
+    def parse(key: str) -> tuple[str | None, str]:
+        stem, factor = split_key(key)
+        if places is None or stem is None:
+            return by_rule(stem) if stem else None, factor
+        place = places(stem)
+        if place is None:
+            return None, factor
+        if place.rows is None:
+            return place.layer, factor
+        # Parts of one layer are told apart until they have been read.
+        part = f"{place.layer}.rows_{place.rows[0]}"
+        rows[part] = place
+        return part, factor
+
+    adapters, unmatched = assemble(path, tensors, parse, None)
+    explicit = {parse(key)[0] for key in tensors if key.endswith(".alpha")}
+    adapters = diffusers.with_peft_alphas(path, adapters, explicit, metadata)
+    whole = _joined(path, adapters, rows, shapes or {})
+    kind = "kohya" if any(key.startswith("lora_") for key in tensors) else "diffusers"
+    return Imported(imported_concept(path, name, whole, kind, metadata), unmatched)
+
+
+def split_key(key: str) -> tuple[str | None, str]:
+    """(module path or kohya's stem, factor) of any form of key; (None, "unknown") for what is no factor's."""
+    stem, _, factor = key.partition(".")
+    if stem.startswith(("lora_", "lycoris_")):
+        return stem, kohya.FACTORS.get(factor, "unknown")
+    return diffusers.stem_and_factor(key)
+
+
+def by_rule(stem: str) -> str | None:
+    """Canonical name of a foreign module, by the form of its name alone."""
+    found = _by_rule(stem)
+    try:
+        return found and check_name(found)
+    except AdapterError:
+        return None
+
+
+def _by_rule(stem: str) -> str | None:
+    if "." not in stem:
+        if stem.startswith("lycoris_"):
+            stem = f"lora_unet_{stem.removeprefix('lycoris_')}"
+        return kohya.name_of_key(stem)
+    if stem.startswith("diffusion_model."):
+        path = _by_level(stem.removeprefix("diffusion_model."))
+        return f"unet.{path}" if path else None
+    if match := _TEXT.fullmatch(stem):
+        return f"text_encoder{'_2' if match[1] == 'g' else ''}.{match[2]}"
+    return diffusers.name_of_path(stem)
+
+
+def _by_level(path: str) -> str | None:
+    """A module path of the original U-Net, whose blocks are counted through, three to a level, in diffusers' words."""
+    if path in _SINGLE:
+        return _SINGLE[path]
+    match = _BLOCK.fullmatch(path)
+    if match is None:
+        return None
+    kind, number, rest = match[1], int(match[2]), match[3]
+    if kind == "middle_block":
+        place, inner = "mid_block", {0: "resnets.0", 1: "attentions.0", 2: "resnets.1"}.get(number)
+    else:
+        level, index = divmod(number - 1, 3) if kind == "input_blocks" else divmod(number, 3)
+        place = f"{'down' if kind == 'input_blocks' else 'up'}_blocks.{level}"
+        part, _, rest = rest.partition(".")
+        if rest == "op" and kind == "input_blocks":
+            return f"{place}.downsamplers.0.conv"
+        if rest == "conv" and kind == "output_blocks":
+            return f"{place}.upsamplers.0.conv"
+        inner = {"0": f"resnets.{index}", "1": f"attentions.{index}"}.get(part)
+    if inner is None or not rest:
+        return None
+    if inner.startswith("resnets"):
+        rest = _RESNET.get(rest)
+    return f"{place}.{inner}.{rest}" if rest else None
+
+
+def _joined(
+    path: Path, adapters: Mapping[str, LowRank], parts: Mapping[str, Place], shapes: Mapping
+) -> dict[str, LowRank]:
+    """Adapters of whole layers; parts that are rows of one layer in the model become one adapter, zero elsewhere."""
+    whole = {name: adapter for name, adapter in adapters.items() if name not in parts}
+    gathered: dict[str, list[tuple[int, LowRank]]] = {}
+    for part, (layer, rows) in parts.items():
+        if part in adapters:
+            own = shaped_for(adapters[part], (rows[1], *shapes[layer][1:]))
+            check_adapter(f"{path.name}: {layer}, from row {rows[0]}", own, (rows[1], *shapes[layer][1:]))
+            gathered.setdefault(layer, []).append((rows[0], own))
+    for layer, found in gathered.items():
+        if layer in whole:
+            raise AdapterError(f"{path.name}: {layer} is there whole and in parts; the file mixes two adapters")
+        out, ups = shapes[layer][0], []
+        for start, adapter in found:
+            up = adapter.lora_up.new_zeros(out, adapter.rank)
+            up[start : start + len(adapter.lora_up)] = adapter.scale * adapter.lora_up
+            ups.append(up)
+        down = torch.cat([adapter.lora_down for _, adapter in found])
+        whole[layer] = LowRank(torch.cat(ups, dim=1), down, float(len(down)), "lora", None, out)
+    return whole

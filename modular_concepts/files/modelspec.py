@@ -1,0 +1,171 @@
+"""What a file says of itself to programs that list models: Stability's ModelSpec 1.0.1, and kohya's hash and preview.
+
+`Concept.about` holds what a person says of a concept (`OWN`); everything else follows from the concept itself.  The
+host's own model browser reads a preview from `ssmd_cover_images`, other managers from `modelspec.thumbnail`.
+Source: github.com/Stability-AI/ModelSpec; architecture and implementation are spelled as sd-scripts spells them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timezone
+
+from torch import Tensor
+
+from ..concept import Concept
+from ..errors import AdapterError
+from .safe import data_hash
+
+VERSION = "1.0.1"
+PREFIX = "modelspec."
+COVERS = "ssmd_cover_images"
+OWN = ("title", "description", "author", "license", "tags", "usage_hint", "date", "thumbnail")
+MAX_TEXT, MAX_WORDS = 4096, 400
+THUMBNAIL_SIDE, MAX_THUMBNAIL = 256, 96 * 1024  # pixels, characters
+JPEG = "data:image/jpeg;base64,"
+
+_ARCHITECTURES = {
+    "sd15": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2",  # 512 and 768-v differ in what they predict, and adapters go with either
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sd3": "stable-diffusion-3",
+    "toy": "modular-concepts-toy",
+}
+_SIZES = {"sd15": 512, "sd2": 512, "sdxl": 1024, "sd3": 1024, "toy": 32}
+# What older files say instead, in kohya's own entry.
+_KOHYA_VERSIONS = {"sd_v1": "sd15", "sd_v2": "sd2", "sdxl_base": "sdxl", "sd3": "sd3", "sd_1": "sd15", "sd_2": "sd2"}
+
+
+def modelspec(concept: Concept, tensors: Mapping[str, Tensor], form: str = "lora") -> dict[str, str]:
+    """The metadata entries of a file that holds `tensors`.
+
+    form: "lora", "lora/diffusers" (diffusers' own keys) or "textual-inversion".
+    Raises AdapterError for an `about` that `check_about` refuses.
+    """
+    about = check_about(concept)
+    recipe = concept.recipe
+    kind, _, keys = form.partition("/")
+    architecture = f"{_ARCHITECTURES.get(recipe.architecture, recipe.architecture or 'unknown')}/{kind}"
+    of_stability = keys != "diffusers" and (recipe.architecture == "sdxl" or kind == "textual-inversion")
+    digest = data_hash(tensors)
+    said = {
+        "sai_model_spec": VERSION,
+        "architecture": architecture,
+        "implementation": "https://github.com/Stability-AI/generative-models" if of_stability else "diffusers",
+        "title": concept.name,
+        "hash_sha256": f"0x{digest}",
+    }
+    if side := _SIZES.get(recipe.architecture):
+        said["resolution"] = f"{side}x{side}"
+    if words := trigger_phrase(concept):
+        said["trigger_phrase"] = words
+    if parts := recipe.origin.get("parts"):
+        names = [str(part["name"]) for part in parts if isinstance(part, Mapping) and "name" in part]
+        said["merged_from"] = ", ".join(names)
+    found = {PREFIX + key: value for key, value in (said | about).items()} | {"sshs_model_hash": digest}
+    if "thumbnail" in about:
+        found[COVERS] = json.dumps([about["thumbnail"].removeprefix(JPEG)])
+    return found
+
+
+def trigger_phrase(concept: Concept) -> str:
+    """The words that call a concept, as a prompt has them; those of a merge's parts with commas between."""
+    words = concept.recipe.triggers or tuple(concept.tokens)
+    return (", " if "parts" in concept.recipe.origin else " ").join(words)
+
+
+def about_of(metadata: Mapping[str, str], name: str) -> dict[str, str]:
+    """What a person said of a concept, from a file's metadata; what is too long is cut, what is no picture left out.
+
+    Other programs let people edit these entries, so nothing in them makes a file unreadable.
+    name: the concept's, which is its title unless it has another.
+    """
+    found = {key: metadata[PREFIX + key] for key in OWN if PREFIX + key in metadata}
+    if found.get("title") == name:
+        del found["title"]
+    kept = {}
+    for key, value in found.items():
+        if key == "thumbnail":
+            if _is_jpeg(value):
+                kept[key] = value
+        elif text := "".join(c for c in value[:MAX_TEXT] if c.isprintable() or c == "\n").strip():
+            kept[key] = text
+    return kept
+
+
+def architecture_said(metadata: Mapping[str, str]) -> str:
+    """The family that another program's file names, as concepts call it, or "" where it names none that we know."""
+    said = metadata.get(PREFIX + "architecture", "")
+    for own, theirs in _ARCHITECTURES.items():
+        if said.startswith(theirs) and "refiner" not in said:
+            return own
+    version = metadata.get("ss_base_model_version", "")
+    return next((own for start, own in _KOHYA_VERSIONS.items() if version.startswith(start)), "")
+
+
+def triggers_said(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The words by which another program's file says it is called."""
+    said = metadata.get(PREFIX + "trigger_phrase", "")[:MAX_WORDS]
+    words = (" ".join("".join(c if c.isprintable() else " " for c in part).split()) for part in said.split(","))
+    return tuple(dict.fromkeys(word for word in words if word))
+
+
+def check_about(concept: Concept) -> dict[str, str]:
+    """`about` as it will be written and read again.  Raises AdapterError that names the entry."""
+    for key, value in concept.about.items():
+        if key not in OWN:
+            raise AdapterError(f"{concept.name}: {key!r} is nothing that a file says; choose from {', '.join(OWN)}")
+        good = _is_jpeg(value) if key == "thumbnail" else about_of({PREFIX + key: value}, "").get(key) == value
+        if not good:
+            wanted = f"printable text of at most {MAX_TEXT} characters, without spaces around it"
+            wanted = f"a JPEG of at most {MAX_THUMBNAIL} characters" if key == "thumbnail" else wanted
+            raise AdapterError(f"{concept.name}: its {key} cannot be written; give {wanted}")
+    return {key: value for key, value in concept.about.items() if (key, value) != ("title", concept.name)}
+
+
+def saying(concept: Concept, **about: str) -> Concept:
+    """The concept with these entries of `about`; empty ones change nothing."""
+    said = {key: value.strip() for key, value in about.items() if value.strip()}
+    return replace(concept, about={**concept.about, **said}) if said else concept
+
+
+def dated(concept: Concept) -> Concept:
+    """With today's date, unless it has one already: a concept keeps the date of its first file."""
+    now = datetime.now(timezone.utc).replace(microsecond=0).isoformat().replace("+00:00", "Z")
+    return concept if "date" in concept.about else saying(concept, date=now)
+
+
+def thumbnail(picture: Tensor) -> str:
+    """A picture (H, W, 3) in 0..1 as a small JPEG in a data URI, at most 256 pixels wide and high.
+
+    The same picture gives the same text on one machine.
+    """
+    from PIL import Image
+
+    pixels = (picture.detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()
+    image = Image.fromarray(pixels[..., :3])
+    if max(image.size) < THUMBNAIL_SIDE // 2:
+        factor = THUMBNAIL_SIDE // 2 // max(image.size)
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    for quality in (85, 60, 30):
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=quality)
+        text = JPEG + base64.b64encode(data.getvalue()).decode("ascii")
+        if len(text) <= MAX_THUMBNAIL:
+            break
+    return text
+
+
+def _is_jpeg(text: str) -> bool:
+    if not text.startswith(JPEG) or len(text) > MAX_THUMBNAIL:
+        return False
+    try:
+        return base64.b64decode(text.removeprefix(JPEG), validate=True).startswith(b"\xff\xd8")
+    except (binascii.Error, ValueError):
+        return False
