@@ -30,7 +30,7 @@ from ..modular_concepts.training.attention_regularisation import CrossAttention,
 from ..modular_concepts.training.frozen import frozen_forward, own_weights
 from ..modular_concepts.training.losses import Schedule
 from .clip import trigger_positions, word_rows
-from .layers import architecture_of, base_hash, host_layers, text_encoders_of
+from .layers import architecture_of, base_hash, base_sample, host_layers, text_encoders_of
 from .layerwise import LAYERS, PickLayer, cross_attention_layers, stacked, with_layers
 from .texts import HostContext, check_text_models, contexts
 
@@ -79,6 +79,10 @@ class HostBase:
     read_by_t5: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
     # Nothing for the engine to freeze: `trainable` keeps gradients from every weight, and the host's flags as they are.
     modules: Sequence[nn.Module] = ()
+
+    @property
+    def sample(self) -> str:
+        return base_sample(self.model)
 
     @property
     def multiple(self) -> int:

@@ -12,13 +12,13 @@ from pathlib import Path
 import folder_paths
 
 from ..modular_concepts.concept import Concept
-from ..modular_concepts.customisation import merged_concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.files.concept import KEY, load_concept, save_concept
 from ..modular_concepts.files.embeddings import export_embedding
 from ..modular_concepts.files.kohya import export_kohya, import_kohya
 from ..modular_concepts.files.moments import SUFFIX as MOMENTS
 from ..modular_concepts.files.safe import read_header, safe_child, safe_name
+from ..modular_concepts.merged import merged_concept
 from .folders import names, path_of
 
 SUFFIX = ".safetensors"

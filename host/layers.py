@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..modular_concepts.base_model import tables_hash
 from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.fingerprint import weights_sample
 from ..modular_concepts.layers import canonical_name
 from .toy import ToyConfig
 
@@ -84,6 +85,11 @@ def base_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | Non
             tables.append(_unpatched(clip.patcher, _text_names(name, encoder)))
         known[text] = tables_hash(*tables)
     return known[text]
+
+
+def base_sample(model: comfy.model_patcher.ModelPatcher) -> str:
+    """`fingerprint.weights_sample` of the loader's own weights, patched just now or not."""
+    return weights_sample(_unpatched(model, _weight_names(model)))
 
 
 def _unpatched(patcher: comfy.model_patcher.ModelPatcher, names: Mapping[str, str]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .adapters import at_least_float32
 from .contexts import Context, hidden_states
 from .errors import AdapterError
+from .fingerprint import weights_sample
 from .layers import find_layers
 from .layerwise import cross_attention_transformers, routed
 from .tokens import check_layer_count, layer_count, token_ids
@@ -34,6 +35,7 @@ class Base(Protocol):
     cross_attentions: those that learned words are read by; empty where there are none, as in a diffusion transformer.
     trigger_positions: where each row of `tokens` stands in the context of each prompt, (B, all rows); -1 for nowhere.
     cross_attention_layers: how many a layer-wise word has rows for; 0 where there are none, as in a DiT.
+    sample: a few numbers of the denoiser's weights (`fingerprint.py`).
     """
 
     architecture: str
@@ -43,6 +45,7 @@ class Base(Protocol):
     denoiser: nn.Module
     multiple: int
     cross_attention_layers: int
+    sample: str
 
     def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, nn.Module]: ...
 
@@ -92,6 +95,10 @@ class BaseModel:
     @property
     def modules(self) -> tuple[nn.Module, nn.Module]:
         return self.unet, self.text_encoder
+
+    @property
+    def sample(self) -> str:
+        return weights_sample(self.unet.state_dict())
 
     @property
     def cross_attention_layers(self) -> int:

@@ -7,8 +7,6 @@ mend is one sentence on the error stream and exit code 2.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import signal
 import sys
 import threading
@@ -17,6 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
+from .cli_merging import add_export, add_inspect, add_merge
+from .cli_paths import base_named, check_output, concepts_at, folder, note
 from .cli_training import add_training_options, chosen_preset
 from .errors import AdapterError
 from .files.safe import safe_name
@@ -58,8 +58,8 @@ def _demo(args: argparse.Namespace) -> None:
     from .toy.demo import Steps, run_demo
     from .toy.judges import load_judges
 
-    out = _folder(args.out)
-    report = run_demo(_base("toy"), load_judges(), out, Steps(print, _Bar))
+    out = folder(args.out)
+    report = run_demo(base_named("toy"), load_judges(), out, Steps(print, _Bar))
     print((out / "report.md").read_text(encoding="utf-8"))
     print(f"pictures and figures are in {out} ({report['seconds']:.0f} s)")
 
@@ -71,7 +71,7 @@ def _pictures(args: argparse.Namespace) -> None:
 
     if args.concept not in BY_NAME:
         raise AdapterError(f"there is no standard concept {args.concept!r}; choose one of {', '.join(BY_NAME)}")
-    out = _folder(args.out or Path("pictures") / args.concept)
+    out = folder(args.out or Path("pictures") / args.concept)
     pictures, captions = pictures_of(BY_NAME[args.concept])
     for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         with replacing(out / f"{number:02d}.png") as file:
@@ -90,16 +90,17 @@ def _train(args: argparse.Namespace) -> None:
     from .customisation import Subject, Targets, check_training, concept_from, train_concept, trigger_of
     from .dataset import filled_in, load_folder
     from .files.concept import save_concept
+    from .files.modelspec import dated
     from .toy.demo import SETTINGS, UNDESCRIBED
     from .toy.presets import on_toy_base
     from .training import TrainSettings, Unfinished, check_checkpoint
 
     name = safe_name(args.name)
     out = args.out or Path("concepts") / f"{name}.safetensors"
-    _check_output(out)
+    check_output(out)
     if args.checkpoints:
-        _folder(args.checkpoints, "--checkpoints")
-    base = _base(args.base)
+        folder(args.checkpoints, "--checkpoints")
+    base = base_named(args.base)
     toy = base.architecture == "toy"
     usual = (SETTINGS if args.description else UNDESCRIBED) if toy else TrainSettings()
     preset = chosen_preset(args, usual, lambda own: on_toy_base(own, described=bool(args.description)) if toy else own)
@@ -161,8 +162,8 @@ def _train(args: argparse.Namespace) -> None:
     if not result.finished:
         out = out.with_name(f"{out.stem}-step{result.step}.safetensors")
     if result.losses:
-        _folder(out.parent)
-        save_concept(concept, out, compact=args.compact)
+        folder(out.parent)
+        save_concept(dated(concept), out, compact=args.compact)
         print(f"wrote {out}: {_what_learned(concept)}, last loss {result.losses[-1]:.4f}")
     if fault is not None:
         raise AdapterError(f"{fault}" + (f" in {out}" if result.losses else "")) from fault
@@ -191,28 +192,18 @@ def _prior(base, class_word: str, count: int, height: int, width: int):
         return prior_examples(base, class_word, count, 1000, settings, lambda done, total: advance(done))
 
 
-def _merge(args: argparse.Namespace) -> None:
-    from .customisation import merged_concept
-    from .files.concept import save_concept
-
-    _check_output(args.out)
-    concepts, strengths = _concepts(args.concepts)
-    merged = merged_concept(safe_name(args.out.stem), concepts, strengths, args.how)
-    _folder(args.out.parent)
-    save_concept(merged, args.out)
-    print(f"wrote {args.out}: {' + '.join(c.name for c in concepts)}; triggers {' '.join(merged.tokens) or 'none'}")
-    _say_crosstalk(concepts)
-
-
 def _sample(args: argparse.Namespace) -> None:
     from .customisation import customised
+    from .explain import warnings_on_base
     from .files.safe import replacing
     from .sampling import SampleSettings, sample
     from .toy.report import to_image
 
-    _check_output(args.out)
-    base = _base(args.base)
-    concepts, strengths = _concepts(args.concept or [])
+    check_output(args.out)
+    base = base_named(args.base)
+    concepts, strengths, _ = concepts_at(args.concept or [])
+    for sentence in warnings_on_base(concepts, base.hash, base.sample):
+        note(sentence)
     settings = SampleSettings(args.steps, args.cfg, args.height, args.width, args.negative)
     height = base.size[0] if args.height is None else args.height
     width = base.size[1] if args.width is None else args.width
@@ -223,7 +214,7 @@ def _sample(args: argparse.Namespace) -> None:
     with bar as advance, customised(base, concepts, strengths) as tokens:
         _warn_unknown(base, [args.prompt, *(region.prompt for region in regions)], list(tokens))
         pictures = sample(base, prompts, seeds, tokens, settings, regions, lambda done, total: advance(done))
-    _folder(args.out.parent)
+    folder(args.out.parent)
     for number, picture in enumerate(pictures):
         path = args.out if args.count == 1 else args.out.with_stem(f"{args.out.stem}-{number:02d}")
         image = to_image(picture)
@@ -234,92 +225,13 @@ def _sample(args: argparse.Namespace) -> None:
         print(f"wrote {path} (seed {seeds[number]})")
 
 
-def _inspect(args: argparse.Namespace) -> None:
-    from .adapters import LowRank
-    from .layers import block_of
-
-    concepts, _ = _concepts(args.concepts)
-    for path, concept in zip(args.concepts, concepts, strict=True):
-        recipe = concept.recipe
-        made = {key: value for key, value in recipe.to_json().items() if value not in (None, "", [], {})}
-        blocks = dict.fromkeys(block_of(name) for name in concept.layers)
-        adapters: list[LowRank] = list(concept.layers.values())
-        size = sum(a.delta().norm().item() ** 2 for a in adapters) ** 0.5
-        print(f"{path}: concept {concept.name!r}")
-        if adapters:
-            print(f"  {len(adapters)} layers in {', '.join(blocks)}; size of the change ‖ΔW‖ = {size:.3f}")
-        else:
-            print("  no layers, the word alone")
-        for word, rows in concept.tokens.items():
-            each = f", for each of {len(rows)} cross-attention layers" if rows.dim() == 3 else ""
-            print(f"  learned word {word}: {rows.shape[-2]} x {rows.shape[-1]}{each}")
-        print("  " + json.dumps({key: value for key, value in made.items() if key != "training"}))
-        if args.verbose:
-            print("  training " + json.dumps(made.get("training", {})))
-    _say_crosstalk(concepts)
-
-
-def _export(args: argparse.Namespace) -> None:
-    from .files.diffusers import export_diffusers
-    from .files.embeddings import export_embeddings
-    from .files.kohya import export_kohya
-
-    (concept,), _ = _concepts([args.concept])
-    out = args.out or Path(f"{safe_name(concept.name)}_{args.format}.safetensors")
-    words = out.parent / "embeddings"
-    _check_output(out)
-    own = Path(args.concept).resolve()
-    if own == out.resolve() or own.parent == words.resolve():
-        raise AdapterError(f"the export would replace {args.concept} itself; choose another --out")
-    # Words first: what cannot be exported at all is found before anything is written.
-    if concept.tokens:
-        for path in export_embeddings(concept, _folder(words)):
-            print(f"wrote {path}: the learned word, for the embeddings folder")
-        if any(rows.dim() == 3 for rows in concept.tokens.values()):
-            print("note: the word has rows for each layer, which other programs cannot use; the file has their mean")
-    if concept.layers:
-        _folder(out.parent)
-        export = export_kohya if args.format == "kohya" else export_diffusers
-        print(f"wrote {export(concept, out)}")
-
-
 # --- reading arguments --------------------------------------------------------------------------------------
-
-
-def _base(name: str):
-    if name == "toy":
-        from .toy.base import load_toy_base
-
-        return load_toy_base()
-    if not Path(name).is_dir():
-        raise AdapterError(f"there is no base {name!r}; give toy, or the folder of a diffusers model")
-    from .diffusers_base import load_diffusers_base
-
-    return load_diffusers_base(Path(name))
 
 
 def _settings(preset, **changes):
     from dataclasses import replace
 
     return replace(preset, **changes)
-
-
-def _concepts(texts: Sequence[str]) -> tuple[list, list[float]]:
-    """FILE or FILE:STRENGTH each."""
-    from .files.concept import load_concept
-
-    concepts, strengths = [], []
-    for text in texts:
-        path, colon, number = str(text).rpartition(":")
-        try:
-            strength = float(number) if colon and not Path(text).exists() else None
-        except ValueError as error:
-            if Path(path).exists():
-                raise AdapterError(f"{text}: {number!r} is no strength; write {path}:0.8, for example") from error
-            strength = None
-        concepts.append(load_concept(Path(text if strength is None else path)))
-        strengths.append(1.0 if strength is None else strength)
-    return concepts, strengths
 
 
 def _region(text: str, width: int, height: int):
@@ -335,38 +247,10 @@ def _region(text: str, width: int, height: int):
     return Region(prompt.strip(), fractions(numbers, width, height))
 
 
-def _folder(path: Path, option: str = "--out") -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AdapterError(f"the folder {path} cannot be made: {error.strerror}; choose another {option}") from error
-    return path
-
-
-def _check_output(path: Path) -> None:
-    """Refuse before the work begins what could not be written after it."""
-    if path.is_dir():
-        raise AdapterError(f"{path} is a folder; give --out a file name")
-    parent = next((folder for folder in path.absolute().parents if folder.exists()), None)
-    if parent is None or not parent.is_dir():
-        raise AdapterError(f"{path} cannot be written: {parent} is not a folder; choose another --out")
-    if not os.access(parent, os.W_OK):
-        raise AdapterError(f"{path} cannot be written: you have no permission in {parent}; choose another --out")
-
-
 def _warn_unknown(base, prompts: Sequence[str], triggers: Sequence[str]) -> None:
     unknown = sorted({word for prompt in prompts for word in base.unknown_words(prompt, triggers)})
     if unknown:
-        print(f"note: the base does not know {', '.join(unknown)}; these words change nothing", file=sys.stderr)
-
-
-def _say_crosstalk(concepts: Sequence) -> None:
-    from .crosstalk import crosstalk_table
-
-    if len(concepts) < 2:
-        return
-    for (first, second), figures in crosstalk_table(concepts)["pairs"].items():
-        print(f"crosstalk {first} and {second}: {figures['crosstalk']:.4f}")
+        note(f"the base does not know {', '.join(unknown)}; these words change nothing")
 
 
 class _Interruption:
@@ -478,11 +362,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
-    merge = commands.add_parser("merge", help="sum concepts into one file")
-    merge.add_argument("concepts", nargs="+", help="FILE or FILE:STRENGTH")
-    merge.add_argument("--out", type=Path, required=True)
-    merge.add_argument("--how", choices=("sum", "mean", "block"), default="sum")
-    merge.set_defaults(run=_merge)
+    add_merge(commands)
 
     sample = commands.add_parser("sample", help="draw a prompt with any number of concepts and regions")
     sample.add_argument("prompt")
@@ -500,14 +380,6 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--zoom", type=_count, default=1, help="enlarge the file, each pixel to ZOOM x ZOOM")
     sample.set_defaults(run=_sample)
 
-    inspect = commands.add_parser("inspect", help="what is in concept files, and the crosstalk of several")
-    inspect.add_argument("concepts", nargs="+")
-    inspect.add_argument("-v", "--verbose", action="store_true")
-    inspect.set_defaults(run=_inspect)
-
-    export = commands.add_parser("export", help="for other programs: kohya (ComfyUI, A1111) or diffusers / peft")
-    export.add_argument("concept")
-    export.add_argument("--format", choices=("kohya", "diffusers"), default="kohya")
-    export.add_argument("--out", type=Path)
-    export.set_defaults(run=_export)
+    add_inspect(commands)
+    add_export(commands)
     return parser

@@ -16,9 +16,8 @@ from .base_model import Base, BaseModel
 from .bases import OrthogonalBasis
 from .concept import Concept, Recipe
 from .errors import AdapterError
-from .fitting import fitted, refuse_shared_triggers, voice_of
+from .fitting import fitted
 from .latents import encoded, kept, latent_masks, mirrored
-from .merge import merge_concepts
 from .sampling import SampleSettings, sample
 from .training import Estimate, Examples, Problem, Progress, TrainResult, TrainSettings, attached, train
 from .training.methods import new_adapters, new_words
@@ -243,6 +242,7 @@ def concept_from(
             "pictures": len(subject.pictures),
             "fingerprint": subject.fingerprint,
             "program": f"modular-concepts {__version__}",
+            "base_sample": base.sample,
         },
     )
     return Concept(subject.name, result.layers, result.tokens, recipe)
@@ -262,42 +262,3 @@ def customised(
     merged, tokens = fitted(base.architecture, shapes, concepts, strengths, how, word_rows=base.word_rows)
     with attached(everything, merged):
         yield tokens
-
-
-def merged_concept(name: str, concepts: Sequence[Concept], strengths: Sequence[float], how: str = "sum") -> Concept:
-    """One concept that holds the exact merge of several: ranks add up, all trigger words are kept.
-
-    Raises AdapterError when the concepts belong to different bases.
-    """
-    first = concepts[0].recipe
-    for concept in concepts:
-        if (concept.recipe.base_hash, concept.recipe.architecture) != (first.base_hash, first.architecture):
-            raise AdapterError(
-                f"{concepts[0].name} and {concept.name} were trained on different bases; merge concepts of one base"
-            )
-    refuse_shared_triggers(concepts)
-    layers = {layer: merged.as_low_rank() for layer, merged in merge_concepts(concepts, strengths, how=how).items()}
-    rank = max((adapter.rank for adapter in layers.values()), default=1)
-    recipe = Recipe(
-        method="lora",
-        rank=rank,
-        alpha=float(rank),
-        base_hash=first.base_hash,
-        architecture=first.architecture,
-        triggers=tuple(word for concept in concepts for word in concept.tokens),
-        origin={
-            "program": f"modular-concepts {__version__}",
-            "merge": how,
-            "words": {
-                word: {"class_word": class_word, "strength": share * min(1.0, max(0.0, strength))}
-                for concept, strength in zip(concepts, strengths, strict=True)
-                for word in concept.tokens
-                for class_word, share in (voice_of(concept, word),)
-            },
-            "parts": [
-                {"name": concept.name, "strength": strength, "origin": dict(concept.recipe.origin)}
-                for concept, strength in zip(concepts, strengths, strict=True)
-            ],
-        },
-    )
-    return Concept(name, layers, {word: rows for concept in concepts for word, rows in concept.tokens.items()}, recipe)

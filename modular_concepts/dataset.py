@@ -271,6 +271,11 @@ def _checked(text: str, where: str) -> str:
     return caption
 
 
+def load_picture(path: Path) -> Tensor:
+    """(H, W, 3) in 0..1 of one picture file, upright and without transparency."""
+    return torch.from_numpy(np.array(_open(path).convert("RGB"))).float() / 255
+
+
 def _open(path: Path) -> Image:
     """Decode a whole picture, upright, as RGB or L; transparency on white."""
     try:

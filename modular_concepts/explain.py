@@ -18,6 +18,7 @@ from .adapters import LowRank, at_least_float32
 from .concept import Concept
 from .crosstalk import crosstalk_table, distinct_names
 from .errors import AdapterError
+from .fingerprint import same_weights
 from .layers import block_of
 from .moments import Moment
 
@@ -185,6 +186,33 @@ def _size_on(adapter: LowRank, moment: Moment) -> float:
 
 
 # --- what does not belong together --------------------------------------------------------------------------
+
+
+def warnings_between(concepts: Sequence[Concept]) -> list[str]:
+    """Sentences for a person about concepts that can be merged, but should not be without knowing."""
+    return _warnings(distinct_names(concepts), concepts)
+
+
+def warnings_on_base(concepts: Sequence[Concept], base_hash: str, base_sample: str = "") -> list[str]:
+    """A sentence for each concept that was trained on another checkpoint than the one that it is merged into.
+
+    base_hash, base_sample: the checkpoint's (`base_model.tables_hash`, `fingerprint.py`); either may be "", unknown.
+    """
+    return [
+        f"{concept.name} was trained on another checkpoint of this family: it acts less well here; load the one that "
+        "it was trained on, or expect it to be less like its pictures"
+        for concept in concepts
+        if _trained_elsewhere(concept, base_hash, base_sample)
+    ]
+
+
+def _trained_elsewhere(concept: Concept, base_hash: str, base_sample: str) -> bool:
+    if base_hash and base_hash == concept.recipe.base_hash:
+        return False
+    same = same_weights(concept.recipe.origin.get("base_sample"), base_sample)
+    if same is None:
+        return bool(base_hash and concept.recipe.base_hash)
+    return not same
 
 
 def _warnings(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:

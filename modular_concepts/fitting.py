@@ -37,7 +37,7 @@ def fitted(
     for concept in concepts:
         check_architecture(concept, architecture)
     refuse_shared_triggers(concepts)
-    _refuse_other_basis(concepts)
+    refuse_other_basis(concepts)
     concepts = [_on_base(concept, shapes) for concept in concepts]
     merged = merge_concepts(concepts, strengths, how, literal, options, evidence) if concepts else {}
     return merged, faded_words(concepts, strengths, word_rows)
@@ -83,7 +83,7 @@ def faded_words(
 def voice_of(concept: Concept, word: str) -> tuple[str, float]:
     """(the class word that a trigger goes back to, how much of it is said at strength 1).
 
-    A saved merge notes both for each of its words (`customisation.merged_concept`), for its parts had strengths.
+    A saved merge notes both for each of its words (`merged.merged_concept`), for its parts had strengths.
     """
     noted = concept.recipe.origin.get("words")
     entry = noted.get(word) if isinstance(noted, Mapping) else None
@@ -115,8 +115,8 @@ def refuse_shared_triggers(concepts: Sequence[Concept]) -> None:
             owners[word] = concept.name
 
 
-def _refuse_other_basis(concepts: Sequence[Concept]) -> None:
-    """Slots keep concepts apart only within one shared basis."""
+def refuse_other_basis(concepts: Sequence[Concept]) -> None:
+    """Raise AdapterError for two shared bases: slots keep concepts apart only within one."""
     seen: dict[str, str] = {}
     for concept in concepts:
         if concept.recipe.basis is not None:

@@ -19,8 +19,9 @@ from ..adapters import LowRank, check_adapter, shaped_for
 from ..errors import AdapterError
 from ..layers import check_name
 from . import diffusers, kohya
+from .concept import KEY, load_concept
 from .kohya import Imported, assemble, imported_concept
-from .safe import check_finite, read_safetensors
+from .safe import check_finite, read_header, read_safetensors
 
 
 class Place(NamedTuple):
@@ -178,3 +179,11 @@ def _joined(
         down = torch.cat([adapter.lora_down for _, adapter in found])
         whole[layer] = LowRank(torch.cat(ups, dim=1), down, float(len(down)), "lora", None, out)
     return whole
+
+
+def read_concept(path: Path | str) -> Imported:
+    """A concept file, or any program's LoRA as a concept without learned words."""
+    path = Path(path)
+    if KEY in read_header(path).metadata:
+        return Imported(load_concept(path), [])
+    return import_lora(path)

@@ -14,12 +14,12 @@ from modular_concepts.customisation import (
     Targets,
     concept_layers,
     customised,
-    merged_concept,
     problem_for,
     train_concept,
 )
 from modular_concepts.errors import AdapterError
 from modular_concepts.files import load_concept, save_concept
+from modular_concepts.merged import merged_concept
 from modular_concepts.sampling import SampleSettings, sample
 from modular_concepts.toy.standard import BY_NAME, pictures_of
 from modular_concepts.training import TrainSettings
@@ -187,7 +187,7 @@ def test_a_concept_of_another_base_is_refused(trio):
     foreign = replace(trio[0], recipe=replace(trio[0].recipe, architecture="sd15"))
     with pytest.raises(AdapterError, match="tom was trained on 'sd15', this base is 'toy'"):
         draw([foreign], [1.0])
-    with pytest.raises(AdapterError, match="tim and tom were trained on different bases"):
+    with pytest.raises(AdapterError, match="they were trained on different architectures"):
         merged_concept("two", [trio[1], foreign], [1.0, 1.0])
     layer = next(iter(trio[0].layers))
     misfit = replace(trio[0], layers={layer: filled_adapter("lora", 12, 16, 2)})

@@ -12,11 +12,12 @@ from tiny_sd import END, LENGTH, edit_json, write_tiny_sd
 from modular_concepts import diffusers_base
 from modular_concepts.base_model import weights_hash
 from modular_concepts.cli import main
-from modular_concepts.customisation import Subject, Targets, customised, merged_concept, train_concept
+from modular_concepts.customisation import Subject, Targets, customised, train_concept
 from modular_concepts.diffusers_base import load_diffusers_base
 from modular_concepts.errors import AdapterError
 from modular_concepts.files import load_concept, save_concept
 from modular_concepts.files.diffusers import export_diffusers
+from modular_concepts.merged import merged_concept
 from modular_concepts.sampling import SampleSettings, sample
 from modular_concepts.training import TrainSettings
 

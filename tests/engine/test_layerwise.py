@@ -7,10 +7,11 @@ from tiny_layers import ORDER, tiny_base
 from untrained_toy import QUICK, filled_concept, picture, traces, untrained_base
 
 from modular_concepts.concept import Concept, Recipe
-from modular_concepts.customisation import customised, merged_concept
+from modular_concepts.customisation import customised
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.layerwise import cross_attention_transformers, routed
+from modular_concepts.merged import merged_concept
 from modular_concepts.regions.geometry import Region
 from modular_concepts.sampling import SampleSettings
 from modular_concepts.tokens import layer_count, learned_rows

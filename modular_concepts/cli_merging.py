@@ -1,0 +1,261 @@
+"""The commands around merging: merge by any family, inspect what concepts do to each other, export for others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .cli_paths import base_named, check_output, concepts_at, folder, note
+from .errors import AdapterError
+from .files.safe import safe_name
+from .merge import FAMILIES, Evidence, MergeOptions
+
+FORMATS = ("kohya", "diffusers", "concept", "compact")
+SAID = {
+    "title": "the name that programs show",
+    "author": "who made it",
+    "description": "what it is",
+    "license": "what others may do with it",
+    "tags": "words to find it by, with commas between",
+}
+DEFAULTS = MergeOptions()
+
+
+def add_merge(commands) -> None:
+    families = "\n".join(
+        textwrap.fill(f"{name}: {said}", 90, initial_indent="  ", subsequent_indent="      ")
+        for name, said in FAMILIES.items()
+    )
+    merge = commands.add_parser(
+        "merge",
+        help="several concepts into one file, by any family",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Merge concepts, or any program's LoRAs, into one file that stock loaders read too: exactly, as "
+        "one LoRA\nwhose rank is the sum of theirs, strengths inside.",
+        epilog=f"families:\n{families}",
+    )
+    merge.add_argument("concepts", nargs="+", help="FILE or FILE:STRENGTH")
+    merge.add_argument("--out", type=Path, required=True)
+    merge.add_argument("--how", choices=tuple(FAMILIES), default="sum", metavar="FAMILY", help="see below (sum)")
+    merge.add_argument("--literal", action="store_true", help="block: strengths scaled to add up to 1, as in the paper")
+    merge.add_argument(
+        "--density", type=float, default=DEFAULTS.density, help="magnitude, dare, ties: the share of weights that stays"
+    )
+    merge.add_argument("--rank", type=int, default=DEFAULTS.rank, help="svd: the rank that the sum is cut to")
+    merge.add_argument(
+        "--seed", type=int, default=DEFAULTS.seed, help="dare: which weights are dropped follows from it"
+    )
+    merge.add_argument("--ridge", type=float, default=DEFAULTS.ridge, help="fusion: damping")
+    merge.add_argument(
+        "--moments",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="fusion: what each concept's layers read, one file for each concept (default: NAME.moments.safetensors "
+        "beside it, or recorded and kept there with --base)",
+    )
+    merge.add_argument(
+        "--base",
+        help="toy, or a diffusers folder: to record moments and read words with, and to say what was trained on "
+        "another checkpoint",
+    )
+    _add_said(merge)
+    merge.set_defaults(run=run_merge)
+
+
+def add_inspect(commands) -> None:
+    inspect = commands.add_parser("inspect", help="what is in concept files, and the crosstalk of several")
+    inspect.add_argument("concepts", nargs="+")
+    inspect.add_argument("-v", "--verbose", action="store_true")
+    inspect.set_defaults(run=run_inspect)
+
+
+def add_export(commands) -> None:
+    export = commands.add_parser(
+        "export",
+        help="for other programs: kohya (ComfyUI, A1111) or diffusers / peft; or as a concept file, full or compact",
+    )
+    export.add_argument("concept")
+    export.add_argument("--format", choices=FORMATS, default="kohya")
+    export.add_argument("--out", type=Path)
+    _add_said(export)
+    export.set_defaults(run=run_export)
+
+
+def _add_said(command: argparse.ArgumentParser) -> None:
+    said = command.add_argument_group("what the file says to programs that list models")
+    for name, meaning in SAID.items():
+        said.add_argument(f"--{name}", default="", metavar="TEXT", help=meaning)
+    said.add_argument(
+        "--thumbnail", type=Path, metavar="PICTURE", help="a picture that shows it; kept small in the file"
+    )
+
+
+# --- merge --------------------------------------------------------------------------------------------------
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    from .explain import warnings_between, warnings_on_base
+    from .files.concept import save_concept
+    from .merged import check_together, merged_concept
+
+    check_output(args.out)
+    options = MergeOptions(args.density, args.seed, args.rank, args.ridge)
+    concepts, strengths, paths = concepts_at(args.concepts)
+    check_together(concepts)
+    base = base_named(args.base) if args.base else None
+    for sentence in [
+        *warnings_between(concepts),
+        *(warnings_on_base(concepts, base.hash, base.sample) if base else []),
+    ]:
+        note(sentence)
+    evidence = _evidence(args, concepts, paths, base)
+    name = safe_name(args.out.stem)
+    merged = _said(args, merged_concept(name, concepts, strengths, args.how, args.literal, options, evidence))
+    folder(args.out.parent)
+    save_concept(merged, args.out)
+    print(f"wrote {args.out}: {' + '.join(c.name for c in concepts)}; triggers {' '.join(merged.tokens) or 'none'}")
+    if args.how == "svd":
+        print(_kept(merged, concepts, strengths, options))
+    say_crosstalk(concepts)
+
+
+def _evidence(args: argparse.Namespace, concepts: Sequence, paths: Sequence[Path], base) -> Evidence:
+    if args.how == "fusion":
+        return Evidence([_moments(*one, base) for one in zip(concepts, _moment_files(args, paths), strict=True)])
+    if args.how != "custom_diffusion":
+        return Evidence()
+    if base is None:
+        raise AdapterError("custom_diffusion reads the concepts' words with the base's text encoder; give --base")
+    from .evidence import text_features, usual_text
+
+    return Evidence(texts=[text_features(base, concept) for concept in concepts], usual=usual_text(base))
+
+
+def _moment_files(args: argparse.Namespace, paths: Sequence[Path]) -> list[Path]:
+    from .files.moments import moments_path
+
+    if args.moments is None:
+        return [moments_path(path) for path in paths]
+    if len(args.moments) != len(paths):
+        raise AdapterError(
+            f"{len(args.moments)} files of moments for {len(paths)} concepts; give one for each, in order"
+        )
+    return args.moments
+
+
+def _moments(concept, path: Path, base) -> Mapping:
+    """From the file, or drawn with the base and kept there."""
+    from .files.moments import load_moments, save_moments
+
+    if path.is_file():
+        return load_moments(path)
+    if base is None:
+        raise AdapterError(
+            f"{concept.name}: there are no moments of what its layers read at {path}; give --base to record them, or "
+            "--moments"
+        )
+    from .evidence import recorded
+
+    save_moments(recorded(base, concept).moments(), path)
+    print(f"wrote {path}: what the layers of {concept.name} read")
+    # As it will be read the next time, so that both times give the same merge.
+    return load_moments(path)
+
+
+def _kept(merged, concepts: Sequence, strengths: Sequence[float], options: MergeOptions) -> str:
+    from .merge import merge_concepts
+    from .merge.truncation import share_kept
+
+    kept = share_kept(merge_concepts([merged], [1.0]), merge_concepts(concepts, strengths))
+    return f"rank {options.rank} keeps {kept:.1%} of the sum's energy, {1 - kept:.1%} is lost"
+
+
+def say_crosstalk(concepts: Sequence) -> None:
+    from .crosstalk import crosstalk_table
+
+    if len(concepts) < 2:
+        return
+    for (first, second), figures in crosstalk_table(concepts)["pairs"].items():
+        print(f"crosstalk {first} and {second}: {figures['crosstalk']:.4f}")
+
+
+# --- inspect and export -------------------------------------------------------------------------------------
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from .adapters import LowRank
+    from .explain import warnings_between
+    from .layers import block_of
+
+    concepts, _, _ = concepts_at(args.concepts)
+    for path, concept in zip(args.concepts, concepts, strict=True):
+        recipe = concept.recipe
+        made = {key: value for key, value in recipe.to_json().items() if value not in (None, "", [], {})}
+        blocks = dict.fromkeys(block_of(name) for name in concept.layers)
+        adapters: list[LowRank] = list(concept.layers.values())
+        size = sum(a.delta().norm().item() ** 2 for a in adapters) ** 0.5
+        print(f"{path}: concept {concept.name!r}")
+        for key, value in concept.about.items():
+            print(f"  {key}: {'a picture' if key == 'thumbnail' else value}")
+        if adapters:
+            print(f"  {len(adapters)} layers in {', '.join(blocks)}; size of the change ‖ΔW‖ = {size:.3f}")
+        else:
+            print("  no layers, the word alone")
+        for word, rows in concept.tokens.items():
+            each = f", for each of {len(rows)} cross-attention layers" if rows.dim() == 3 else ""
+            print(f"  learned word {word}: {rows.shape[-2]} x {rows.shape[-1]}{each}")
+        print("  " + json.dumps({key: value for key, value in made.items() if key != "training"}))
+        if args.verbose:
+            print("  training " + json.dumps(made.get("training", {})))
+    say_crosstalk(concepts)
+    for sentence in warnings_between(concepts):
+        note(sentence)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from .files.concept import save_concept
+    from .files.diffusers import export_diffusers
+    from .files.embeddings import export_embeddings
+    from .files.kohya import export_kohya
+
+    (concept,), _, (own,) = concepts_at([args.concept])
+    concept = _said(args, concept)
+    out = args.out or Path(f"{safe_name(concept.name)}_{args.format}.safetensors")
+    check_output(out)
+    own, words = own.resolve(), out.parent / "embeddings"
+    whole = args.format in ("concept", "compact")
+    if own == out.resolve() or (own.parent == words.resolve() and not whole):
+        raise AdapterError(f"the export would replace {args.concept} itself; choose another --out")
+    if whole:
+        folder(out.parent)
+        save_concept(concept, out, compact=args.format == "compact")
+        print(f"wrote {out}")
+        return
+    # Words first: what cannot be exported at all is found before anything is written.
+    if concept.tokens:
+        for path in export_embeddings(concept, folder(words)):
+            print(f"wrote {path}: the learned word, for the embeddings folder")
+        if any(rows.dim() == 3 for rows in concept.tokens.values()):
+            print("note: the word has rows for each layer, which other programs cannot use; the file has their mean")
+    if concept.layers:
+        folder(out.parent)
+        export = export_kohya if args.format == "kohya" else export_diffusers
+        print(f"wrote {export(concept, out)}")
+
+
+def _said(args: argparse.Namespace, concept):
+    """The concept with what was typed about it, and a date."""
+    from .files.modelspec import check_about, dated, saying, thumbnail
+
+    said = {name: getattr(args, name) for name in SAID}
+    if args.thumbnail is not None:
+        from .dataset import load_picture
+
+        said["thumbnail"] = thumbnail(load_picture(args.thumbnail))
+    concept = dated(saying(concept, **said))
+    check_about(concept)
+    return concept

@@ -1,0 +1,74 @@
+"""What the commands read and write: bases, concept files of any program, and paths that can be written."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import AdapterError
+
+
+def base_named(name: str):
+    """toy, or the folder of a diffusers model, as a base."""
+    if name == "toy":
+        from .toy.base import load_toy_base
+
+        return load_toy_base()
+    if not Path(name).is_dir():
+        raise AdapterError(f"there is no base {name!r}; give toy, or the folder of a diffusers model")
+    from .diffusers_base import load_diffusers_base
+
+    return load_diffusers_base(Path(name))
+
+
+def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
+    """(concepts, strengths, files) of FILE or FILE:STRENGTH each; a LoRA of any program is a concept too."""
+    concepts, strengths, paths = [], [], []
+    for text in texts:
+        path, colon, number = str(text).rpartition(":")
+        try:
+            strength = float(number) if colon and not Path(text).exists() else None
+        except ValueError as error:
+            if Path(path).exists():
+                raise AdapterError(f"{text}: {number!r} is no strength; write {path}:0.8, for example") from error
+            strength = None
+        paths.append(Path(text if strength is None else path))
+        concepts.append(concept_at(paths[-1]))
+        strengths.append(1.0 if strength is None else strength)
+    return concepts, strengths, paths
+
+
+def concept_at(path: Path):
+    """A concept file, or any program's LoRA; what finds no place in it is said key by key."""
+    from .files.lora import read_concept
+
+    concept, unmatched = read_concept(path)
+    if unmatched:
+        note(f"{path.name}: no place for {len(unmatched)} keys: {', '.join(unmatched)}")
+    return concept
+
+
+def folder(path: Path, option: str = "--out") -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdapterError(f"the folder {path} cannot be made: {error.strerror}; choose another {option}") from error
+    return path
+
+
+def check_output(path: Path) -> None:
+    """Refuse before the work begins what could not be written after it."""
+    if path.is_dir():
+        raise AdapterError(f"{path} is a folder; give --out a file name")
+    parent = next((folder for folder in path.absolute().parents if folder.exists()), None)
+    if parent is None or not parent.is_dir():
+        raise AdapterError(f"{path} cannot be written: {parent} is not a folder; choose another --out")
+    if not os.access(parent, os.W_OK):
+        raise AdapterError(f"{path} cannot be written: you have no permission in {parent}; choose another --out")
+
+
+def note(sentence: str) -> None:
+    """Something to know that is no fault, on the error stream."""
+    print(f"note: {sentence}", file=sys.stderr)
