@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,13 @@ from modular_concepts.evidence import PROMPTS
 from modular_concepts.files import save_concept
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.moments import load_moments, moments_path
+from modular_concepts.merge import FAMILIES as MERGES
 from modular_concepts.merge import BlockStrengths, Evidence, MergeOptions, merge_concepts
 from modular_concepts.merge.orthogonalize import orthogonal_concepts
+from modular_concepts.moments import Moment
+from modular_concepts.seeds import seeded
 
+EVERY = list(MERGES)
 FAMILIES = ["sum", "mean", "average", "magnitude", "dare", "ties", "svd"]
 STRENGTHS = {"tom": 0.7, "rex": 1.0, "wide": -0.5}
 OPTIONS = {"density": 0.3, "rank": 4, "seed": 5}
@@ -31,16 +36,43 @@ def concepts():
 
 
 @pytest.fixture(scope="module")
-def found(host, concepts, tmp_path_factory):
+def exported(concepts):
+    """Every family of merge, as one plain LoRA for other programs."""
+    blocks = {
+        name: made_concept(name, "block", blocks=5, slot=slot) for slot, name in enumerate(("tom", "rex", "wide"))
+    }
+    generator = seeded(2, "evidence")
+    moments = [
+        {
+            layer: Moment(torch.randn(4, adapter.lora_down[0].numel(), generator=generator), 0.1)
+            for layer, adapter in concept.layers.items()
+        }
+        for concept in concepts.values()
+    ]
+    texts = [torch.randn(3, 128, generator=generator) for _ in concepts]
+    evidence = Evidence(moments, texts, torch.eye(128))
+    merges = {family: wanted(blocks if family == "block" else concepts, family, evidence) for family in EVERY}
+    return {
+        family: replace(concepts["tom"], tokens={}, layers={name: one.as_low_rank() for name, one in merged.items()})
+        for family, merged in merges.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def found(host, concepts, exported, tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
     (folder / "concepts").mkdir()
     for name, concept in concepts.items():
         save_concept(concept, folder / "concepts" / f"{name}.safetensors")
+    (folder / "exported").mkdir()
+    for family, merged in exported.items():
+        export_kohya(merged, folder / "exported" / f"{family}.safetensors")
     export_kohya(replace(concepts["tom"], tokens={}), folder / "concepts" / "plain.safetensors")
     layers = sorted(concepts["wide"].layers)
     plan = {
         "strengths": STRENGTHS,
         "families": FAMILIES,
+        "exported": list(exported),
         "options": OPTIONS,
         "layers": layers,
         "prompts": "\n".join(PROMPTS),
@@ -83,6 +115,13 @@ def test_bypass_computes_what_merged_weights_compute(found, family):
     tensors = found[0]
     assert relative_error(tensors[f"{family}|by_bypass"], tensors[f"{family}|by_weight"]) < 1e-5
     assert relative_error(tensors["base|by_weight"], tensors[f"{family}|by_weight"]) > 1e-2
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_merge_as_one_lora_is_the_same_in_the_stock_loader(found, exported, family):
+    deltas = {layer: SimpleNamespace(delta=adapter.delta) for layer, adapter in exported[family].layers.items()}
+    check_weights(found[0], found[2]["layers"], f"stock {family}", deltas)
+    assert found[1]["stock warnings"] == []
 
 
 def test_families_differ(found, concepts):

@@ -7,7 +7,7 @@ import json
 
 from in_host import FOLDER, pack_module, start
 
-start()
+warnings = start()
 
 import comfy.hooks  # noqa: E402
 import comfy.lora  # noqa: E402
@@ -16,6 +16,8 @@ import comfy.weight_adapter  # noqa: E402
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+
+import nodes  # noqa: E402
 
 torch.set_num_threads(1)
 folder_paths.models_dir = str(FOLDER)
@@ -101,6 +103,13 @@ def main() -> None:
     facts["changed"] = fusion.fused(model, clip, half, drawing, plan["ridge"])[2]
     facts["listed again"] = pack_module("host.concepts").concept_names()
     back_to_base()
+
+    # What the test exported of each family, in core's own loader.
+    folder_paths.folder_names_and_paths["loras"] = ([str(FOLDER / "exported")], {".safetensors"})
+    warned = len(warnings)
+    for family in plan["exported"]:
+        look(f"stock {family}", *nodes.LoraLoader().load_lora(model, clip, f"{family}.safetensors", 1.0, 1.0))
+    facts["stock warnings"] = warnings[warned:]
 
     # Made orthogonal, and strong in parts.
     orthogonal, facts["kept"] = merging.ConceptOrthogonalize.execute(sockets, "symmetric").args
