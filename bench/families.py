@@ -27,6 +27,7 @@ from bench.fusion import SAID, descended, recorded_inputs
 from bench.methods import Method
 from modular_concepts.base_model import BaseModel
 from modular_concepts.concept import Concept
+from modular_concepts.crosstalk import crosstalk_table
 from modular_concepts.customisation import Subject, Targets, concept_layers, train_concept
 from modular_concepts.evidence import recorded, text_features, usual_text
 from modular_concepts.files.concept import load_concept, save_concept
@@ -44,14 +45,16 @@ from modular_concepts.toy.standard import BY_NAME, pictures_of
 from modular_concepts.training.attach import attached
 
 CONCEPTS = ("tom", "tim", "rex", "minka", "ada")
-STEPS, PICTURES = 300, 16
+PICTURES = 12
+STEPS = 300
 TRAINED = {
     "lora": Method("lora", {"layerwise": True}),
     "orthogonal": Method("orthogonal", {"method": "orthogonal", "layerwise": True}),
     "block": Method("block", {"method": "block", "blocks": 8, "erasure": 0.2, "layerwise": True}),
     "custom_diffusion": Method("custom diffusion", {"method": "custom_diffusion"}, Targets(("cross_attention_kv",))),
 }
-COLUMNS = ("family", "merge, s", "energy lost", "disturbed", "identity", "bleed", "mistaken", "image")
+COLUMNS = ("family", "merge, s", "energy lost", "disturbed", "identity", "bleed", "mistaken", "image", "moved")
+GROUPS = {"lora": "LoRA", "orthogonal": "orthogonal", "block": "block", "custom_diffusion": "Custom Diffusion"}
 WORDS = ("man", "woman", "dog", "cat")
 ORDINARY = tuple(f"a {word} {place}" for word in WORDS for place in ("on the beach", "in the city", "at night"))
 
@@ -78,6 +81,7 @@ ROWS = (
     Family("LoRA, sum at 0.6", "lora", strength=0.6),
     Family("LoRA, mean = average", "lora", "mean"),
     Family("LoRA, fusion, closed form", "lora", "fusion"),
+    Family("LoRA, fusion, damping 0.001", "lora", "fusion", options=MergeOptions(ridge=1e-3)),
     Family("LoRA, fusion, L-BFGS", "lora", "descent"),
     Family("LoRA, TIES, density 0.5", "lora", "ties"),
     Family("LoRA, DARE, density 0.5", "lora", "dare"),
@@ -121,6 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file.write(json.dumps(figures).encode())
         found[row.name] = json.loads(path.read_text())
         shown[row.name] = load_file(path.with_suffix(".safetensors"))
+    for row in chosen:
+        alone = shown.get(f"{GROUPS[row.trained]}, each alone")
+        found[row.name]["moved"] = None if alone is None else moved(shown[row.name], alone)
     with replacing(args.out / "families.md") as file:
         file.write(markdown(found).encode())
     references = {name: pictures_of(BY_NAME[name])[0] for name in CONCEPTS}
@@ -166,8 +173,18 @@ def run(
         with attached(layers, own):
             pictures[concept.name] = sample(base, prompts, range(PICTURES), word, SAMPLING)
     figures = judged(judges, pictures)
-    apart = None if row.trained == "custom_diffusion" or merged is None else disturbance(base, row, folder)
+    if row.first:
+        figures |= given_way(concepts, row.first)
+    told = row.trained != "custom_diffusion" and row.how not in ("alone", "descent")
+    apart = disturbance(base, row, folder) if told else None
     return figures | {"seconds": seconds, "lost": lost, "disturbed": apart}, pictures
+
+
+def given_way(concepts: Sequence[Concept], way: str) -> dict:
+    """What each concept keeps of its energy, and mean crosstalk before and after."""
+    after, kept = orthogonal_concepts(concepts, way)
+    shares = {concept.name: share for concept, share in zip(concepts, kept, strict=True)}
+    return {"kept": shares, "crosstalk": [crosstalk_table(own)["mean"] for own in (concepts, after)]}
 
 
 def evidence_of(base: BaseModel, row: Family, concepts: Sequence[Concept], folder: Path) -> Evidence | list[Mapping]:
@@ -250,6 +267,11 @@ def judged(judges: Judges, pictures: Mapping[str, Tensor]) -> dict:
     return {"identity": identity, "bleed": bleed, "mistaken": mistaken, "image": image}
 
 
+def moved(pictures: Mapping[str, Tensor], alone: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean change of a pixel from what the concept draws alone with the same words and noise, in parts of 255."""
+    return {name: (own - alone[name]).abs().mean().item() * 255 for name, own in pictures.items()}
+
+
 def markdown(found: Mapping[str, Mapping]) -> str:
     """The table, one row a family."""
     lines = [
@@ -264,6 +286,7 @@ def markdown(found: Mapping[str, Mapping]) -> str:
             "" if row["lost"] is None else f"{row['lost']:.0%}",
             "" if row["disturbed"] is None else f"{row['disturbed']:.2f}",
             *(f"{mean(row[key].values()):.2f}" for key in ("identity", "bleed", "mistaken", "image")),
+            "" if row["moved"] is None else f"{mean(row['moved'].values()):.0f}",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
