@@ -45,7 +45,8 @@ from modular_concepts.toy.standard import BY_NAME, pictures_of
 from modular_concepts.training.attach import attached
 
 CONCEPTS = ("tom", "tim", "rex", "minka", "ada")
-PICTURES = 12
+PICTURES = 8
+DRAWN = replace(SAMPLING, steps=12)
 STEPS = 300
 TRAINED = {
     "lora": Method("lora", {"layerwise": True}),
@@ -171,7 +172,7 @@ def run(
         own = merge_concepts([concept], [1.0]) if merged is None else merged
         prompts, _ = prompts_for(BY_NAME[concept.name].trigger, PICTURES)
         with attached(layers, own):
-            pictures[concept.name] = sample(base, prompts, range(PICTURES), word, SAMPLING)
+            pictures[concept.name] = sample(base, prompts, range(PICTURES), word, DRAWN)
     figures = judged(judges, pictures)
     if row.first:
         figures |= given_way(concepts, row.first)
