@@ -100,7 +100,7 @@ def _hook(
         return _plus_low_rank(output, args[0], adapter, strength, mask())
 
     def add_conv(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return torch.add(output, _conv_residual(args[0], adapter, conv, mask()), alpha=strength)
+        return output.add_(_conv_residual(args[0], adapter, conv, mask()), alpha=strength)
 
     def add_any(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         extra = adapter.residual(args[0]) if conv is None else adapter.residual(args[0], conv)
