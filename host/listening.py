@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import comfy.ldm.modules.attention as host_attention
 import comfy.model_patcher
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..modular_concepts.regions.attention import attend_by_region, with_regions
 from ..modular_concepts.regions.places import Places
@@ -43,6 +43,10 @@ class Listening:
         for name, count in (("input", len(unet.input_blocks)), ("middle", 1), ("output", len(unet.output_blocks))):
             for number in range(count):
                 model.set_model_attn2_replace(self.attend, name, number)
+
+    def prepared(self, _network: nn.Module, _x: Tensor, context: Tensor, options: dict) -> tuple[Tensor, dict, list]:
+        """(context, transformer_options, how many tokens each region's text has) for one call of the network."""
+        return context, options, self.lengths
 
     def append_texts(self, hidden: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple:
         """Put all regions' texts behind the global one: (rows, T, D) -> (rows, T + all of theirs, D)."""

@@ -1,6 +1,7 @@
 """Pictures by region in the host: a MODEL and prompts in which every region has a text of its own, for any sampler.
 
-One pass for all regions at every step: `listening.py` has what the cross-attention of a U-Net does for it.  Nothing
+One pass for all regions at every step: `listening.py` has what the cross-attention of a U-Net does for it, `gated.py`
+what lets each concept act in its region alone, `joint.py` what the attention of a diffusion transformer does.  Nothing
 else of the sampling changes, so any sampler works and no region draws a random number.
 """
 
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import comfy.model_patcher
@@ -21,15 +24,18 @@ from nodes import common_ksampler  # the host's own
 
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.regions.acting import acting, check_names
 from ..modular_concepts.regions.geometry import Region
 from ..modular_concepts.regions.places import Places
 from .clip import encode_prompt
+from .gated import HostGate, fitting_stack, with_concepts, with_words
+from .joint import JointListening
 from .layers import architecture_of
-from .layerwise import LAYERS, cross_attention_layers
+from .layerwise import LAYERS, cross_attention_layers, with_layers
 from .listening import PROGRESS, Clock, Listening
 from .patching import concepts_in, merged
 
-MODES = ("merged",)
+MODES = ("merged", "gated")
 REGIONS = "modular_concepts_regions"
 
 
@@ -101,42 +107,62 @@ def with_regions(
 ) -> Regional:
     """MODEL and CONDITIONING for any sampler; prompts: the global one and the negative one.
 
-    mode: "merged" has all concepts in the weights, everywhere.  overlap: as `region_weights`.
-    Concepts that are in the model already are not merged again.  Regions in pixels are placed when the picture's size
-    is known.  Raises AdapterError for what cannot be drawn, another node's cross-attention for instance.
+    mode: "merged" has all concepts in the weights, everywhere; concepts that are in the model already are not merged
+    again.  "gated" leaves the weights alone and lets each concept act where its region is, and outside of all regions
+    if the global prompt calls it.  overlap: as `region_weights`.
+    Regions in pixels are placed when the picture's size is known.
+    Raises AdapterError for what cannot be drawn, another node's cross-attention for instance.
     """
     _check(model, regions, mode)
-    _check_names(regions, [concept.name for concept, _ in stack], concepts_in(model))
-    missing = [pair for pair in stack if pair[0].name not in concepts_in(model)]
-    if missing:
-        model, clip = merged(model, clip, missing)
-    positive, negative = (encode_prompt(clip, prompt) for prompt in prompts)
-    contexts = [_context(encode_prompt(clip, region.prompt)) for region in regions]
-    negatives = [
-        _context(negative if region.negative is None else encode_prompt(clip, region.negative)) for region in regions
-    ]
+    check_names(regions, [*concepts_in(model), *(concept.name for concept, _ in stack)])
     places = Places(regions, overlap, _scale(model))
-    own = any(region.negative is not None for region in regions)
-    return Regional(listening(model, places, contexts, negatives, own), positive, negative)
+    if mode == "merged" or not stack:
+        missing = [pair for pair in stack if pair[0].name not in concepts_in(model)]
+        if missing:
+            model, clip = merged(model, clip, missing)
+        stack, clips = (), [clip] * (1 + len(regions))
+        acts = [()] * len(clips)
+    else:
+        stack = fitting_stack(model, clip, stack)
+        clip = with_words(model, clip, stack)
+        acts = acting(stack, prompts[0], regions)
+        reading = {own: with_concepts(architecture_of(model), clip, [stack[n] for n in own]) for own in set(acts)}
+        clips = [reading[own] for own in acts]
+    said = [prompts, *((r.prompt, prompts[1] if r.negative is None else r.negative) for r in regions)]
+    encode = cache(encode_prompt)
+    (positive, negative), *regional = [
+        tuple(encode(own, prompt) for prompt in both) for own, both in zip(clips, said, strict=True)
+    ]
+    contexts, negatives = ([_context(both[kind]) for both in regional] for kind in range(2))
+    own = any(acts) or any(region.negative is not None for region in regions)
+    if cross_attention_layers(model):
+        heard = Listening(places, contexts, negatives, own)
+    else:
+        heard = JointListening(places, contexts, negatives)
+    gate = HostGate(model, stack, acts, places) if any(acts) else None
+    model = listening(model, heard, gate)
+    if any(rows.dim() == 3 for concept, _ in stack for rows in concept.tokens.values()):
+        with_layers(model)
+    return Regional(model, positive, negative)
 
 
 def listening(
-    model: comfy.model_patcher.ModelPatcher,
-    places: Places,
-    contexts: Sequence[Tensor],
-    negatives: Sequence[Tensor],
-    own: bool,
+    model: comfy.model_patcher.ModelPatcher, heard: Listening | JointListening, gate: HostGate | None = None
 ) -> comfy.model_patcher.ModelPatcher:
-    """A clone whose cross-attention listens to the regions; contexts and all after it: as `Listening`."""
+    """A clone whose attention listens to the regions, and whose layers have the gate's concepts by region."""
     model = model.clone()
-    Listening(places, contexts, negatives, own).patch(model)
-    clock = Clock(places, model)
+    if isinstance(heard, Listening):
+        heard.patch(model)
+    clock = Clock(heard.places, model)
 
-    def tell_progress(apply_model, x, sigma, concat=None, context=None, control=None, options=None, **more):
-        options = {**(options or {}), PROGRESS: clock.progress(sigma)}
-        return apply_model(x, sigma, concat, context, control, options, **more)
+    def by_region(apply_model, x, sigma, concat=None, context=None, control=None, options=None, **more):
+        progress = clock.progress(sigma)
+        network, options = apply_model.class_obj.diffusion_model, {**(options or {}), PROGRESS: progress}
+        context, options, lengths = heard.prepared(network, x, context, options)
+        with gate.attached(network, tuple(x.shape[-2:]), progress, lengths) if gate is not None else nullcontext():
+            return apply_model(x, sigma, concat, context, control, options, **more)
 
-    add_wrapper_with_key(WrappersMP.APPLY_MODEL, REGIONS, tell_progress, model.model_options, is_model_options=True)
+    add_wrapper_with_key(WrappersMP.APPLY_MODEL, REGIONS, by_region, model.model_options, is_model_options=True)
     return model
 
 
@@ -146,28 +172,12 @@ def _check(model: comfy.model_patcher.ModelPatcher, regions: Sequence[Region], m
     if not regions:
         raise AdapterError("there is no region; connect a Concept Region, or use a plain sampler for one prompt")
     architecture_of(model)  # raises for what is no base of ours
-    if not cross_attention_layers(model):
-        raise AdapterError(
-            "the model is a diffusion transformer, which has no cross-attention that a region could hold for; draw "
-            "regions with Stable Diffusion 1.x, 2.x or XL, or the whole picture with a plain sampler"
-        )
     options = model.model_options["transformer_options"]
     if options.get("patches_replace", {}).get("attn2") or options.get("patches", {}).get("attn2_patch"):
         raise AdapterError(
             "another node has changed the model's cross-attention already (an IP adapter, attention couple or other "
             "regions), and regions cannot share it; take the model from before that node"
         )
-
-
-def _check_names(regions: Sequence[Region], stack: Sequence[str], inside: Sequence[str]) -> None:
-    known = [*inside, *(name for name in stack if name not in inside)]
-    for region in regions:
-        for name in region.concepts or ():
-            if name not in known:
-                raise AdapterError(
-                    f"region {region.prompt!r} asks for the concept {name!r}, and there is none of that name; "
-                    f"there {'is ' + ', '.join(known) if known else 'are no concepts'}"
-                )
 
 
 def _scale(model: comfy.model_patcher.ModelPatcher) -> int:

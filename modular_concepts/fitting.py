@@ -34,13 +34,23 @@ def fitted(
     Raises AdapterError for a concept of another base, for two that share a trigger word, and for concepts on
     different orthogonal bases.
     """
+    concepts = fitting_concepts(architecture, shapes, concepts)
+    refuse_other_basis(concepts)
+    merged = merge_concepts(concepts, strengths, how, literal, options, evidence) if concepts else {}
+    return merged, faded_words(concepts, strengths, word_rows)
+
+
+def fitting_concepts(
+    architecture: str, shapes: Mapping[str, Sequence[int]], concepts: Sequence[Concept]
+) -> list[Concept]:
+    """Concepts with adapters in the shapes of a base's weights, each by itself.
+
+    Raises AdapterError for a concept of another base, and for two that share a trigger word.
+    """
     for concept in concepts:
         check_architecture(concept, architecture)
     refuse_shared_triggers(concepts)
-    refuse_other_basis(concepts)
-    concepts = [_on_base(concept, shapes) for concept in concepts]
-    merged = merge_concepts(concepts, strengths, how, literal, options, evidence) if concepts else {}
-    return merged, faded_words(concepts, strengths, word_rows)
+    return [_on_base(concept, shapes) for concept in concepts]
 
 
 def _on_base(concept: Concept, shapes: Mapping[str, Sequence[int]]) -> Concept:

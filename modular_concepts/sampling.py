@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from .base_model import BaseModel
-from .contexts import joined, text_of
 from .errors import AdapterError
-from .regions.attention import regional_attention
+from .regions.acting import Stack, called
 from .regions.geometry import Region
 from .regions.places import Places
+from .regions.speaking import Speaking
+
+MODES = ("merged", "gated")
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,22 @@ def sample(
     regions: Sequence[Region] = (),
     callback: Callable[[int, int], None] | None = None,
     *,
+    mode: str = "merged",
+    stack: Stack = (),
     overlap: str = "average",
 ) -> Tensor:
     """One picture per (prompt, seed): (N, 3, H, W) in 0..1.
 
     tokens: trigger word -> learned rows.  regions hold in every picture; their prompts replace the picture's
     prompt inside; overlap: as `region_weights`.  callback(done, total) counts sampling steps over all batches.
+    mode: "merged" draws with the base as it is, concepts in it; "gated" with the concepts of `stack` (concept,
+    strength) besides, each only where its region is, and where no region is if the picture's prompt calls it.
     Raises AdapterError, before anything is drawn, for sizes, steps or seeds that this base cannot take.
     """
+    if mode not in MODES:
+        raise AdapterError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+    if stack and mode == "merged":
+        raise AdapterError("merged mode draws with the base as it is; merge the concepts into it, or choose gated")
     height, width = (
         own if chosen is None else chosen
         for chosen, own in zip((settings.height, settings.width), base.size, strict=True)
@@ -80,26 +90,38 @@ def sample(
     if outside:
         raise AdapterError(f"seed {outside[0]} is not a whole number from 0 to 2^63 - 1; choose another seed")
     places = Places([region.placed(width, height) for region in regions], overlap)
-    chunks = [slice(start, start + settings.batch) for start in range(0, len(prompts), settings.batch)]
-    pictures = []
-    for number, chunk in enumerate(chunks):
-        done = number * settings.steps
+    batches = []
+    for own, numbers in _by_concepts_called(stack, prompts).items():
+        speaking = Speaking(base, places, tokens or {}, stack, own)
+        batches += [
+            (speaking, numbers[first : first + settings.batch]) for first in range(0, len(numbers), settings.batch)
+        ]
+    pictures: dict[int, Tensor] = {}
+    for done, (speaking, numbers) in enumerate(batches):
 
-        def step_done(step: int, done: int = done) -> None:
+        def step_done(step: int, done: int = done * settings.steps) -> None:
             if callback is not None:
-                callback(done + step, settings.steps * len(chunks))
+                callback(done + step, settings.steps * len(batches))
 
-        latents = _sample_batch(
-            base, prompts[chunk], seeds[chunk], tokens or {}, settings, places, (height, width), step_done
+        drawn = _sample_batch(
+            speaking, [prompts[n] for n in numbers], [seeds[n] for n in numbers], settings, (height, width), step_done
         )
-        pictures.append(base.decode(latents))
-    return torch.cat(pictures)
+        pictures.update(zip(numbers, base.decode(drawn), strict=True))
+    return torch.stack([pictures[number] for number in range(len(prompts))])
 
 
-def _sample_batch(base, prompts, seeds, tokens, settings, places, size, step_done) -> Tensor:
+def _by_concepts_called(stack: Stack, prompts: Sequence[str]) -> dict[tuple[int, ...], list[int]]:
+    """Concepts -> the numbers of the prompts that call just them: they act where no region is."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        found.setdefault(called(stack, prompt), []).append(number)
+    return found
+
+
+def _sample_batch(speaking: Speaking, prompts, seeds, settings, size, step_done) -> Tensor:
     from diffusers import DPMSolverMultistepScheduler
 
-    count, guided = len(prompts), settings.cfg != 1
+    base, guided = speaking.base, settings.cfg != 1
     latent_size = (size[0] // base.downscale, size[1] // base.downscale)
     scheduler = DPMSolverMultistepScheduler(**base.betas, timestep_spacing="trailing")
     scheduler.set_timesteps(settings.steps)
@@ -109,19 +131,10 @@ def _sample_batch(base, prompts, seeds, tokens, settings, places, size, step_don
             for seed in seeds
         ]
     )
-    context = base.context(prompts, tokens)
-    contexts = [base.context([region.prompt] * count, tokens) for region in places.regions]
-    if guided:
-        negative = base.context([settings.negative] * count, tokens)
-        context = joined([negative, context])
-        for index, region in enumerate(places.regions):
-            own = negative if region.negative is None else base.context([region.negative] * count, tokens)
-            contexts[index] = joined([own, contexts[index]])
-    texts = torch.stack([text_of(own) for own in contexts]) if contexts else None
-    now, last = [0.0], len(base.schedule) - 1
-    with regional_attention(base.unet, places, texts, latent_size, lambda: now[0]):
+    context, texts = speaking.contexts(prompts, settings.negative if guided else None)
+    with speaking.acting(texts, latent_size) as at:
         for step, timestep in enumerate(scheduler.timesteps):
-            now[0] = 1 - float(timestep) / last
+            at(1 - float(timestep) / (len(base.schedule) - 1))
             doubled = torch.cat([latents, latents]) if guided else latents
             predicted = base.predict(doubled, timestep.expand(len(doubled)), context)
             if guided:

@@ -58,15 +58,17 @@ def with_regions(
 def regional_attention(
     unet: nn.Module,
     places: Places,
-    contexts: Tensor,
+    contexts: Tensor | None,
     latent_size: tuple[int, int],
     progress: Callable[[], float] = lambda: 0.0,
+    speak: Callable[[int], None] = lambda text: None,
 ) -> Iterator[None]:
     """Within the block every cross-attention of a diffusers U-Net listens to the regions.
 
     contexts: (R, B, T, D), each region's text for each row of the batch (its negative for unconditional rows), or
     (R, B, L, T, D) with one for each of the U-Net's transformers.
     latent_size: (height, width) of the latents.  progress(): 0..1 of the sampling, asked in every layer.
+    speak(text): told whose keys and values come next, 0 for the global text and then the regions'.
     The U-Net's own processors come back on leaving.
     """
     if not places.regions:
@@ -79,7 +81,7 @@ def regional_attention(
         if ".attn2." in name:
             index = transformers.index(name.split(".transformer_blocks.")[0])
             own = contexts[:, :, index] if contexts.dim() == 5 else contexts
-            regional[name] = _RegionalProcessor(places, own, latent_size, progress)
+            regional[name] = _RegionalProcessor(places, own, latent_size, progress, speak)
     unet.set_attn_processor(before | regional)
     try:
         yield
@@ -90,12 +92,17 @@ def regional_attention(
 class _RegionalProcessor:
     """A diffusers attention processor for one sampling run."""
 
-    def __init__(self, places: Places, contexts: Tensor, latent_size: tuple[int, int], progress: Callable[[], float]):
+    def __init__(self, places: Places, contexts: Tensor, latent_size: tuple[int, int], progress, speak):
         self.places, self.contexts, self.latent_size, self.progress = places, contexts, latent_size, progress
+        self.speak = speak
 
     def __call__(self, attention: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, *args, **kwargs):
         query = attention.to_q(hidden_states)
-        texts = [(attention.to_k(text), attention.to_v(text)) for text in (encoder_hidden_states, *self.contexts)]
+        texts = []
+        for number, text in enumerate((encoder_hidden_states, *self.contexts)):
+            self.speak(number)
+            texts.append((attention.to_k(text), attention.to_v(text)))
+        self.speak(0)
         division = self.places.division(query.shape[1], self.latent_size, self.progress(), query)
         blended = attend_by_region(_attend_in(attention.heads), query, texts, division)
         return attention.to_out[1](attention.to_out[0](blended))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,57 +22,36 @@ class Part:
     share: Tensor | None
 
     @classmethod
-    def of(cls, weights: Tensor) -> Part | None:
-        """weights: (T,) in 0..1.  None for a part of nothing."""
+    def of(cls, weights: Tensor, like: Tensor) -> Part | None:
+        """weights: (T,) in 0..1; like: of the layer's device and dtype.  None for a part of nothing."""
         index = weights.nonzero()[:, 0]
         if not len(index):
             return None
-        own = weights[index]
-        whole = bool((own == 1).all())
-        return cls(None if len(index) == len(weights) else index, None if whole else own[:, None])
+        share = None if bool((weights[index] == 1).all()) else weights[index, None].to(like)
+        return cls(None if len(index) == len(weights) else index.to(like.device), share)
 
     @property
     def everything(self) -> bool:
         return self.index is None and self.share is None
 
-    def to(self, like: Tensor) -> Part:
-        return Part(
-            None if self.index is None else self.index.to(like.device),
-            None if self.share is None else self.share.to(like),
-        )
 
-
-@dataclass(frozen=True, eq=False)
 class Division:
     """How the positions of one layer are divided between the global text and the regions' at one moment.
 
     shares: (R, T) float32, each region's; their sum is at most 1, and the rest is the global text's.
+    like: a tensor of the layer's device and dtype.
     """
 
-    shares: Tensor
-
-    @cached_property
-    def rest(self) -> Tensor:
-        """(T,): what is left of each position for the global text; exactly 1 outside of all regions."""
-        rest = (1 - self.shares.sum(0)).clamp(min=0)
-        return torch.where(rest < 1e-6, 0.0, rest)
-
-    @cached_property
-    def regions(self) -> tuple[Part | None, ...]:
-        return tuple(Part.of(own) for own in self.shares)
-
-    @cached_property
-    def replaced(self) -> bool:
-        """Whether each position belongs wholly to one text, so that nothing need be weighed."""
-        return all(part is None or part.share is None for part in self.regions)
-
-    def to(self, like: Tensor) -> Division:
-        """The same with everything that is worked out from it, for a layer of this device and dtype."""
-        moved = Division(self.shares)
-        own = {"rest": self.rest.to(like), "replaced": self.replaced}
-        own["regions"] = tuple(part and part.to(like) for part in self.regions)
-        moved.__dict__.update(own)
-        return moved
+    def __init__(self, shares: Tensor, like: Tensor | None = None):
+        like = shares if like is None else like
+        rest = (1 - shares.sum(0)).clamp(min=0)
+        rest = torch.where(rest < 1e-6, 0.0, rest)
+        self.texts = torch.cat([rest[None], shares])  # (1 + R, T) float32: how much of each position is each text's
+        self.rest = rest.to(like)
+        self.covered = not bool(rest.any())  # nothing is left to the global text
+        self.regions = tuple(Part.of(own, like) for own in shares)
+        # Each position belongs wholly to one text, so that nothing need be weighed.
+        self.replaced = all(part is None or part.share is None for part in self.regions)
 
 
 class Places:
@@ -92,7 +70,7 @@ class Places:
         holding = tuple(region.holds(progress) for region in self.regions)
         key = (tokens, *latent_size, holding, like.device, like.dtype)
         if key not in self._known:
-            self._known[key] = Division(self._shares(grid_of(tokens, *latent_size), latent_size, holding)).to(like)
+            self._known[key] = Division(self._shares(grid_of(tokens, *latent_size), latent_size, holding), like)
         return self._known[key]
 
     def _shares(self, grid: tuple[int, int], latent_size: Sequence[int], holding: Sequence[bool]) -> Tensor:

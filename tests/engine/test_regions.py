@@ -133,7 +133,7 @@ def test_every_cell_is_shared_out_whole(overlap):
     assert torch.equal(shares[40:48], torch.eye(4)[:1].expand(8, 4))
     on_top = [0.0, 0.5, 0.0, 0.5] if overlap == "average" else [0.0, 0.0, 0.0, 1.0]
     assert torch.equal(shares[48:], torch.tensor(on_top).expand(8, 4))
-    assert (division.shares.sum(0) <= 1 + 1e-6).all()
+    assert (division.texts[1:].sum(0) <= 1 + 1e-6).all()
 
 
 def test_priority_decides_who_lies_on_top_and_of_equals_the_later():

@@ -281,11 +281,25 @@ def test_training_asks_the_network_what_sampling_asks_it(seen, name):
     assert relative_error(tensors["one step|training"], tensors["one step|host"]) <= 1e-5
 
 
-def test_regions_hold_on_sdxl_and_are_refused_on_sd3(seen):
-    tensors, _ = seen("sdxl")
-    assert relative_error(tensors["region|everywhere"], tensors["region|plain"]) <= 1e-5
-    assert relative_error(tensors["region|half"], tensors["region|plain"]) > 1e-4
-    assert "has no cross-attention that a region could hold for" in seen("sd3")[1]["refused"]["regions"]
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_regions_hold_in_both_modes(seen, name):
+    tensors, _ = seen(name)
+    plain = tensors["region|plain"]
+    for title in ("everywhere", "halves"):
+        for mode in ("merged", "gated"):
+            assert relative_error(tensors[f"region|{title}, {mode}"], plain) <= 1e-4, (title, mode)
+    assert relative_error(tensors["region|other text everywhere"], tensors["region|plain other text"]) <= 1e-4
+    different = [
+        "plain",
+        "half, merged",
+        "half, gated",
+        "concept in a half",
+        "no concept in a half",
+        "plain other text",
+    ]
+    for number, title in enumerate(different):
+        for other in different[:number]:
+            assert relative_error(tensors[f"region|{title}"], tensors[f"region|{other}"]) > 3e-4, (title, other)
 
 
 @pytest.mark.parametrize(

@@ -217,28 +217,35 @@ def one_step(run: Run, _concept) -> None:
 
 
 def regions(run: Run, concept) -> None:
-    """Regions on a U-Net: one over everything is plain sampling, half a picture is another; refused on others."""
+    """Regions in both modes: over everything they are plain sampling, over a half a picture of its own."""
     (word, _), *_ = concept.tokens.items()
-    stack, latent = (
-        [(concept, 1.0)],
-        {"samples": torch.zeros(1, run.loaded[0].model.latent_format.latent_channels, 8, 8)},
-    )
+    # What acts through the time embedding alone belongs to no position, and no gate has it.
+    concept = replace(concept, layers={name: own for name, own in concept.layers.items() if "adaLN" not in name})
+    here, elsewhere, stack = f"a {word} in the snow", "a man on a horse", [(concept, 1.0)]
+    latent = {"samples": torch.zeros(1, run.loaded[0].model.latent_format.latent_channels, 8, 8)}
     sampling = regions_host.Sampling("euler", "normal", 1, 3.0, 5)
+    whole, left, right = (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 
-    def draw(box: tuple, text: str):
-        region = geometry.Region(text, box=box)
-        prompts = (f"a {word} in the snow", "a car")
-        return regions_host.sample_regions(*run.loaded[:2], stack, prompts, [region], latent, sampling)["samples"]
+    def draw(title: str, prompt: str, *texts: tuple, mode: str = "merged", **more) -> None:
+        places = [geometry.Region(text, box=box, **more) for text, box in texts]
+        prompts = (prompt, "a car")
+        drawn = regions_host.sample_regions(*run.loaded[:2], stack, prompts, places, latent, sampling, mode)
+        run.found[f"region|{title}"] = drawn["samples"]
 
-    run.facts["refused"]["regions"] = said(lambda: draw((0.0, 0.0, 1.0, 1.0), "a man"))
-    if run.facts["refused"]["regions"] != "worked":
-        return
+    for mode in ("merged", "gated"):
+        draw(f"everywhere, {mode}", here, (here, whole), mode=mode)
+        draw(f"halves, {mode}", here, (here, left), (here, right), mode=mode, feather=0.5)
+        draw(f"half, {mode}", here, (elsewhere, left), mode=mode)
+    draw("concept in a half", elsewhere, (here, left), mode="gated")
+    draw("no concept in a half", elsewhere, (here, left), mode="gated", concepts=())
+    draw("other text everywhere", here, (elsewhere, whole))
     model, clip = patching.merged(*run.loaded[:2], stack)
-    said_by = [clip_words.encode_prompt(clip, text) for text in (f"a {word} in the snow", "a car")]
-    (plain,) = nodes.common_ksampler(model, 5, 1, 3.0, "euler", "normal", *said_by, latent)
-    run.found["region|plain"] = plain["samples"]
-    run.found["region|everywhere"] = draw((0.0, 0.0, 1.0, 1.0), f"a {word} in the snow")
-    run.found["region|half"] = draw((0.0, 0.0, 0.5, 1.0), "a man on a horse")
+    said_by = {text: clip_words.encode_prompt(clip, text) for text in (here, elsewhere, "a car")}
+    # A region has a text of its own; the pooled one, which is no position's, is the global prompt's.
+    other = [[said_by[elsewhere][0][0], said_by[here][0][1]]]
+    for title, positive in {"plain": said_by[here], "plain other text": other}.items():
+        (drawn,) = nodes.common_ksampler(model, 5, 1, 3.0, "euler", "normal", positive, said_by["a car"], latent)
+        run.found[f"region|{title}"] = drawn["samples"]
 
 
 def refusals(run: Run, made: dict, toy: tuple) -> None:

@@ -51,7 +51,8 @@ def main() -> None:
     placed = [region.placed(*size) for region in regions(plan["regions"])]
     own = [encode(merged_clip, region.prompt)[0][0][0] for region in placed]
     own_negatives = [bare if r.negative is None else encode(merged_clip, r.negative)[0][0][0] for r in placed]
-    listening = regional.listening(merged, places.Places(placed), own, own_negatives, True)
+    heard = pack_module("host.listening").Listening(places.Places(placed), own, own_negatives, True)
+    listening = regional.listening(merged, heard)
     comfy.model_management.load_models_gpu([listening])
     count = len(asked["noisy"])
     for title, patched in (("regional", listening), ("plain", merged)):

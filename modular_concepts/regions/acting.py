@@ -1,0 +1,51 @@
+"""Which concepts act where: those that a region names, or whose trigger word stands in its prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ..concept import Concept
+from ..errors import AdapterError
+from .geometry import Region
+
+Stack = Sequence[tuple[Concept, float]]
+
+
+def acting(stack: Stack, prompt: str, regions: Sequence[Region]) -> list[tuple[int, ...]]:
+    """For each text, the global prompt first and then the regions', the numbers of the stack's concepts that act there.
+
+    Raises AdapterError for a concept that a region names and the stack lacks.
+    """
+    check_names(regions, [concept.name for concept, _ in stack])
+    return [called(stack, prompt), *(_named(stack, region) for region in regions)]
+
+
+def called(stack: Stack, prompt: str) -> tuple[int, ...]:
+    """Numbers of the concepts whose trigger word stands in a prompt."""
+    return tuple(
+        number
+        for number, (concept, _) in enumerate(stack)
+        if any(_stands_in(word, prompt) for word in {*concept.tokens, *concept.recipe.triggers})
+    )
+
+
+def check_names(regions: Sequence[Region], known: Sequence[str]) -> None:
+    """Raise AdapterError for a concept that a region names and that is not known."""
+    for region in regions:
+        for name in region.concepts or ():
+            if name not in known:
+                raise AdapterError(
+                    f"region {region.prompt!r} asks for the concept {name!r}, and there is none of that name; "
+                    f"there {'is ' + ', '.join(known) if known else 'are no concepts'}"
+                )
+
+
+def _named(stack: Stack, region: Region) -> tuple[int, ...]:
+    if region.concepts is None:
+        return called(stack, region.prompt)
+    return tuple(number for number, (concept, _) in enumerate(stack) if concept.name in region.concepts)
+
+
+def _stands_in(word: str, prompt: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", prompt.lower()) is not None

@@ -1,0 +1,238 @@
+"""Gated regions: a concept's low-rank residual acts only where its region is.
+
+For layers whose tokens are positions the mask goes between the factors, ((x downᵀ) * columns) upᵀ, with all concepts
+side by side: any number of regions is one pair of small products more.  Where many concepts have few positions each,
+their positions are gathered instead, so that the cost does not grow with the number of concepts.  For keys and values
+of cross-attention the tokens are texts, and each text goes through its own concepts' residuals only.  Convolutions mask
+the positions that they write.  What belongs to no position, the time embedding for instance, is left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters import ConvGeometry, LowRank, scatter_rows
+from ..merge.sums import MergedLayer, merged_factors
+from .acting import Stack
+from .places import Part, Places
+
+POSITIONS, TEXTS = "positions", "texts"
+# Moving a row in and out costs about as much as this much more rank.
+_GATHERING = 24
+_MOST_COLUMNS = 512  # on a GPU, where each product more costs a launch
+
+_OF_TEXTS = re.compile(r"\.attn2\.to_[kv]$|\.context_block\.(?!adaLN)|^unet\.context_embedder")
+_OF_NEITHER = re.compile(r"\.(time_emb_proj|linear_[12])$|adaLN_modulation|embedder\.mlp|_embedding\.|y_embedder")
+
+
+def tokens_of(layer: str) -> str | None:
+    """What a layer's tokens are by its canonical name: POSITIONS, TEXTS, or None for what has neither."""
+    if _OF_NEITHER.search(layer) or not layer.startswith("unet."):
+        return None
+    return TEXTS if _OF_TEXTS.search(layer) else POSITIONS
+
+
+class Held:
+    """Which of a layer's tokens each concept holds, and what follows from it for batches and factors; kept."""
+
+    def __init__(self, weights: Tensor, like: Tensor):
+        """weights: (concepts, T) float32 in 0..1; like: of the layer's device and dtype."""
+        self.tokens, self._like = weights.shape[1], like.new_empty(0)
+        self.parts = tuple(Part.of(own, like) for own in weights)
+        self._weights = weights
+        self._columns: dict[tuple, Tensor] = {}
+        self._rows: dict[tuple[int, int], tuple[Tensor | None, Tensor | None]] = {}
+
+    def weights(self, owner: int) -> Tensor:
+        """(T,): how much of each token is the concept's."""
+        return self._weights[owner].to(self._like)
+
+    def columns(self, owners: tuple[int, ...], ranks: tuple[int, ...]) -> Tensor:
+        """(T, sum of ranks): for each column between the factors, where its concept acts."""
+        if (owners, ranks) not in self._columns:
+            each = [self.weights(owner)[:, None].expand(-1, rank) for owner, rank in zip(owners, ranks, strict=True)]
+            self._columns[owners, ranks] = torch.cat(each, dim=1)
+        return self._columns[owners, ranks]
+
+    def rows(self, owner: int, batch: int) -> tuple[Tensor | None, Tensor | None]:
+        """A part's (index, share) in a batch whose tokens lie behind each other; index None is all of them."""
+        if (owner, batch) not in self._rows:
+            index, share = self.parts[owner].index, self.parts[owner].share
+            if index is not None:
+                index = (index + self.tokens * torch.arange(batch, device=index.device)[:, None]).flatten()
+            self._rows[owner, batch] = index, share if share is None else share.repeat(batch, 1)
+        return self._rows[owner, batch]
+
+    def count(self, owner: int) -> int:
+        part = self.parts[owner]
+        return 0 if part is None else self.tokens if part.index is None else len(part.index)
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """One layer's residuals of all concepts that have one there; `owners` are the concepts' numbers.
+
+    adapters, strengths: one for each owner.  Strengths and scales enter here, and nowhere else.
+    """
+
+    owners: tuple[int, ...]
+    adapters: tuple[LowRank, ...]
+    strengths: tuple[float, ...]
+    conv: ConvGeometry | None = None
+    _moved: dict = field(default_factory=dict)
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(adapter.rank for adapter in self.adapters)
+
+    def add(self, output: Tensor, x: Tensor, held: Held) -> Tensor:
+        """output + what the concepts add to the tokens that they hold.
+
+        x: (B, T, in), output: (B, T, out); of a convolution (B, C, H, W), and its tokens are the output's positions.
+        May write into `output`, which is the layer's own; tokens that no concept holds keep theirs bit for bit.
+        """
+        acting = [number for number, owner in enumerate(self.owners) if held.parts[owner] is not None]
+        if not acting:
+            return output
+        if all(held.parts[self.owners[number]].everything for number in acting):
+            # The very steps of a merged layer, so that one full region is plain sampling to the last bit.
+            return output + self._joined(tuple(acting), x).residual(x, self.conv)
+        if self.conv is not None:
+            return self._add_to_map(output, x, held, acting)
+        if self._side_by_side(held, x):
+            layer = self._joined(tuple(range(len(self.owners))), x)
+            hidden = F.linear(x, layer.down) * held.columns(self.owners, self.ranks)
+            output = output.contiguous()
+            output.view(-1, output.shape[-1]).addmm_(hidden.flatten(0, -2), layer.up.mT)
+            return output
+        return self._gathered(output.contiguous(), x.flatten(0, -2), held, acting)
+
+    def _side_by_side(self, held: Held, x: Tensor) -> bool:
+        """Whether all concepts in one pair of products cost less than each with its own tokens."""
+        if any(adapter.kind == "full" for adapter in self.adapters):
+            return False  # whole weights have no narrow middle
+        if x.device.type != "cpu":
+            return sum(self.ranks) <= _MOST_COLUMNS
+        pairs = zip(self.owners, self.ranks, strict=True)
+        return held.tokens * sum(self.ranks) <= sum(held.count(owner) * (rank + _GATHERING) for owner, rank in pairs)
+
+    def _gathered(self, output: Tensor, x: Tensor, held: Held, acting: Sequence[int]) -> Tensor:
+        into = output.view(-1, output.shape[-1])
+        for number in acting:
+            layer = self._joined((number,), x)
+            index, share = held.rows(self.owners[number], len(output))
+            hidden = x if index is None else x.index_select(0, index)
+            hidden = hidden if self.adapters[number].kind == "full" else F.linear(hidden, layer.down)
+            hidden = hidden if share is None else hidden * share
+            if index is None:
+                into.addmm_(hidden, layer.up.mT)
+            else:
+                into.index_add_(0, index, F.linear(hidden, layer.up))
+        return output
+
+    def _add_to_map(self, output: Tensor, x: Tensor, held: Held, acting: Sequence[int]) -> Tensor:
+        size, conv = output.shape[2:], self.conv
+        if conv.groups == 1 and all(adapter.kind != "full" for adapter in self.adapters):
+            layer = self._joined(tuple(range(len(self.owners))), x)
+            down = layer.down if layer.down.dim() == 4 else layer.down[:, :, None, None]
+            columns = held.columns(self.owners, self.ranks).mT.unflatten(1, size)
+            hidden = F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation) * columns
+            return output + F.conv2d(hidden, layer.up[:, :, None, None])
+        for number in acting:
+            weights = held.weights(self.owners[number]).unflatten(0, size)
+            output = output + self._joined((number,), x).residual(x, conv) * weights
+        return output
+
+    def _joined(self, numbers: tuple[int, ...], like: Tensor) -> MergedLayer:
+        """Some of the adapters as one, on the device and in the dtype of `like`, with an `up` over all rows."""
+        key = (numbers, like.device, like.dtype)
+        if key not in self._moved:
+            adapters = [self.adapters[number] for number in numbers]
+            layer = merged_factors(adapters, [self.strengths[number] for number in numbers])
+            up = scatter_rows(layer.up, layer.rows, layer.out_features, dim=0)
+            self._moved[key] = MergedLayer(up, layer.down, None, layer.out_features).to(like.device, like.dtype)
+        return self._moved[key]
+
+
+class Gate:
+    """All gated layers of one sampling, and where it is just now.
+
+    texts: for each text, the global one first, the numbers of the stack's concepts that act there.
+    now: (height, width) of the latent and how far the sampling is, 0..1; `speaking` or `lengths`: which text the keys
+    and values are of that are asked for next, or how many tokens each region's has behind the global one's.
+    """
+
+    def __init__(self, stack: Stack, texts: Sequence[tuple[int, ...]], places: Places, layers: Mapping[str, nn.Module]):
+        self.places = places
+        self.acts = torch.zeros(len(stack), len(texts))
+        for text, concepts in enumerate(texts):
+            self.acts[list(concepts), text] = 1.0
+        self.gated = gated_layers(stack, layers, {number for concepts in texts for number in concepts})
+        self.now: tuple[tuple[int, int], float] = ((1, 1), 0.0)
+        self.speaking: int = 0
+        self.lengths: Sequence[int] | None = None
+        self._known: dict[object, Held] = {}
+
+    @contextmanager
+    def attached(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Within the block the layers add what their concepts do where they act; hooks, which end on leaving."""
+        with ExitStack() as stack:
+            for name, gated in self.gated.items():
+                hook = self._on_texts(gated) if tokens_of(name) == TEXTS else self._on_positions(gated)
+                stack.callback(layers[name].register_forward_hook(hook).remove)
+            yield
+
+    def _on_positions(self, gated: Gated):
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            tokens = output.shape[-2] if gated.conv is None else output.shape[-2] * output.shape[-1]
+            division = self.places.division(tokens, *self.now, output)
+            return gated.add(output, args[0], self._held(division, lambda: division.texts, output))
+
+        return hook
+
+    def _on_texts(self, gated: Gated):
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            lengths = self._lengths(output.shape[-2])
+            key = (*lengths, output.dtype, output.device)
+            return gated.add(output, args[0], self._held(key, lambda: _blocks(lengths), output))
+
+        return hook
+
+    def _lengths(self, tokens: int) -> list[int]:
+        """How many of the tokens are each text's."""
+        if self.lengths is not None:
+            return [tokens - sum(self.lengths), *self.lengths]
+        return [tokens if text == self.speaking else 0 for text in range(self.acts.shape[1])]
+
+    def _held(self, key: object, texts: Callable[[], Tensor], like: Tensor) -> Held:
+        """texts(): (1 + R, T) float32, how much of each token is each text's."""
+        if key not in self._known:
+            self._known[key] = Held((self.acts @ texts()).clamp(max=1), like)
+        return self._known[key]
+
+
+def _blocks(lengths: Sequence[int]) -> Tensor:
+    return torch.block_diag(*(torch.ones(1, length) for length in lengths))
+
+
+def gated_layers(stack: Stack, layers: Mapping[str, nn.Module], used: set[int]) -> dict[str, Gated]:
+    """Canonical name -> the residuals of the concepts of the stack that are used, for layers that have tokens."""
+    found: dict[str, list[tuple[int, LowRank, float]]] = {}
+    for number, (concept, strength) in enumerate(stack):
+        if number in used and strength != 0:
+            for name, adapter in concept.layers.items():
+                if tokens_of(name) is not None:
+                    found.setdefault(name, []).append((number, adapter, strength))
+    return {name: Gated(*zip(*entries, strict=True), conv=_geometry(layers[name])) for name, entries in found.items()}
+
+
+def _geometry(module: nn.Module) -> ConvGeometry | None:
+    return ConvGeometry.of(module) if isinstance(module, nn.Conv2d) else None

@@ -1,0 +1,250 @@
+"""In the host: gated regions on the toy base and on FOLDER's tiny checkpoint in Stable Diffusion 1.5's layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from in_host import FOLDER, pack_module, start
+
+start()
+
+import comfy.model_management  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import torch  # noqa: E402
+from comfy_extras import nodes_model_advanced, nodes_pag  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import nodes  # noqa: E402
+
+torch.set_num_threads(1)
+plan = json.loads((FOLDER / "plan.json").read_text())
+asked = load_file(FOLDER / "asked.safetensors")
+regions_host, patching = pack_module("host.regions"), pack_module("host.patching")
+layers_host, clip_words = pack_module("host.layers"), pack_module("host.clip")
+geometry = pack_module("modular_concepts.regions.geometry")
+found: dict[str, torch.Tensor] = {}
+facts: dict = {"refused": {}, "hooks": {}, "calls": {}}
+
+
+def regions(entries: list[dict]) -> list:
+    made = []
+    for entry in entries:
+        own = {"box": (0.0, 0.0, 1.0, 1.0), **entry}
+        mask = asked[own.pop("mask")][0] if "mask" in own else None
+        own = {**own, "box": None, "mask": mask} if mask is not None else {**own, "box": tuple(own["box"])}
+        made.append(geometry.Region(**own))
+    return made
+
+
+def digest(model) -> str:
+    """Of the weights as they are when no model of the host has patches in them."""
+    comfy.model_management.unload_all_models()
+    whole = hashlib.sha256()
+    for key, value in sorted(model.model.state_dict().items()):
+        whole.update(key.encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+def hooks(model) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.model.modules())
+
+
+class Look:
+    """Pictures of one base, by regions with its stack and plain with concepts merged."""
+
+    def __init__(self, prefix: str, model, clip, stack: list, latent: dict):
+        self.prefix, self.model, self.clip, self.stack, self.latent = prefix, model, clip, stack, latent
+
+    def regional(self, entries, sampler="euler", model=None, latent=None, stack=None, change=None, **own):
+        own = {"cfg": 3.0, "seed": 5, "steps": 2, "denoise": 1.0, "mode": "gated", **own}
+        mode, overlap = own.pop("mode"), own.pop("overlap", "average")
+        prompts = own.pop("prompt", plan["prompt"]), plan["negative"]
+        placed = [region.placed(96, 32) for region in regions(entries)]
+        ready = regions_host.with_regions(
+            model or self.model, self.clip, self.stack if stack is None else stack, placed, prompts, mode, overlap
+        )
+        return self.sample(ready.model if change is None else change(ready.model), *ready[1:], sampler, latent, **own)
+
+    def plain(self, prompt, names, sampler="euler", latent=None, change=None, **own):
+        own = {"cfg": 3.0, "seed": 5, "steps": 2, "denoise": 1.0, **own}
+        chosen = [pair for pair in self.stack if pair[0].name in names]
+        model, clip = patching.merged(self.model, self.clip, chosen) if chosen else (self.model, self.clip)
+        said = [clip_words.encode_prompt(clip, text) for text in (prompt, plan["negative"])]
+        return self.sample(model if change is None else change(model), *said, sampler, latent, **own)
+
+    def sample(self, model, positive, negative, sampler, latent, cfg, seed, steps, denoise):
+        latent = self.latent if latent is None else latent
+        return nodes.common_ksampler(model, seed, steps, cfg, sampler, "normal", positive, negative, latent, denoise)[
+            0
+        ]["samples"]
+
+    def both(self, title: str, **settings) -> None:
+        """A region over everything by gate, and the same concept merged."""
+        entry = {"prompt": plan["inside"]}
+        found[f"{self.prefix}{title}|full"] = self.regional([entry], **settings)
+        found[f"{self.prefix}{title}|merged"] = self.plain(plan["inside"], ["rex"], **settings)
+
+
+def patched_by(node, *arguments):
+    """A model change by a node of the host, whatever version of nodes it is."""
+    way = node.execute if hasattr(node, "execute") else getattr(node(), node.FUNCTION)
+    return lambda model: way(model, *arguments)[0]
+
+
+def counted(title: str):
+    """Notes how many rows every call of the network has."""
+
+    def change(model):
+        model = model.clone()
+
+        def call(apply, about):
+            facts["calls"].setdefault(title, []).append(len(about["input"]))
+            return apply(about["input"], about["timestep"], **about["c"])
+
+        model.set_model_unet_function_wrapper(call)
+        return model
+
+    return change
+
+
+def failing(model):
+    """Fails in the midst of the second call of the network."""
+    model, calls = model.clone(), []
+
+    def fail(options):
+        calls.append(1)
+        facts["hooks"]["inside"] = hooks(model)
+        if len(calls) > 1:
+            raise RuntimeError("on purpose")
+        return options
+
+    model.set_model_input_block_patch(
+        lambda hidden, options: (fail(options), hidden)[1] if options["block"][1] == 1 else hidden
+    )
+    return model
+
+
+def common(look: Look) -> None:
+    """What holds on any U-Net."""
+    facts["hooks"][f"{look.prefix}before"], before = hooks(look.model), digest(look.model)
+    look.both("euler")
+    found[f"{look.prefix}inside, nothing gated"] = look.plain(plan["inside"], [])
+    for title in ("two", "two in other order", "one text everywhere"):
+        found[f"{look.prefix}{title}"] = look.regional(plan["pictures"][title])
+    found[f"{look.prefix}plain text everywhere"] = look.plain(plan["everywhere"], ["rex"])
+    look.both("odd size", latent={"samples": torch.zeros(1, look.latent["samples"].shape[1], 13, 21)})
+    facts["hooks"][f"{look.prefix}after"], facts[f"{look.prefix}untouched"] = (
+        hooks(look.model),
+        digest(look.model) == before,
+    )
+
+
+def toy() -> None:
+    model, clip, _ = pack_module("host.toy").load_toy_base()
+    load = pack_module("modular_concepts.files").load_concept
+    stack = [(load(FOLDER / f"{name}.safetensors"), strength) for name, strength in plan["stack"]]
+    noise = {"samples": torch.zeros(1, 12, 16, 48)}
+    look = Look("", model, clip, stack, noise)
+    common(look)
+
+    # The network itself, against the headless sampler: rows of the positive prompt, then of the negative one.
+    placed = [region.placed(96, 32) for region in regions(plan["regions"])]
+    ready = regions_host.with_regions(model, clip, stack, placed, (plan["prompt"], plan["negative"]), "gated")
+    comfy.model_management.load_models_gpu([ready.model])
+    count, patched = len(asked["noisy"]), ready.model
+    options = {**patched.model_options["transformer_options"], "cond_or_uncond": [0, 1]}
+    sigma = patched.model.model_sampling.sigmas[asked["timesteps"]]
+    wide = sigma[:, None, None, None].repeat(2, 1, 1, 1)
+    latent = asked["noisy"].repeat(2, 1, 1, 1) * (wide**2 + 1) ** 0.5
+    texts = torch.cat([own[0][0].repeat(count, 1, 1) for own in ready[1:]])
+    denoised = patched.model.apply_model(latent, sigma.repeat(2), c_crossattn=texts, transformer_options=options)
+    found["network"] = (latent / (wide**2 + 1) - denoised) * (wide**2 + 1) ** 0.5 / wide
+
+    for sampler in plan["samplers"]:
+        look.both(sampler, sampler=sampler)
+        for title in ("two", "two in other order"):
+            found[f"{title}|{sampler}"] = look.regional(plan["pictures"][title], sampler)
+    look.both("unguided", cfg=1.0)
+    look.both("rescaled guidance", change=patched_by(nodes_model_advanced.RescaleCFG, 0.7))
+    look.both("perturbed attention", change=patched_by(nodes_pag.PerturbedAttentionGuidance, 2.0))
+    pair = {"samples": asked["start"].clone()}
+    look.both("batch", latent=pair)
+    look.both("image to image", latent=pair, denoise=0.6)
+    look.both("inpainting", latent={**pair, "noise_mask": asked["mask"]}, denoise=0.8)
+
+    two = plan["pictures"]["two"]
+    found["batched"] = look.regional(two, change=counted("batched"), latent=pair)
+    required, model.model.memory_required = model.model.memory_required, lambda *_args, **_more: 1e30
+    found["split"] = look.regional(two, change=counted("split"), latent=pair)
+    model.model.memory_required = required
+    found["without concepts"] = look.regional(two, stack=[])
+    merged = patching.merged(model, clip, stack)
+    found["merged mode"] = look.regional(two, mode="merged")
+    found["on top"] = look.regional(plan["pictures"]["overlap"], overlap="priority")
+    found["shared"] = look.regional(plan["pictures"]["overlap"])
+    found["early"], found["late"] = (
+        look.regional([{**entry, "start": start, "end": end} for entry in two]) for start, end in ((0, 0.5), (0.5, 1))
+    )
+    sampling = regions_host.Sampling("euler", "normal", 2, 3.0, 5)
+    found["all in one"] = regions_host.sample_regions(
+        model, clip, stack, (plan["prompt"], plan["negative"]), regions(two), noise, sampling, "gated"
+    )["samples"]
+
+    before = digest(model)
+    try:
+        look.regional(two, change=failing)
+    except RuntimeError as error:
+        facts["failed"] = str(error)
+    facts["hooks"]["after failing"], facts["untouched by failing"] = hooks(model), digest(model) == before
+    found["afterwards"] = look.regional(two)
+    for title, attempt in {
+        "merged already": lambda: regions_host.with_regions(*merged, stack, regions(two), ("a", ""), "gated"),
+        "unknown": lambda: look.regional([{"prompt": "a man", "concepts": ["tim"]}]),
+        "mode": lambda: look.regional(two, mode="both"),
+        "overlap": lambda: look.regional(two, overlap="sum"),
+        "twice": lambda: look.regional(two, model=ready.model),
+    }.items():
+        try:
+            attempt()
+            facts["refused"][title] = ""
+        except ValueError as error:
+            facts["refused"][title] = f"{type(error).__name__}: {error}"
+
+
+def stable_diffusion() -> None:
+    """Concepts here have convolutions too, and a text encoder of their own."""
+    whole = {"dtype": torch.float32}
+    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
+        str(FOLDER / "tiny_sd15.safetensors"), model_options=whole, te_model_options=whole
+    )
+    adapters, concept = pack_module("modular_concepts.adapters"), pack_module("modular_concepts.concept")
+    every = layers_host.host_layers(model, clip)
+    stack = []
+    for number, name in enumerate(("tom", "rex")):
+        generator, layers = torch.Generator().manual_seed(number), {}
+        for layer, own in every.items():
+            if ".encoder.layers.0." in layer or (
+                ".encoder" not in layer and "time_emb" not in layer and "embeddings" not in layer
+            ):
+                out, inp, *kernel = own.module.weight.shape
+                made = adapters.new_lora(out, inp, 2, None, generator, kernel or None)
+                layers[layer] = made.replace(lora_up=0.05 * torch.randn(out, 2, generator=generator))
+        recipe = concept.Recipe(architecture="sd15", triggers=(f"<{name}>",), class_word="dog")
+        words = {f"<{name}>": 0.05 * torch.randn(1, 768, generator=generator)}
+        stack.append((concept.Concept(name, layers, words, recipe), 0.7 + number / 2))
+    facts["kinds"] = sorted({len(adapter.lora_down.shape) for adapter in stack[0][0].layers.values()})
+    common(Look("sd15 ", model, clip, stack, {"samples": torch.zeros(1, 4, 8, 12)}))
+
+
+@torch.inference_mode()
+def main() -> None:
+    toy()
+    if (FOLDER / "tiny_sd15.safetensors").is_file():
+        stable_diffusion()
+    save_file({key: value.float().contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
+    (FOLDER / "found.json").write_text(json.dumps(facts))
+
+
+main()
