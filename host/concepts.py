@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,24 +13,34 @@ import folder_paths
 
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
-from ..modular_concepts.files.concept import KEY, load_concept, save_concept
+from ..modular_concepts.files.concept import save_concept
+from ..modular_concepts.files.diffusers import export_diffusers
 from ..modular_concepts.files.embeddings import export_embedding
-from ..modular_concepts.files.kohya import export_kohya, import_kohya
+from ..modular_concepts.files.kohya import export_kohya
+from ..modular_concepts.files.lora import read_concept
+from ..modular_concepts.files.modelspec import dated, saying, trigger_phrase
 from ..modular_concepts.files.moments import SUFFIX as MOMENTS
-from ..modular_concepts.files.safe import read_header, safe_child, safe_name
+from ..modular_concepts.files.safe import safe_child, safe_name
 from ..modular_concepts.merged import merged_concept
 from .folders import names, path_of
+from .messages import show_text
 
 SUFFIX = ".safetensors"
+KEEP_BYTES = 2**29  # of files, the longest unused go first
 _FILES: weakref.WeakKeyDictionary[Concept, Path] = weakref.WeakKeyDictionary()
+_KEPT: dict[tuple[Path, int, int], tuple[Concept, str]] = {}
 
 
 class Format(Enum):
-    """How a concept is written: full, compact, or as a LoRA and embeddings for other programs."""
+    """How a concept is written: full, compact, or as a LoRA and embeddings for other programs, in whose keys."""
 
     CONCEPT = 0
     COMPACT = 1
     LORA = 2
+    DIFFUSERS = 3
+
+
+EXPORTS = {Format.LORA: export_kohya, Format.DIFFUSERS: export_diffusers}
 
 
 @dataclass(frozen=True)
@@ -69,17 +79,30 @@ def file_fingerprint(name: str) -> str:
 
 
 def load_concept_named(name: str) -> Concept:
-    """A concept file of models/concepts; a plain LoRA there becomes a concept without trigger words."""
+    """A concept file of models/concepts; any program's LoRA there becomes a concept without learned words.
+
+    Kept until it changes on the disk, so that a strength that is changed reads nothing again.
+    """
     path = path_of("concepts", name)
-    if KEY in read_header(path).metadata:
-        concept = load_concept(path)
-    else:
-        imported = import_kohya(path)
-        if imported.unmatched:
-            logging.warning("%s: no place for %s", name, ", ".join(imported.unmatched))
-        concept = imported.concept
-    _FILES[concept] = path
+    found = path.stat()
+    key = (path, found.st_mtime_ns, found.st_size)
+    if key not in _KEPT:
+        concept, unmatched = read_concept(path)
+        _FILES[concept] = path
+        _KEPT[key] = (concept, said_of_unmatched(path.name, unmatched))
+        while len(_KEPT) > 1 and sum(size for _, _, size in _KEPT) > KEEP_BYTES:
+            del _KEPT[next(iter(_KEPT))]
+    _KEPT[key] = _KEPT.pop(key)
+    concept, said = _KEPT[key]
+    if said:
+        logging.warning("%s", said)
+        show_text(said)
     return concept
+
+
+def said_of_unmatched(file: str, unmatched: Sequence[str]) -> str:
+    """Each key of a LoRA that found no place, in a sentence; empty if all did."""
+    return f"{file}: no place for {len(unmatched)} keys: {', '.join(unmatched)}" if unmatched else ""
 
 
 def file_of(concept: Concept) -> Path | None:
@@ -90,20 +113,31 @@ def file_of(concept: Concept) -> Path | None:
 # -- writing
 
 
-def save(concepts: Sequence[Concept], strengths: Sequence[float], filename: str, form: Format, replace: bool) -> Saved:
-    """Write one concept, or the exact merge of several, under a name of the user's or the concept's own."""
+def save(
+    concepts: Sequence[Concept],
+    strengths: Sequence[float],
+    filename: str,
+    form: Format,
+    replace: bool,
+    about: Mapping[str, str] | None = None,
+) -> Saved:
+    """Write one concept, or the exact sum of several, under a name of the user's or the concept's own.
+
+    about: what the file says of it to programs that list models; see `files/modelspec.py`.
+    """
     typed = filename.strip().replace("\\", "/").removesuffix(SUFFIX)
     title = typed.rpartition("/")[2] or "+".join(concept.name for concept in concepts)
     concept = concepts[0] if list(strengths) == [1.0] else merged_concept(title[:100], concepts, strengths)
-    if form is Format.LORA:
-        return _save_lora(concept, typed or concept.name, replace)
+    concept = dated(saying(concept, **(about or {})))
+    if form in EXPORTS:
+        return _save_lora(concept, typed or concept.name, replace, EXPORTS[form])
     folder, path = _target("concepts", typed or concept.name)
     path = path if replace else _free(path)
     save_concept(concept, path, compact=form is Format.COMPACT)
-    return _saved(folder, path, f"trigger words: {' '.join(concept.tokens) or 'none'}")
+    return _saved(folder, path, f"trigger words: {trigger_phrase(concept) or 'none'}")
 
 
-def _save_lora(concept: Concept, typed: str, replace: bool) -> Saved:
+def _save_lora(concept: Concept, typed: str, replace: bool, export: Callable[[Concept, Path], Path]) -> Saved:
     """The layers in models/loras, the words in models/embeddings; words alone, as Textual Inversion's, only there."""
     folder, path = _target("loras" if concept.layers else "embeddings", typed)
     words = list(concept.tokens)
@@ -115,13 +149,16 @@ def _save_lora(concept: Concept, typed: str, replace: bool) -> Saved:
     if not replace:
         path = _free(path, lambda free: any(file.exists() for file in embeddings(free.stem)))
     written = embeddings(path.stem)
+    called = " ".join(f"{w} is embedding:{f.stem}" for w, f in zip(words, written, strict=True))
+    if called and "usage_hint" not in concept.about:
+        concept = saying(concept, usage_hint=f"in ComfyUI's prompts {called}")
     if concept.layers:
-        export_kohya(concept, path)
+        export(concept, path)
     else:
         path = written[0]
     for word, file in zip(words, written, strict=True):
         export_embedding(concept, word, file)
-    return _saved(folder, path, " ".join(f"{w} is embedding:{f.stem}" for w, f in zip(words, written, strict=True)))
+    return _saved(folder, path, called)
 
 
 def _target(kind: str, typed: str) -> tuple[Path, Path]:

@@ -31,7 +31,14 @@ def names(kind: str) -> list[str]:
 
 
 def path_of(kind: str, name: str) -> Path:
-    """The file of that name.  Raises AdapterError for one that is not there or leads out of the folder."""
+    """The file of that name, with / or \\ between folders.
+
+    Raises AdapterError for one that is not there or leads out of the folder.
+    """
+    # What the host lists it also reads, so links that people put into their folders work.
+    listed = {known.replace("\\", "/"): known for known in names(kind)}.get(str(name).replace("\\", "/"))
+    if listed is not None and (found := folder_paths.get_full_path(kind, listed)) is not None:
+        return Path(found)
     for folder in folder_paths.get_folder_paths(kind):
         path = safe_child(folder, name)
         if path.is_file():

@@ -24,6 +24,7 @@ from ..modular_concepts.moments import Moment, recording
 from .clip import encode_prompt
 from .concepts import file_of
 from .layers import host_layers
+from .merging import warnings_of
 from .patching import merged
 
 SAMPLER = ("euler", "normal")
@@ -57,10 +58,11 @@ def fused(
     drawing: Drawing,
     ridge: float,
     anew: bool = False,
+    beside: bool = False,
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, str]:
-    """(MODEL, CLIP, where each concept's moments came from, for a person); see `merge/fusion.py`.
+    """(MODEL, CLIP, where each concept's moments came from and warnings, for a person); see `merge/fusion.py`.
 
-    anew: record also what a file beside the concept already says.
+    anew: record also what a file beside the concept already says.  beside: as `merged`.
     """
     merged(model, clip, stack)  # What does not fit together is refused before anything is drawn.
     bar, moments, said = comfy.utils.ProgressBar(len(stack)), [], []
@@ -70,7 +72,8 @@ def fused(
         said.append(f"{concept.name}: {source}")
         bar.update(1)
     options, evidence = MergeOptions(ridge=ridge), Evidence(moments)
-    return *merged(model, clip, stack, "fusion", options=options, evidence=evidence), "\n".join(said)
+    result = merged(model, clip, stack, "fusion", options=options, evidence=evidence, beside=beside)
+    return *result, "\n".join([*said, *warnings_of(model, clip, stack)])
 
 
 def _moments(

@@ -26,6 +26,7 @@ from .toy import ToyConfig
 
 UNET_PREFIX = "diffusion_model."
 _HASHES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
+_SAMPLES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +88,17 @@ def base_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | Non
     return known[text]
 
 
+def known_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None) -> str:
+    """`base_hash` where a training has asked for it before, else "": it reads every byte, which takes seconds."""
+    text = model.model if clip is None else clip.cond_stage_model
+    return _HASHES.get(model.model, {}).get(text, "")
+
+
 def base_sample(model: comfy.model_patcher.ModelPatcher) -> str:
     """`fingerprint.weights_sample` of the loader's own weights, patched just now or not."""
-    return weights_sample(_unpatched(model, _weight_names(model)))
+    if model.model not in _SAMPLES:
+        _SAMPLES[model.model] = weights_sample(_unpatched(model, _weight_names(model)))
+    return _SAMPLES[model.model]
 
 
 def _unpatched(patcher: comfy.model_patcher.ModelPatcher, names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -125,8 +134,16 @@ def _unet_layers(model: comfy.model_patcher.ModelPatcher) -> dict[str, HostLayer
         canonical_name("unet", name.removesuffix(".weight")): HostLayer("unet", key, module)
         for name, key in _weight_names(model).items()
         if name.endswith(".weight")
-        and isinstance(module := model.model.get_submodule(key.removesuffix(".weight")), nn.Linear | nn.Conv2d)
+        and _takes_adapters(module := model.model.get_submodule(key.removesuffix(".weight")))
     }
+
+
+def _takes_adapters(module: nn.Module) -> bool:
+    """A Linear or convolution, also one whose weight is quantised, which is none of torch's classes in the host."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        return True
+    sized = hasattr(module, "in_features") and hasattr(module, "out_features")
+    return sized and getattr(getattr(module, "weight", None), "dim", int)() == 2
 
 
 # -- text encoders
@@ -167,5 +184,5 @@ def _text_layers(clip: comfy.sd.CLIP) -> dict[str, HostLayer]:
             ("text_encoder", "text_encoder_2"), text_encoders_of(clip).items(), strict=False
         )
         for path, module in encoder.transformer.named_modules()
-        if path.startswith("text_model.") and isinstance(module, nn.Linear | nn.Conv2d)
+        if path.startswith("text_model.") and _takes_adapters(module)
     }

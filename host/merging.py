@@ -1,4 +1,4 @@
-"""Merging as a node asks for it: patched clones, and words for what a family costs."""
+"""Merging as a node asks for it: patched clones, and words for what a family costs and what does not belong there."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import comfy.model_patcher
 import comfy.sd
 
 from ..modular_concepts.concept import Concept
-from ..modular_concepts.merge import MergeOptions, merge_concepts
+from ..modular_concepts.explain import warnings_between, warnings_on_base
+from ..modular_concepts.merge import NOTHING, MergeOptions, merge_concepts
 from ..modular_concepts.merge.truncation import share_kept
+from .layers import base_sample, known_hash
 from .messages import show_text
 from .patching import merged
+from .wording import spoken_evidence
+
+APPLY = ("weights", "activations")
 
 
 def merged_by(
@@ -20,12 +25,29 @@ def merged_by(
     stack: Sequence[tuple[Concept, float]],
     family: str,
     options: MergeOptions,
+    literal: bool = False,
+    apply: str = APPLY[0],
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP]:
-    """`merged`; a cut to a lower rank says on the node what it keeps of the sum."""
-    result = merged(model, clip, stack, family, options=options)
+    """`merged`, and on the node: warnings, and what a cut to a lower rank keeps of the sum.
+
+    family: any but fusion, which draws first (`fusion.fused`).  apply: one of `APPLY`.
+    """
+    evidence = spoken_evidence(model, clip, stack) if family == "custom_diffusion" else NOTHING
+    result = merged(model, clip, stack, family, literal, options, evidence, apply == "activations")
+    said = warnings_of(model, clip, stack)
     if family == "svd":
-        show_text(kept_by_cut(stack, options))
+        said.append(kept_by_cut(stack, options))
+    if said:
+        show_text("\n".join(said))
     return result
+
+
+def warnings_of(
+    model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None, stack: Sequence[tuple[Concept, float]]
+) -> list[str]:
+    """What a person should know of these concepts together and on this model, each with the way out."""
+    concepts = [concept for concept, _ in stack]
+    return [*warnings_between(concepts), *warnings_on_base(concepts, known_hash(model, clip), base_sample(model))]
 
 
 def kept_by_cut(stack: Sequence[tuple[Concept, float]], options: MergeOptions) -> str:

@@ -6,7 +6,8 @@ clone's, and brings it back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import comfy.model_management
 import comfy.model_patcher
@@ -29,12 +30,27 @@ from ..modular_concepts.merge import (
     MergedLayer,
     MergedSum,
     MergeOptions,
+    merged_factors,
 )
+from ..modular_concepts.merged import as_concept
+from .beside import set_beside
 from .clip import class_words_of, learned_words, with_tokens, word_rows
 from .layers import architecture_of, host_layers
 from .layerwise import cross_attention_layers, refuse_other_layers, with_layers
 
 INSIDE = "modular_concepts"
+BESIDE = "modular_concepts_beside"
+
+
+@dataclass(frozen=True, eq=False)
+class Inside:
+    """A merge that a MODEL went through.  layers: canonical name -> what was merged there, of MODEL and CLIP."""
+
+    stack: tuple[tuple[Concept, float], ...]
+    how: str
+    layers: Mapping[str, Merged]
+
+
 # One summand: up, down, rows, out_features, and what its product is multiplied with.
 Summand = tuple[Tensor, Tensor, Tensor | None, int, float]
 
@@ -81,9 +97,9 @@ class MergedWeight(WeightAdapterBase):
 
         The host hands a copy of the base's weight whenever a strength changed, and all concepts are added to it in one
         product: a changed strength patches anew, which is exact and nearly as quick as the arithmetic allows.  Adding
-        only the difference would not be exact, keeping sums would cost a second set of weights.  Bypass changes a
-        strength at once and costs at every step: half as much again for fifteen concepts of rank 20 at 256 pixels
-        (`bench/merge.py`).
+        only the difference would not be exact, keeping sums would cost a second set of weights.  Activations
+        (`beside.py`) take a changed strength at once and cost at every step: half as much again for fifteen concepts of
+        rank 20 at 256 pixels (`bench/merge.py`), which a picture of a few steps has not won back.
         """
         merged = self.merged().to(weight.device)
         if function(weight) is weight:
@@ -125,11 +141,12 @@ def merged(
     literal: bool = False,
     options: MergeOptions = DEFAULTS,
     evidence: Evidence = NOTHING,
+    beside: bool = False,
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP]:
     """Clones of MODEL and CLIP with the concepts in their weights, and their words in the CLIP.
 
-    how and all after it: as `merge_concepts`.  Raises AdapterError for concepts that do not fit the model, each other,
-    or are in it already.
+    how and all after it: as `merge_concepts`.  beside: compute them beside the weights instead (`beside.py`).
+    Raises AdapterError for concepts that do not fit the model, each other, or are in it already.
     """
     if not stack:
         raise AdapterError("there is nothing to merge; connect at least one concept")
@@ -155,21 +172,56 @@ def merged(
         lambda words: word_rows(clip, words),
     )
     refuse_other_layers(tokens, cross_attention_layers(model))
-    patches: dict[str, dict[str, MergedWeight]] = {"unet": {}, "text_encoder": {}}
-    for name, adapter in adapters.items():
-        patches[layers[name].part][layers[name].key] = MergedWeight.of(adapter)
     model, clip = (
         model.clone(),
         with_tokens(clip.clone(), tokens, class_words_of(concepts), learned_words(concepts)),
     )
-    model.add_patches(patches["unet"])
-    clip.add_patches(patches["text_encoder"])
+    for part, patcher in (("unet", model), ("text_encoder", clip.patcher)):
+        _put({layers[name].key: own for name, own in adapters.items() if layers[name].part == part}, patcher, beside)
     if any(rows.dim() == 3 for rows in tokens.values()):
         with_layers(model)
-    model.set_attachments(INSIDE, (*before, *(concept.name for concept in concepts)))
+    model.set_attachments(INSIDE, (*_merges_in(model), Inside(tuple(stack), how, adapters)))
     return model, clip
+
+
+def _put(found: Mapping[str, Merged], patcher: comfy.model_patcher.ModelPatcher, beside: bool) -> None:
+    """Into a clone: merged layers by weight key."""
+    if not beside:
+        patcher.add_patches({key: MergedWeight.of(own) for key, own in found.items()})
+    elif found:
+        before = patcher.get_attachment(BESIDE) or {}
+        every = {key: (*before.get(key, ()), *((found[key],) if key in found else ())) for key in {**before, **found}}
+        patcher.set_attachments(BESIDE, every)
+        set_beside(patcher, every)
 
 
 def concepts_in(model: comfy.model_patcher.ModelPatcher) -> tuple[str, ...]:
     """Names of the concepts that were merged into a MODEL."""
+    return tuple(concept.name for merge in _merges_in(model) for concept, _ in merge.stack)
+
+
+def _merges_in(model: comfy.model_patcher.ModelPatcher) -> tuple[Inside, ...]:
     return model.get_attachment(INSIDE) or ()
+
+
+def concept_inside(model: comfy.model_patcher.ModelPatcher, name: str = "") -> Concept:
+    """All that was merged into a MODEL and its CLIP, by whatever family, as one concept: exactly what is in them.
+
+    name: the concept's; its parts' names otherwise.  Raises AdapterError for a MODEL without concepts.
+    """
+    merges = _merges_in(model)
+    if not merges:
+        raise AdapterError("there is no concept in this model; connect the MODEL of Merge Concepts or Fuse Concepts")
+    stack = [pair for merge in merges for pair in merge.stack]
+    concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
+    parts: dict[str, list[LowRank]] = {}
+    for merge in merges:
+        for layer, own in merge.layers.items():
+            parts.setdefault(layer, []).append(own.as_low_rank())
+    layers = {
+        layer: own[0] if len(own) == 1 else merged_factors(own, [1.0] * len(own)).as_low_rank()
+        for layer, own in parts.items()
+    }
+    how = ", ".join(dict.fromkeys(merge.how for merge in merges))
+    title = name.strip() or "+".join(concept.name for concept in concepts)
+    return as_concept(title[:100], concepts, strengths, how, layers)

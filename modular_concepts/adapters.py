@@ -139,23 +139,29 @@ def low_rank_product(
     conv: ConvGeometry | None = None,
     rows: Tensor | None = None,
     out_features: int | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """up (down x) for a Linear (..., in) or, with `conv`, a Conv2d (B, C, H, W) layer, in x.dtype.
 
     up: (out, rank) or (len(rows), rank); down: (rank, in) or (rank, in / groups, kh, kw).
+    scales: (rank,), a diagonal between the two.
     A 4-dimensional down needs `conv`; a 2-dimensional one with `conv` is taken as 1x1.
     """
     up, down = up.to(x), down.to(x)
     if conv is None:
         if down.dim() != 2:
             raise AdapterError("a convolution's adapter was applied without the convolution's geometry")
-        return scatter_rows(F.linear(F.linear(x, down), up), rows, out_features, dim=-1)
+        hidden = F.linear(x, down)
+        hidden = hidden if scales is None else hidden * scales
+        return scatter_rows(F.linear(hidden, up), rows, out_features, dim=-1)
     if down.dim() == 2:
         down = down[:, :, None, None]
     if conv.groups != 1:
+        up = up if scales is None else up * scales
         weight = scatter_rows(up @ down.flatten(1), rows, out_features, dim=0).unflatten(1, down.shape[1:])
         return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     hidden = F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation)
+    hidden = hidden if scales is None else hidden * scales[:, None, None]
     return scatter_rows(F.conv2d(hidden, up[:, :, None, None]), rows, out_features, dim=1)
 
 

@@ -66,21 +66,32 @@ def text_features(base: BaseModel, concept: Concept, prompts: Sequence[str] = PR
     Raises AdapterError for a concept without a trigger, or with one that differs from layer to layer.
     """
     trigger = trigger_of(concept)
+    refuse_layerwise(concept)
+    texts = [prompt.replace("{concept}", trigger) for prompt in prompts]
+    vectors = sum(len(rows) for rows in concept.tokens.values())
+    with customised(base, [concept], [1.0]) as tokens:
+        bare = text_of(base.context([text.replace(trigger, " ") for text in texts], {}))
+        return rows_of_word([text_of(base.context([text], tokens))[0] for text in texts], bare, vectors)
+
+
+def refuse_layerwise(concept: Concept) -> None:
+    """Raise AdapterError for a word that differs from layer to layer."""
     if any(rows.dim() == 3 for rows in concept.tokens.values()):
         raise AdapterError(
             f"{concept.name}: its word was learned for each layer apart, which this merge cannot answer; merge by sum"
         )
-    texts = [prompt.replace("{concept}", trigger) for prompt in prompts]
-    vectors = sum(len(rows) for rows in concept.tokens.values())
+
+
+def rows_of_word(contexts: Sequence[Tensor], bare: Sequence[Tensor], vectors: int) -> Tensor:
+    """(rows, width): of each context (T, width) the word's own rows and the end mark, which padding follows.
+
+    bare: the same prompts without the word; vectors: how many rows the word has.
+    """
     found = []
-    with customised(base, [concept], [1.0]) as tokens:
-        bare = text_of(base.context([text.replace(trigger, " ") for text in texts], {}))
-        for text, without in zip(texts, bare, strict=True):
-            context = text_of(base.context([text], tokens))[0]
-            differs = (context - without).abs().amax(1) > 1e-6
-            first = int(differs.nonzero()[0])
-            # The trigger's own rows and the end mark behind the text; what follows is padding.
-            found.append(context[first : first + vectors + 1])
+    for context, without in zip(contexts, bare, strict=True):
+        differs = (context - without).abs().amax(1) > 1e-6
+        first = int(differs.nonzero()[0])
+        found.append(context[first : first + vectors + 1])
     return torch.cat(found)
 
 

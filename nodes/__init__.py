@@ -7,9 +7,16 @@ from comfy_api.latest import ComfyExtension, io
 from ..host import folders
 from .baselines import CustomDiffusionTrainer, EDLoRATrainer, WordTrainer
 from .bases import OrthoBasisLoader
-from .concepts import ConceptLoader, ConceptSave, ConceptStrength, ConceptTextEncode
+from .concepts import ConceptLoader, ConceptSave, ConceptStrength, ConceptTextEncode, LoRAToConcept
 from .datasets import ConceptDataset
-from .merging import BlockLoRAMerge, ConceptFusion, ConceptMerge, ConceptOrthogonalize
+from .merging import (
+    BlockLoRAMerge,
+    ConceptFromModel,
+    ConceptFusion,
+    ConceptHook,
+    ConceptMerge,
+    ConceptOrthogonalize,
+)
 from .regions import ConceptRegion, RegionalConceptSampler
 from .reports import CrosstalkReport
 from .toy import ToyBaseLoader, ToyPictures
@@ -29,6 +36,7 @@ NODES: list[type[io.ComfyNode]] = [
     WordTrainer,
     ConceptTrainingOptions,
     ConceptLoader,
+    LoRAToConcept,
     ConceptStrength,
     ConceptSave,
     ConceptTextEncode,
@@ -36,6 +44,8 @@ NODES: list[type[io.ComfyNode]] = [
     BlockLoRAMerge,
     ConceptFusion,
     ConceptOrthogonalize,
+    ConceptHook,
+    ConceptFromModel,
     ConceptRegion,
     RegionalConceptSampler,
     CrosstalkReport,

@@ -6,11 +6,13 @@ from comfy_api.latest import io, ui
 
 from ..host import concepts as files
 from ..host.clip import encode_prompt
+from ..host.loras import concepts_of
 from ..host.messages import show_text
+from ..modular_concepts.files.modelspec import thumbnail as small_picture
 from . import stacks
-from .types import CONCEPT_STACK, blocks_input, concepts_input, strength_input
+from .types import CONCEPT_STACK, LORA_STACK, blocks_input, concepts_input, strength_input
 
-FORMATS = ("concept", "concept, compact", "LoRA for stock loaders")
+FORMATS = ("concept", "concept, compact", "LoRA for stock loaders", "LoRA in diffusers' keys")
 
 
 class ConceptLoader(io.ComfyNode):
@@ -20,8 +22,8 @@ class ConceptLoader(io.ComfyNode):
             node_id="ConceptLoader",
             display_name="Load Concept",
             category="modular concepts",
-            description="Takes a concept from models/concepts and sets how strongly it acts. Plain LoRA files in that "
-            "folder work too. Connect it to Merge Concepts, Concept Prompt or the regional sampler.",
+            description="Takes a concept from models/concepts and sets how strongly it acts. LoRA files of any program "
+            "work there too. Connect it to Merge Concepts, Concept Prompt or the regional sampler.",
             search_aliases=["load lora", "lora loader", "lora strength", "character lora", "dreambooth", "concept"],
             inputs=[
                 io.Combo.Input(
@@ -57,6 +59,47 @@ class ConceptLoader(io.ComfyNode):
         return io.NodeOutput(stack, stacks.triggers(stack))
 
 
+class LoRAToConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoRAToConcept",
+            display_name="LoRA to Concept",
+            category="modular concepts",
+            description="Takes a LoRA from core's training nodes or a LoRA stack from other packs as concepts, so that "
+            "Merge Concepts sums them exactly, beside your own. Keys that find no place are named one by one.",
+            search_aliases=["lora stack", "apply lora stack", "lora loader stack", "convert lora", "lora model"],
+            inputs=[
+                io.MultiType.Input(
+                    "lora",
+                    [LORA_STACK, io.LoraModel],
+                    tooltip="A LORA_STACK (file names in models/loras with their strengths) or a LORA_MODEL",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model that it is for: it knows the names of its own layers best. Needed for Stable "
+                    "Diffusion 3 and for unusual models",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="Its text encoder, for layers of the text encoder"),
+                io.String.Input(
+                    "name", default="lora", tooltip="What to call a LORA_MODEL; files have their own names"
+                ),
+            ],
+            outputs=[
+                CONCEPT_STACK.Output("stack", display_name="CONCEPT_STACK", tooltip="One concept for each LoRA"),
+                io.String.Output("unused", display_name="unused", tooltip="The keys that found no place in the model"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, lora, name: str = "lora", model=None, clip=None) -> io.NodeOutput:
+        stack, unused = concepts_of(lora, name, model, clip)
+        if unused:
+            show_text(unused)
+        return io.NodeOutput(stack, unused)
+
+
 class ConceptStrength(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -90,7 +133,7 @@ class ConceptSave(io.ComfyNode):
             display_name="Save Concept",
             category="modular concepts",
             description="Writes a concept to models/concepts, whole or not at all, with its recipe and origin in the "
-            "metadata; or as a LoRA for the stock loaders. A stack of several is saved as their exact merge.",
+            "metadata; or as a LoRA for other programs. A stack of several is saved as their exact sum, one LoRA.",
             search_aliases=["save lora", "export lora", "save concept", "kohya", "textual inversion", "embedding"],
             is_output_node=True,
             inputs=[
@@ -106,13 +149,34 @@ class ConceptSave(io.ComfyNode):
                     options=list(FORMATS),
                     default=FORMATS[0],
                     tooltip="concept: any LoRA loader reads it too. compact: without what the recipe gives back, for "
-                    "this pack only. LoRA for stock loaders: to models/loras, learned words to models/embeddings",
+                    "this pack only. LoRA for stock loaders: to models/loras, learned words to models/embeddings. In "
+                    "diffusers' keys: the same for diffusers and peft",
                 ),
                 io.Boolean.Input(
                     "replace",
                     default=False,
                     advanced=True,
                     tooltip="Write over a file of that name; off gives the new file a number instead",
+                ),
+                io.Image.Input(
+                    "thumbnail",
+                    optional=True,
+                    tooltip="A sample picture; a small copy goes into the file, and model managers show it",
+                ),
+                io.String.Input(
+                    "description",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What model managers say of the file; trigger words and date are in it anyway",
+                ),
+                io.String.Input(
+                    "author",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Who made it, for model managers",
                 ),
             ],
             outputs=[
@@ -123,9 +187,20 @@ class ConceptSave(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concept, filename: str, format: str, replace: bool = False) -> io.NodeOutput:
+    def execute(
+        cls,
+        concept,
+        filename: str,
+        format: str,
+        replace: bool = False,
+        thumbnail=None,
+        description: str = "",
+        author: str = "",
+    ) -> io.NodeOutput:
         concepts, strengths = stacks.parts(stacks.as_stack(concept))
-        saved = files.save(concepts, strengths, filename, files.Format(FORMATS.index(format)), replace)
+        shown = "" if thumbnail is None else small_picture(thumbnail[0])
+        about = {"thumbnail": shown, "description": description, "author": author}
+        saved = files.save(concepts, strengths, filename, files.Format(FORMATS.index(format)), replace, about)
         show_text(saved.message)
         return io.NodeOutput(saved.name, ui=ui.PreviewText(saved.message))
 

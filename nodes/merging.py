@@ -5,17 +5,19 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host.fusion import Drawing, fused
-from ..host.merging import merged_by
+from ..host.hooks import hook_of
+from ..host.merging import APPLY, merged_by
 from ..host.messages import show_text
-from ..host.patching import merged
+from ..host.patching import concept_inside
+from ..host.training import lora_of
 from ..modular_concepts.evidence import PROMPTS
 from ..modular_concepts.merge import FAMILIES, MergeOptions
 from ..modular_concepts.merge.orthogonalize import WAYS, orthogonal_concepts
 from . import stacks
-from .types import CONCEPT_STACK, many_concepts_input
+from .types import CONCEPT, CONCEPT_STACK, apply_input, many_concepts_input
 
-# Families that need concepts alone; the others have nodes of their own.
-SUMS = ("sum", "mean", "average", "magnitude", "dare", "ties", "svd")
+# Families that need no more than model, clip and concepts; the others have nodes of their own.
+SUMS = ("sum", "mean", "average", "magnitude", "dare", "ties", "svd", "custom_diffusion")
 DEFAULTS = MergeOptions()
 
 OUTPUTS = (
@@ -80,6 +82,7 @@ class ConceptMerge(io.ComfyNode):
                     control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="For dare: which weights are dropped follows from it; same seed, same merge",
                 ),
+                apply_input(),
             ],
             outputs=_outputs(),
         )
@@ -94,10 +97,11 @@ class ConceptMerge(io.ComfyNode):
         density: float = DEFAULTS.density,
         rank: int = DEFAULTS.rank,
         seed: int = DEFAULTS.seed,
+        apply: str = APPLY[0],
     ) -> io.NodeOutput:
         stack = stacks.joined(concepts)
         options = MergeOptions(density=density, rank=rank, seed=seed)
-        return io.NodeOutput(*merged_by(model, clip, stack, method, options), stack)
+        return io.NodeOutput(*merged_by(model, clip, stack, method, options, apply=apply), stack)
 
 
 class BlockLoRAMerge(io.ComfyNode):
@@ -121,15 +125,16 @@ class BlockLoRAMerge(io.ComfyNode):
                     tooltip="as set: each concept at its own strength, 1 is as trained. sum to one: scaled so that all "
                     "strengths together make 1, as the paper has it literally; k concepts then act at 1/k each",
                 ),
+                apply_input(),
             ],
             outputs=_outputs(),
         )
 
     @classmethod
-    def execute(cls, model, clip, concepts: dict, strengths: str) -> io.NodeOutput:
+    def execute(cls, model, clip, concepts: dict, strengths: str, apply: str = APPLY[0]) -> io.NodeOutput:
         stack = stacks.joined(concepts)
         literal = strengths == "sum to one"
-        return io.NodeOutput(*merged(model, clip, stack, "block", literal), stack)
+        return io.NodeOutput(*merged_by(model, clip, stack, "block", DEFAULTS, literal, apply), stack)
 
 
 class ConceptFusion(io.ComfyNode):
@@ -184,6 +189,7 @@ class ConceptFusion(io.ComfyNode):
                     tooltip="Draw also the concepts whose moments lie beside their file; needed after changing "
                     "prompts, pictures, steps or size",
                 ),
+                apply_input(),
             ],
             outputs=_outputs(),
         )
@@ -200,10 +206,11 @@ class ConceptFusion(io.ComfyNode):
         steps: int = 12,
         size: int = 512,
         anew: bool = False,
+        apply: str = APPLY[0],
     ) -> io.NodeOutput:
         stack = stacks.joined(concepts)
         drawing = Drawing(prompts.splitlines(), pictures, steps, size)
-        model, clip, text = fused(model, clip, stack, drawing, ridge, anew)
+        model, clip, text = fused(model, clip, stack, drawing, ridge, anew, apply == "activations")
         show_text(text)
         return io.NodeOutput(model, clip, stack)
 
@@ -242,3 +249,63 @@ class ConceptOrthogonalize(io.ComfyNode):
         text = "\n".join(f"{c.name} keeps {share:.1%} of its energy" for c, share in zip(new, kept, strict=True))
         show_text(text)
         return io.NodeOutput(tuple(zip(new, strengths, strict=True)), text)
+
+
+class ConceptHook(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConceptHook",
+            display_name="Concepts as Hook",
+            category="modular concepts",
+            description="The sum of concepts as a hook for core's hook nodes: keyframes change its strength from step "
+            "to step, and it acts only on prompts that it is set on. One adapter for each layer, however many they are.",
+            search_aliases=["lora hook", "create hook lora", "lora schedule", "keyframe lora strength", "hook concept"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base that the concepts were trained on; it stays as it is"),
+                io.Clip.Input("clip", tooltip="Its text encoder"),
+                many_concepts_input("A concept or a stack; keyframes multiply the strengths that they come with"),
+            ],
+            outputs=[
+                io.Hooks.Output(
+                    "hooks", display_name="HOOKS", tooltip="For Set Hook Keyframes, Set CLIP Hooks and conditioning"
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, concepts: dict) -> io.NodeOutput:
+        return io.NodeOutput(hook_of(model, clip, stacks.joined(concepts)))
+
+
+class ConceptFromModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConceptFromModel",
+            display_name="Merge to One Concept",
+            category="modular concepts",
+            description="Takes what the merge nodes put into a MODEL and CLIP out again as one concept, exactly and by "
+            "whatever method it was merged: for Save Concept, which writes it as one LoRA, and for core LoRA nodes.",
+            search_aliases=["save merged lora", "extract lora", "merge loras to one", "bake lora", "lora merge"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Merge Concepts, Merge Block Concepts or Fuse Concepts"),
+                io.String.Input(
+                    "name",
+                    default="",
+                    placeholder="the concepts' names",
+                    tooltip="What the new concept is called; empty joins the names of its parts",
+                ),
+            ],
+            outputs=[
+                CONCEPT.Output(
+                    "concept", display_name="CONCEPT", tooltip="The whole merge, at strength 1 as it is now"
+                ),
+                io.LoraModel.Output("lora", display_name="LORA_MODEL", tooltip="Its layers, for core LoRA nodes"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, name: str) -> io.NodeOutput:
+        concept = concept_inside(model, name)
+        return io.NodeOutput(concept, lora_of(concept))

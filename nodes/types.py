@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..host.merging import APPLY
 from ..modular_concepts.merge.strengths import EXAMPLE
 
+LORA_STACK = io.Custom("LORA_STACK")
 CONCEPT = io.Custom("CONCEPT")
 CONCEPT_STACK = io.Custom("CONCEPT_STACK")
 CONCEPT_REGIONS = io.Custom("CONCEPT_REGIONS")
@@ -46,4 +48,17 @@ def blocks_input() -> io.String.Input:
         placeholder=EXAMPLE,
         tooltip=f"Strengths of parts, on top of the strength: {EXAMPLE}. Parts are down 0, down 1, ..., mid, up 0, ... "
         "and text 0, ..., or down, up, text for all of a kind; what is not named stays as it is",
+    )
+
+
+def apply_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "apply",
+        options=list(APPLY),
+        default=APPLY[0],
+        optional=True,
+        advanced=True,
+        tooltip="weights: added to the weights once, then every step is as quick as without. activations: computed "
+        "beside them at every step, which leaves quantised weights as they are and takes a changed strength at once, "
+        "but makes each step slower",
     )

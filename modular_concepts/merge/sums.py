@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -79,8 +80,16 @@ class MergedSum:
 
     @cached_property
     def joined(self) -> MergedLayer:
-        """Kept from the first use on: bypass asks at every step."""
         return merged_factors(self.adapters, self.strengths)
+
+    @cached_property
+    def _diagonals(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {}
+
+    @cached_property
+    def shared(self) -> SharedFactors:
+        """Kept from the first use on: activations ask at every step."""
+        return SharedFactors.of(self.adapters)
 
     @property
     def up(self) -> Tensor:
@@ -117,10 +126,49 @@ class MergedSum:
         return layer.add_to(weight, strength * self.strengths[0] * only.scale)
 
     def residual(self, x: Tensor, conv: ConvGeometry | None = None) -> Tensor:
-        return self.joined.residual(x, conv)
+        return self.shared.residual(x, self._diagonal(x), conv)
+
+    def _diagonal(self, x: Tensor) -> Tensor:
+        """Strength and scale of each of the rows of `down`, where and as precise as x is."""
+        if (x.device, x.dtype) not in self._diagonals:
+            each = zip(self.adapters, self.strengths, strict=True)
+            values = [strength * adapter.scale for adapter, strength in each for _ in range(adapter.rank)]
+            self._diagonals[x.device, x.dtype] = torch.tensor(values, device=x.device, dtype=x.dtype)
+        return self._diagonals[x.device, x.dtype]
 
     def as_low_rank(self) -> LowRank:
         return self.joined.as_low_rank()
+
+
+class SharedFactors:
+    """Adapters of one layer joined without their strengths: residual = up (diag(lambda) (down x)), one pair for all.
+
+    Only the small diagonal knows strengths, so those who change them keep the factors, on their device too.
+    """
+
+    _known: weakref.WeakValueDictionary[tuple[int, ...], SharedFactors] = weakref.WeakValueDictionary()
+
+    def __init__(self, adapters: Sequence[LowRank]):
+        self.adapters = tuple(adapters)  # also so that no other adapter gets the number that they are known by
+        plain = [adapter.replace(alpha=float(adapter.rank)) for adapter in adapters]
+        self.joined = merged_factors(plain, [1.0] * len(plain))
+        self._there = self.joined
+
+    @classmethod
+    def of(cls, adapters: Sequence[LowRank]) -> SharedFactors:
+        """The same object for the same adapters, as long as anyone holds it."""
+        key = tuple(id(adapter) for adapter in adapters)
+        found = cls._known.get(key)
+        if found is None:
+            found = cls._known[key] = cls(adapters)
+        return found
+
+    def residual(self, x: Tensor, diagonal: Tensor, conv: ConvGeometry | None = None) -> Tensor:
+        """What the sum adds to the layer's output, strengths in `diagonal` (rank,); as `MergedLayer.residual`."""
+        if self._there.up.device != x.device or self._there.up.dtype != x.dtype:
+            self._there = self.joined.to(x.device, x.dtype)
+        there = self._there
+        return low_rank_product(x, there.up, there.down, conv, there.rows, there.out_features, diagonal)
 
 
 def merged_factors(adapters: Sequence[LowRank], strengths: Sequence[float]) -> MergedLayer:

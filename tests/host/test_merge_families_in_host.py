@@ -67,7 +67,8 @@ def found(host, concepts, exported, tmp_path_factory):
     (folder / "exported").mkdir()
     for family, merged in exported.items():
         export_kohya(merged, folder / "exported" / f"{family}.safetensors")
-    export_kohya(replace(concepts["tom"], tokens={}), folder / "concepts" / "plain.safetensors")
+    wordless = replace(concepts["tom"], tokens={}, recipe=replace(concepts["tom"].recipe, triggers=()))
+    export_kohya(wordless, folder / "concepts" / "plain.safetensors")
     layers = sorted(concepts["wide"].layers)
     plan = {
         "strengths": STRENGTHS,

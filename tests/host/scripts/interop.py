@@ -1,0 +1,236 @@
+"""In the host: LoRAs of every origin, merges taken out again, as activations, in hooks and in checkpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+
+from in_host import FOLDER, pack_module, start
+
+warnings = start()
+
+import comfy.lora  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.sd  # noqa: E402
+import folder_paths  # noqa: E402
+import torch  # noqa: E402
+from app.model_manager import ModelFileManager  # noqa: E402
+from comfy_extras.nodes_hooks import CreateHookKeyframe, SetHookKeyframes  # noqa: E402
+from comfy_extras.nodes_model_merging import CheckpointSave  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import nodes  # noqa: E402
+
+torch.set_num_threads(1)
+folder_paths.models_dir = str(FOLDER)
+folder_paths.folder_names_and_paths["loras"] = ([str(FOLDER / "loras")], {".safetensors"})
+folder_paths.folder_names_and_paths["embeddings"] = ([str(FOLDER / "embeddings")], {".safetensors"})
+folder_paths.set_output_directory(str(FOLDER / "output"))
+
+
+def weights(model, clip) -> dict[str, torch.Tensor]:
+    parts = {"model": model.model, "clip": clip.cond_stage_model}
+    return {f"{part}.{key}": value.clone() for part, net in parts.items() for key, value in net.state_dict().items()}
+
+
+def hooks_on(model, clip) -> int:
+    parts = (*model.model.modules(), *clip.cond_stage_model.modules())
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)
+
+
+@torch.inference_mode()
+def main() -> None:
+    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
+    toy, patching, merging_words, wording, files = (
+        pack_module(f"host.{name}") for name in ("toy", "patching", "merging", "wording", "concepts")
+    )
+    loading, merging = pack_module("nodes.concepts"), pack_module("nodes.merging")
+    plan = json.loads((FOLDER / "plan.json").read_text())
+    model, clip, vae = toy.load_toy_base()
+    layers = pack_module("host.layers").host_layers(model, clip)
+    before, found, facts = weights(model, clip), {}, {"untouched": [], "unused": {}}
+
+    def key_of(name: str) -> str:
+        return f"{'model' if layers[name].part == 'unet' else 'clip'}.{layers[name].key}"
+
+    def back_to_base() -> None:
+        comfy.model_management.unload_all_models()
+        after = weights(model, clip)
+        facts["untouched"].append(all(torch.equal(before[key], after[key]) for key in before))
+        facts["untouched"].append(hooks_on(model, clip) == 0)
+
+    def look(title: str, patched, patched_clip) -> None:
+        comfy.model_management.load_models_gpu([patched, patched_clip.patcher])
+        now = weights(patched, patched_clip)
+        found.update({f"{title}|{name}": now[key_of(name)] for name in plan["layers"]})
+        patched.unpatch_model()
+        patched_clip.patcher.unpatch_model()
+        back_to_base()
+
+    found |= {f"base|{name}": before[key_of(name)] for name in plan["layers"]}
+    concepts = {
+        name: loading.ConceptLoader.execute(f"{name}.safetensors", 1.0)[0][0][0] for name in ("tom", "rex", "wide")
+    }
+
+    # The host's own form: module paths, and convolutions whose lora_down is flat, as its trainer saves them.
+    own_form = {}
+    for name, adapter in concepts["wide"].layers.items():
+        if layers[name].part == "unet":
+            stem = layers[name].key.removesuffix(".weight")
+            own_form |= {
+                f"{stem}.lora_up.weight": adapter.full_up(),
+                f"{stem}.lora_down.weight": adapter.lora_down.flatten(1),
+                f"{stem}.alpha": torch.tensor(adapter.alpha),
+                f"{stem}.diff_b": torch.zeros(adapter.out_features),
+            }
+    save_file({key: value.contiguous() for key, value in own_form.items()}, FOLDER / "loras/own.safetensors")
+
+    # Every file and model through core's loader and through ours.
+    for file in plan["files"]:
+        # Core reads diffusers' files in older keys alone.
+        core = nodes.LoraLoader().load_lora(model, clip, plan["twins"].get(file, file), 0.7, 0.7)
+        look(f"core {file}", *core)
+        stack, facts["unused"][file] = loading.LoRAToConcept.execute([(file, 0.7, 0.7)], "", model, clip).args
+        facts.setdefault("names", {})[file] = stack[0][0].name
+        look(f"ours {file}", *merging.ConceptMerge.execute(model, clip, {"a": stack}, "sum").args[:2])
+    as_model = loading.LoRAToConcept.execute(own_form, "trained", model, None).args[0]
+    look("LORA_MODEL", *merging.ConceptMerge.execute(model, clip, {"a": [(as_model[0][0], 0.7)]}, "sum").args[:2])
+
+    # A stack of other packs: folders either way, two strengths, an empty row.
+    rows = [("people/tom.safetensors", 0.7, 0.3), ("None", 1.0, 1.0), ("people\\rex.safetensors", 0.0, 1.2)]
+    core = (model, clip)
+    for file, strength, text_strength in (rows[0], rows[2]):
+        core = nodes.LoraLoader().load_lora(*core, file.replace("\\", "/"), strength, text_strength)
+    look("core stack", *core)
+    stack, facts["unused"]["stack"] = loading.LoRAToConcept.execute(rows, "", None, None).args
+    look("ours stack", *merging.ConceptMerge.execute(model, clip, {"a": stack}, "sum").args[:2])
+    facts["stack"] = [[concept.name, strength] for concept, strength in stack]
+
+    # Two merges of two families, one on top of the other, taken out as one concept.
+    first = merging.ConceptMerge.execute(
+        model, clip, {"a": concepts["tom"], "b": (concepts["rex"], 0.5)[0]}, "ties", density=0.6
+    ).args
+    second = merging.ConceptMerge.execute(*first[:2], {"a": [(concepts["wide"], -0.5)]}, "sum").args
+    look("in turn", *second[:2])
+    taken, lora = merging.ConceptFromModel.execute(second[0], "all of them").args
+    facts["taken"] = [taken.name, sorted(taken.tokens), taken.recipe.origin["merge"]]
+    look("taken out", *merging.ConceptMerge.execute(model, clip, {"a": taken}, "sum").args[:2])
+    look("taken out by core", *comfy.sd.load_lora_for_models(model, clip, lora, 1.0, 1.0))
+
+    # Saved, loaded by core; with a picture, which the host's own browser then shows.
+    picture = torch.rand(1, 48, 64, 3, generator=torch.Generator().manual_seed(1))
+    pair = [(concepts["tom"], 0.7), (concepts["wide"], -0.5)]
+    for number, form in enumerate(loading.FORMATS):
+        if "compact" in form:
+            continue
+        saved = loading.ConceptSave.execute(pair, f"saved/{number}", form, True, picture, "Two friends", "Ana").args[0]
+        kind = "concepts" if form == "concept" else "loras"
+        path = FOLDER / kind / saved
+        previews = ModelFileManager().get_model_previews(str(path))
+        facts.setdefault("previews", []).append([type(shown).__name__ for shown in previews])
+        if kind == "concepts":
+            (FOLDER / "loras" / saved).parent.mkdir(exist_ok=True)
+            path.rename(FOLDER / "loras" / saved)
+        warned = len(warnings)
+        if "diffusers" in form:  # which core reads in older keys alone
+            stack = loading.LoRAToConcept.execute([(saved, 1.0, 1.0)], "").args[0]
+            look(f"saved {form}", *merging.ConceptMerge.execute(model, clip, {"a": stack}, "sum").args[:2])
+        else:
+            look(f"saved {form}", *nodes.LoraLoader().load_lora(model, clip, saved, 1.0, 1.0))
+        facts.setdefault("load warnings", []).extend(warnings[warned:])
+    look("stacked", *patching.merged(model, clip, pair))
+
+    # Custom Diffusion's merge with what the host's text encoder says.
+    pair = [(concepts["tom"], 0.7), (concepts["rex"], 1.0)]
+    evidence = wording.spoken_evidence(model, clip, pair)
+    found |= {f"evidence|{number}": rows for number, rows in enumerate(evidence.texts)}
+    found["evidence|usual"] = evidence.usual
+    look("custom", *merging.ConceptMerge.execute(model, clip, {"a": pair}, "custom_diffusion").args[:2])
+
+    # As activations: the same pictures, also after a changed strength, a clone, and a second merge on top.
+    noise, encode = nodes.EmptyLatentImage().generate(32, 32)[0], nodes.CLIPTextEncode().encode
+
+    def draw(drawn_model, drawn_clip, hooks=None, steps=2) -> torch.Tensor:
+        positive = encode(drawn_clip, "a <tom> man and a dog")[0]
+        if hooks is not None:
+            positive = [[context, {**about, "hooks": hooks}] for context, about in positive]
+        (result,) = nodes.KSampler().sample(
+            drawn_model, 3, steps, 2.0, "euler", "normal", positive, encode(drawn_clip, "")[0], noise
+        )
+        return result["samples"]
+
+    wide = [(concepts["tom"], 0.7), (concepts["wide"], -0.5)]
+    ways = {
+        apply: merging.ConceptMerge.execute(model, clip, {"a": wide}, "sum", apply=apply).args for apply in plan["ways"]
+    }
+    facts["patches"] = {apply: len(way[0].patches) for apply, way in ways.items()}
+    for apply, (changed, changed_clip, _) in ways.items():
+        found[f"drawn|{apply}"] = draw(changed, changed_clip)
+        found[f"drawn again|{apply}"] = draw(changed.clone(), changed_clip)
+        louder = [(concept, 2 * strength) for concept, strength in wide]
+        changed, changed_clip, _ = merging.ConceptMerge.execute(model, clip, {"a": louder}, "sum", apply=apply).args
+        found[f"drawn louder|{apply}"] = draw(changed, changed_clip)
+        further = merging.ConceptMerge.execute(changed, changed_clip, {"a": concepts["rex"]}, "ties", apply=apply).args
+        found[f"drawn in turn|{apply}"] = draw(*further[:2])
+    found["drawn|base"] = draw(model, ways["weights"][1])
+    back_to_base()
+
+    # In a hook: the same strength all along, and one that comes half way.
+    half = [(concept, 0.4 * strength) for concept, strength in wide]
+    words = ways["weights"][1]
+    hooks = merging.ConceptHook.execute(model, clip, {"a": wide}).args[0]
+    for title, frames in {"steady": [(0.4, 0.0)], "late": [(0.0, 0.0), (1.0, 0.5)]}.items():
+        keyframes = None
+        for strength, begin in frames:
+            (keyframes,) = CreateHookKeyframe().create_hook_keyframe(strength, begin, keyframes)
+        (framed,) = SetHookKeyframes().set_hook_keyframes(hooks, keyframes)
+        found[f"hook|{title}"] = draw(model, words, framed, 4)
+    only_model = patching.merged(model, clip, [(replace(c, tokens={}), s) for c, s in half])[0]
+    found["hook|weights"], found["hook|base"] = draw(only_model, words, None, 4), draw(model, words, None, 4)
+    back_to_base()
+
+    # A checkpoint by core's node holds the merge.
+    changed, changed_clip, _ = merging.ConceptMerge.execute(model, clip, {"a": wide}, "sum").args
+    look("before saving", changed, changed_clip)
+    CheckpointSave().save(changed, changed_clip, vae, "checkpoints/merged")
+    saved = load_file(next((FOLDER / "output/checkpoints").glob("merged*")))
+    facts["checkpoint keys"] = sorted(saved)[:3]
+    for name in plan["layers"]:
+        stem = layers[name].key
+        [match] = [key for key in saved if key.endswith(stem.removeprefix("diffusion_model.").removeprefix("clip_l."))]
+        found[f"checkpoint|{name}"] = saved[match]
+    back_to_base()
+
+    # What does not belong together is said; what a file holds beside its layers is named.
+    other = replace(
+        concepts["rex"],
+        recipe=replace(concepts["rex"].recipe, base_hash="f" * 16, origin={"base_sample": plan["sample"]}),
+    )
+    facts["warnings"] = merging_words.warnings_of(model, clip, [(concepts["tom"], 1.0), (other, 1.0)])
+    facts["no warnings"] = merging_words.warnings_of(model, clip, [(concepts["tom"], 1.0)])
+    warned = len(warnings)
+    strange = files.load_concept_named("strange.safetensors")
+    facts["strange"] = warnings[warned:]
+    facts["kept"] = [files.load_concept_named("strange.safetensors") is strange]
+    path = FOLDER / "concepts/strange.safetensors"
+    path.write_bytes((FOLDER / "concepts/tom.safetensors").read_bytes())
+    facts["kept"].append(files.load_concept_named("strange.safetensors") is strange)
+    facts["refused"] = {}
+    for title, attempt in {
+        "not there": lambda: loading.LoRAToConcept.execute([("nobody.safetensors", 1.0, 1.0)], ""),
+        "outside": lambda: loading.LoRAToConcept.execute([("../plan.json", 1.0, 1.0)], ""),
+        "no stack": lambda: loading.LoRAToConcept.execute([3], ""),
+        "plain model": lambda: merging.ConceptFromModel.execute(model, ""),
+    }.items():
+        try:
+            attempt()
+            facts["refused"][title] = ""
+        except ValueError as error:
+            facts["refused"][title] = f"{type(error).__name__}: {error}"
+    back_to_base()
+    save_file({key: value.float().contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
+    (FOLDER / "found.json").write_text(json.dumps(facts))
+
+
+main()
