@@ -134,7 +134,7 @@ def in_host(args: argparse.Namespace) -> dict:
         "counts": args.host_counts,
         "rank": args.rank,
         "repeats": args.turns,
-        "bypass": not args.no_bypass,
+        "activations": not args.no_activations,
     }
     command = [args.host_python, HERE / "merge_in_host.py", args.host, "-", "run", json.dumps(asked)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
@@ -182,9 +182,22 @@ def summary(engine_part: dict, host_part: dict) -> dict:
         }
         for name, bar in BARS.items()
     }
-    result["seconds_per_concept"] = {
-        count: round(one["seconds"]["sum"] / int(count), 4) for count, one in counts.items()
-    }
+    each = {count: one["seconds"]["sum"] / int(count) for count, one in counts.items()}
+    result["seconds_per_concept"] = {count: round(seconds, 4) for count, seconds in each.items()}
+    if len(each) > 1 and MANY in each:
+        # 1 or less: no more time for each concept, however many there are.
+        result["growth"] = round(each[max(each)] / each[MANY], 4)
+    extra = [one["peak_extra_mb"] / one["largest_and_factors_mb"] for one in counts.values() if one["peak_extra_mb"]]
+    if extra:
+        # At most one layer's weight and the factors.
+        result["peak_extra_vs_allowed"] = round(max(extra), 4)
+    beside = host_part.get("activations", {}).get(str(MANY))
+    if beside:
+        core = host_part["sum"][str(MANY)]["seconds"]["core"]["changed"]
+        result["activations"] = {
+            "lambda_vs_core": round(beside["changed"]["seconds"] / core, 4),
+            "step_vs_plain_step": round(beside["step"]["seconds"] / beside["plain_step"]["seconds"], 4),
+        }
     return result
 
 
@@ -196,7 +209,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--host-counts", type=int, nargs="*", default=[1, 3, 15, 50], help="of concepts, in the host")
     parser.add_argument("--rivals-up-to", type=int, default=50, help="concepts; beyond, only ours and the floor")
-    parser.add_argument("--no-bypass", action="store_true", help="leave out what bypass would cost, in the host")
+    parser.add_argument("--no-activations", action="store_true", help="leave out what activations cost, in the host")
     parser.add_argument("--rank", type=int, default=20)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")

@@ -37,8 +37,8 @@ class FirstStep(Exception):
 
 
 class Bench:
-    def __init__(self, layout: str, counts: list[int], rank: int, repeats: int, bypass: bool = True):
-        self.counts, self.rank, self.repeats, self.with_bypass = counts, rank, repeats, bypass
+    def __init__(self, layout: str, counts: list[int], rank: int, repeats: int, activations: bool = True):
+        self.counts, self.rank, self.repeats, self.with_activations = counts, rank, repeats, activations
         self.patching, layers = pack_module("host.patching"), pack_module("host.layers")
         self.concept = pack_module("modular_concepts.concept")
         self.adapters, self.names = (pack_module(f"modular_concepts.{name}") for name in ("adapters", "layers"))
@@ -59,11 +59,11 @@ class Bench:
 
     # -- the two ways to a MODEL
 
-    def ours(self, concepts: list, how: str, last: float = STRENGTH):
+    def ours(self, concepts: list, how: str, last: float = STRENGTH, beside: bool = False):
         recipe = self.concept.Recipe(architecture="sd15")
         stack = [(self.concept.Concept(c.name, c.layers, {}, recipe), STRENGTH) for c in concepts]
         stack[-1] = (stack[-1][0], last)
-        return self.patching.merged(self.model, self.clip, stack, how)[0]
+        return self.patching.merged(self.model, self.clip, stack, how, beside=beside)[0]
 
     def chain(self, loras: list[dict], last: float = STRENGTH, start=None):
         """start: a MODEL with all but the last LoRA, which the host keeps from the run before."""
@@ -143,8 +143,8 @@ class Bench:
             for how, concepts in (("sum", work.sums), ("block", work.blocks)):
                 result[how][count] = self.pair(how, concepts)
                 print(how, count, json.dumps(result[how][count]), file=sys.stderr, flush=True)
-            if self.with_bypass and count in (1, 3, 15):
-                result.setdefault("bypass", {})[count] = self.bypass(work.sums)
+            if self.with_activations and count in (1, 3, 15):
+                result.setdefault("activations", {})[count] = self.activations(work.sums)
         return result
 
     def pair(self, how: str, concepts: list) -> dict:
@@ -167,19 +167,18 @@ class Bench:
             units[unit] = own
         return {**units, "ratios": ratios, "difference": difference}
 
-    def bypass(self, concepts: list) -> dict:
-        """What bypass instead of weights would cost: the way to the first step, and a whole step at 256 pixels."""
-        merged, self.latent = self.ours(concepts, "sum"), torch.zeros(1, 4, 32, 32)
-        manager = comfy.weight_adapter.BypassInjectionManager()
-        for key, [patch] in merged.patches.items():
-            manager.add_adapter(key, patch[1], strength=patch[0])
-        bypassing = self.model.clone()
-        bypassing.set_injections("bypass", manager.create_injections(bypassing.model))
-        steps: dict[str, list[Spent]] = {"first_step": [], "step": [], "plain_step": []}
+    def activations(self, concepts: list) -> dict:
+        """What activations instead of weights cost: the way to the first step, a changed strength, a whole step."""
+        self.latent = torch.zeros(1, 4, 32, 32)
+        steps: dict[str, list[Spent]] = {name: [] for name in ("first_step", "changed", "step", "plain_step")}
         for _ in range(self.repeats):
             self.first_step(self.model)
-            steps["first_step"].append(timed(lambda: self.first_step(bypassing)))
-            steps["step"].append(timed(lambda: self.first_step(bypassing, whole=True)))
+            made = [self.ours(concepts, "sum", beside=True)]
+            steps["first_step"].append(timed(lambda: self.first_step(made[-1])))  # noqa: B023
+            self.first_step(made[-1], whole=True)  # whatever is prepared at the first step is there
+            change = lambda: made.append(self.ours(concepts, "sum", CHANGED, beside=True))  # noqa: E731,B023
+            steps["changed"].append(timed(change) + timed(lambda: self.first_step(made[-1])))  # noqa: B023
+            steps["step"].append(timed(lambda: self.first_step(made[-1], whole=True)))  # noqa: B023
             self.first_step(self.model)
             steps["plain_step"].append(timed(lambda: self.first_step(self.model, whole=True)))
         self.latent = torch.zeros(1, 4, 8, 8)

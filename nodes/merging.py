@@ -258,8 +258,8 @@ class ConceptHook(io.ComfyNode):
             node_id="ConceptHook",
             display_name="Concepts as Hook",
             category="modular concepts",
-            description="The sum of concepts as a hook for core's hook nodes: keyframes change its strength from step "
-            "to step, and it acts only on prompts that it is set on. One adapter for each layer, however many they are.",
+            description="The sum of concepts as a hook for core's hook nodes: keyframes change its strength from "
+            "step to step, and it acts only on prompts that it is set on. One adapter a layer, however many they are.",
             search_aliases=["lora hook", "create hook lora", "lora schedule", "keyframe lora strength", "hook concept"],
             inputs=[
                 io.Model.Input("model", tooltip="The base that the concepts were trained on; it stays as it is"),

@@ -118,7 +118,7 @@ def test_a_saved_stack_is_one_lora_that_core_loads_to_the_same_weights(found, fo
 
 def test_custom_diffusions_merge_is_the_engines_with_the_hosts_words(found, concepts):
     tensors, _, layers = found
-    evidence = Evidence(texts=[tensors["evidence|0"], tensors["evidence|1"]], usual=tensors["evidence|usual"].double())
+    evidence = Evidence(texts=[tensors["evidence|0"], tensors["evidence|1"]], usual=tensors["evidence|usual"])
     for name, rows in (("tom", tensors["evidence|0"]), ("rex", tensors["evidence|1"])):
         assert relative_error(rows, text_features(toy_base(), concepts[name])) < 1e-4
     pair = [concepts["tom"], concepts["rex"]]

@@ -152,12 +152,10 @@ def main() -> None:
     noise, encode = nodes.EmptyLatentImage().generate(32, 32)[0], nodes.CLIPTextEncode().encode
 
     def draw(drawn_model, drawn_clip, hooks=None, steps=2) -> torch.Tensor:
-        positive = encode(drawn_clip, "a <tom> man and a dog")[0]
+        said = [encode(drawn_clip, text)[0] for text in ("a <tom> man and a dog", "")]
         if hooks is not None:
-            positive = [[context, {**about, "hooks": hooks}] for context, about in positive]
-        (result,) = nodes.KSampler().sample(
-            drawn_model, 3, steps, 2.0, "euler", "normal", positive, encode(drawn_clip, "")[0], noise
-        )
+            said = [[[context, {**about, "hooks": hooks}] for context, about in one] for one in said]
+        (result,) = nodes.KSampler().sample(drawn_model, 3, steps, 2.0, "euler", "normal", *said, noise)
         return result["samples"]
 
     wide = [(concepts["tom"], 0.7), (concepts["wide"], -0.5)]
@@ -229,7 +227,8 @@ def main() -> None:
         except ValueError as error:
             facts["refused"][title] = f"{type(error).__name__}: {error}"
     back_to_base()
-    save_file({key: value.float().contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
+    kept = {key: value if value.dtype == torch.float64 else value.float() for key, value in found.items()}
+    save_file({key: value.contiguous().clone() for key, value in kept.items()}, FOLDER / "found.safetensors")
     (FOLDER / "found.json").write_text(json.dumps(facts))
 
 

@@ -1,0 +1,203 @@
+"""In the host: one merge on weights in full, quantised and offloaded, as weights and as activations; what comes out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from in_host import FOLDER, pack_module, start
+
+start()
+
+import comfy.ldm.modules.diffusionmodules.mmdit as mmdit  # noqa: E402
+import comfy.ldm.modules.diffusionmodules.openaimodel as unets  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.ops  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import tiny_models  # noqa: E402
+import torch  # noqa: E402
+from comfy_extras.nodes_model_merging import ModelSave  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+FP8 = torch.float8_e4m3fn
+UNET = dict(
+    image_size=32,
+    in_channels=4,
+    out_channels=4,
+    model_channels=320,
+    channel_mult=[1],
+    num_res_blocks=[1],
+    num_heads=8,
+    num_head_channels=-1,
+    context_dim=768,
+    use_spatial_transformer=True,
+    transformer_depth=[1],
+    transformer_depth_output=[1, 1],
+    transformer_depth_middle=1,
+)
+
+
+def random_weights() -> dict[str, torch.Tensor]:
+    """Of Stable Diffusion 1.5's layout, one level; exact in float16."""
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for key, value in unets.UNetModel(**UNET, operations=comfy.ops.disable_weight_init).state_dict().items():
+        norm = key.endswith("weight") and value.dim() == 1
+        made[key] = (torch.randn(value.shape, generator=generator) * 0.05 + norm).half().float()
+    return made
+
+
+def loaded(weights: dict[str, torch.Tensor], dtype: torch.dtype | None = None):
+    options = {} if dtype is None else {"dtype": dtype}
+    return comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options=options)
+
+
+def quantised(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(weights in the host's mixed precision: Linear layers of the attentions in fp8, what they stand for)."""
+    form = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+    stored, meant = dict(weights), dict(weights)
+    for key, value in weights.items():
+        if ".transformer_blocks." in key and key.endswith("weight") and value.dim() == 2:
+            scale = value.abs().max() / 400
+            stored[key] = (value / scale).to(FP8)
+            stored[f"{key}_scale"], stored[key.replace(".weight", ".comfy_quant")] = scale, form
+            meant[key] = stored[key].float() * scale
+    return stored, meant
+
+
+def fused_keys(patching, clip, found: dict, facts: dict, output) -> None:
+    """A LoRA in diffusers' keys on Stable Diffusion 3, whose queries, keys and values are one layer here."""
+    network = mmdit.OpenAISignatureMMDITWrapper(
+        **tiny_models.SD3_UNET, dtype=torch.float32, operations=comfy.ops.disable_weight_init
+    )
+    model = loaded(
+        {key: value.float() for key, value in tiny_models.random_weights(network, 0.1).items()}, torch.float32
+    )
+    weights, lora = model.model.state_dict(), {}
+    generator = torch.Generator().manual_seed(5)
+    names = comfy.utils.mmdit_to_diffusers(model.model.model_config.unet_config, output_prefix="diffusion_model.")
+    for name, target in names.items():
+        key, rows = (target, None) if isinstance(target, str) else target[:2]
+        if not name.endswith(".weight") or "transformer_blocks" not in name or key not in weights or "norm" in name:
+            continue
+        out, inp = weights[key].shape
+        stem = f"transformer.{name.removesuffix('.weight')}"
+        lora[f"{stem}.lora_A.weight"] = 0.3 * torch.randn(4, inp, generator=generator)
+        lora[f"{stem}.lora_B.weight"] = 0.1 * torch.randn(rows[2] if rows else out, 4, generator=generator)
+    (own, _), *_ = stack = pack_module("nodes.concepts").LoRAToConcept.execute(lora, "diffusers", model, None).args[0]
+    facts["fused"] = [len(lora) // 2, len(own.layers), sum(name.endswith("qkv") for name in own.layers)]
+    core = comfy.sd.load_lora_for_models(model, None, lora, 0.7, 0.0)[0]
+    latent = torch.randn(1, 16, 8, 8, generator=generator)
+    inputs = (
+        (latent, torch.tensor([0.5])),
+        dict(c_crossattn=torch.randn(1, 20, 4096, generator=generator), y=torch.randn(1, 2048, generator=generator)),
+    )
+    found["sd3|base"], found["sd3|core"] = output(model, inputs=inputs), output(core, inputs=inputs)
+    for apply in ("weights", "activations"):
+        changed = patching.merged(model, clip, [(own, 0.7)], beside=apply == "activations")[0]
+        found[f"sd3|{apply}"] = output(changed, inputs=inputs)
+    assert len(stack) == 1
+
+
+@torch.inference_mode()
+def main() -> None:
+    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
+    toy, patching, layers = (pack_module(f"host.{name}") for name in ("toy", "patching", "layers"))
+    adapters, concept_of = pack_module("modular_concepts.adapters"), pack_module("modular_concepts.concept")
+    clip, weights = toy.load_toy_base()[1], random_weights()
+    found, facts = {}, {"untouched": {}, "names": {}}
+    latent, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([2.0])
+    context = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(4))
+
+    plain = loaded(weights, torch.float32)
+    generator, made = torch.Generator().manual_seed(7), {}
+    for name, layer in layers.host_layers(plain, None).items():
+        shape = layer.module.weight.shape
+        up, down = torch.randn(shape[0], 6, generator=generator), torch.randn(6, *shape[1:], generator=generator)
+        made[name] = adapters.LowRank(0.02 * up, 0.3 * down / shape[1:].numel() ** 0.5, 6.0, "lora", None, shape[0])
+    concepts = [
+        (concept_of.Concept(name, own, {}, concept_of.Recipe(architecture="sd15")), strength)
+        for name, strength, own in (
+            ("one", 0.7, made),
+            (
+                "two",
+                -0.4,
+                {name: adapter.replace(lora_up=adapter.lora_up.roll(1, 0)) for name, adapter in made.items()},
+            ),
+        )
+    ]
+    keys = {name: layer.key for name, layer in layers.host_layers(plain, None).items()}
+
+    def with_delta(base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        summed = pack_module("modular_concepts.merge").merge_concepts(*map(list, zip(*concepts, strict=True)))
+        changed = dict(base)
+        for name, own in summed.items():
+            key = keys[name].removeprefix("diffusion_model.")
+            changed[key] = base[key] + own.delta().reshape(base[key].shape)
+        return changed
+
+    usual = (latent, sigma), {"c_crossattn": context}
+
+    def output(patcher, offloaded: bool = False, inputs: tuple = usual) -> torch.Tensor:
+        if offloaded:
+            patcher.patch_model(CPU, lowvram_model_memory=1)
+            facts["offloaded"] = bool(patcher.model.model_lowvram) and facts.get("offloaded", True)
+        else:
+            comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+        patcher.inject_model()
+        result = patcher.model.apply_model(*inputs[0], **inputs[1]).float()
+        patcher.eject_model()
+        if offloaded:
+            patcher.unpatch_model(CPU)
+        comfy.model_management.unload_all_models()
+        return result
+
+    stored, meant = quantised(weights)
+    rounded = {key: value.to(FP8).float() if value.dim() > 1 else value for key, value in weights.items()}
+    kinds = {"float32": (lambda: plain, weights), "fp8": (lambda: loaded(rounded, FP8), None)}
+    kinds["mixed"] = (lambda: loaded(stored), meant)
+    for kind, (make, own) in kinds.items():
+        base = make()
+        before = {key: value.clone() for key, value in base.model.state_dict().items()}
+        facts["names"][kind] = set(layers.host_layers(base, None)) == set(made)
+        if own is None:  # norms and biases are rounded too
+            own = {key.removeprefix("diffusion_model."): value.float() for key, value in before.items()}
+        found[f"{kind}|base"], found[f"{kind}|wanted"] = (
+            output(loaded(w, torch.float32)) for w in (own, with_delta(own))
+        )
+        found[f"{kind}|its base"] = output(base)
+        for apply in ("weights", "activations"):
+            changed = patching.merged(base, clip, concepts, beside=apply == "activations")[0]
+            for place in ("", " offloaded"):
+                found[f"{kind}|{apply}{place}"] = output(changed, bool(place))
+        after = base.model.state_dict()
+        same = [
+            bytes(before[key].flatten().contiguous().view(torch.uint8))
+            == bytes(after[key].flatten().contiguous().view(torch.uint8))
+            for key in before
+        ]  # noqa: E501
+        facts["untouched"][kind] = all(same) and not any(m._forward_hooks for m in base.model.modules())
+
+    fused_keys(patching, clip, found, facts, output)
+
+    # Saved by core's node, loaded by core: the merge's weights, bit for bit, and the picture of them.
+    changed = patching.merged(plain, clip, concepts)[0]
+    saver = ModelSave()
+    saver.output_dir = str(FOLDER)
+    saver.save(changed, "saved")
+    saved = load_file(next(FOLDER.glob("saved*.safetensors")))
+    wanted = with_delta(weights)
+    facts["saved"] = [
+        max(float((saved[f"model.diffusion_model.{key}"].double() - value.double()).norm() / value.double().norm())
+            for key, value in wanted.items()),
+        max(float((wanted[key] - value).norm() / value.norm()) for key, value in weights.items()),
+    ]  # fmt: skip
+    found["float32|saved"] = output(loaded(saved, torch.float32))
+    save_file({key: value.contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
+    (FOLDER / "found.json").write_text(json.dumps(facts))
+
+
+main()

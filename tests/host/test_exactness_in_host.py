@@ -1,0 +1,63 @@
+"""One merge on every kind of weight that the host has: full, fp8, mixed precision, and each of them offloaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_patching import relative_error
+
+KINDS = ["float32", "fp8", "mixed"]
+
+
+@pytest.fixture(scope="module")
+def found(host, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exactness")
+    host.run("exactness.py", folder)
+    return load_file(folder / "found.safetensors"), json.loads((folder / "found.json").read_text())
+
+
+def error(found, kind: str, way: str) -> float:
+    """Of the change that the merge makes to the network's output, relative to the change."""
+    tensors = found[0]
+    changed = tensors[f"{kind}|wanted"] - tensors[f"{kind}|base"]
+    # What the host's own quantised arithmetic loses is the base's, and not the merge's.
+    return float((tensors[f"{kind}|{way}"] - tensors[f"{kind}|its base"] - changed).norm() / changed.norm())
+
+
+def test_every_layer_of_every_kind_is_found(found):
+    assert all(found[1]["names"].values()) and found[1]["offloaded"]
+
+
+@pytest.mark.parametrize("way", ["weights", "weights offloaded", "activations", "activations offloaded"])
+def test_full_weights_take_a_merge_exactly(found, way):
+    assert relative_error(found[0][f"float32|{way}"], found[0]["float32|wanted"]) < 1e-5
+    assert relative_error(found[0]["float32|wanted"], found[0]["float32|base"]) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mixed"])
+def test_quantised_weights_take_a_merge_as_activations_or_offloaded_and_round_it_as_weights(found, kind):
+    for way in ("weights offloaded", "activations", "activations offloaded"):
+        assert error(found, kind, way) < 0.05, way
+    assert error(found, kind, "weights") < 1.0
+
+
+def test_the_loaded_weights_are_untouched(found):
+    assert all(found[1]["untouched"][kind] for kind in KINDS)
+
+
+def test_a_model_saved_by_cores_node_holds_the_merge(found):
+    error, moved = found[1]["saved"]
+    assert error < 1e-6 and moved > 1e-2
+    assert torch.equal(found[0]["float32|saved"], found[0]["float32|weights"])
+
+
+def test_a_lora_of_separate_queries_keys_and_values_is_one_adapter_of_the_joint_layer(found):
+    tensors, facts = found
+    modules, layers, joint = facts["fused"]
+    assert joint == 4 and layers < modules
+    for way in ("weights", "activations"):
+        assert relative_error(tensors[f"sd3|{way}"], tensors["sd3|core"]) < 1e-5
+    assert relative_error(tensors["sd3|core"], tensors["sd3|base"]) > 1e-2
