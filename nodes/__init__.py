@@ -17,7 +17,7 @@ from .merging import (
     ConceptMerge,
     ConceptOrthogonalize,
 )
-from .regions import ConceptRegion, RegionalConceptSampler
+from .regions import ConceptRegion, RegionalConcepts, RegionalConceptSampler, RegionPreview, RegionsFromJSON
 from .reports import CrosstalkReport
 from .toy import ToyBaseLoader, ToyPictures
 from .training import BlockLoRATrainer, LoRATrainer, OrthoLoRATrainer
@@ -47,6 +47,9 @@ NODES: list[type[io.ComfyNode]] = [
     ConceptHook,
     ConceptFromModel,
     ConceptRegion,
+    RegionsFromJSON,
+    RegionPreview,
+    RegionalConcepts,
     RegionalConceptSampler,
     CrosstalkReport,
 ]

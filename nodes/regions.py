@@ -1,17 +1,49 @@
-"""Pictures with a prompt for each region."""
+"""Pictures with a prompt, and concepts, for each region."""
 
 from __future__ import annotations
 
 from comfy.samplers import SAMPLER_NAMES, SCHEDULER_NAMES
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from ..host.regions import Sampling, sample_regions
+from ..host.regions import Sampling, sample_regions, with_regions
 from ..modular_concepts.errors import AdapterError
-from ..modular_concepts.regions.geometry import region_from
+from ..modular_concepts.regions.geometry import OVERLAPS, region_from
+from ..modular_concepts.regions.parsing import json_problem, names_from, region_box, regions_from_json
+from ..modular_concepts.regions.preview import draw_regions
 from . import stacks
 from .types import CONCEPT_REGIONS, concepts_input
 
 UNITS = ("fractions", "pixels")
+MODES = ("gated", "merged")
+EXAMPLE = '[{"prompt": "a <tom> on the beach", "box": [0, 0, 0.5, 1]}]'
+
+
+def mode_input(optional: bool = False) -> io.Combo.Input:
+    return io.Combo.Input(
+        "mode",
+        options=list(MODES),
+        default="gated",
+        optional=optional,
+        tooltip="gated: each concept acts in its regions alone, so look-alikes stay apart; give the model from before "
+        "any merge. merged: all concepts are in the weights and act everywhere; only the prompts are regional",
+    )
+
+
+def overlap_input(optional: bool = False) -> io.Combo.Input:
+    return io.Combo.Input(
+        "overlap",
+        options=list(OVERLAPS),
+        default="average",
+        optional=optional,
+        tooltip="Where regions overlap: average lets them share the place, priority gives it to the one with the "
+        "highest priority, of equals to the later one",
+    )
+
+
+def share(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(
+        name, default=default, min=0.0, max=1.0, step=0.01, round=0.001, optional=True, advanced=True, tooltip=tooltip
+    )
 
 
 class ConceptRegion(io.ComfyNode):
@@ -86,6 +118,31 @@ class ConceptRegion(io.ComfyNode):
                     "nothing",
                 ),
                 CONCEPT_REGIONS.Input("regions", optional=True, tooltip="Regions before this one"),
+                io.String.Input(
+                    "concepts",
+                    default="",
+                    optional=True,
+                    placeholder="tom, hat",
+                    tooltip="Names of the concepts that act here, with commas between; empty means those whose "
+                    "trigger word is in the prompt, a dash none at all",
+                ),
+                share("start", 0.0, "Part of the sampling from which the region holds: 0 from the first step on"),
+                share("end", 1.0, "Part of the sampling up to which the region holds: 1 to the last step"),
+                io.Int.Input(
+                    "priority",
+                    default=0,
+                    min=-1000,
+                    max=1000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Who lies on top where regions overlap, if the sampler's overlap is set to priority",
+                ),
+                io.BoundingBox.Input(
+                    "bounding_box",
+                    optional=True,
+                    force_input=True,
+                    tooltip="A box in pixels from another node, a detector for instance; takes the place of the edges",
+                ),
             ],
             outputs=[
                 CONCEPT_REGIONS.Output(
@@ -95,25 +152,159 @@ class ConceptRegion(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, prompt=None, units=None, left=None, top=None, right=None, bottom=None) -> bool | str:
+    def validate_inputs(
+        cls, prompt=None, units=None, left=None, top=None, right=None, bottom=None, start=0.0, end=1.0
+    ) -> bool | str:
         """Refused before anything runs, the training of the concepts for instance."""
         edges = (left, top, right, bottom)
-        if units is None or None in edges:
+        if units is None or None in (*edges, start, end):
             return True  # linked to another node, whose answer is not known yet
         if units not in UNITS:
             return f"units is {units!r}; choose one of {', '.join(UNITS)}"
         try:
-            region_from(prompt or "", edges, units == "pixels", None, 0.0, 1.0, "")
+            region_from(prompt or "", edges, units == "pixels", None, 0.0, 1.0, "", start=start, end=end)
         except AdapterError as error:
             return str(error)
         return True
 
     @classmethod
     def execute(
-        cls, prompt, units, left, top, right, bottom, feather, strength, negative="", mask=None, regions=()
+        cls,
+        prompt,
+        units,
+        left,
+        top,
+        right,
+        bottom,
+        feather,
+        strength,
+        negative="",
+        mask=None,
+        regions=(),
+        concepts="",
+        start=0.0,
+        end=1.0,
+        priority=0,
+        bounding_box=None,
     ) -> io.NodeOutput:
-        own = region_from(prompt, (left, top, right, bottom), units == "pixels", mask, feather, strength, negative)
-        return io.NodeOutput((*regions, own))
+        edges, pixels = (left, top, right, bottom), units == "pixels"
+        if bounding_box is not None:
+            edges, pixels = region_box(bounding_box), True
+        more = {"concepts": names_from(concepts), "start": start, "end": end, "priority": priority}
+        return io.NodeOutput((*regions, region_from(prompt, edges, pixels, mask, feather, strength, negative, **more)))
+
+
+class RegionsFromJSON(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RegionsFromJSON",
+            display_name="Regions From JSON",
+            category="modular concepts/regions",
+            description="Regions written as a JSON list, so that a script or another pack can say how many there are "
+            "and where. The help page lists what an entry can hold.",
+            search_aliases=["regions json", "regional prompt", "bounding boxes", "layout", "api regions"],
+            inputs=[
+                io.String.Input(
+                    "json",
+                    multiline=True,
+                    default=EXAMPLE,
+                    placeholder=EXAMPLE,
+                    tooltip="A list of objects with prompt and box (left, top, right, bottom), and whatever else a "
+                    "Concept Region has",
+                ),
+                io.Mask.Input("masks", optional=True, tooltip='What entries name by number: "mask": 0 is the first'),
+                CONCEPT_REGIONS.Input("regions", optional=True, tooltip="Regions before these"),
+            ],
+            outputs=[
+                CONCEPT_REGIONS.Output(
+                    "all_regions", display_name="CONCEPT_REGIONS", tooltip="Those before and these, in order"
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, json=None) -> bool | str:
+        return (json is not None and json_problem(json)) or True
+
+    @classmethod
+    def execute(cls, json, masks=None, regions=()) -> io.NodeOutput:
+        return io.NodeOutput((*regions, *regions_from_json(json, masks)))
+
+
+class RegionPreview(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RegionPreview",
+            display_name="Region Preview",
+            category="modular concepts/regions",
+            description="A picture of the regions with numbers, concepts, prompts and colours, before a second is "
+            "spent on drawing. Soft edges and overlaps are shown as the sampler will use them.",
+            search_aliases=["show regions", "preview boxes", "region map", "debug regions", "visualize mask"],
+            is_output_node=True,
+            inputs=[
+                CONCEPT_REGIONS.Input("regions", tooltip="From the last Concept Region, or from Regions From JSON"),
+                io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="The picture's width in pixels"),
+                io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Its height in pixels"),
+                overlap_input(),
+                io.Image.Input(
+                    "image", optional=True, tooltip="A picture to draw upon; its size takes the place of the two above"
+                ),
+            ],
+            outputs=[io.Image.Output("preview", display_name="IMAGE", tooltip="The regions as a picture")],
+        )
+
+    @classmethod
+    def execute(cls, regions, width, height, overlap, image=None) -> io.NodeOutput:
+        under = None if image is None else image[0]
+        if under is not None:
+            height, width = under.shape[:2]
+        picture = draw_regions(regions, width, height, overlap, under)
+        return io.NodeOutput(picture, ui=ui.PreviewImage(picture, cls=cls))
+
+
+class RegionalConcepts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RegionalConcepts",
+            display_name="Regional Concepts",
+            category="modular concepts/regions",
+            description="Regions for a sampler of your own: gives the MODEL and the two CONDITIONINGs that a KSampler "
+            "or SamplerCustomAdvanced draws with, in one pass, each concept in its place.",
+            search_aliases=["regional lora", "regional prompt", "attention couple", "lora mask", "multi character"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base; in merged mode also the model from Merge Concepts"),
+                io.Clip.Input("clip", tooltip="Its text encoder, from the same node"),
+                concepts_input("concepts", "The concepts that the regions name or call, with strengths", optional=True),
+                CONCEPT_REGIONS.Input("regions", tooltip="From the last Concept Region, or from Regions From JSON"),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="The whole picture in words; it holds wherever no region is",
+                ),
+                io.String.Input(
+                    "negative", multiline=True, dynamic_prompts=True, default="", tooltip="What not to draw, everywhere"
+                ),
+                mode_input(),
+                overlap_input(),
+            ],
+            outputs=[
+                io.Model.Output("regional_model", display_name="MODEL", tooltip="For the sampler's model input"),
+                io.Conditioning.Output("positive", display_name="positive", tooltip="For the sampler's positive input"),
+                io.Conditioning.Output(
+                    "negative_conditioning", display_name="negative", tooltip="For the sampler's negative input"
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, regions, prompt, negative, mode, overlap, concepts=None) -> io.NodeOutput:
+        stack = stacks.as_stack(concepts)
+        return io.NodeOutput(*with_regions(model, clip, stack, regions, (prompt, negative), mode, overlap))
 
 
 class RegionalConceptSampler(io.ComfyNode):
@@ -127,7 +318,7 @@ class RegionalConceptSampler(io.ComfyNode):
             "any sampler and any number of regions. The global prompt holds outside of them.",
             search_aliases=["regional lora", "regional prompt", "attention couple", "ksampler", "multi character"],
             inputs=[
-                io.Model.Input("model", tooltip="The base, or the model from Merge Concepts"),
+                io.Model.Input("model", tooltip="The base; in merged mode also the model from Merge Concepts"),
                 io.Clip.Input("clip", tooltip="Its text encoder, from the same node"),
                 io.String.Input(
                     "prompt",
@@ -139,7 +330,7 @@ class RegionalConceptSampler(io.ComfyNode):
                 io.String.Input(
                     "negative", multiline=True, dynamic_prompts=True, default="", tooltip="What not to draw, everywhere"
                 ),
-                CONCEPT_REGIONS.Input("regions", tooltip="From the last Concept Region node of the chain"),
+                CONCEPT_REGIONS.Input("regions", tooltip="From the last Concept Region, or from Regions From JSON"),
                 io.Latent.Input("latent", tooltip="An empty latent image of the picture's size, or one to change"),
                 io.Combo.Input("sampler_name", options=SAMPLER_NAMES, default="dpmpp_2m", tooltip="Sampling algorithm"),
                 io.Combo.Input("scheduler", options=SCHEDULER_NAMES, default="karras", tooltip="How noise falls off"),
@@ -172,9 +363,12 @@ class RegionalConceptSampler(io.ComfyNode):
                 ),
                 concepts_input(
                     "concepts",
-                    "Concepts to add to the model for this picture; those that are in it already are not added again",
+                    "The concepts that the regions name or call, with strengths; in merged mode, those that are in "
+                    "the model already are not added again",
                     optional=True,
                 ),
+                mode_input(optional=True),
+                overlap_input(optional=True),
             ],
             outputs=[io.Latent.Output(tooltip="For VAE Decode")],
         )
@@ -195,8 +389,9 @@ class RegionalConceptSampler(io.ComfyNode):
         seed,
         denoise,
         concepts=None,
+        mode="merged",  # what a prompt meant before there was a choice
+        overlap="average",
     ) -> io.NodeOutput:
-        how = Sampling(sampler_name, scheduler, steps, cfg, seed, denoise)
-        return io.NodeOutput(
-            sample_regions(model, clip, stacks.as_stack(concepts), (prompt, negative), regions, latent, how)
-        )
+        how, stack = Sampling(sampler_name, scheduler, steps, cfg, seed, denoise), stacks.as_stack(concepts)
+        drawn = sample_regions(model, clip, stack, (prompt, negative), regions, latent, how, mode, overlap)
+        return io.NodeOutput(drawn)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ..concept import clip
@@ -61,6 +62,15 @@ def regions_from_json(text: str, masks: Tensor | None = None) -> list[Region]:
     if len(data) > MOST_REGIONS:
         raise AdapterError(f"there are {len(data)} regions; at most {MOST_REGIONS} fit in one picture")
     return [_region(f"region {number}", entry, masks) for number, entry in enumerate(data, 1)]
+
+
+def json_problem(text: str) -> str:
+    """Why `regions_from_json` would refuse this text whatever masks are connected; empty if it would not."""
+    try:
+        regions_from_json(text, torch.ones(1, 1, 1).expand(2**30 + 1, 1, 1))  # as many as any index, in no memory
+    except AdapterError as error:
+        return str(error)
+    return ""
 
 
 def region_box(bounding_box: object) -> tuple[float, float, float, float]:

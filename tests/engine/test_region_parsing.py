@@ -11,6 +11,7 @@ from modular_concepts.errors import AdapterError
 from modular_concepts.regions.geometry import Region
 from modular_concepts.regions.parsing import (
     FIELDS,
+    json_problem,
     names_from,
     one_mask,
     region_box,
@@ -169,3 +170,8 @@ def test_names_from_a_widget():
     assert names_from("  ") is None
     assert names_from("-") == () and names_from("None") == ()
     assert names_from("none, tom") == ("none", "tom")
+
+
+def test_a_problem_is_told_before_any_mask_is_there():
+    assert json_problem(json.dumps([DOG, {"prompt": "a", "mask": 70_000}])) == ""
+    assert json_problem("[{}]") == "region 1 has no prompt; say what is there"

@@ -32,6 +32,9 @@ NODES = {
     "ConceptHook": "HOOKS",
     "ConceptFromModel": "CONCEPT LORA_MODEL",
     "ConceptRegion": "CONCEPT_REGIONS",
+    "RegionsFromJSON": "CONCEPT_REGIONS",
+    "RegionPreview": "IMAGE",
+    "RegionalConcepts": "MODEL CONDITIONING CONDITIONING",
     "RegionalConceptSampler": "LATENT",
     "CrosstalkReport": "IMAGE STRING STRING",
 }

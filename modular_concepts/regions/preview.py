@@ -1,0 +1,128 @@
+"""Regions as a picture: where each one holds, in a colour of its own, with its number, concepts and prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import AdapterError
+from .geometry import Region, region_weights
+
+LONGEST = 896  # pixels of the drawn picture's longer side
+PAPER, INK = (250, 248, 244), (28, 26, 34)
+COLOURS = (
+    (214, 72, 66), (46, 118, 190), (58, 152, 88), (222, 150, 32),
+    (132, 82, 176), (22, 154, 160), (204, 92, 148), (112, 104, 60),
+)  # fmt: skip
+FILL = 0.5
+_TRIGGER = re.compile(r"<([^<>\s]+)>")
+_FONT, _LINE, _PAD = 19, 23, 6
+
+
+def draw_regions(
+    regions: Sequence[Region], width: int, height: int, overlap: str = "average", under: Tensor | None = None
+) -> Tensor:
+    """(1, H, W, 3) in 0..1, in the shape of a picture of (width, height); soft edges and overlaps are seen.
+
+    under: (H, W, 3) in 0..1, a picture to draw upon.  Raises AdapterError when there is no region, and for one that
+    leaves the picture.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    if not regions:
+        raise AdapterError("there is no region to show; connect a Concept Region")
+    placed = [region.placed(width, height) for region in regions]
+    scale = LONGEST / max(width, height)
+    size = max(round(width * scale), 1), max(round(height * scale), 1)
+    weights = region_weights(placed, size[1], size[0], overlap)
+    shares = weights / weights.sum(0).clamp(min=1)
+    paper = torch.tensor(PAPER, dtype=torch.float32)[:, None, None].expand(3, *size[::-1]) / 255
+    if under is not None:
+        paper = F.interpolate(under.movedim(-1, 0)[None].float().cpu(), size=size[::-1], mode="nearest-exact")[0]
+    colours = torch.tensor([COLOURS[index % len(COLOURS)] for index in range(len(regions))]) / 255
+    cover = shares.sum(0)
+    painted = paper * (1 - FILL * cover) + FILL * torch.einsum("rhw,rc->chw", shares, colours)
+    image = Image.fromarray((painted.clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy())
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(_FONT)
+    chips: list[tuple[int, int, int, int]] = []
+    for number, (region, own) in enumerate(zip(placed, weights, strict=True), 1):
+        left, top, right, bottom = _bounds(region, own)
+        colour = COLOURS[(number - 1) % len(COLOURS)]
+        if region.box is not None:
+            pen.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=3)
+        lines = _wrapped(label(number, region), font, max(right - left - 4 * _PAD, 120))
+        chips.append(_free_place(_chip_box((left + _PAD, top + _PAD), lines, font, size), chips, size[1]))
+        _chip(pen, chips[-1], lines, font, colour)
+    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]
+
+
+def label(number: int, region: Region) -> str:
+    """ "2 tom + hat: a <tom> on the beach", with what differs from a plain region behind it."""
+    names = concept_names(region)
+    text = f"{number} {' + '.join(names) or 'no concept'}: {region.prompt.strip() or '(no prompt)'}"
+    more = []
+    if region.strength != 1:
+        more.append(f"strength {region.strength:g}")
+    if (region.start, region.end) != (0.0, 1.0):
+        more.append(f"from {region.start:g} to {region.end:g}")
+    if region.priority:
+        more.append(f"priority {region.priority}")
+    return text + (f" ({', '.join(more)})" if more else "")
+
+
+def concept_names(region: Region) -> tuple[str, ...]:
+    """Those it names, or the trigger words in its prompt."""
+    return tuple(_TRIGGER.findall(region.prompt)) if region.concepts is None else tuple(region.concepts)
+
+
+def _bounds(region: Region, weights: Tensor) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) in the drawn picture's pixels."""
+    height, width = weights.shape
+    if region.box is not None:
+        left, top, right, bottom = region.box
+        return round(left * width), round(top * height), round(right * width), round(bottom * height)
+    rows, columns = (weights > 0.5).any(1).nonzero(), (weights > 0.5).any(0).nonzero()
+    if not len(rows):
+        return 0, 0, width, height
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _wrapped(text: str, font, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines if len(lines) <= 5 else [*lines[:4], lines[4] + " ..."]
+
+
+def _chip_box(corner: tuple[int, int], lines: Sequence[str], font, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Around these lines, inside the picture even where the region is narrow."""
+    wide = int(max(font.getlength(line) for line in lines)) + 2 * _PAD
+    high = len(lines) * _LINE + 2 * _PAD
+    left, top = (
+        max(0, min(place, most - own - 2)) for place, most, own in zip(corner, size, (wide, high), strict=True)
+    )
+    return left, top, left + wide, top + high
+
+
+def _free_place(box: tuple[int, int, int, int], taken: Sequence[tuple[int, int, int, int]], height: int):
+    """The box, moved down past those that it would hide; as it is where there is no room."""
+    left, top, right, bottom = box
+    for own in sorted(taken, key=lambda other: other[1]):
+        if left < own[2] and own[0] < right and top < own[3] and own[1] < bottom:
+            top, bottom = own[3] + 3, own[3] + 3 + bottom - top
+    return (left, top, right, bottom) if bottom < height else box
+
+
+def _chip(pen, box: tuple[int, int, int, int], lines: Sequence[str], font, colour) -> None:
+    pen.rounded_rectangle(box, 5, fill=PAPER, outline=colour, width=2)
+    for row, line in enumerate(lines):
+        pen.text((box[0] + _PAD, box[1] + _PAD - 1 + row * _LINE), line, INK, font)
