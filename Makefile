@@ -6,7 +6,7 @@
 #   BENCH_FLAGS=--quick        handed to bench/train.py or bench/merge.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-train bench-merge bench-methods bench-families test test-host check format install clean
+.PHONY: help demo bench-train bench-merge bench-methods bench-families bench-regions test test-host check format install clean
 .NOTPARALLEL:
 
 VENV := .venv
@@ -33,6 +33,7 @@ help:
 	@echo "make bench-train  measure training beside ComfyUI's own trainer and peft (about an hour)"
 	@echo "make bench-methods  train every method on toy concepts and judge them (half an hour on two cores)"
 	@echo "make bench-merge  measure merging beside ComfyUI's LoRA loaders and peft"
+	@echo "make bench-regions  measure regional sampling beside ComfyUI's masks and LoRA hooks (half an hour, 12 GB)"
 	@echo "make bench-families  merge toy concepts by every family and judge them (an hour and a half on two cores)"
 	@echo "make check      format, lint and the fast tests"
 	@echo "make format     put the code into the format that check asks for"
@@ -59,6 +60,9 @@ bench-families: $(STAMP)
 
 bench-merge: $(STAMP)
 	@$(BIN)/python bench/merge.py $(BENCH_FLAGS)
+
+bench-regions: $(STAMP)
+	@$(BIN)/python bench/regions.py $(BENCH_FLAGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -19,6 +19,7 @@ from .merging import (
 )
 from .regions import ConceptRegion, RegionalConcepts, RegionalConceptSampler, RegionPreview, RegionsFromJSON
 from .reports import CrosstalkReport
+from .stacking import ConceptStack
 from .toy import ToyBaseLoader, ToyPictures
 from .training import BlockLoRATrainer, LoRATrainer, OrthoLoRATrainer
 from .training_options import ConceptTrainingOptions
@@ -40,6 +41,7 @@ NODES: list[type[io.ComfyNode]] = [
     ConceptStrength,
     ConceptSave,
     ConceptTextEncode,
+    ConceptStack,
     ConceptMerge,
     BlockLoRAMerge,
     ConceptFusion,

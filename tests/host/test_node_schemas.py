@@ -25,6 +25,7 @@ NODES = {
     "ConceptStrength": "CONCEPT_STACK",
     "ConceptSave": "STRING",
     "ConceptTextEncode": "CONDITIONING",
+    "ConceptStack": "CONCEPT_STACK",
     "ConceptMerge": "MODEL CLIP CONCEPT_STACK",
     "BlockLoRAMerge": "MODEL CLIP CONCEPT_STACK",
     "ConceptFusion": "MODEL CLIP CONCEPT_STACK",

@@ -1,0 +1,113 @@
+"""In the host's interpreter: pictures of several concepts by core's own means, on the toy base.
+
+core_masks   all concepts in the weights, a masked prompt for each region, the global prompt where there is none
+core_hooks   a LoRA hook and a mask for each region, on its prompt and on its negative prompt
+
+    python proof_in_host.py HOST - run '{"plan": PATH}'
+
+Learned words come from our CLIP in both, since core has no way to bring them that is its own; weights are core's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from in_host import ARGUMENT, pack_module, start
+
+start(on_cpu=True)
+
+import comfy.hooks  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy_extras.nodes_hooks as core_hooks  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+import nodes as core  # noqa: E402
+
+
+class Proof:
+    def __init__(self, plan: dict):
+        self.plan = plan
+        self.model, self.clip, self.vae = pack_module("host.toy").load_toy_base()
+        files, self.patching = pack_module("modular_concepts.files"), pack_module("host.patching")
+        self.layers = pack_module("modular_concepts.layers")
+        names = {name for group in plan["groups"] for name in group["names"]}
+        self.concepts = {name: files.load_concept(Path(plan["concepts"]) / f"{name}.safetensors") for name in names}
+
+    def run(self) -> None:
+        for number, group in enumerate(self.plan["groups"], 1):
+            model, positive, negative = getattr(self, self.plan["mode"])(group)
+            pictures = torch.cat([self.draw(model, positive, negative, group, seed) for seed in group["seeds"]])
+            save_file({"pictures": pictures.contiguous()}, Path(self.plan["out"]) / f"{group['key']}.safetensors")
+            print(f"{self.plan['mode']}: {number} of {len(self.plan['groups'])}", file=sys.stderr, flush=True)
+
+    def core_masks(self, group: dict):
+        clip, model = self.words(group), self.model
+        for name in group["names"]:
+            model, _ = comfy.sd.load_lora_for_models(model, clip, self.lora(name), 1.0, 0.0)
+        positive = []
+        for prompt, mask in zip(group["prompts"], self.masks(group), strict=True):
+            positive += core.ConditioningSetMask().append(self.says(clip, prompt), mask, "default", 1.0)[0]
+        everywhere = [self.says(clip, group["prompt"])]
+        (positive,) = comfy.hooks.set_default_conds_and_combine(conds=[positive], new_conds=everywhere)
+        return model, positive, self.says(clip, "")
+
+    def core_hooks(self, group: dict):
+        clip, pairs = self.words(group), ([], [])
+        for name, prompt, mask in zip(group["names"], group["prompts"], self.masks(group), strict=True):
+            hooks = comfy.hooks.create_hook_lora(lora=self.lora(name), strength_model=1.0, strength_clip=0.0)
+            own = self.says(clip, prompt), self.says(clip, "")
+            pairs = core_hooks.PairConditioningSetPropertiesAndCombine().set_properties(
+                *pairs, *own, 1.0, "default", mask=mask, hooks=hooks
+            )
+        everywhere = self.says(clip, group["prompt"]), self.says(clip, "")
+        return self.model, *core_hooks.PairConditioningSetDefaultAndCombine().set_default_and_combine(
+            *pairs, *everywhere
+        )
+
+    def draw(self, model, positive, negative, group: dict, seed: int) -> torch.Tensor:
+        latent = torch.zeros(1, 12, 16, 16 * len(group["names"]))
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+        steps, cfg = self.plan["steps"], self.plan["cfg"]
+        said = (positive, negative)
+        drawn = comfy.sample.sample(
+            model, noise, steps, cfg, "dpmpp_2m", "normal", *said, latent, disable_pbar=True, seed=seed
+        )
+        return self.vae.decode(drawn).movedim(-1, 1)
+
+    def words(self, group: dict):
+        """The CLIP with the concepts' learned words; their adapters are left to core."""
+        bare = [(replace(self.concepts[name], layers={}), 1.0) for name in group["names"]]
+        return self.patching.merged(self.model, self.clip, bare)[1]
+
+    def lora(self, name: str) -> dict[str, torch.Tensor]:
+        """As a plain LoRA file would hold it."""
+        tensors = {}
+        for layer, adapter in self.concepts[name].layers.items():
+            key = self.layers.file_key(layer, "toy")
+            stock = adapter.stock()
+            tensors |= {f"{key}.lora_up.weight": stock.lora_up, f"{key}.lora_down.weight": stock.lora_down}
+            tensors[f"{key}.alpha"] = torch.tensor(stock.alpha)
+        return tensors
+
+    @staticmethod
+    def masks(group: dict) -> list[torch.Tensor]:
+        width, found = 32 * len(group["names"]), []
+        for left, top, right, bottom in group["boxes"]:
+            mask = torch.zeros(1, 32, width)
+            mask[:, round(top * 32) : round(bottom * 32), round(left * width) : round(right * width)] = 1.0
+            found.append(mask)
+        return found
+
+    @staticmethod
+    def says(clip, text: str) -> list:
+        return core.CLIPTextEncode().encode(clip, text)[0]
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        Proof(json.loads(Path(json.loads(ARGUMENT)["plan"]).read_text())).run()
