@@ -5,7 +5,7 @@ core_hooks   a LoRA hook and a mask for each region, on its prompt and on its ne
 
     python proof_in_host.py HOST - run '{"plan": PATH}'
 
-Learned words come from our CLIP in both, since core has no way to bring them that is its own; weights are core's.
+Learned words come by our CLIP and our prompt node in both, since core cannot say layer-wise ones; weights are core's.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Proof:
         self.plan = plan
         self.model, self.clip, self.vae = pack_module("host.toy").load_toy_base()
         files, self.patching = pack_module("modular_concepts.files"), pack_module("host.patching")
+        self.encode = pack_module("host.clip").encode_prompt
         self.layers = pack_module("modular_concepts.layers")
         names = {name for group in plan["groups"] for name in group["names"]}
         self.concepts = {name: files.load_concept(Path(plan["concepts"]) / f"{name}.safetensors") for name in names}
@@ -46,7 +47,7 @@ class Proof:
             print(f"{self.plan['mode']}: {number} of {len(self.plan['groups'])}", file=sys.stderr, flush=True)
 
     def core_masks(self, group: dict):
-        clip, model = self.words(group), self.model
+        model, clip = self.words(group)
         for name in group["names"]:
             model, _ = comfy.sd.load_lora_for_models(model, clip, self.lora(name), 1.0, 0.0)
         positive = []
@@ -57,7 +58,7 @@ class Proof:
         return model, positive, self.says(clip, "")
 
     def core_hooks(self, group: dict):
-        clip, pairs = self.words(group), ([], [])
+        (model, clip), pairs = self.words(group), ([], [])
         for name, prompt, mask in zip(group["names"], group["prompts"], self.masks(group), strict=True):
             hooks = comfy.hooks.create_hook_lora(lora=self.lora(name), strength_model=1.0, strength_clip=0.0)
             own = self.says(clip, prompt), self.says(clip, "")
@@ -65,9 +66,7 @@ class Proof:
                 *pairs, *own, 1.0, "default", mask=mask, hooks=hooks
             )
         everywhere = self.says(clip, group["prompt"]), self.says(clip, "")
-        return self.model, *core_hooks.PairConditioningSetDefaultAndCombine().set_default_and_combine(
-            *pairs, *everywhere
-        )
+        return model, *core_hooks.PairConditioningSetDefaultAndCombine().set_default_and_combine(*pairs, *everywhere)
 
     def draw(self, model, positive, negative, group: dict, seed: int) -> torch.Tensor:
         latent = torch.zeros(1, 12, 16, 16 * len(group["names"]))
@@ -80,9 +79,9 @@ class Proof:
         return self.vae.decode(drawn).movedim(-1, 1)
 
     def words(self, group: dict):
-        """The CLIP with the concepts' learned words; their adapters are left to core."""
+        """MODEL and CLIP with the concepts' learned words; their adapters are left to core."""
         bare = [(replace(self.concepts[name], layers={}), 1.0) for name in group["names"]]
-        return self.patching.merged(self.model, self.clip, bare)[1]
+        return self.patching.merged(self.model, self.clip, bare)
 
     def lora(self, name: str) -> dict[str, torch.Tensor]:
         """As a plain LoRA file would hold it."""
@@ -103,9 +102,8 @@ class Proof:
             found.append(mask)
         return found
 
-    @staticmethod
-    def says(clip, text: str) -> list:
-        return core.CLIPTextEncode().encode(clip, text)[0]
+    def says(self, clip, text: str) -> list:
+        return self.encode(clip, text)
 
 
 if __name__ == "__main__":

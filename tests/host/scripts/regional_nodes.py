@@ -1,0 +1,92 @@
+"""In the host: the regional nodes as a workflow calls them, with any sampler, from widgets, JSON, boxes and masks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from in_host import FOLDER, pack_module, start
+
+start()
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+import nodes  # noqa: E402
+
+torch.set_num_threads(1)
+PROMPTS = "a man and a dog in the snow", "a car"
+LEFT, RIGHT = "a <tom> and a dog in the snow", "a man and a <rex> in the snow"
+
+
+@torch.inference_mode()
+def main() -> None:
+    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
+    node, stacking = pack_module("nodes.regions"), pack_module("nodes.stacking")
+    model, clip, _ = pack_module("host.toy").load_toy_base()
+    load = pack_module("modular_concepts.files").load_concept
+    concepts = {f"concept{index}": load(FOLDER / f"{name}.safetensors") for index, name in enumerate(("tom", "rex"))}
+    stack = stacking.ConceptStack.execute(concepts)[0]
+    (noise,) = nodes.EmptyLatentImage().generate(64, 32)
+    found, facts = {}, {"refused": {}, "stack": [[concept.name, strength] for concept, strength in stack]}
+
+    def region(prompt, left, right, units="fractions", **more):
+        bottom = 1.0 if units == "fractions" else 32.0
+        return node.ConceptRegion.execute(prompt, units, left, 0.0, right, bottom, 0.0, 1.0, **more)[0]
+
+    chain = region(RIGHT, 0.5, 1.0, concepts="rex", regions=region(LEFT, 0.0, 0.5))
+    entries = [{"prompt": LEFT, "box": [0, 0, 0.5, 1]}, {"prompt": RIGHT, "box": [0.5, 0, 1, 1], "concepts": ["rex"]}]
+    written = node.RegionsFromJSON.execute(json.dumps(entries))[0]
+    facts["same"] = written == chain
+    facts["json problem"] = str(node.RegionsFromJSON.validate_inputs(json='[{"prompt": 3, "box": [0, 0, 1, 1]}]'))
+    facts["json fine"] = node.RegionsFromJSON.validate_inputs(json=json.dumps(entries))
+    facts["window problem"] = str(
+        node.ConceptRegion.validate_inputs("a", "fractions", 0.0, 0.0, 1.0, 1.0, start=0.6, end=0.4)
+    )
+    box = {"x": 32, "y": 0, "width": 32, "height": 32}
+    (boxed,) = region(RIGHT, 0.0, 1.0, concepts="rex", bounding_box=[box], start=0.1, end=0.9, priority=3)
+    facts["boxed"] = [boxed.box, boxed.pixels, boxed.concepts, boxed.start, boxed.end, boxed.priority]
+    (nobody,) = region(LEFT, 0.0, 1.0, concepts="-")
+    facts["nobody"] = list(nobody.concepts)
+
+    def sampled(regions, mode, **more):
+        return node.RegionalConceptSampler.execute(
+            model, clip, *PROMPTS, regions, noise, "euler", "normal", 3, 3.0, 5, 1.0, concepts=stack, mode=mode, **more
+        )[0]["samples"]
+
+    for mode in node.MODES:
+        found[mode] = sampled(chain, mode)
+        own = node.RegionalConcepts.execute(model, clip, chain, *PROMPTS, mode, "average", stack)
+        parts = nodes.KSampler().sample(own[0], 5, 3, 3.0, "euler", "normal", own[1], own[2], noise)
+        found[f"{mode} in parts"] = parts[0]["samples"]
+    found["pixels"] = sampled((*region(LEFT, 0.0, 32.0, "pixels"), boxed_like(boxed)), "gated")
+    whole = region(LEFT, 0.0, 1.0, regions=chain, priority=-1)
+    found["below"], found["shared"] = sampled(whole, "gated", overlap="priority"), sampled(whole, "gated")
+    preview = node.RegionPreview.execute(chain, 64, 32, "average")
+    found["preview"] = preview[0]
+    facts["shown"] = list(preview.ui.as_dict() if hasattr(preview.ui, "as_dict") else preview.ui)
+
+    for title, attempt in {
+        "unknown": lambda: sampled(region(LEFT, 0.0, 1.0, concepts="nobody"), "gated"),
+        "outside": lambda: node.RegionPreview.execute(region(LEFT, 0.0, 99.0, "pixels"), 64, 32, "average"),
+        "none": lambda: node.RegionPreview.execute((), 64, 32, "average"),
+        "mode": lambda: sampled(chain, "melted"),
+        "boxes": lambda: region(LEFT, 0.0, 1.0, bounding_box=[box, box]),
+    }.items():
+        try:
+            attempt()
+            facts["refused"][title] = ""
+        except ValueError as error:
+            facts["refused"][title] = f"{type(error).__name__}: {error}"
+    save_file({key: value.float().contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
+    (FOLDER / "found.json").write_text(json.dumps(facts))
+
+
+def boxed_like(region):
+    """The same place for the whole of the sampling."""
+    return pack_module("modular_concepts.regions.geometry").Region(
+        region.prompt, region.box, pixels=True, concepts=region.concepts
+    )
+
+
+main()
