@@ -162,6 +162,21 @@ def trigger_positions(clip: comfy.sd.CLIP, prompts: Sequence[str], tokens: Mappi
     return first_positions(torch.tensor([row + [-1] * (longest - len(row)) for row in rows]), wanted)
 
 
+def word_positions(clip: comfy.sd.CLIP, prompt: str, word: str) -> list[int]:
+    """Where a word's tokens stand in the context of a prompt, wherever it is said; learned words and others alike."""
+    reader = next(iter(_parts(clip.tokenizer).values()))
+
+    def ids(text: str) -> list[int]:
+        if isinstance(reader, LearnedWords):
+            return reader.ids_of(text)
+        return [token for section in reader.tokenize_with_weights(text, disable_weights=True) for token, *_ in section]
+
+    bare = set(ids(""))
+    own, every = [token for token in ids(word) if token not in bare], ids(prompt)
+    starts = [place for place in range(len(every)) if own and every[place : place + len(own)] == own]
+    return [place + step for place in starts for step in range(len(own))]
+
+
 def _parts(tokenizer: object) -> dict[str, object]:
     """Attribute -> tokenizer of each text model that can learn words, in the order of the learned rows' columns."""
     names = (tokenizer.clip,) if hasattr(tokenizer, "clip") else TEXT_MODELS

@@ -8,7 +8,7 @@ output projection, just as the headless sampler does.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import comfy.ldm.modules.attention as host_attention
 import comfy.model_patcher
@@ -39,10 +39,7 @@ class Listening:
     def patch(self, model: comfy.model_patcher.ModelPatcher) -> None:
         """Let a clone's cross-attention listen."""
         model.set_model_attn2_patch(self.append_texts)
-        unet = model.model.diffusion_model
-        for name, count in (("input", len(unet.input_blocks)), ("middle", 1), ("output", len(unet.output_blocks))):
-            for number in range(count):
-                model.set_model_attn2_replace(self.attend, name, number)
+        replace_cross_attention(model, self.attend)
 
     def prepared(self, _network: nn.Module, _x: Tensor, context: Tensor, options: dict) -> tuple[Tensor, dict, list]:
         """(context, transformer_options, how many tokens each region's text has) for one call of the network."""
@@ -64,7 +61,7 @@ class Listening:
         division = self.places.division(query.shape[1], size, options.get(PROGRESS, 0.0), query)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return _attention(query, key, value, options)
+            return attention(query, key, value, options)
 
         if self.own or set(options["cond_or_uncond"]) == {CONDITIONAL}:
             return attend_by_region(attend, query, texts, division)
@@ -93,7 +90,16 @@ class Clock:
         return max((moment for moment, own in self.sigmas.items() if now <= own), default=0.0)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping) -> Tensor:
+def replace_cross_attention(model: comfy.model_patcher.ModelPatcher, attend: Callable[..., Tensor]) -> None:
+    """Have a clone call `attend` (query, key, value, options) in every cross-attention of its U-Net."""
+    unet = model.model.diffusion_model
+    for name, count in (("input", len(unet.input_blocks)), ("middle", 1), ("output", len(unet.output_blocks))):
+        for number in range(count):
+            model.set_model_attn2_replace(attend, name, number)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping) -> Tensor:
+    """The host's own, as it is without a replacement."""
     return host_attention.optimized_attention(
         query,
         key,

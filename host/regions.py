@@ -27,6 +27,7 @@ from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.regions.acting import acting, check_names
 from ..modular_concepts.regions.geometry import Region
 from ..modular_concepts.regions.places import Places
+from .automatic import found_regions
 from .clip import encode_prompt
 from .gated import HostGate, fitting_stack, with_concepts, with_words
 from .joint import JointListening
@@ -75,12 +76,16 @@ def sample_regions(
     mode: str = "merged",
     overlap: str = "average",
 ) -> dict:
-    """LATENT drawn with the stack's concepts and a prompt for each region; otherwise as `with_regions`."""
+    """LATENT drawn with the stack's concepts and a prompt for each region; otherwise as `with_regions`.
+
+    Regions without a place get one first (`automatic.found_regions`).
+    """
     fixed = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
     height, width = (side * _scale(model) for side in fixed.shape[-2:])
     placed = [region.placed(width, height) for region in regions]
-    regional = with_regions(model, clip, stack, placed, prompts, mode, overlap)
     drawn = {key: value for key, value in latent.items() if key != "downscale_ratio_spacial"} | {"samples": fixed}
+    placed = found_regions(model, clip, stack, placed, prompts, drawn, how)
+    regional = with_regions(model, clip, stack, placed, prompts, mode, overlap)
     (result,) = common_ksampler(
         regional.model,
         how.seed,
@@ -108,8 +113,8 @@ def with_regions(
     """MODEL and CONDITIONING for any sampler; prompts: the global one and the negative one.
 
     mode: "merged" has all concepts in the weights, everywhere; concepts that are in the model already are not merged
-    again.  "gated" leaves the weights alone and lets each concept act where its region is, and outside of all regions
-    if the global prompt calls it.  overlap: as `region_weights`.
+    again.  "gated" leaves the weights alone and lets each concept act where its regions are, or, if no region has it,
+    outside of all of them if the global prompt calls it.  overlap: as `region_weights`.
     Regions in pixels are placed when the picture's size is known.
     Raises AdapterError for what cannot be drawn, another node's cross-attention for instance.
     """

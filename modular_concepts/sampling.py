@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base_model import BaseModel
 from .errors import AdapterError
-from .regions.acting import Stack, called
+from .regions.acting import Stack, acting
 from .regions.geometry import Region
 from .regions.places import Places
 from .regions.speaking import Speaking
@@ -63,7 +63,7 @@ def sample(
     tokens: trigger word -> learned rows.  regions hold in every picture; their prompts replace the picture's
     prompt inside; overlap: as `region_weights`.  callback(done, total) counts sampling steps over all batches.
     mode: "merged" draws with the base as it is, concepts in it; "gated" with the concepts of `stack` (concept,
-    strength) besides, each only where its region is, and where no region is if the picture's prompt calls it.
+    strength) besides, each only where its regions are, or, if none has it, outside of all where the prompt calls it.
     Raises AdapterError, before anything is drawn, for sizes, steps or seeds that this base cannot take.
     """
     if mode not in MODES:
@@ -91,8 +91,8 @@ def sample(
         raise AdapterError(f"seed {outside[0]} is not a whole number from 0 to 2^63 - 1; choose another seed")
     places = Places([region.placed(width, height) for region in regions], overlap)
     batches = []
-    for own, numbers in _by_concepts_called(stack, prompts).items():
-        speaking = Speaking(base, places, tokens or {}, stack, own)
+    for acts, numbers in _by_concepts(stack, prompts, regions).items():
+        speaking = Speaking(base, places, tokens or {}, stack, acts)
         batches += [
             (speaking, numbers[first : first + settings.batch]) for first in range(0, len(numbers), settings.batch)
         ]
@@ -110,11 +110,11 @@ def sample(
     return torch.stack([pictures[number] for number in range(len(prompts))])
 
 
-def _by_concepts_called(stack: Stack, prompts: Sequence[str]) -> dict[tuple[int, ...], list[int]]:
-    """Concepts -> the numbers of the prompts that call just them: they act where no region is."""
-    found: dict[tuple[int, ...], list[int]] = {}
+def _by_concepts(stack: Stack, prompts: Sequence[str], regions: Sequence[Region]) -> dict[tuple, list[int]]:
+    """Which concepts act where, as `acting` has it -> the numbers of the prompts for which it is so."""
+    found: dict[tuple, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        found.setdefault(called(stack, prompt), []).append(number)
+        found.setdefault(tuple(acting(stack, prompt, regions)), []).append(number)
     return found
 
 

@@ -15,10 +15,14 @@ Stack = Sequence[tuple[Concept, float]]
 def acting(stack: Stack, prompt: str, regions: Sequence[Region]) -> list[tuple[int, ...]]:
     """For each text, the global prompt first and then the regions', the numbers of the stack's concepts that act there.
 
+    A concept that any region has is in its regions alone, whatever the global prompt says; others act outside of all
+    regions if the global prompt calls them.
     Raises AdapterError for a concept that a region names and the stack lacks.
     """
     check_names(regions, [concept.name for concept, _ in stack])
-    return [called(stack, prompt), *(_named(stack, region) for region in regions)]
+    regional = [_named(stack, region) for region in regions]
+    taken = {number for own in regional for number in own}
+    return [tuple(number for number in called(stack, prompt) if number not in taken), *regional]
 
 
 def called(stack: Stack, prompt: str) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ class Region:
     """A prompt and where it holds.
 
     box: (left, top, right, bottom), fractions 0..1 of the picture; mask: (H, W) in 0..1 of any size instead.
+    With neither it has no place yet, and one must be found before it can be drawn (`automatic.py`).
     feather: width of the soft edge, half of it on each side, as a fraction of the picture's shorter side.
     strength: how far the prompt replaces the global one inside, 0..1.
     pixels: box and feather count pixels of a picture that is not known yet; see `placed`.
@@ -42,8 +43,8 @@ class Region:
     priority: int = 0
 
     def __post_init__(self):
-        if (self.box is None) == (self.mask is None):
-            raise AdapterError(f"region {self.prompt!r} needs either a box or a mask")
+        if self.box is not None and self.mask is not None:
+            raise AdapterError(f"region {self.prompt!r} has a box and a mask; give one of them")
         if not 0 <= self.strength <= 1:
             raise AdapterError(f"region {self.prompt!r} has strength {self.strength}; it must be from 0 to 1")
         if not 0 <= self.start < self.end <= 1:
@@ -75,6 +76,10 @@ class Region:
                     f"region {self.prompt!r} has the box {self.box}; "
                     f"give left, top, right, bottom as {unit}, 0 <= left < right{limit} and 0 <= top < bottom{limit}"
                 )
+
+    @property
+    def unplaced(self) -> bool:
+        return self.box is None and self.mask is None
 
     def holds(self, progress: float) -> bool:
         """Whether it holds at this point of the sampling: from `start` on, and before `end`."""
@@ -159,7 +164,18 @@ def region_weights(regions: Sequence[Region], height: int, width: int, overlap: 
     return weights
 
 
+def refuse_unplaced(regions: Sequence[Region]) -> None:
+    """Raise AdapterError for a region that nobody has given a place."""
+    for region in regions:
+        if region.unplaced:
+            raise AdapterError(
+                f"region {region.prompt!r} has no place; give it a box or a mask, or draw it with a sampler that "
+                "finds places"
+            )
+
+
 def _cover(region: Region, height: int, width: int) -> Tensor:
+    refuse_unplaced([region])
     if region.pixels:
         raise AdapterError(f"region {region.prompt!r} counts pixels of a picture that nobody named; place it first")
     if region.mask is not None:

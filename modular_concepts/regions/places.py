@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .geometry import Region, grid_of, region_weights
+from .geometry import Region, grid_of, refuse_unplaced, region_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,7 @@ class Places:
 
     def __init__(self, regions: Sequence[Region], overlap: str = "average", scale: int = 1):
         self.regions, self.overlap, self.scale = tuple(regions), overlap, scale
+        refuse_unplaced(self.regions)
         region_weights(self.regions[:0], 1, 1, overlap)  # refuses an overlap that is none
         self._known: dict[tuple, Division] = {}
 

@@ -12,26 +12,30 @@ from ..base_model import BaseModel
 from ..contexts import Context, joined, text_of
 from ..fitting import faded_words, fitted, fitting_concepts
 from ..training.attach import attached
-from .acting import Stack, acting
+from .acting import Stack
 from .attention import regional_attention
 from .gated import Gate
 from .places import Places
 
 
 class Speaking:
-    """One global prompt's concepts, and the regions' own, on a base that is not changed.
+    """The global prompt and the regions' own, on a base that is not changed.
 
-    everywhere: numbers of the concepts of the stack that act where no region is.
-    tokens: learned words beside those of the stack.
-    Raises AdapterError for concepts that do not fit the base, and for those that a region names and nobody gave.
+    tokens: learned words beside those of the stack.  acts: which concepts act where, as `acting` has it.
+    Raises AdapterError for concepts that do not fit the base.
     """
 
     def __init__(
-        self, base: BaseModel, places: Places, tokens: Mapping[str, Tensor], stack: Stack, everywhere: tuple[int, ...]
+        self,
+        base: BaseModel,
+        places: Places,
+        tokens: Mapping[str, Tensor],
+        stack: Stack,
+        acts: Sequence[tuple[int, ...]],
     ):
         self.base, self.places = base, places
         self.layers = base.layers(("all_linear",), ("all_linear",)) if stack else {}
-        self.acts = [everywhere, *acting(stack, "", places.regions)[1:]]
+        self.acts = acts
         concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
         self.shapes = {name: module.weight.shape for name, module in self.layers.items()}
         fitting = fitting_concepts(base.architecture, self.shapes, concepts)

@@ -78,12 +78,15 @@ def test_one_prompt_and_concept_in_masks_that_cover_everything_is_plain_sampling
     assert relative_error(gated([Region(TOM, **places[0])]), plain) > EFFECT or places[0].get("box") == WHOLE
 
 
-def test_a_concept_that_only_the_global_prompt_calls_acts_everywhere_outside_of_regions():
+def test_a_concept_without_a_region_acts_outside_of_all_if_the_global_prompt_calls_it():
     plain = merged(TOM, friends()[:1])
     assert torch.equal(gated([], prompt=TOM), plain)
     nowhere = Region(TIM, mask=torch.zeros(2, 2))
     assert torch.equal(gated([nowhere], prompt=TOM), plain)
     assert torch.equal(gated([Region(TIM, WHOLE)], prompt=TOM), merged(TIM, friends()[1:2]))
+    confined = gated([Region(TOM, LEFT)], prompt=TOM)
+    assert relative_error(confined, plain) > EFFECT
+    assert relative_error(confined, gated([Region(TOM, LEFT)])) > EFFECT  # the word is said, though it does not act
     uncalled = gated([Region("a man at night", LEFT)])
     assert torch.equal(uncalled, gated([Region("a man at night", LEFT)], stack=[]))
 
@@ -151,7 +154,8 @@ def test_who_acts_where():
         Region("a <Tom> and <ted>", LEFT),
         Region("tom", LEFT),
     ]
-    assert acting(friends(), "the <ted>", regions) == [(2,), (1,), (2,), (0, 2), ()]
+    assert acting(friends(), "the <ted> and <tim>", regions[:1]) == [(2,), (1,)]
+    assert acting(friends(), "the <ted>", regions) == [(), (1,), (2,), (0, 2), ()]
     assert acting(friends(), "", [Region(TOM, LEFT, concepts=())]) == [(), ()]
     with pytest.raises(
         AdapterError, match=r"asks for the concept 'bob', and there is none of that name; there is tom, tim, ted"

@@ -266,7 +266,6 @@ def test_boxes_are_fractions_or_pixels():
 @pytest.mark.parametrize(
     "where",
     [
-        {},
         {"box": WHOLE, "mask": torch.ones(2, 2)},
         {"box": (0.5, 0.0, 0.5, 1.0)},
         {"box": (0.6, 0.0, 0.5, 1.0)},

@@ -10,6 +10,7 @@ from made_concepts import made_concept, toy_base
 from safetensors.torch import load_file, save_file
 
 from modular_concepts.files import save_concept
+from modular_concepts.regions.acting import acting
 from modular_concepts.regions.geometry import Region
 from modular_concepts.regions.places import Places
 from modular_concepts.regions.speaking import Speaking
@@ -89,7 +90,7 @@ def test_the_network_has_concepts_by_region_as_the_headless_sampler_makes_it(fou
         box = None if mask is not None else tuple(entry["box"])
         regions.append(Region(**{**entry, "mask": mask, "box": box}).placed(96, 32))
     stack = [(concept, strength) for concept, (_, strength) in zip(concepts, STACK, strict=True)]
-    speaking = Speaking(base, Places(regions), {}, stack, ())
+    speaking = Speaking(base, Places(regions), {}, stack, acting(stack, PROMPT, regions))
     with torch.no_grad():
         context, texts = speaking.contexts([PROMPT] * 2, NEGATIVE)
         turned = [own.roll(2, dims=0) for own in texts]  # the headless sampler has the negative's rows first
@@ -98,7 +99,7 @@ def test_the_network_has_concepts_by_region_as_the_headless_sampler_makes_it(fou
         plain = base.predict(noisy.repeat(2, 1, 1, 1), timesteps, context.roll(2, dims=0))
     assert relative_error(tensors["network"], expected) < 1e-5
     assert relative_error(tensors["network"], plain) > 1e-2
-    with torch.no_grad(), Speaking(base, Places(regions), {}, [], ()).acting(turned, (16, 48)):
+    with torch.no_grad(), Speaking(base, Places(regions), {}, [], [()] * 5).acting(turned, (16, 48)):
         ungated = base.predict(noisy.repeat(2, 1, 1, 1), timesteps, context.roll(2, dims=0))
     assert relative_error(tensors["network"], ungated) > 1e-2
 
@@ -145,6 +146,22 @@ def test_a_gate_is_no_merge_and_no_absence(found):
     assert torch.equal(tensors["all in one"], tensors["two"])
 
 
+@pytest.mark.parametrize("title", ["", ", called"])
+def test_places_are_found_once_for_a_seed_and_share_nothing(found, title):
+    tensors, facts = found
+    masks = tensors[f"found{title}"]
+    assert masks.shape == (2, 16, 48) and masks.sum(0).max() == 1
+    assert (masks.flatten(1).sum(1) >= 1).all() and masks.sum() < masks[0].numel()
+    assert torch.equal(masks, tensors[f"found again{title}"])
+    assert facts["kept"] == [True, True]
+
+
+def test_a_sampler_finds_places_by_itself(found):
+    tensors, _ = found
+    assert torch.equal(tensors["found by the sampler"], tensors["found before"])
+    assert relative_error(tensors["found before"], tensors["two"]) > 1e-2
+
+
 def test_the_model_is_as_it_was_also_after_an_exception(found):
     tensors, facts = found
     assert (
@@ -166,6 +183,10 @@ def test_the_model_is_as_it_was_also_after_an_exception(found):
         ("unknown", "asks for the concept 'tim', and there is none of that name; there is tom, rex"),
         ("mode", "mode is 'both'; choose one of merged, gated"),
         ("overlap", "overlap is 'sum'; choose one of average, priority"),
+        ("unplaced", "region 'a <tom>' has no place; give it a box or a mask"),
+        ("nothing to look for", "region 'a bird' has neither a place nor a concept"),
+        ("unsaid", "neither it nor the global prompt says <tom>, by which one could be found"),
+        ("two pictures", "2 pictures are drawn at once, and regions without a place lie elsewhere in each"),
         ("twice", "another node has changed the model's cross-attention already"),
     ],
 )

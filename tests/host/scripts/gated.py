@@ -33,7 +33,7 @@ def regions(entries: list[dict]) -> list:
     for entry in entries:
         own = {"box": (0.0, 0.0, 1.0, 1.0), **entry}
         mask = asked[own.pop("mask")][0] if "mask" in own else None
-        own = {**own, "box": None, "mask": mask} if mask is not None else {**own, "box": tuple(own["box"])}
+        own = {**own, "mask": mask, "box": None if mask is not None or own["box"] is None else tuple(own["box"])}
         made.append(geometry.Region(**own))
     return made
 
@@ -192,6 +192,11 @@ def toy() -> None:
         model, clip, stack, (plan["prompt"], plan["negative"]), regions(two), noise, sampling, "gated"
     )["samples"]
 
+    automatic(look, sampling)
+
+    def search(entries, latent=noise):
+        return regions_host.found_regions(model, clip, stack, unplaced(entries), (plan["prompt"], ""), latent, sampling)
+
     before = digest(model)
     try:
         look.regional(two, change=failing)
@@ -205,12 +210,45 @@ def toy() -> None:
         "mode": lambda: look.regional(two, mode="both"),
         "overlap": lambda: look.regional(two, overlap="sum"),
         "twice": lambda: look.regional(two, model=ready.model),
+        "unplaced": lambda: look.regional([{"prompt": "a <tom>", "box": None}]),
+        "nothing to look for": lambda: search([{"prompt": "a bird"}]),
+        "unsaid": lambda: search([{"prompt": "a man", "concepts": ["tom"]}]),
+        "two pictures": lambda: search([{"prompt": "a <tom>"}], latent=pair),
     }.items():
         try:
             attempt()
             facts["refused"][title] = ""
         except ValueError as error:
             facts["refused"][title] = f"{type(error).__name__}: {error}"
+
+
+def unplaced(entries: list[dict]) -> list:
+    return [
+        geometry.Region(**{**entry, "concepts": tuple(entry["concepts"])} if "concepts" in entry else entry)
+        for entry in entries
+    ]
+
+
+def automatic(look: Look, sampling) -> None:
+    """Places are found with the picture's own noise, beside one that is drawn already."""
+    wanted = [
+        *unplaced([{"prompt": "a <tom> at night"}, {"prompt": "a <rex> at night"}]),
+        geometry.Region("a bird", (0.0, 0.0, 0.1, 0.2)),
+    ]
+    base = look.model, look.clip, look.stack
+    for title, prompt in {"": plan["prompt"], ", called": "a <tom> and a <rex> at night"}.items():
+        placed = regions_host.found_regions(*base, wanted, (prompt, plan["negative"]), look.latent, sampling)
+        again = regions_host.found_regions(*base, wanted, (prompt, plan["negative"]), look.latent, sampling)
+        found[f"found{title}"], found[f"found again{title}"] = (
+            torch.stack([region.mask for region in made[:2]]) for made in (placed, again)
+        )
+        facts.setdefault("kept", []).append(
+            placed[2] is wanted[2] and [region.prompt for region in placed] == [region.prompt for region in wanted]
+        )
+    prompts = (plan["prompt"], plan["negative"])
+    first = regions_host.found_regions(*base, wanted, prompts, look.latent, sampling)
+    for title, regions in {"found by the sampler": wanted, "found before": first}.items():
+        found[title] = regions_host.sample_regions(*base, prompts, regions, look.latent, sampling, "gated")["samples"]
 
 
 def stable_diffusion() -> None:
