@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import ConvGeometry, LowRank, scatter_rows
-from ..merge.sums import MergedLayer, merged_factors
+from ..merge.sums import MergedLayer, MergedSum, merged_factors
 from .acting import Stack
 from .places import Part, Places
 
@@ -104,7 +104,7 @@ class Gated:
             return output
         if all(held.parts[self.owners[number]].everything for number in acting):
             # The very steps of a merged layer, so that one full region is plain sampling to the last bit.
-            return output + self._joined(tuple(acting), x).residual(x, self.conv)
+            return output + self._merged(tuple(acting)).residual(x, self.conv)
         if self.conv is not None:
             return self._add_to_map(output, x, held, acting)
         if self._side_by_side(held, x):
@@ -150,6 +150,13 @@ class Gated:
             weights = held.weights(self.owners[number]).unflatten(0, size)
             output = output + self._joined((number,), x).residual(x, conv) * weights
         return output
+
+    def _merged(self, numbers: tuple[int, ...]) -> MergedSum:
+        """Some of the adapters as a merge has them."""
+        if numbers not in self._moved:
+            adapters, strengths = ([every[number] for number in numbers] for every in (self.adapters, self.strengths))
+            self._moved[numbers] = MergedSum(tuple(adapters), tuple(strengths))
+        return self._moved[numbers]
 
     def _joined(self, numbers: tuple[int, ...], like: Tensor) -> MergedLayer:
         """Some of the adapters as one, on the device and in the dtype of `like`, with an `up` over all rows."""
