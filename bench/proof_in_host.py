@@ -1,6 +1,7 @@
-"""In the host's interpreter: pictures of several concepts by core's own means, on the toy base.
+"""In the host's interpreter: pictures of several concepts by core's own means and with places that are found.
 
 core_masks   all concepts in the weights, a masked prompt for each region, the global prompt where there is none
+automatic    ours, gated, regions without a place; the global prompt calls everyone
 core_hooks   a LoRA hook and a mask for each region, on its prompt and on its negative prompt
 
     python proof_in_host.py HOST - run '{"plan": PATH}'
@@ -41,10 +42,25 @@ class Proof:
 
     def run(self) -> None:
         for number, group in enumerate(self.plan["groups"], 1):
-            model, positive, negative = getattr(self, self.plan["mode"])(group)
-            pictures = torch.cat([self.draw(model, positive, negative, group, seed) for seed in group["seeds"]])
+            if self.plan["mode"] == "automatic":
+                pictures = torch.cat([self.automatic(group, seed) for seed in group["seeds"]])
+            else:
+                model, positive, negative = getattr(self, self.plan["mode"])(group)
+                pictures = torch.cat([self.draw(model, positive, negative, group, seed) for seed in group["seeds"]])
             save_file({"pictures": pictures.contiguous()}, Path(self.plan["out"]) / f"{group['key']}.safetensors")
             print(f"{self.plan['mode']}: {number} of {len(self.plan['groups'])}", file=sys.stderr, flush=True)
+
+    def automatic(self, group: dict, seed: int) -> torch.Tensor:
+        regional = pack_module("host.regions")
+        region = pack_module("modular_concepts.regions.geometry").Region
+        latent = {"samples": torch.zeros(1, 12, 16, 16 * len(group["names"]))}
+        how = regional.Sampling("dpmpp_2m", "normal", self.plan["steps"], self.plan["cfg"], seed)
+        stack = [(self.concepts[name], 1.0) for name in group["names"]]
+        regions = [region(prompt, concepts=(n,)) for prompt, n in zip(group["prompts"], group["names"], strict=True)]
+        drawn = regional.sample_regions(
+            self.model, self.clip, stack, (group["called"], ""), regions, latent, how, "gated"
+        )
+        return self.vae.decode(drawn["samples"]).movedim(-1, 1)
 
     def core_masks(self, group: dict):
         model, clip = self.words(group)

@@ -48,7 +48,7 @@ SHOWN = 4  # groups of which the sheet shows a picture
 
 @dataclass(frozen=True)
 class Way:
-    """A row of the table.  mode: merged, gated or automatic in this process; core_masks or core_hooks in the host."""
+    """A row of the table.  mode: merged or gated in this process; automatic, core_masks or core_hooks in the host."""
 
     name: str
     method: str
@@ -100,6 +100,11 @@ class Group:
             for tile, name in enumerate(self.names)
         ]
 
+    @property
+    def called(self) -> str:
+        """The whole picture with everyone by name."""
+        return self._said([BY_NAME[name].trigger for name in self.names])
+
     def _said(self, nouns: Sequence[str]) -> str:
         return f"{' and '.join(f'a {noun}' for noun in nouns)} {SCENE_PHRASES[self.scene]}"
 
@@ -126,7 +131,7 @@ def drawn(args: argparse.Namespace, way: Way, everything: Sequence[Group]) -> di
     folder = args.out / way.name.replace(", ", "-").replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     todo = [group for group in everything if not (folder / f"{group.key}.safetensors").exists()]
-    if todo and way.mode.startswith("core"):
+    if todo and way.mode not in ("merged", "gated"):
         in_host(args, way, todo, folder)
     elif todo:
         base = load_toy_base()
@@ -159,7 +164,9 @@ def in_host(args: argparse.Namespace, way: Way, todo: Sequence[Group], folder: P
         "concepts": str(args.concepts / way.method),
         "out": str(folder),
         "groups": [
-            asdict(group) | {"key": group.key, "prompt": group.prompt, "prompts": group.prompts, "boxes": group.boxes}
+            asdict(group)
+            | {"key": group.key, "prompt": group.prompt, "prompts": group.prompts, "boxes": group.boxes}
+            | {"called": group.called}
             for group in todo
         ],
     }

@@ -25,7 +25,7 @@ from nodes import common_ksampler  # the host's own
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.regions.acting import acting, check_names
-from ..modular_concepts.regions.geometry import Region
+from ..modular_concepts.regions.geometry import Region, region_weights
 from ..modular_concepts.regions.places import Places
 from .automatic import found_regions
 from .clip import encode_prompt
@@ -80,11 +80,7 @@ def sample_regions(
 
     Regions without a place get one first (`automatic.found_regions`).
     """
-    fixed = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
-    height, width = (side * _scale(model) for side in fixed.shape[-2:])
-    placed = [region.placed(width, height) for region in regions]
-    drawn = {key: value for key, value in latent.items() if key != "downscale_ratio_spacial"} | {"samples": fixed}
-    placed = found_regions(model, clip, stack, placed, prompts, drawn, how)
+    placed, drawn = _all_placed(model, clip, stack, prompts, regions, latent, how)
     regional = with_regions(model, clip, stack, placed, prompts, mode, overlap)
     (result,) = common_ksampler(
         regional.model,
@@ -99,6 +95,33 @@ def sample_regions(
         how.denoise,
     )
     return result
+
+
+def find_regions(
+    model: comfy.model_patcher.ModelPatcher,
+    clip: comfy.sd.CLIP,
+    stack: Sequence[tuple[Concept, float]],
+    prompts: tuple[str, str],
+    regions: Sequence[Region],
+    latent: dict,
+    how: Sampling,
+    overlap: str = "average",
+) -> tuple[tuple[Region, ...], Tensor]:
+    """The regions, each with a place, and MASK (R, H, W) of them in the picture's pixels."""
+    if not regions:
+        raise AdapterError("there is no region; connect a Concept Region")
+    placed, drawn = _all_placed(model, clip, stack, prompts, regions, latent, how)
+    height, width = (side * _scale(model) for side in drawn["samples"].shape[-2:])
+    return tuple(placed), region_weights(placed, height, width, overlap)
+
+
+def _all_placed(model, clip, stack, prompts, regions, latent: dict, how: Sampling) -> tuple[list[Region], dict]:
+    """Regions in fractions of the latent's picture, those without a place in the one found; the latent as drawn."""
+    fixed = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
+    height, width = (side * _scale(model) for side in fixed.shape[-2:])
+    placed = [region.placed(width, height) for region in regions]
+    drawn = {key: value for key, value in latent.items() if key != "downscale_ratio_spacial"} | {"samples": fixed}
+    return found_regions(model, clip, stack, placed, prompts, drawn, how), drawn
 
 
 def with_regions(

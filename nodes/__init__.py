@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..host import folders
+from .automatic import FindRegions
 from .baselines import CustomDiffusionTrainer, EDLoRATrainer, WordTrainer
 from .bases import OrthoBasisLoader
 from .concepts import ConceptLoader, ConceptSave, ConceptStrength, ConceptTextEncode, LoRAToConcept
@@ -17,7 +18,8 @@ from .merging import (
     ConceptMerge,
     ConceptOrthogonalize,
 )
-from .regions import ConceptRegion, RegionalConcepts, RegionalConceptSampler, RegionPreview, RegionsFromJSON
+from .region_json import RegionsFromJSON
+from .regions import ConceptRegion, RegionalConcepts, RegionalConceptSampler, RegionPreview
 from .reports import CrosstalkReport
 from .stacking import ConceptStack
 from .toy import ToyBaseLoader, ToyPictures
@@ -51,6 +53,7 @@ NODES: list[type[io.ComfyNode]] = [
     ConceptRegion,
     RegionsFromJSON,
     RegionPreview,
+    FindRegions,
     RegionalConcepts,
     RegionalConceptSampler,
     CrosstalkReport,

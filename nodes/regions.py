@@ -8,14 +8,14 @@ from comfy_api.latest import io, ui
 from ..host.regions import Sampling, sample_regions, with_regions
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.regions.geometry import OVERLAPS, region_from
-from ..modular_concepts.regions.parsing import json_problem, names_from, region_box, regions_from_json
+from ..modular_concepts.regions.parsing import names_from, region_box
 from ..modular_concepts.regions.preview import draw_regions
 from . import stacks
 from .types import CONCEPT_REGIONS, concepts_input
 
-UNITS = ("fractions", "pixels")
+AUTOMATIC = "automatic"
+UNITS = ("fractions", "pixels", AUTOMATIC)
 MODES = ("gated", "merged")
-EXAMPLE = '[{"prompt": "a <tom> on the beach", "box": [0, 0, 0.5, 1]}]'
 
 
 def mode_input(optional: bool = False) -> io.Combo.Input:
@@ -44,6 +44,42 @@ def share(name: str, default: float, tooltip: str) -> io.Float.Input:
     return io.Float.Input(
         name, default=default, min=0.0, max=1.0, step=0.01, round=0.001, optional=True, advanced=True, tooltip=tooltip
     )
+
+
+def drawing_inputs() -> list[io.Input]:
+    """Latent and settings of a sampling, as KSampler has them."""
+    return [
+        io.Latent.Input("latent", tooltip="An empty latent image of the picture's size, or one to change"),
+        io.Combo.Input("sampler_name", options=SAMPLER_NAMES, default="dpmpp_2m", tooltip="Sampling algorithm"),
+        io.Combo.Input("scheduler", options=SCHEDULER_NAMES, default="karras", tooltip="How noise falls off"),
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps; more is slower and finer"),
+        io.Float.Input(
+            "cfg",
+            default=5.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Guidance scale: how strictly the prompts are followed; 1 is none and twice as fast",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Number that the noise is drawn from; the same noise whatever the regions are",
+        ),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            round=0.01,
+            tooltip="How much of the latent is drawn anew: 1 all of it, less keeps its composition",
+        ),
+    ]
 
 
 class ConceptRegion(io.ComfyNode):
@@ -76,7 +112,8 @@ class ConceptRegion(io.ComfyNode):
                     "units",
                     options=list(UNITS),
                     default="fractions",
-                    tooltip="What the edges and the feather are counted in: fractions of the picture, or its pixels",
+                    tooltip="What the edges and the feather are counted in: fractions of the picture, or its pixels; "
+                    "automatic means no edges: the sampler finds the place by the concept's own words",
                 ),
                 io.Float.Input("left", default=0.0, tooltip="Left edge: 0 is the picture's left", **edge),
                 io.Float.Input("top", default=0.0, tooltip="Top edge: 0 is the picture's top", **edge),
@@ -161,6 +198,8 @@ class ConceptRegion(io.ComfyNode):
             return True  # linked to another node, whose answer is not known yet
         if units not in UNITS:
             return f"units is {units!r}; choose one of {', '.join(UNITS)}"
+        if units == AUTOMATIC:
+            edges = (0.0, 0.0, 1.0, 1.0)
         try:
             region_from(prompt or "", edges, units == "pixels", None, 0.0, 1.0, "", start=start, end=end)
         except AdapterError as error:
@@ -190,46 +229,10 @@ class ConceptRegion(io.ComfyNode):
         edges, pixels = (left, top, right, bottom), units == "pixels"
         if bounding_box is not None:
             edges, pixels = region_box(bounding_box), True
+        elif units == AUTOMATIC:
+            edges = None
         more = {"concepts": names_from(concepts), "start": start, "end": end, "priority": priority}
         return io.NodeOutput((*regions, region_from(prompt, edges, pixels, mask, feather, strength, negative, **more)))
-
-
-class RegionsFromJSON(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="RegionsFromJSON",
-            display_name="Regions From JSON",
-            category="modular concepts/regions",
-            description="Regions written as a JSON list, so that a script or another pack can say how many there are "
-            "and where. The help page lists what an entry can hold.",
-            search_aliases=["regions json", "regional prompt", "bounding boxes", "layout", "api regions"],
-            inputs=[
-                io.String.Input(
-                    "json",
-                    multiline=True,
-                    default=EXAMPLE,
-                    placeholder=EXAMPLE,
-                    tooltip="A list of objects with prompt and box (left, top, right, bottom), and whatever else a "
-                    "Concept Region has",
-                ),
-                io.Mask.Input("masks", optional=True, tooltip='What entries name by number: "mask": 0 is the first'),
-                CONCEPT_REGIONS.Input("regions", optional=True, tooltip="Regions before these"),
-            ],
-            outputs=[
-                CONCEPT_REGIONS.Output(
-                    "all_regions", display_name="CONCEPT_REGIONS", tooltip="Those before and these, in order"
-                )
-            ],
-        )
-
-    @classmethod
-    def validate_inputs(cls, json=None) -> bool | str:
-        return (json is not None and json_problem(json)) or True
-
-    @classmethod
-    def execute(cls, json, masks=None, regions=()) -> io.NodeOutput:
-        return io.NodeOutput((*regions, *regions_from_json(json, masks)))
 
 
 class RegionPreview(io.ComfyNode):
@@ -331,36 +334,7 @@ class RegionalConceptSampler(io.ComfyNode):
                     "negative", multiline=True, dynamic_prompts=True, default="", tooltip="What not to draw, everywhere"
                 ),
                 CONCEPT_REGIONS.Input("regions", tooltip="From the last Concept Region, or from Regions From JSON"),
-                io.Latent.Input("latent", tooltip="An empty latent image of the picture's size, or one to change"),
-                io.Combo.Input("sampler_name", options=SAMPLER_NAMES, default="dpmpp_2m", tooltip="Sampling algorithm"),
-                io.Combo.Input("scheduler", options=SCHEDULER_NAMES, default="karras", tooltip="How noise falls off"),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps; more is slower and finer"),
-                io.Float.Input(
-                    "cfg",
-                    default=5.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Guidance scale: how strictly the prompts are followed; 1 is none and twice as fast",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Number that the noise is drawn from; the same noise whatever the regions are",
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    round=0.01,
-                    tooltip="How much of the latent is drawn anew: 1 all of it, less keeps its composition",
-                ),
+                *drawing_inputs(),
                 concepts_input(
                     "concepts",
                     "The concepts that the regions name or call, with strengths; in merged mode, those that are in "

@@ -103,7 +103,7 @@ class Region:
 
 def region_from(
     prompt: str,
-    box: tuple[float, float, float, float],
+    box: tuple[float, float, float, float] | None,
     pixels: bool,
     mask: Tensor | None,
     feather: float,
@@ -113,13 +113,14 @@ def region_from(
 ) -> Region:
     """A region from what a person filled in: a mask, (H, W) or (1, H, W), takes the place of the box.
 
+    box: None without a mask is a place still to be found.
     more: `concepts`, `start`, `end` and `priority` as `Region` has them.
     """
     if mask is not None and mask.dim() == 3:
         if len(mask) != 1:
             raise AdapterError(f"region {prompt!r} has {len(mask)} masks; give one, a region for each")
         mask = mask[0]
-    if mask is None and not pixels and max(box) > 1 and all(map(math.isfinite, box)):
+    if mask is None and box is not None and not pixels and max(box) > 1 and all(map(math.isfinite, box)):
         raise AdapterError(
             f"region {prompt!r} has the box {box}, which reaches outside the picture: as fractions all four are "
             "at most 1; correct them, or set units to pixels"

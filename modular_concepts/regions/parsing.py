@@ -21,7 +21,7 @@ from .geometry import Region
 FIELDS = {
     "prompt": "text: what is there",
     "negative": "text: what is not; left out, the global negative prompt holds",
-    "box": "four numbers: left, top, right, bottom",
+    "box": 'four numbers: left, top, right, bottom; or "automatic": the sampler finds the place',
     "mask": "a whole number: which picture of the connected masks, from 0",
     "units": '"fractions" (of the picture) or "pixels", for box and feather',
     "concepts": "a list of names; left out, those whose trigger word is in the prompt; [] for none",
@@ -135,11 +135,16 @@ def _region(what: str, entry: object, masks: Tensor | None) -> Region:
             raise AdapterError(f"{what} asks for mask {clip(entry['mask'])}, but no masks are connected")
         mask = one_mask(what, masks, _whole(f"{what}: mask", entry["mask"]))
     elif box is None:
-        raise AdapterError(f"{what} has neither box nor mask; the whole picture is the box [0, 0, 1, 1]")
+        raise AdapterError(
+            f'{what} has neither box nor mask; the whole picture is the box [0, 0, 1, 1], and "automatic" has its '
+            "place found"
+        )
+    elif box == "automatic":
+        box = None
     try:
         return Region(
             prompt=_text(f"{what}: prompt", entry["prompt"]),
-            box=None if mask is not None else _box(what, box, units),
+            box=None if box is None else _box(what, box, units),
             mask=mask,
             negative=_text(f"{what}: negative", entry["negative"]).strip() or None if "negative" in entry else None,
             feather=_number(f"{what}: feather", entry.get("feather", 0.0)),

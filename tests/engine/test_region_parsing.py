@@ -65,6 +65,12 @@ def test_a_list_may_stand_alone_or_under_its_name_and_be_empty():
     assert regions_from_json("[]") == []
 
 
+def test_a_place_may_be_left_to_the_sampler():
+    (region,) = parsed(DOG | {"box": "automatic", "concepts": ["rex"]})
+    assert region.unplaced and region.concepts == ("rex",)
+    assert not parsed(DOG)[0].unplaced
+
+
 def test_masks_are_named_by_their_number():
     masks = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
     first, second = parsed({"prompt": "a", "mask": 2}, {"prompt": "b", "mask": 0}, masks=masks)
@@ -77,7 +83,7 @@ def test_masks_are_named_by_their_number():
     [
         ("a dog", "region 2 must be a JSON object; got 'a dog'"),
         ({"box": [0, 0, 1, 1]}, "region 2 has no prompt; say what is there"),
-        ({"prompt": "a"}, "region 2 has neither box nor mask; the whole picture is the box [0, 0, 1, 1]"),
+        ({"prompt": "a"}, "region 2 has neither box nor mask; the whole picture is the box [0, 0, 1, 1], and"),
         (DOG | {"promt": "a"}, "region 2 has the unknown entry 'promt'; there are prompt, negative, box"),
         (DOG | {"prompt": 3}, "region 2: prompt must be text; got 3"),
         (DOG | {"prompt": "\ud800"}, "region 2: prompt holds half a character"),

@@ -35,6 +35,7 @@ NODES = {
     "ConceptRegion": "CONCEPT_REGIONS",
     "RegionsFromJSON": "CONCEPT_REGIONS",
     "RegionPreview": "IMAGE",
+    "FindRegions": "CONCEPT_REGIONS MASK",
     "RegionalConcepts": "MODEL CONDITIONING CONDITIONING",
     "RegionalConceptSampler": "LATENT",
     "CrosstalkReport": "IMAGE STRING STRING",

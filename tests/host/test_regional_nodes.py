@@ -60,12 +60,21 @@ def test_the_preview_is_shown_and_handed_on(found):
     assert tensors["preview"].shape[3] == 3 and tensors["preview"].std() > 0.05 and "images" in facts["shown"]
 
 
+def test_places_are_found_for_regions_without_one(found):
+    tensors, facts = found
+    masks = tensors["masks"]
+    assert masks.shape == (2, 32, 64) and facts["placed"] == [True, True] and facts["automatic problem"] is True
+    assert masks.sum(0).max() <= 1 + 1e-6 and all(0.02 < float(mask.mean()) < 0.98 for mask in masks)
+    assert torch.isfinite(tensors["automatic"]).all()
+
+
 @pytest.mark.parametrize(
     ("title", "words"),
     [
         ("unknown", "asks for the concept 'nobody', and there is none of that name"),
         ("outside", "reaches to (99, 32), but the picture is only 64 x 32 pixels"),
         ("none", "there is no region to show; connect a Concept Region"),
+        ("lost", "has no place"),
         ("mode", "melted"),
         ("boxes", "there are 2 bounding boxes; give one, a region for each"),
     ],

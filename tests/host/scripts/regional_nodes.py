@@ -23,6 +23,8 @@ LEFT, RIGHT = "a <tom> and a dog in the snow", "a man and a <rex> in the snow"
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
     node, stacking = pack_module("nodes.regions"), pack_module("nodes.stacking")
+    from_json = pack_module("nodes.region_json").RegionsFromJSON
+    finder = pack_module("nodes.automatic").FindRegions
     model, clip, _ = pack_module("host.toy").load_toy_base()
     load = pack_module("modular_concepts.files").load_concept
     concepts = {f"concept{index}": load(FOLDER / f"{name}.safetensors") for index, name in enumerate(("tom", "rex"))}
@@ -36,10 +38,10 @@ def main() -> None:
 
     chain = region(RIGHT, 0.5, 1.0, concepts="rex", regions=region(LEFT, 0.0, 0.5))
     entries = [{"prompt": LEFT, "box": [0, 0, 0.5, 1]}, {"prompt": RIGHT, "box": [0.5, 0, 1, 1], "concepts": ["rex"]}]
-    written = node.RegionsFromJSON.execute(json.dumps(entries))[0]
+    written = from_json.execute(json.dumps(entries))[0]
     facts["same"] = written == chain
-    facts["json problem"] = str(node.RegionsFromJSON.validate_inputs(json='[{"prompt": 3, "box": [0, 0, 1, 1]}]'))
-    facts["json fine"] = node.RegionsFromJSON.validate_inputs(json=json.dumps(entries))
+    facts["json problem"] = str(from_json.validate_inputs(json='[{"prompt": 3, "box": [0, 0, 1, 1]}]'))
+    facts["json fine"] = from_json.validate_inputs(json=json.dumps(entries))
     facts["window problem"] = str(
         node.ConceptRegion.validate_inputs("a", "fractions", 0.0, 0.0, 1.0, 1.0, start=0.6, end=0.4)
     )
@@ -66,7 +68,15 @@ def main() -> None:
     found["preview"] = preview[0]
     facts["shown"] = list(preview.ui.as_dict() if hasattr(preview.ui, "as_dict") else preview.ui)
 
+    lost = region(LEFT, 0.0, 1.0, "automatic", regions=region(RIGHT, 0.0, 1.0, "automatic"))
+    settings = "a <tom> and a <rex> in the snow", "a car", noise, "euler", "normal", 5, 3.0, 5, 1.0
+    placed, found["masks"] = finder.execute(model, clip, stack, lost, *settings, "average").args
+    facts["placed"] = [not one.unplaced for one in placed]
+    found["automatic"] = sampled(lost, "gated")
+    facts["automatic problem"] = node.ConceptRegion.validate_inputs("a", "automatic", 0.0, 0.0, 99.0, 1.0)
+
     for title, attempt in {
+        "lost": lambda: node.RegionalConcepts.execute(model, clip, lost, *PROMPTS, "gated", "average", stack),
         "unknown": lambda: sampled(region(LEFT, 0.0, 1.0, concepts="nobody"), "gated"),
         "outside": lambda: node.RegionPreview.execute(region(LEFT, 0.0, 99.0, "pixels"), 64, 32, "average"),
         "none": lambda: node.RegionPreview.execute((), 64, 32, "average"),
