@@ -11,7 +11,7 @@ from torch import Tensor
 from modular_concepts.files.safe import replacing
 from modular_concepts.toy.report import FAINT, INK, PAPER, to_image
 
-ZOOM, EACH = 2, 4  # screen pixels per toy pixel, pictures of a concept in a row
+ZOOM, EACH = 2, 3  # screen pixels per toy pixel, pictures of a concept in a row
 LABEL, GAP, TOP = 250, 4, 44
 
 
@@ -42,4 +42,4 @@ def family_sheet(path: Path, references: Mapping[str, Tensor], rows: Mapping[str
             strip = to_image(torch.cat(list(shown[name][:EACH]), dim=-1))
             image.paste(strip.resize((EACH * side, side), 0), (LABEL + number * column, y))
     with replacing(path) as file:
-        image.save(file, "PNG", optimize=True)
+        image.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
