@@ -34,7 +34,7 @@ help:
 	@echo "make bench-methods  train every method on toy concepts and judge them (half an hour on two cores)"
 	@echo "make bench-merge  measure merging beside ComfyUI's LoRA loaders and peft"
 	@echo "make bench-regions  measure regional sampling beside ComfyUI's masks and LoRA hooks (half an hour, 12 GB)"
-	@echo "make bench-families  merge toy concepts by every family and judge them (an hour and a half on two cores)"
+	@echo "make bench-families  merge toy concepts by every family and judge them (three quarters of an hour on two cores)"
 	@echo "make check      format, lint and the fast tests"
 	@echo "make format     put the code into the format that check asks for"
 	@echo "make install    only create $(VENV) with the pinned packages"

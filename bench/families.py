@@ -1,6 +1,6 @@
 """The same five toy concepts merged by every family, then each drawn from the merged model and judged.
 
-    python -m bench.families                     everything: an hour and a half on two cores, half of it training
+    python -m bench.families                     everything: three quarters of an hour on two cores, most of it training
     python -m bench.families --only "sum, 1"     these rows alone; trained concepts and finished rows stay in --out
 
 Writes OUT/concepts/METHOD/NAME.safetensors with moments beside, OUT/rows/*.json and .safetensors (the pictures),

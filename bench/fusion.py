@@ -3,8 +3,9 @@
     python -m bench.fusion --concepts bench_output/families/concepts/lora
 
 Needs concepts that `bench.families` trained.  Residuals are |sum_i (D - delta_i) X_i|^2 / |sum_i delta_i X_i|^2 over
-all layers, on the rows that the merge was made from ("seen") and on rows of other prompts and noise ("new").
-Prints a table and one line of JSON.
+all layers, on the rows that the merge was made from ("seen") and on rows of other prompts and noise ("new").  "own"
+and "others" are mean changes of a pixel (of 255): of the concepts' own pictures by new prompts from what each draws
+alone, and of pictures without any concept from what the base draws.  Prints a table and one line of JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,11 +32,15 @@ from modular_concepts.merge.fusion import fused_by_descent
 from modular_concepts.moments import inputs_of
 from modular_concepts.sampling import sample
 from modular_concepts.toy.base import load_toy_base
+from modular_concepts.toy.vocabulary import CLASSES
+from modular_concepts.training.attach import attached
 
 # What the moments are recorded with, and what else a concept is then asked for.
 SAID = ("a {concept}", "a {concept} on the beach", "a {concept} in the snow", "a {concept} in the city")
 NEW = ("a {concept} in the forest", "a {concept} at night", "a {concept} in the desert", "{concept}")
-RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+WITHOUT = tuple(f"a {word} {place}" for word in CLASSES for place in ("on the beach", "in the forest"))
+RIDGES = (1e-6, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)
+DRAWN = replace(DRAWING, cfg=4.0)
 Inputs = Mapping[str, Tensor]
 
 
@@ -98,6 +104,19 @@ def residual(merged: Mapping, concepts: Sequence[Concept], moments: Sequence[Map
     return off / own
 
 
+@torch.no_grad()
+def pictures(base: BaseModel, concepts: Sequence[Concept], merged: Mapping | None) -> tuple[Tensor, Tensor]:
+    """(what each concept draws by new prompts, what is drawn without any); merged None: each alone, and the base."""
+    layers, own = concept_layers(base, Targets(("all_linear",), ("all_linear",))), []
+    for concept in concepts:
+        texts = [prompt.replace("{concept}", trigger_of(concept)) for prompt in NEW]
+        with attached(layers, concept.layers if merged is None else merged):
+            own.append(sample(base, texts, range(len(texts)), concept.tokens, DRAWN))
+    with attached(layers, merged or {}):
+        others = sample(base, WITHOUT, range(len(WITHOUT)), {}, DRAWN)
+    return torch.cat(own), others
+
+
 def size(merged: Mapping) -> float:
     return float(sum(layer.delta().double().square().sum() for layer in merged.values())) ** 0.5
 
@@ -116,9 +135,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def note(name: str, merged: Mapping, seconds: float) -> None:
         figures = {"seen": residual(merged, concepts, seen), "new": residual(merged, concepts, new)}
+        for kind, drawn, still in zip(("own", "others"), pictures(base, concepts, merged), alone, strict=True):
+            figures[kind] = float((drawn - still).abs().mean()) * 255
         rows[name] = figures | {"size": size(merged) / whole, "seconds": seconds}
-        print(f"{name:24}" + "".join(f"{key} {value:9.4f}  " for key, value in rows[name].items()), file=sys.stderr)
+        print(
+            f"{name:24}" + "".join(f"{key} {value:9.4f}  " for key, value in rows[name].items()),
+            file=sys.stderr,
+            flush=True,
+        )
 
+    alone = pictures(base, concepts, None)
     summed = merge_concepts(concepts, ones)
     whole = size(summed)
     note("sum", summed, 0.0)

@@ -49,7 +49,7 @@ FAMILIES = {
     "average": "the sum with strengths scaled to add up to 1: each acts at a fraction of its strength",
     "block": "block concepts side by side, each in its own rows, exactly as trained",
     "fusion": "each layer answers every concept's own inputs as that concept alone would, as nearly as one weight can; "
-    "for plain LoRAs, needs their moments; orthogonal concepts do not need it",
+    "needs their moments, and destroys orthogonality",
     "custom_diffusion": "key and value layers answer the concepts' words exactly and move least for all other text; "
     "other layers are summed",
     "magnitude": "only the largest weights of each concept, summed; destroys orthogonality",
