@@ -10,7 +10,7 @@ from laws import BLOCKS, EFFECT, TOLERANCE, filled_adapter, relative_error, seed
 
 from modular_concepts.adapters import KINDS, ConvGeometry, block_rows, new_block
 from modular_concepts.errors import AdapterError
-from modular_concepts.merge import merge_concepts, merged_delta, merged_factors
+from modular_concepts.merge import MergedSum, merge_concepts, merged_delta, merged_factors
 
 OUT, INP, RANK = 24, 64, 3
 STRENGTHS = [0.6, 1.0, -0.5, 2.0]
@@ -216,3 +216,23 @@ def recipe(blocks, layout=None):
 def test_what_does_not_fit_together_is_refused_in_words(concepts, strengths, how, message):
     with pytest.raises(AdapterError, match=message):
         merge_concepts(concepts, strengths, how)
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+@pytest.mark.parametrize("kind", ["lora", "block"])
+def test_a_changed_strength_shares_the_factors_and_moves_a_small_diagonal(kind, kernel):
+    adapters = [filled_adapter(kind, 12, 8, 3, slot, kernel=kernel).to(dtype=torch.float64) for slot in range(2)]
+    quiet, loud = (MergedSum(tuple(adapters), strengths) for strengths in ((0.7, -0.3), (0.7, 2.0)))
+    conv = ConvGeometry(padding=(1, 1)) if kernel else None
+    x = torch.randn(2, 8, 5, 5, generator=seeded(1)) if kernel else torch.randn(2, 5, 8, generator=seeded(1))
+    for merged in (quiet, loud):
+        for dtype in (torch.float64, torch.float32):
+            wanted = merged.joined.residual(x.to(dtype), conv)
+            assert relative_error(merged.residual(x.to(dtype), conv), wanted) < (
+                1e-13 if dtype is torch.float64 else 1e-5
+            )
+    assert quiet.shared is loud.shared
+    assert MergedSum(tuple(adapters[:1]), (1.0,)).shared is not quiet.shared
+    assert relative_error(quiet.residual(x.double(), conv), loud.residual(x.double(), conv)) > EFFECT
+    silent = MergedSum(tuple(adapters), (0.0, 0.0)).residual(x.double(), conv)
+    assert torch.equal(silent, torch.zeros_like(silent))

@@ -20,6 +20,7 @@ from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.diffusers import export_diffusers, import_diffusers
 from modular_concepts.files.embeddings import import_embedding
 from modular_concepts.files.kohya import export_kohya, import_kohya
+from modular_concepts.files.lora import import_lora
 from modular_concepts.files.moments import load_moments, save_moments
 from modular_concepts.files.safe import write_safetensors
 from modular_concepts.moments import Moment
@@ -30,6 +31,17 @@ KINDS = {
     "compact": (lambda concept, path: save_concept(concept, path, compact=True), load_concept),
     "kohya": (export_kohya, import_kohya),
     "diffusers": (export_diffusers, import_diffusers),
+    "locon": (
+        lambda concept, path: write_safetensors(
+            path,
+            {
+                f"lora_unet_mid_block_resnets_0_conv1.lora_{part}.weight": torch.ones(shape)
+                for part, shape in {"up": (4, 3, 1, 1), "mid": (3, 3, 3, 3), "down": (3, 5, 1, 1)}.items()
+            },
+            {"modelspec.trigger_phrase": "a, b", "modelspec.thumbnail": "data:image/jpeg;base64,/9j/"},
+        ),
+        import_lora,
+    ),
     "embedding": (
         lambda concept, path: write_safetensors(path, {"word": torch.ones(2, 8)}, {}),
         import_embedding,
