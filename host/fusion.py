@@ -73,7 +73,7 @@ def fused(
         bar.update(1)
     options, evidence = MergeOptions(ridge=ridge), Evidence(moments)
     result = merged(model, clip, stack, "fusion", options=options, evidence=evidence, beside=beside)
-    return *result, "\n".join([*said, *warnings_of(model, clip, stack)])
+    return *result, "\n".join([*said, *warnings_of(model, clip, stack, "" if beside else "weights")])
 
 
 def _moments(

@@ -138,6 +138,12 @@ def _unet_layers(model: comfy.model_patcher.ModelPatcher) -> dict[str, HostLayer
     }
 
 
+def quantised(model: comfy.model_patcher.ModelPatcher) -> bool:
+    """Whether any layer's weight is kept in fewer than 16 bits."""
+    modules = (layer.module for layer in _unet_layers(model).values())
+    return any(getattr(module, "layout_type", None) is not None or module.weight.itemsize < 2 for module in modules)
+
+
 def _takes_adapters(module: nn.Module) -> bool:
     """A Linear or convolution, also one whose weight is quantised, which is none of torch's classes in the host."""
     if isinstance(module, nn.Linear | nn.Conv2d):

@@ -11,7 +11,7 @@ from ..modular_concepts.concept import Concept
 from ..modular_concepts.explain import warnings_between, warnings_on_base
 from ..modular_concepts.merge import NOTHING, MergeOptions, merge_concepts
 from ..modular_concepts.merge.truncation import share_kept
-from .layers import base_sample, known_hash
+from .layers import base_sample, known_hash, quantised
 from .messages import show_text
 from .patching import merged
 from .wording import spoken_evidence
@@ -34,7 +34,7 @@ def merged_by(
     """
     evidence = spoken_evidence(model, clip, stack) if family == "custom_diffusion" else NOTHING
     result = merged(model, clip, stack, family, literal, options, evidence, apply == "activations")
-    said = warnings_of(model, clip, stack)
+    said = warnings_of(model, clip, stack, apply)
     if family == "svd":
         said.append(kept_by_cut(stack, options))
     if said:
@@ -43,11 +43,20 @@ def merged_by(
 
 
 def warnings_of(
-    model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None, stack: Sequence[tuple[Concept, float]]
+    model: comfy.model_patcher.ModelPatcher,
+    clip: comfy.sd.CLIP | None,
+    stack: Sequence[tuple[Concept, float]],
+    apply: str = "",
 ) -> list[str]:
     """What a person should know of these concepts together and on this model, each with the way out."""
     concepts = [concept for concept, _ in stack]
-    return [*warnings_between(concepts), *warnings_on_base(concepts, known_hash(model, clip), base_sample(model))]
+    said = [*warnings_between(concepts), *warnings_on_base(concepts, known_hash(model, clip), base_sample(model))]
+    if apply == "weights" and quantised(model):
+        said.append(
+            "the model's weights are quantised: the sum is rounded to their few bits, which can lose as much as the "
+            "concepts bring; set apply to activations"
+        )
+    return said
 
 
 def kept_by_cut(stack: Sequence[tuple[Concept, float]], options: MergeOptions) -> str:

@@ -190,7 +190,7 @@ def _size_on(adapter: LowRank, moment: Moment) -> float:
 
 def warnings_between(concepts: Sequence[Concept]) -> list[str]:
     """Sentences for a person about concepts that can be merged, but should not be without knowing."""
-    return _warnings(distinct_names(concepts), concepts)
+    return _pairwise(distinct_names(concepts), concepts)
 
 
 def warnings_on_base(concepts: Sequence[Concept], base_hash: str, base_sample: str = "") -> list[str]:
@@ -215,12 +215,16 @@ def _trained_elsewhere(concept: Concept, base_hash: str, base_sample: str) -> bo
     return not same
 
 
-def _warnings(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
-    said = [
+def _pairwise(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+    return [
         sentence
         for (first, a), (second, b) in itertools.combinations(zip(names, concepts, strict=True), 2)
         for sentence in _between(first, a, second, b, concepts)
     ]
+
+
+def _warnings(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+    said = _pairwise(names, concepts)
     layers = {layer for concept in concepts for layer in concept.layers}
     for name, concept in zip(names, concepts, strict=True):
         odd = sorted(layer for layer in concept.layers if block_of(layer) == "other")
@@ -246,12 +250,20 @@ def _between(first: str, a: Concept, second: str, b: Concept, everyone: Sequence
     elif one.basis and one.basis == other.basis and None not in (one.slot, other.slot) and one.slot == other.slot:
         free = _free(everyone, one)
         said.append(f"{first} and {second} were trained in the same slot, {one.slot}; retrain one in slot {free}")
+    elif one.blocks and one.slot is not None and (one.blocks, one.layout, one.slot) == _block(other):
+        free = _free(everyone, one)
+        way_out = f"retrain one in slot {free}" if free < one.blocks else "retrain all with more blocks"
+        said.append(f"{first} and {second} were trained in the same block of rows, {one.slot}; {way_out}")
     if one.blocks and other.blocks and (one.blocks, one.layout) != (other.blocks, other.layout):
         said.append(
             f"{first} was trained in {one.blocks} {one.layout} blocks, {second} in {other.blocks} {other.layout}: "
             "merge them by sum, a block merge needs one partition"
         )
     return said
+
+
+def _block(recipe) -> tuple:
+    return recipe.blocks, recipe.layout, recipe.slot
 
 
 def _free(everyone: Sequence[Concept], like) -> int:

@@ -155,6 +155,10 @@ def test_what_does_not_belong_together_is_said(capsys):
         assert code == 2 and words in err and not Path("sum.safetensors").exists()
     for slot, (name, blocks) in enumerate({"tom": 3, "rex": 4}.items()):
         made(base, name, method="block", blocks=blocks, slot=slot)
+    made(base, "rex", method="block", blocks=3, slot=0)
+    code, _, err = merge(capsys, "sum")
+    assert code == 0 and "were trained in the same block of rows, 0; retrain one in slot 1" in err
+    made(base, "rex", method="block", blocks=4, slot=1)
     code, _, err = merge(capsys, "block")
     assert code == 2 and "tom was trained with 3 contiguous blocks but rex was trained with 4" in err
     code, _, err = merge(capsys, "sum")

@@ -1,4 +1,4 @@
-"""One merge on every kind of weight that the host has: full, fp8, mixed precision, and each of them offloaded."""
+"""One merge on every kind of weight that the host has: full, fp8, mixed precision, and each offloaded or not."""
 
 from __future__ import annotations
 
@@ -38,10 +38,16 @@ def test_full_weights_take_a_merge_exactly(found, way):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mixed"])
-def test_quantised_weights_take_a_merge_as_activations_or_offloaded_and_round_it_as_weights(found, kind):
+def test_quantised_weights_take_a_merge_exactly_as_activations_or_offloaded(found, kind):
     for way in ("weights offloaded", "activations", "activations offloaded"):
-        assert error(found, kind, way) < 0.05, way
-    assert error(found, kind, "weights") < 1.0
+        assert error(found, kind, way) < 1e-3, way
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mixed"])
+def test_quantised_weights_round_a_merge_and_the_node_says_so(found, kind):
+    """Added to weights of few bits, a small change goes under: what rounding adds is 1.6 and 1.0 times its size."""
+    assert 0.1 < error(found, kind, "weights") < 5
+    assert "set apply to activations" in found[1]["warned"][kind][0] and found[1]["warned"]["float32"] == []
 
 
 def test_the_loaded_weights_are_untouched(found):

@@ -68,6 +68,10 @@ def quantised(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
     return stored, meant
 
 
+def bits(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous().flatten().view(torch.uint8)
+
+
 def fused_keys(patching, clip, found: dict, facts: dict, output) -> None:
     """A LoRA in diffusers' keys on Stable Diffusion 3, whose queries, keys and values are one layer here."""
     network = mmdit.OpenAISignatureMMDITWrapper(
@@ -105,10 +109,10 @@ def fused_keys(patching, clip, found: dict, facts: dict, output) -> None:
 @torch.inference_mode()
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    toy, patching, layers = (pack_module(f"host.{name}") for name in ("toy", "patching", "layers"))
+    toy, patching, layers, merging = (pack_module(f"host.{name}") for name in ("toy", "patching", "layers", "merging"))
     adapters, concept_of = pack_module("modular_concepts.adapters"), pack_module("modular_concepts.concept")
     clip, weights = toy.load_toy_base()[1], random_weights()
-    found, facts = {}, {"untouched": {}, "names": {}}
+    found, facts = {}, {"untouched": {}, "names": {}, "warned": {}}
     latent, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([2.0])
     context = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(4))
 
@@ -162,6 +166,7 @@ def main() -> None:
     for kind, (make, own) in kinds.items():
         base = make()
         before = {key: value.clone() for key, value in base.model.state_dict().items()}
+        facts["warned"][kind] = merging.warnings_of(base, clip, concepts, "weights")
         facts["names"][kind] = set(layers.host_layers(base, None)) == set(made)
         if own is None:  # norms and biases are rounded too
             own = {key.removeprefix("diffusion_model."): value.float() for key, value in before.items()}
@@ -174,11 +179,7 @@ def main() -> None:
             for place in ("", " offloaded"):
                 found[f"{kind}|{apply}{place}"] = output(changed, bool(place))
         after = base.model.state_dict()
-        same = [
-            bytes(before[key].flatten().contiguous().view(torch.uint8))
-            == bytes(after[key].flatten().contiguous().view(torch.uint8))
-            for key in before
-        ]  # noqa: E501
+        same = [torch.equal(bits(before[key]), bits(after[key])) for key in before]
         facts["untouched"][kind] = all(same) and not any(m._forward_hooks for m in base.model.modules())
 
     fused_keys(patching, clip, found, facts, output)
