@@ -29,6 +29,7 @@ from ..modular_concepts.regions.geometry import Region, region_weights
 from ..modular_concepts.regions.places import Places
 from .automatic import found_regions
 from .clip import encode_prompt
+from .control import weighted
 from .gated import HostGate, fitting_stack, with_concepts, with_words
 from .joint import JointListening
 from .layers import architecture_of
@@ -187,7 +188,9 @@ def listening(
         progress = clock.progress(sigma)
         network, options = apply_model.class_obj.diffusion_model, {**(options or {}), PROGRESS: progress}
         context, options, lengths = heard.prepared(network, x, context, options)
-        with gate.attached(network, tuple(x.shape[-2:]), progress, lengths) if gate is not None else nullcontext():
+        size = tuple(x.shape[-2:])
+        control = weighted(control, heard.places, size, progress)
+        with gate.attached(network, size, progress, lengths) if gate is not None else nullcontext():
             return apply_model(x, sigma, concat, context, control, options, **more)
 
     add_wrapper_with_key(WrappersMP.APPLY_MODEL, REGIONS, by_region, model.model_options, is_model_options=True)

@@ -27,6 +27,7 @@ class Region:
     pixels: box and feather count pixels of a picture that is not known yet; see `placed`.
     concepts: names of those that act here; None is those whose trigger word stands in the prompt, () is none.
     start, end: the part of the sampling in which it holds, 0..1 of the way from noise to picture.
+    control: what ControlNets and adapters are multiplied with here; 0 leaves the region free of them.
     priority: who lies on top where regions overlap, if priority decides; of equals the later one.
     """
 
@@ -41,12 +42,15 @@ class Region:
     start: float = 0.0
     end: float = 1.0
     priority: int = 0
+    control: float = 1.0
 
     def __post_init__(self):
         if self.box is not None and self.mask is not None:
             raise AdapterError(f"region {self.prompt!r} has a box and a mask; give one of them")
         if not 0 <= self.strength <= 1:
             raise AdapterError(f"region {self.prompt!r} has strength {self.strength}; it must be from 0 to 1")
+        if not 0 <= self.control <= 10:
+            raise AdapterError(f"region {self.prompt!r} has control {self.control}; it must be from 0 to 10")
         if not 0 <= self.start < self.end <= 1:
             raise AdapterError(
                 f"region {self.prompt!r} holds from {self.start:g} to {self.end:g} of the sampling; "
@@ -114,7 +118,7 @@ def region_from(
     """A region from what a person filled in: a mask, (H, W) or (1, H, W), takes the place of the box.
 
     box: None without a mask is a place still to be found.
-    more: `concepts`, `start`, `end` and `priority` as `Region` has them.
+    more: `concepts`, `start`, `end`, `priority` and `control` as `Region` has them.
     """
     if mask is not None and mask.dim() == 3:
         if len(mask) != 1:

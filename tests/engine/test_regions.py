@@ -167,6 +167,8 @@ def test_a_region_holds_for_its_part_of_the_sampling():
         assert relative_error(one, other) > EFFECT
     whole = Region(HERE, WHOLE, start=0.0, end=1.0)
     assert torch.equal(picture(EVERYWHERE, settings=settings, regions=[whole]), seen["first"])
+    with pytest.raises(AdapterError, match="has control -1; it must be from 0 to 10"):
+        Region(HERE, WHOLE, control=-1)
     with pytest.raises(AdapterError, match="from 0.5 to 0.5 of the sampling"):
         Region(HERE, WHOLE, start=0.5, end=0.5)
 

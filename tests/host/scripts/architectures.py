@@ -241,10 +241,19 @@ def regions(run: Run, concept) -> None:
     draw("other text everywhere", here, (elsewhere, whole))
     model, clip = patching.merged(*run.loaded[:2], stack)
     said_by = {text: clip_words.encode_prompt(clip, text) for text in (here, elsewhere, "a car")}
-    # A region has a text of its own; the pooled one, which is no position's, is the global prompt's.
-    other = [[said_by[elsewhere][0][0], said_by[here][0][1]]]
-    for title, positive in {"plain": said_by[here], "plain other text": other}.items():
-        (drawn,) = nodes.common_ksampler(model, 5, 1, 3.0, "euler", "normal", positive, said_by["a car"], latent)
+    # A region has a text of its own; the pooled one, which is no position's, is the global prompt's, and a gate lets
+    # no concept read that which a region has.
+    outside = pack_module("host.gated").with_words(*run.loaded[:2], stack)
+
+    def pooled_outside(text: str) -> list:
+        return [[said_by[text][0][0], clip_words.encode_prompt(outside, text)[0][1]]]
+
+    for title, said in {
+        "plain, merged": (said_by[here], said_by["a car"]),
+        "plain, gated": (pooled_outside(here), pooled_outside("a car")),
+        "plain other text": ([[said_by[elsewhere][0][0], said_by[here][0][1]]], said_by["a car"]),
+    }.items():
+        (drawn,) = nodes.common_ksampler(model, 5, 1, 3.0, "euler", "normal", *said, latent)
         run.found[f"region|{title}"] = drawn["samples"]
 
 

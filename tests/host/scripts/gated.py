@@ -9,7 +9,10 @@ from in_host import FOLDER, pack_module, start
 
 start()
 
+import comfy.cldm.cldm  # noqa: E402
+import comfy.controlnet  # noqa: E402
 import comfy.model_management  # noqa: E402
+import comfy.ops  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
@@ -56,6 +59,7 @@ class Look:
 
     def __init__(self, prefix: str, model, clip, stack: list, latent: dict):
         self.prefix, self.model, self.clip, self.stack, self.latent = prefix, model, clip, stack, latent
+        self.control = None
 
     def regional(self, entries, sampler="euler", model=None, latent=None, stack=None, change=None, **own):
         own = {"cfg": 3.0, "seed": 5, "steps": 2, "denoise": 1.0, "mode": "gated", **own}
@@ -76,6 +80,16 @@ class Look:
 
     def sample(self, model, positive, negative, sampler, latent, cfg, seed, steps, denoise):
         latent = self.latent if latent is None else latent
+        if self.control is not None:
+            hint = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(1))
+            positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(
+                positive, negative, self.control, hint, 1.0, 0.0, 1.0
+            )
+            # A ControlNet hears the global prompts, which are others here and there.
+            positive, negative = (
+                [[context, {**about, "cross_attn_controlnet": clip_words.encode_prompt(self.clip, text)[0][0]}]]
+                for ((context, about),), text in ((positive, plan["prompt"]), (negative, plan["negative"]))
+            )
         return nodes.common_ksampler(model, seed, steps, cfg, sampler, "normal", positive, negative, latent, denoise)[
             0
         ]["samples"]
@@ -273,7 +287,29 @@ def stable_diffusion() -> None:
         words = {f"<{name}>": 0.05 * torch.randn(1, 768, generator=generator)}
         stack.append((concept.Concept(name, layers, words, recipe), 0.7 + number / 2))
     facts["kinds"] = sorted({len(adapter.lora_down.shape) for adapter in stack[0][0].layers.values()})
-    common(Look("sd15 ", model, clip, stack, {"samples": torch.zeros(1, 4, 8, 12)}))
+    look = Look("sd15 ", model, clip, stack, {"samples": torch.zeros(1, 4, 8, 12)})
+    common(look)
+    look.control = control_net()
+    look.both("controlled")
+    free, left = {"prompt": plan["inside"], "control": 0.0}, [0.0, 0.0, 0.5, 1.0]
+    found["sd15 free of control"] = look.regional([free])
+    found["sd15 half free of control"] = look.regional(
+        [{**free, "box": left}, {"prompt": plan["inside"], "box": [0.5, 0, 1, 1]}]
+    )
+
+
+def control_net():
+    """A ControlNet for the tiny checkpoint's U-Net, random as that is."""
+    shape = dict(
+        image_size=32, in_channels=4, hint_channels=3, model_channels=320, channel_mult=[1], num_res_blocks=[1],
+        num_heads=8, num_head_channels=-1, context_dim=768, use_spatial_transformer=True, transformer_depth=[1],
+        transformer_depth_middle=1,
+    )  # fmt: skip
+    network = comfy.cldm.cldm.ControlNet(**shape, operations=comfy.ops.disable_weight_init, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    for weight in network.parameters():
+        weight.data = 0.03 * torch.randn(weight.shape, generator=generator)
+    return comfy.controlnet.ControlNet(network, load_device=comfy.model_management.get_torch_device())
 
 
 @torch.inference_mode()
