@@ -190,11 +190,14 @@ def run_inspect(args: argparse.Namespace) -> None:
     from .adapters import LowRank
     from .explain import warnings_between
     from .layers import block_of
+    from .merged import SAMPLE
 
     concepts, _, _ = concepts_at(args.concepts)
     for path, concept in zip(args.concepts, concepts, strict=True):
         recipe = concept.recipe
         made = {key: value for key, value in recipe.to_json().items() if value not in (None, "", [], {})}
+        if "origin" in made:  # numbers that say nothing to a person
+            made["origin"] = {key: value for key, value in made["origin"].items() if key != SAMPLE}
         blocks = dict.fromkeys(block_of(name) for name in concept.layers)
         adapters: list[LowRank] = list(concept.layers.values())
         size = sum(a.delta().norm().item() ** 2 for a in adapters) ** 0.5

@@ -11,6 +11,8 @@ from .errors import AdapterError
 from .fitting import refuse_other_basis, refuse_shared_triggers, voice_of
 from .merge import DEFAULTS, NOTHING, Evidence, MergeOptions, merge_concepts
 
+SAMPLE = "base_sample"
+
 
 def merged_concept(
     name: str,
@@ -51,6 +53,7 @@ def as_concept(
     """The concept of a merge whose layers are there already: words, triggers and where it comes from are its parts'."""
     rank = max((adapter.rank for adapter in layers.values()), default=1)
     parts = list(zip(concepts, strengths, strict=True))
+    sample = _common(concept.recipe.origin.get(SAMPLE) for concept in concepts)
     recipe = Recipe(
         method="lora",
         rank=rank,
@@ -62,7 +65,7 @@ def as_concept(
         ),
         origin={
             "program": f"modular-concepts {__version__}",
-            "base_sample": _common(concept.recipe.origin.get("base_sample") for concept in concepts),
+            SAMPLE: sample,
             "merge": how,
             "words": {
                 word: {"class_word": class_word, "strength": share * min(1.0, max(0.0, strength))}
@@ -71,12 +74,17 @@ def as_concept(
                 for class_word, share in (voice_of(concept, word),)
             },
             "parts": [
-                {"name": concept.name, "strength": strength, "origin": dict(concept.recipe.origin)}
+                {"name": concept.name, "strength": strength, "origin": _origin(concept, sample)}
                 for concept, strength in parts
             ],
         },
     )
     return Concept(name, layers, {word: rows for concept in concepts for word, rows in concept.tokens.items()}, recipe)
+
+
+def _origin(concept: Concept, sample: str) -> dict[str, object]:
+    """A part's origin, without the sample of the base that the whole says already."""
+    return {key: value for key, value in concept.recipe.origin.items() if key != SAMPLE or value != sample}
 
 
 def _common(values) -> str:
