@@ -61,6 +61,18 @@ def test_several_concepts_in_one_full_region_are_their_merge():
     assert torch.equal(gated([named]), merged(TOM, friends()[:2]))
 
 
+def test_words_of_a_layer_each_are_gated_too():
+    """One concept with words for each cross-attention beside one without, each as if it were alone."""
+    (tom, strength), tim = friends()[:2]
+    rows = torch.randn(untrained_base().cross_attention_layers, 2, 128, generator=seeded(7))
+    stack = [(replace(tom, tokens={"<tom>": rows}), strength), tim]
+    for prompt, own in ((TOM, stack[:1]), (TIM, stack[1:])):
+        found = gated([Region(prompt, WHOLE)], stack=stack)
+        assert relative_error(found, merged(prompt, own)) < 2e-5
+        assert relative_error(found, gated([Region(prompt, LEFT)], stack=stack)) > EFFECT
+    assert relative_error(gated([Region(TOM, WHOLE)], stack=stack), gated([Region(TOM, WHOLE)])) > EFFECT
+
+
 @pytest.mark.parametrize(
     "places",
     [
