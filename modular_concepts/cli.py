@@ -211,9 +211,18 @@ def _sample(args: argparse.Namespace) -> None:
     prompts = [args.prompt] * args.count
     seeds = [args.seed + number for number in range(args.count)]
     bar = _Bar("sample", args.steps * -(-args.count // settings.batch))
-    with bar as advance, customised(base, concepts, strengths) as tokens:
-        _warn_unknown(base, [args.prompt, *(region.prompt for region in regions)], list(tokens))
-        pictures = sample(base, prompts, seeds, tokens, settings, regions, lambda done, total: advance(done))
+    texts, triggers = (
+        [args.prompt, *(region.prompt for region in regions)],
+        [word for concept in concepts for word in concept.tokens],
+    )
+    _warn_unknown(base, texts, triggers)
+    if regions and args.mode == "gated":
+        how = dict(mode="gated", stack=list(zip(concepts, strengths, strict=True)))
+        with bar as advance:
+            pictures = sample(base, prompts, seeds, None, settings, regions, lambda done, _: advance(done), **how)
+    else:
+        with bar as advance, customised(base, concepts, strengths) as tokens:
+            pictures = sample(base, prompts, seeds, tokens, settings, regions, lambda done, _: advance(done))
     folder(args.out.parent)
     for number, picture in enumerate(pictures):
         path = args.out if args.count == 1 else args.out.with_stem(f"{args.out.stem}-{number:02d}")
@@ -368,6 +377,12 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("prompt")
     sample.add_argument("--concept", action="append", metavar="FILE[:STRENGTH]")
     sample.add_argument("--region", action="append", metavar="LEFT,TOP,RIGHT,BOTTOM:PROMPT", help="pixels or fractions")
+    sample.add_argument(
+        "--mode",
+        choices=["gated", "merged"],
+        default="gated",
+        help="with regions: a concept acts in those alone that call it (gated), or everywhere (merged)",
+    )
     sample.add_argument("--out", type=Path, default=Path("sample.png"))
     sample.add_argument("--base", default="toy")
     sample.add_argument("--negative", default="")

@@ -164,6 +164,20 @@ def test_sample_with_concepts_and_regions(made, here, capsys):
     assert "error" not in err and "note" not in err
 
 
+def test_regions_hold_concepts_apart_unless_a_merge_is_asked_for(made, here, capsys):
+    """A concept that no prompt calls acts in the whole picture when it is merged, and nowhere when it is gated."""
+    drawn = {}
+    for name, more in (
+        ("base", []),
+        ("gated", ["--concept", concept(made)]),
+        ("merged", ["--concept", concept(made), "--mode", "merged"]),
+    ):
+        region = ["--region", "0,0,0.5,1:a cat on the beach"]
+        assert run(capsys, "sample", "a man on the beach", *DRAW, *region, *more, "--out", f"{name}.png")[0] == 0
+        drawn[name] = (here / f"{name}.png").read_bytes()
+    assert drawn["gated"] == drawn["base"] != drawn["merged"]
+
+
 def test_sample_is_the_same_every_time_and_strength_0_is_the_base(made, here, capsys):
     for name, more in (
         ("a", []),
