@@ -17,9 +17,10 @@ import comfy.sd  # noqa: E402
 import comfyui_version  # noqa: E402
 import folder_paths  # noqa: E402
 import latent_preview  # noqa: E402
-import nodes  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+
+import nodes  # noqa: E402
 
 torch.set_num_threads(1)
 
