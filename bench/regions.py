@@ -86,17 +86,12 @@ def plot(path: Path, result: Mapping) -> None:
     figure = Figure(figsize=(7.4, 4.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for way, colour in zip(TITLES, ("#2a78b5", "#2f9e5a", "#c98a1b", "#b8433f"), strict=True):
+    for way, colour, shift in zip(TITLES, ("#2a78b5", "#2f9e5a", "#c98a1b", "#b8433f"), (6, -14, 3, 3), strict=True):
         curve = {0: 1.0} | {int(count): ratio for count, ratio in result["curve"].get(way, {}).items()}
         counts = sorted(curve)
         axes.plot(counts, [curve[count] for count in counts], marker="o", label=TITLES[way], color=colour)
-        axes.annotate(
-            f"{curve[counts[-1]]:.2f} x",
-            (counts[-1], curve[counts[-1]]),
-            (6, 3),
-            textcoords="offset points",
-            color=colour,
-        )
+        end = (counts[-1], curve[counts[-1]])
+        axes.annotate(f"{end[1]:.2f} x", end, (6, shift), textcoords="offset points", color=colour)
     axes.set(
         xlabel="regions",
         ylabel="time of a step, plain sampling = 1",
