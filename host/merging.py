@@ -49,14 +49,20 @@ def warnings_of(
     apply: str = "",
 ) -> list[str]:
     """What a person should know of these concepts together and on this model, each with the way out."""
-    concepts = [concept for concept, _ in stack]
-    said = [*warnings_between(concepts), *warnings_on_base(concepts, known_hash(model, clip), base_sample(model))]
+    said = [*warnings_between([concept for concept, _ in stack]), *warnings_here(model, clip, stack)]
     if apply == "weights" and quantised(model):
         said.append(
             "the model's weights are quantised: the sum is rounded to their few bits, which can lose as much as the "
             "concepts bring; set apply to activations"
         )
     return said
+
+
+def warnings_here(
+    model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None, stack: Sequence[tuple[Concept, float]]
+) -> list[str]:
+    """What a person should know of each of these concepts on this model."""
+    return warnings_on_base([concept for concept, _ in stack], known_hash(model, clip), base_sample(model))
 
 
 def kept_by_cut(stack: Sequence[tuple[Concept, float]], options: MergeOptions) -> str:

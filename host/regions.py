@@ -35,6 +35,8 @@ from .joint import JointListening
 from .layers import architecture_of
 from .layerwise import LAYERS, cross_attention_layers, with_layers
 from .listening import PROGRESS, Clock, Listening
+from .merging import warnings_here, warnings_of
+from .messages import show_text
 from .patching import concepts_in, merged
 
 MODES = ("merged", "gated")
@@ -144,6 +146,9 @@ def with_regions(
     """
     _check(model, regions, mode)
     check_names(regions, [*concepts_in(model), *(concept.name for concept, _ in stack)])
+    said = warnings_of(model, clip, stack, "weights") if mode == "merged" else warnings_here(model, clip, stack)
+    if stack and said:
+        show_text("\n".join(said))
     places = Places(regions, overlap, _scale(model))
     if mode == "merged" or not stack:
         missing = [pair for pair in stack if pair[0].name not in concepts_in(model)]

@@ -168,6 +168,9 @@ def test_what_does_not_belong_together_is_said_on_the_node(found):
     said = "\n".join(found[1]["warnings"])
     assert "rex was trained on another checkpoint of this family" in said
     assert "tom was trained on another" not in said and found[1]["no warnings"] == []
+    assert len(found[1]["regional warnings"]) == 2  # once in each mode
+    for said in found[1]["regional warnings"]:
+        assert "rex was trained on another checkpoint" in said and "tom was trained on another" not in said
 
 
 def test_each_key_without_a_place_is_named_and_a_file_is_read_once(found):

@@ -207,6 +207,13 @@ def main() -> None:
     )
     facts["warnings"] = merging_words.warnings_of(model, clip, [(concepts["tom"], 1.0), (other, 1.0)])
     facts["no warnings"] = merging_words.warnings_of(model, clip, [(concepts["tom"], 1.0)])
+    regional, said = pack_module("host.regions"), []
+    regional.show_text = said.append
+    places = [pack_module("modular_concepts.regions.geometry").Region("a man", (0.0, 0.0, 1.0, 1.0))]
+    for mode in regional.MODES:
+        for stack in ([(concepts["tom"], 1.0), (other, 1.0)], [(concepts["tom"], 1.0)]):
+            regional.with_regions(model, clip, stack, places, ("a man", ""), mode)
+    facts["regional warnings"] = said
     warned = len(warnings)
     strange = files.load_concept_named("strange.safetensors")
     facts["strange"] = warnings[warned:]
