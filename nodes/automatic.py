@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..host.regions import Sampling, find_regions
 from . import stacks
-from .regions import drawing_inputs, overlap_input
+from .regions import drawing_inputs, overlap_input, prompt_inputs
 from .types import CONCEPT_REGIONS, concepts_input
 
 
@@ -25,16 +25,7 @@ class FindRegions(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="Its text encoder, from the same node"),
                 concepts_input("concepts", "The concepts that the regions name or call, with strengths"),
                 CONCEPT_REGIONS.Input("regions", tooltip="From the last Concept Region, or from Regions From JSON"),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="The whole picture in words, best with the trigger words in it",
-                ),
-                io.String.Input(
-                    "negative", multiline=True, dynamic_prompts=True, default="", tooltip="What not to draw, everywhere"
-                ),
+                *prompt_inputs("The whole picture in words, best with the trigger words in it"),
                 *drawing_inputs(),
                 overlap_input(),
             ],

@@ -18,6 +18,16 @@ UNITS = ("fractions", "pixels", AUTOMATIC)
 MODES = ("gated", "merged")
 
 
+def prompt_inputs(tooltip: str = "The whole picture in words; it holds wherever no region is") -> list[io.Input]:
+    """Those of the whole picture, what to draw and what not."""
+    return [
+        io.String.Input("prompt", multiline=True, dynamic_prompts=True, default="", tooltip=tooltip),
+        io.String.Input(
+            "negative", multiline=True, dynamic_prompts=True, default="", tooltip="What not to draw, everywhere"
+        ),
+    ]
+
+
 def mode_input(optional: bool = False) -> io.Combo.Input:
     return io.Combo.Input(
         "mode",
@@ -282,16 +292,7 @@ class RegionalConcepts(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="Its text encoder, from the same node"),
                 concepts_input("concepts", "The concepts that the regions name or call, with strengths", optional=True),
                 CONCEPT_REGIONS.Input("regions", tooltip="From the last Concept Region, or from Regions From JSON"),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="The whole picture in words; it holds wherever no region is",
-                ),
-                io.String.Input(
-                    "negative", multiline=True, dynamic_prompts=True, default="", tooltip="What not to draw, everywhere"
-                ),
+                *prompt_inputs(),
                 mode_input(),
                 overlap_input(),
             ],
@@ -323,16 +324,7 @@ class RegionalConceptSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The base; in merged mode also the model from Merge Concepts"),
                 io.Clip.Input("clip", tooltip="Its text encoder, from the same node"),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="The whole picture in words; it holds wherever no region is",
-                ),
-                io.String.Input(
-                    "negative", multiline=True, dynamic_prompts=True, default="", tooltip="What not to draw, everywhere"
-                ),
+                *prompt_inputs(),
                 CONCEPT_REGIONS.Input("regions", tooltip="From the last Concept Region, or from Regions From JSON"),
                 *drawing_inputs(),
                 concepts_input(
