@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import torch
 from torch import nn
 
 from ..modular_concepts.errors import AdapterError
@@ -64,6 +66,20 @@ def fitting_stack(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, 
     shapes = {name: layer.module.weight.shape for name, layer in host_layers(model, clip).items()}
     concepts = fitting_concepts(architecture_of(model), shapes, [concept for concept, _ in stack])
     return [(concept, strength) for concept, (_, strength) in zip(concepts, stack, strict=True)]
+
+
+def check_memory(model: comfy.model_patcher.ModelPatcher, stack: Stack) -> None:
+    """Raise AdapterError for more concepts than the device could hold even without the model, which can move away."""
+    adapters = [own for concept, _ in stack for name, own in concept.layers.items() if name.startswith("unet.")]
+    numbers = sum(own.out_features * own.rank + own.lora_down.numel() for own in adapters)
+    needed = numbers * (model.model_dtype() or torch.float32).itemsize
+    device = model.load_device
+    room = comfy.model_management.get_total_memory(device) - comfy.model_management.minimum_inference_memory()
+    if needed > room:
+        raise AdapterError(
+            f"these {len(stack)} concepts take {needed / 1e9:.2g} GB beside the model, and {device} has "
+            f"{room / 1e9:.2g} GB for them; take fewer of them or of a smaller rank, or the merged mode, which keeps none apart"
+        )
 
 
 def with_words(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, stack: Stack) -> comfy.sd.CLIP:

@@ -30,7 +30,7 @@ from ..modular_concepts.regions.places import Places
 from .automatic import found_regions
 from .clip import encode_prompt
 from .control import weighted
-from .gated import HostGate, fitting_stack, with_concepts, with_words
+from .gated import HostGate, check_memory, fitting_stack, with_concepts, with_words
 from .joint import JointListening
 from .layers import architecture_of
 from .layerwise import LAYERS, cross_attention_layers, with_layers
@@ -158,6 +158,7 @@ def with_regions(
         acts = [()] * len(clips)
     else:
         stack = fitting_stack(model, clip, stack)
+        check_memory(model, stack)
         clip = with_words(model, clip, stack)
         acts = acting(stack, prompts[0], regions)
         reading = {own: with_concepts(architecture_of(model), clip, [stack[n] for n in own]) for own in set(acts)}

@@ -197,6 +197,7 @@ def test_the_model_is_as_it_was_also_after_an_exception(found):
         ("nothing to look for", "region 'a bird' has neither a place nor a concept"),
         ("unsaid", "neither it nor the global prompt says <tom>, by which one could be found"),
         ("two pictures", "2 pictures are drawn at once, and regions without a place lie elsewhere in each"),
+        ("no room", "GB for them; take fewer of them or of a smaller rank, or the merged mode"),
         ("twice", "another node has changed the model's cross-attention already"),
     ],
 )

@@ -224,6 +224,7 @@ def toy() -> None:
         "mode": lambda: look.regional(two, mode="both"),
         "overlap": lambda: look.regional(two, overlap="sum"),
         "twice": lambda: look.regional(two, model=ready.model),
+        "no room": lambda: with_total_memory(2**30, lambda: look.regional(two)),
         "unplaced": lambda: look.regional([{"prompt": "a <tom>", "box": None}]),
         "nothing to look for": lambda: search([{"prompt": "a bird"}]),
         "unsaid": lambda: search([{"prompt": "a man", "concepts": ["tom"]}]),
@@ -234,6 +235,17 @@ def toy() -> None:
             facts["refused"][title] = ""
         except ValueError as error:
             facts["refused"][title] = f"{type(error).__name__}: {error}"
+
+
+def with_total_memory(size: int, attempt):
+    """attempt() on a device of so many bytes, all of which the sampling itself needs."""
+    management = comfy.model_management
+    before = management.get_total_memory, management.minimum_inference_memory
+    management.get_total_memory, management.minimum_inference_memory = lambda *_: size, lambda: size
+    try:
+        return attempt()
+    finally:
+        management.get_total_memory, management.minimum_inference_memory = before
 
 
 def unplaced(entries: list[dict]) -> list:
