@@ -78,8 +78,8 @@ def check_memory(model: comfy.model_patcher.ModelPatcher, stack: Stack) -> None:
     if needed > room:
         raise AdapterError(
             f"these {len(stack)} concepts take {needed / 1e9:.2g} GB beside the model, and {device} has "
-            f"{room / 1e9:.2g} GB for them; take fewer of them or of a smaller rank, or the merged mode, which keeps none "
-            "apart"
+            f"{room / 1e9:.2g} GB for them; take fewer of them or of a smaller rank, or the merged mode, which keeps "
+            "none apart"
         )
 
 
