@@ -16,7 +16,8 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Task:
-    """One run of one trainer.  layers: a target of ours, or "every"; steps: timed ones, after one that is not."""
+    """One run of one trainer.  layers: a target of ours, or "every", both orthogonal but for
+    "... as lora"; steps: timed ones, after one that is not."""
 
     trainer: str
     layout: str = "full"

@@ -176,6 +176,10 @@ def test_regions_hold_concepts_apart_unless_a_merge_is_asked_for(made, here, cap
         assert run(capsys, "sample", "a man on the beach", *DRAW, *region, *more, "--out", f"{name}.png")[0] == 0
         drawn[name] = (here / f"{name}.png").read_bytes()
     assert drawn["gated"] == drawn["base"] != drawn["merged"]
+    for strength in ("1", "0"):
+        region = ["--region", "0,0,0.5,1:a <tom> on the beach", "--concept", f"{concept(made)}:{strength}"]
+        assert run(capsys, "sample", "a man on the beach", *DRAW, *region, "--out", f"{strength}.png")[0] == 0
+    assert (here / "1.png").read_bytes() != (here / "0.png").read_bytes()
 
 
 def test_sample_is_the_same_every_time_and_strength_0_is_the_base(made, here, capsys):
