@@ -1,6 +1,6 @@
 """Registration with the host, and nothing else: importing this loads neither torch nor the engine."""
 
-WEB_DIRECTORY = "./js"  # help pages, in docs/
+WEB_DIRECTORY = "./js"  # the editor of regions; help pages, in docs/
 
 
 async def comfy_entrypoint():

@@ -48,14 +48,20 @@ SHOWN = 4  # groups of which the sheet shows a picture
 
 @dataclass(frozen=True)
 class Way:
-    """A row of the table.  mode: merged or gated in this process; automatic, core_masks or core_hooks in the host."""
+    """A row of the table.
+
+    mode: merged or gated in this process; described, which is the base alone, told in plain words who is where;
+    automatic, core_masks or core_hooks in the host.
+    """
 
     name: str
     method: str
     mode: str
 
 
+HERE_DRAWN = ("merged", "gated", "described")
 WAYS = (
+    Way("described in words, no concept", "", "described"),
     Way("merged, plain LoRA", "lora", "merged"),
     Way("merged, orthogonal", "orthogonal", "merged"),
     Way("gated, plain LoRA", "lora", "gated"),
@@ -94,16 +100,21 @@ class Group:
     @property
     def prompts(self) -> list[str]:
         """Each region's: who is there, and what else the picture shows, as the base's captions say it."""
-        words = [BY_NAME[name].class_word for name in self.names]
-        return [
-            self._said([*words[:tile], BY_NAME[name].trigger, *words[tile + 1 :]])
-            for tile, name in enumerate(self.names)
-        ]
+        return self._each_with([BY_NAME[name].trigger for name in self.names])
+
+    @property
+    def described(self) -> list[str]:
+        """The same in words that the base knows, instead of triggers."""
+        return self._each_with([BY_NAME[name].description for name in self.names])
 
     @property
     def called(self) -> str:
         """The whole picture with everyone by name."""
         return self._said([BY_NAME[name].trigger for name in self.names])
+
+    def _each_with(self, nouns: Sequence[str]) -> list[str]:
+        words = [BY_NAME[name].class_word for name in self.names]
+        return [self._said([*words[:tile], noun, *words[tile + 1 :]]) for tile, noun in enumerate(nouns)]
 
     def _said(self, nouns: Sequence[str]) -> str:
         return f"{' and '.join(f'a {noun}' for noun in nouns)} {SCENE_PHRASES[self.scene]}"
@@ -131,7 +142,7 @@ def drawn(args: argparse.Namespace, way: Way, everything: Sequence[Group]) -> di
     folder = args.out / way.name.replace(", ", "-").replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     todo = [group for group in everything if not (folder / f"{group.key}.safetensors").exists()]
-    if todo and way.mode not in ("merged", "gated"):
+    if todo and way.mode not in HERE_DRAWN:
         in_host(args, way, todo, folder)
     elif todo:
         base = load_toy_base()
@@ -143,14 +154,17 @@ def drawn(args: argparse.Namespace, way: Way, everything: Sequence[Group]) -> di
 
 
 def stack_of(folder: Path, way: Way, group: Group) -> list[tuple[Concept, float]]:
+    if way.mode == "described":
+        return []
     return [(load_concept(folder / way.method / f"{name}.safetensors"), 1.0) for name in group.names]
 
 
 def headless(base, way: Way, group: Group, stack, steps: int, feather: float) -> Tensor:
     settings: SampleSettings = replace(SAMPLING, steps=steps, width=TILE * len(group.names), batch=BATCH)
-    regions = [Region(prompt, box, feather=feather) for prompt, box in zip(group.prompts, group.boxes, strict=True)]
+    prompts = group.described if way.mode == "described" else group.prompts
+    regions = [Region(prompt, box, feather=feather) for prompt, box in zip(prompts, group.boxes, strict=True)]
     asked = [group.prompt] * len(group.seeds)
-    if way.mode == "merged":
+    if way.mode != "gated":
         with customised(base, [concept for concept, _ in stack], [strength for _, strength in stack]) as tokens:
             return sample(base, asked, group.seeds, tokens, settings, regions)
     return sample(base, asked, group.seeds, {}, settings, regions, mode=way.mode, stack=stack)

@@ -18,6 +18,7 @@ from .merging import (
     ConceptMerge,
     ConceptOrthogonalize,
 )
+from .region_drawing import DrawRegions
 from .region_json import RegionsFromJSON
 from .regions import ConceptRegion, RegionalConcepts, RegionalConceptSampler, RegionPreview
 from .reports import CrosstalkReport
@@ -51,6 +52,7 @@ NODES: list[type[io.ComfyNode]] = [
     ConceptHook,
     ConceptFromModel,
     ConceptRegion,
+    DrawRegions,
     RegionsFromJSON,
     RegionPreview,
     FindRegions,

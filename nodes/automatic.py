@@ -24,7 +24,7 @@ class FindRegions(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base as it was loaded, without any merge"),
                 io.Clip.Input("clip", tooltip="Its text encoder, from the same node"),
                 concepts_input("concepts", "The concepts that the regions name or call, with strengths"),
-                CONCEPT_REGIONS.Input("regions", tooltip="From the last Concept Region, or from Regions From JSON"),
+                CONCEPT_REGIONS.Input("regions", tooltip="From Draw Regions, Concept Region or Regions From JSON"),
                 *prompt_inputs("The whole picture in words, best with the trigger words in it"),
                 *drawing_inputs(),
                 overlap_input(),

@@ -257,7 +257,7 @@ class RegionPreview(io.ComfyNode):
             search_aliases=["show regions", "preview boxes", "region map", "debug regions", "visualize mask"],
             is_output_node=True,
             inputs=[
-                CONCEPT_REGIONS.Input("regions", tooltip="From the last Concept Region, or from Regions From JSON"),
+                CONCEPT_REGIONS.Input("regions", tooltip="From Draw Regions, Concept Region or Regions From JSON"),
                 io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="The picture's width in pixels"),
                 io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Its height in pixels"),
                 overlap_input(),
@@ -291,7 +291,7 @@ class RegionalConcepts(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base; in merged mode also the model from Merge Concepts"),
                 io.Clip.Input("clip", tooltip="Its text encoder, from the same node"),
                 concepts_input("concepts", "The concepts that the regions name or call, with strengths", optional=True),
-                CONCEPT_REGIONS.Input("regions", tooltip="From the last Concept Region, or from Regions From JSON"),
+                CONCEPT_REGIONS.Input("regions", tooltip="From Draw Regions, Concept Region or Regions From JSON"),
                 *prompt_inputs(),
                 mode_input(),
                 overlap_input(),
@@ -325,7 +325,7 @@ class RegionalConceptSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base; in merged mode also the model from Merge Concepts"),
                 io.Clip.Input("clip", tooltip="Its text encoder, from the same node"),
                 *prompt_inputs(),
-                CONCEPT_REGIONS.Input("regions", tooltip="From the last Concept Region, or from Regions From JSON"),
+                CONCEPT_REGIONS.Input("regions", tooltip="From Draw Regions, Concept Region or Regions From JSON"),
                 *drawing_inputs(),
                 concepts_input(
                     "concepts",

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import AdapterError
 from .geometry import Region, region_weights
 
-LONGEST = 896  # pixels of the drawn picture's longer side
+LONGEST = 640  # pixels of the drawn picture's longer side
 PAPER, INK = (250, 248, 244), (28, 26, 34)
 COLOURS = (
     (214, 72, 66), (46, 118, 190), (58, 152, 88), (222, 150, 32),
@@ -21,7 +21,7 @@ COLOURS = (
 )  # fmt: skip
 FILL = 0.5
 _TRIGGER = re.compile(r"<([^<>\s]+)>")
-_FONT, _LINE, _PAD = 19, 23, 6
+_FONT, _LINE, _PAD = 24, 28, 6  # readable where a node shows the picture at half its size
 
 
 def draw_regions(

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ PACK = sorted(
     ]
     if "__pycache__" not in path.parts
 )
+SCRIPTS = sorted((ROOT / "js").rglob("*.js"))
 ENGINE = [path for path in PACK if path.is_relative_to(ROOT / "modular_concepts")]
 
 BUILTINS = {"eval", "exec", "compile", "__import__"}
@@ -30,6 +32,10 @@ MODULES = {
     *(f"os.{name}" for name in dir(os) if name.startswith(("exec", "spawn", "posix_spawn"))),
     *("socket", "http", "urllib.request", "ftplib", "smtplib", "requests", "httpx", "urllib3", "aiohttp"),
 }
+IN_SCRIPTS = re.compile(
+    r"\beval\b|\bFunction\s*\(|(inner|outer)HTML|insertAdjacentHTML|document\.write|srcdoc|set(Timeout|Interval)\(\s*[\"'`]"
+    r"|\bfetch\s*\(|XMLHttpRequest|WebSocket|sendBeacon|\bimport\s*\(|https?:"
+)
 HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server", "execution"}
 HEAVY = {"diffusers", "transformers", "matplotlib", "PIL"}
 
@@ -108,6 +114,18 @@ def test_the_scan_lets_honest_code_pass():
         "import re, os, torch\nfrom safetensors.torch import load\nmodel.eval()\nre.compile('x')\n"
         "code = requests = 1\nos.replace('a', 'b')\nself.load('x')\nnp.load('x', allow_pickle=False)\n"
     )
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_of_the_page_make_no_code_or_markup_of_data_and_call_nobody(path):
+    assert not IN_SCRIPTS.findall(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "source", ["new Function('x')", "a.innerHTML = b", "eval(x)", "setTimeout('x', 1)", "fetch(u)"]
+)
+def test_the_scan_of_scripts_sees_it(source):
+    assert IN_SCRIPTS.search(source)
 
 
 @pytest.mark.parametrize("path", ENGINE, ids=lambda path: str(path.relative_to(ROOT)))

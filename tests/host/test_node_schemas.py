@@ -33,6 +33,7 @@ NODES = {
     "ConceptHook": "HOOKS",
     "ConceptFromModel": "CONCEPT LORA_MODEL",
     "ConceptRegion": "CONCEPT_REGIONS",
+    "DrawRegions": "CONCEPT_REGIONS INT INT",
     "RegionsFromJSON": "CONCEPT_REGIONS",
     "RegionPreview": "IMAGE",
     "FindRegions": "CONCEPT_REGIONS MASK",
