@@ -249,10 +249,11 @@ FIGURES = {
 
 
 def figures(rows: Sequence[dict]) -> dict:
-    """Means with 95 % intervals over: all regions, look-alikes, pictures of two and of three."""
+    """Means with 95 % intervals over: all regions, look-alikes, others, pictures of two and of three."""
     parts = {
         "all": rows,
         "look-alikes": [row for row in rows if row["alike"]],
+        "mixed company": [row for row in rows if not row["alike"]],
         "two": [row for row in rows if row["subjects"] == 2],
         "three": [row for row in rows if row["subjects"] == 3],
     }
@@ -269,7 +270,7 @@ def figures(rows: Sequence[dict]) -> dict:
 
 def markdown(table: dict) -> str:
     lines = []
-    for part in ("look-alikes", "all", "two", "three"):
+    for part in ("look-alikes", "mixed company", "all", "two", "three"):
         lines += [f"{part}:", "", "| way | " + " | ".join(FIGURES.values()) + " | regions |"]
         lines += ["|---" * (len(FIGURES) + 2) + "|"]
         for name, own in table.items():

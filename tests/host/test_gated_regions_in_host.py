@@ -104,7 +104,7 @@ def test_the_network_has_concepts_by_region_as_the_headless_sampler_makes_it(fou
     assert relative_error(tensors["network"], ungated) > 1e-2
 
 
-@pytest.mark.parametrize("title", [*FULL, "odd size", "sd15 euler", "sd15 odd size", "sd15 controlled"])
+@pytest.mark.parametrize("title", [*FULL, "odd size", "sd15 euler", "sd15 odd size", "sd15 controlled", "sd15 adapted"])
 def test_one_full_region_is_plain_sampling_with_its_concept_merged(found, title):
     tensors, _ = found
     assert relative_error(tensors[f"{title}|full"], tensors[f"{title}|merged"]) < 1e-4
@@ -146,13 +146,12 @@ def test_a_gate_is_no_merge_and_no_absence(found):
     assert torch.equal(tensors["all in one"], tensors["two"])
 
 
-def test_control_holds_in_regions_as_much_as_they_let_it(found):
+@pytest.mark.parametrize("title", ["sd15 controlled", "sd15 adapted"])  # by a ControlNet, by a T2I-Adapter
+def test_control_holds_in_regions_as_much_as_they_let_it(found, title):
     tensors, _ = found
-    assert relative_error(tensors["sd15 controlled|full"], tensors["sd15 euler|full"]) > 1e-2
-    assert relative_error(tensors["sd15 free of control"], tensors["sd15 euler|full"]) < 1e-4
-    half, free, whole = (
-        tensors[f"sd15 {title}"] for title in ("half free of control", "free of control", "controlled|full")
-    )
+    assert relative_error(tensors[f"{title}|full"], tensors["sd15 euler|full"]) > 1e-2
+    assert relative_error(tensors[f"{title}, free"], tensors["sd15 euler|full"]) < 1e-4
+    half, free, whole = (tensors[f"{title}{part}"] for part in (", half free", ", free", "|full"))
     assert relative_error(half, free) > 1e-3 and relative_error(half, whole) > 1e-3
 
 

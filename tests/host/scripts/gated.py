@@ -15,6 +15,7 @@ import comfy.model_management  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
+import comfy.t2i_adapter.adapter  # noqa: E402
 import torch  # noqa: E402
 from comfy_extras import nodes_model_advanced, nodes_pag  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -301,13 +302,14 @@ def stable_diffusion() -> None:
     facts["kinds"] = sorted({len(adapter.lora_down.shape) for adapter in stack[0][0].layers.values()})
     look = Look("sd15 ", model, clip, stack, {"samples": torch.zeros(1, 4, 8, 12)})
     common(look)
-    look.control = control_net()
-    look.both("controlled")
     free, left = {"prompt": plan["inside"], "control": 0.0}, [0.0, 0.0, 0.5, 1.0]
-    found["sd15 free of control"] = look.regional([free])
-    found["sd15 half free of control"] = look.regional(
-        [{**free, "box": left}, {"prompt": plan["inside"], "box": [0.5, 0, 1, 1]}]
-    )
+    for title, control in (("controlled", control_net()), ("adapted", t2i_adapter())):
+        look.control = control
+        look.both(title)
+        found[f"sd15 {title}, free"] = look.regional([free])
+        found[f"sd15 {title}, half free"] = look.regional(
+            [{**free, "box": left}, {"prompt": plan["inside"], "box": [0.5, 0, 1, 1]}]
+        )
 
 
 def control_net():
@@ -318,10 +320,27 @@ def control_net():
         transformer_depth_middle=1,
     )  # fmt: skip
     network = comfy.cldm.cldm.ControlNet(**shape, operations=comfy.ops.disable_weight_init, dtype=torch.float32)
+    randomise(network)
+    return comfy.controlnet.ControlNet(network, load_device=comfy.model_management.get_torch_device())
+
+
+class TinyAdapter(comfy.t2i_adapter.adapter.Adapter):
+    """The first level of a T2I-Adapter, handed to the second of the tiny U-Net's two input blocks."""
+
+    def forward(self, hint):
+        return {"input": [*super().forward(hint)["input"][:1], None]}
+
+
+def t2i_adapter():
+    network = TinyAdapter(channels=[320], nums_rb=2, cin=3 * 64, ksize=1, sk=True, use_conv=False, xl=False)
+    randomise(network)
+    return comfy.controlnet.T2IAdapter(network, 3, 8, "nearest-exact")
+
+
+def randomise(network: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(2)
     for weight in network.parameters():
         weight.data = 0.03 * torch.randn(weight.shape, generator=generator)
-    return comfy.controlnet.ControlNet(network, load_device=comfy.model_management.get_torch_device())
 
 
 @torch.inference_mode()
