@@ -230,23 +230,23 @@ export class RegionEditor {
 
   box(entry, index) {
     const [left, top, right, bottom] = entry.box;
-    const made_ = made("div", "mc-box");
-    made_.dataset.region = index;
-    made_.style.setProperty("--mc-colour", colour(index));
-    Object.assign(made_.style, {
+    const shown = made("div", "mc-box");
+    shown.dataset.region = index;
+    shown.style.setProperty("--mc-colour", colour(index));
+    Object.assign(shown.style, {
       left: `${left * 100}%`, top: `${top * 100}%`,
       width: `${(right - left) * 100}%`, height: `${(bottom - top) * 100}%`,
     });
-    if (index < this.entries.length) made_.append(made("span", "mc-name", { textContent: title(entry, index, true) }));
+    if (index < this.entries.length) shown.append(made("span", "mc-name", { textContent: title(entry, index, true) }));
     if (index === this.chosen && this.drag?.kind !== "draw") {
-      made_.classList.add("mc-chosen");
+      shown.classList.add("mc-chosen");
       for (const handle of HANDLE_NAMES) {
         const knob = made("div", `mc-handle mc-${handle}`);
         knob.dataset.handle = handle;
-        made_.append(knob);
+        shown.append(knob);
       }
     }
-    return made_;
+    return shown;
   }
 
   tab(entry, index) {
@@ -262,12 +262,13 @@ function colour(index) {
   return `rgb(${COLOURS[index % COLOURS.length].join(" ")})`;
 }
 
-/** "2 tom + hat", with the prompt behind it where there is room. */
+/** "2 tom + hat", or whole "2 tom + hat: a <tom> with a <hat>". */
 function title(entry, index, whole = false) {
   const names = conceptNames(entry).join(" + ");
   const prompt = String(entry.prompt ?? "").trim();
   const place = hasBox(entry) ? "" : entry.mask === undefined ? " (automatic)" : " (mask)";
-  return `${index + 1} ${names || (whole ? "" : "no concept")}${place}${whole && prompt ? (names ? ": " : "") + prompt : ""}`;
+  if (!whole) return `${index + 1} ${names || "no concept"}${place}`;
+  return `${index + 1} ${[names, prompt].filter(Boolean).join(": ")}`;
 }
 
 function made(kind, name, properties = {}) {
