@@ -21,7 +21,7 @@ COLOURS = (
 )  # fmt: skip
 FILL = 0.5
 _TRIGGER = re.compile(r"<([^<>\s]+)>")
-_FONT, _LINE, _PAD = 24, 28, 6  # readable where a node shows the picture at half its size
+_FONT, _LINE, _PAD, _GAP = 24, 28, 6, 3  # readable where a node shows the picture at half its size
 
 
 def draw_regions(
@@ -56,7 +56,7 @@ def draw_regions(
         if region.box is not None:
             pen.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=3)
         lines = _wrapped(label(number, region), font, max(right - left - 4 * _PAD, 120))
-        chips.append(_free_place(_chip_box((left + _PAD, top + _PAD), lines, font, size), chips, size[1]))
+        chips.append(_free_place(_chip_box((left + _PAD, top + _PAD), lines, font, size), chips, size))
         _chip(pen, chips[-1], lines, font, colour)
     return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]
 
@@ -113,13 +113,20 @@ def _chip_box(corner: tuple[int, int], lines: Sequence[str], font, size: tuple[i
     return left, top, left + wide, top + high
 
 
-def _free_place(box: tuple[int, int, int, int], taken: Sequence[tuple[int, int, int, int]], height: int):
-    """The box, moved down past those that it would hide; as it is where there is no room."""
-    left, top, right, bottom = box
-    for own in sorted(taken, key=lambda other: other[1]):
-        if left < own[2] and own[0] < right and top < own[3] and own[1] < bottom:
-            top, bottom = own[3] + 3, own[3] + 3 + bottom - top
-    return (left, top, right, bottom) if bottom < height else box
+def _free_place(box: tuple[int, ...], taken: Sequence[tuple[int, ...]], size: tuple[int, int]) -> tuple[int, ...]:
+    """The box, or the nearest place beside, above or below others where it covers none; the box where there is none."""
+    left, top, wide, high = box[0], box[1], box[2] - box[0], box[3] - box[1]
+    beside = taken[-12:]  # enough, and quick with many regions
+    lefts = [left, *(edge for own in beside for edge in (own[2] + _GAP, own[0] - _GAP - wide))]
+    tops = [top, *(edge for own in beside for edge in (own[3] + _GAP, own[1] - _GAP - high))]
+    free = [
+        (abs(x - left) + abs(y - top), (x, y, x + wide, y + high))
+        for x in lefts
+        for y in tops
+        if x >= 0 and y >= 0 and x + wide < size[0] and y + high < size[1]
+        and not any(x < own[2] and own[0] < x + wide and y < own[3] and own[1] < y + high for own in taken)
+    ]  # fmt: skip
+    return min(free)[1] if free else box
 
 
 def _chip(pen, box: tuple[int, int, int, int], lines: Sequence[str], font, colour) -> None:

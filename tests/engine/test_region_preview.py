@@ -7,7 +7,7 @@ import torch
 
 from modular_concepts.errors import AdapterError
 from modular_concepts.regions.geometry import Region
-from modular_concepts.regions.preview import COLOURS, FILL, LONGEST, PAPER, draw_regions, label
+from modular_concepts.regions.preview import COLOURS, FILL, LONGEST, PAPER, _free_place, draw_regions, label
 
 LEFT = Region("a <tom> on the beach", (0.0, 0.0, 0.5, 1.0))
 RIGHT = Region("a <tim> on the beach", (0.5, 0.0, 1.0, 1.0), concepts=("tim", "hat"))
@@ -73,3 +73,11 @@ def test_what_cannot_be_shown_is_refused():
         draw_regions([], 64, 64)
     with pytest.raises(AdapterError, match=r"reaches to \(80, 8\), but the picture is only 64 x 64"):
         draw_regions([Region("a", (0, 0, 80, 8), pixels=True)], 64, 64)
+
+
+def test_a_label_makes_way_for_those_before_it():
+    taken = [(10, 10, 60, 40)]
+    assert _free_place((100, 10, 150, 40), taken, (200, 100)) == (100, 10, 150, 40)
+    assert _free_place((20, 15, 70, 45), taken, (200, 100)) == (20, 43, 70, 73)
+    assert _free_place((20, 15, 70, 45), taken, (200, 60)) == (63, 15, 113, 45), "beside, where there is no room below"
+    assert _free_place((20, 15, 70, 45), taken, (80, 60)) == (20, 15, 70, 45), "nowhere: then as it was"
