@@ -4,7 +4,7 @@ import {
   boxBetween, COLOURS, conceptNames, HANDLE_NAMES, hasBox, isBox, moved, parsed, resized, rounded, snapped, written,
 } from "./region_boxes.js";
 
-const NEAR = 7; // screen pixels within which an edge attracts
+const NEAR = 9; // screen pixels within which an edge attracts
 const STEPS = 64; // to the longer side, where nothing attracts
 const PAUSE = 500; // milliseconds without a letter, after which what was typed is one step of undo
 const NUMBERS = [
