@@ -23,28 +23,15 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
-UNET = dict(
-    image_size=32,
-    in_channels=4,
-    out_channels=4,
-    model_channels=320,
-    channel_mult=[1],
-    num_res_blocks=[1],
-    num_heads=8,
-    num_head_channels=-1,
-    context_dim=768,
-    use_spatial_transformer=True,
-    transformer_depth=[1],
-    transformer_depth_output=[1, 1],
-    transformer_depth_middle=1,
-)
 
 
 def random_weights() -> dict[str, torch.Tensor]:
     """Of Stable Diffusion 1.5's layout, one level; exact in float16."""
     generator = torch.Generator().manual_seed(0)
     made = {}
-    for key, value in unets.UNetModel(**UNET, operations=comfy.ops.disable_weight_init).state_dict().items():
+    for key, value in (
+        unets.UNetModel(**tiny_models.SD15_UNET, operations=comfy.ops.disable_weight_init).state_dict().items()
+    ):
         norm = key.endswith("weight") and value.dim() == 1
         made[key] = (torch.randn(value.shape, generator=generator) * 0.05 + norm).half().float()
     return made

@@ -13,6 +13,7 @@ import comfy.ldm.modules.diffusionmodules.openaimodel as unets  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.sd1_clip  # noqa: E402
 import comfy.taesd.taesd  # noqa: E402
+import tiny_models  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
@@ -32,22 +33,7 @@ def is_norm(key: str, value: torch.Tensor) -> bool:
     return key.endswith("weight") and value.dim() == 1
 
 
-unet = unets.UNetModel(
-    image_size=32,
-    in_channels=4,
-    out_channels=4,
-    model_channels=320,
-    channel_mult=[1],
-    num_res_blocks=[1],
-    num_heads=8,
-    num_head_channels=-1,
-    context_dim=768,
-    use_spatial_transformer=True,
-    transformer_depth=[1],
-    transformer_depth_output=[1, 1],
-    transformer_depth_middle=1,
-    operations=comfy.ops.disable_weight_init,
-)
+unet = unets.UNetModel(**tiny_models.SD15_UNET, operations=comfy.ops.disable_weight_init)
 text = comfy.sd1_clip.SDClipModel(device="cpu", dtype=torch.float32)
 save_file(
     {

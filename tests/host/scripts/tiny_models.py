@@ -26,6 +26,21 @@ TEXT = {
     "clip_g_model_config": {"num_hidden_layers": 3, "intermediate_size": 320},
     "t5xxl_model_config": {"num_layers": 1, "num_heads": 2, "d_kv": 32, "d_ff": 64, "vocab_size": 8192},
 }
+SD15_UNET = dict(
+    image_size=32,
+    in_channels=4,
+    out_channels=4,
+    model_channels=320,
+    channel_mult=[1],
+    num_res_blocks=[1],
+    num_heads=8,
+    num_head_channels=-1,
+    context_dim=768,
+    use_spatial_transformer=True,
+    transformer_depth=[1],
+    transformer_depth_output=[1, 1],
+    transformer_depth_middle=1,
+)
 SDXL_UNET = dict(
     image_size=32,
     in_channels=4,
