@@ -61,7 +61,7 @@ class Way:
 
 HERE_DRAWN = ("merged", "gated", "described")
 WAYS = (
-    Way("described in words, no concept", "", "described"),
+    Way("in words, no concept", "", "described"),
     Way("merged, plain LoRA", "lora", "merged"),
     Way("merged, orthogonal", "orthogonal", "merged"),
     Way("gated, plain LoRA", "lora", "gated"),
@@ -271,6 +271,8 @@ def figures(rows: Sequence[dict]) -> dict:
 def markdown(table: dict) -> str:
     lines = []
     for part in ("look-alikes", "mixed company", "all", "two", "three"):
+        if not any(part in own for own in table.values()):
+            continue
         lines += [f"{part}:", "", "| way | " + " | ".join(FIGURES.values()) + " | regions |"]
         lines += ["|---" * (len(FIGURES) + 2) + "|"]
         for name, own in table.items():
