@@ -28,6 +28,7 @@ KNOWN = "modular_concepts_words"
 TEXT_MODELS = ("clip_l", "clip_g")
 T5 = "t5xxl"
 MEAN = "mean"
+_TRIGGER = re.compile(r"<[^<>\s]+>")
 
 
 def encode_prompt(clip: comfy.sd.CLIP, text: str, stack: Sequence[tuple[Concept, float]] = ()) -> list:
@@ -55,6 +56,20 @@ def encode_prompt(clip: comfy.sd.CLIP, text: str, stack: Sequence[tuple[Concept,
 
 def _encoded(clip: comfy.sd.CLIP, text: str) -> list:
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def warnings_of_words(clip: comfy.sd.CLIP, texts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+    """A sentence for trigger words in the texts that neither the CLIP nor a concept knows; none if there are none."""
+    known, *_ = getattr(clip.tokenizer, KNOWN, ({},))
+    heard = {word.lower() for word in known}
+    heard |= {word.lower() for concept in concepts for word in (*concept.tokens, *concept.recipe.triggers)}
+    unknown = [word for text in texts for word in _TRIGGER.findall(text) if word.lower() not in heard]
+    if not unknown:
+        return []
+    words = ", ".join(dict.fromkeys(unknown))
+    return [
+        f"no concept here has the trigger word {words}, which so changes nothing; connect its concept, or leave it out"
+    ]
 
 
 def learned_words(concepts: Sequence[Concept]) -> dict[str, Tensor]:

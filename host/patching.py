@@ -197,7 +197,11 @@ def _put(found: Mapping[str, Merged], patcher: comfy.model_patcher.ModelPatcher,
 
 def concepts_in(model: comfy.model_patcher.ModelPatcher) -> tuple[str, ...]:
     """Names of the concepts that were merged into a MODEL."""
-    return tuple(concept.name for merge in _merges_in(model) for concept, _ in merge.stack)
+    return tuple(concept.name for concept in merged_concepts(model))
+
+
+def merged_concepts(model: comfy.model_patcher.ModelPatcher) -> tuple[Concept, ...]:
+    return tuple(concept for merge in _merges_in(model) for concept, _ in merge.stack)
 
 
 def _merges_in(model: comfy.model_patcher.ModelPatcher) -> tuple[Inside, ...]:

@@ -28,7 +28,7 @@ from ..modular_concepts.regions.acting import acting, check_names
 from ..modular_concepts.regions.geometry import Region, region_weights
 from ..modular_concepts.regions.places import Places
 from .automatic import found_regions
-from .clip import encode_prompt
+from .clip import encode_prompt, warnings_of_words
 from .control import weighted
 from .gated import HostGate, check_memory, fitting_stack, with_concepts, with_words
 from .joint import JointListening
@@ -37,7 +37,7 @@ from .layerwise import LAYERS, cross_attention_layers, with_layers
 from .listening import PROGRESS, Clock, Listening
 from .merging import warnings_here, warnings_of
 from .messages import show_text
-from .patching import concepts_in, merged
+from .patching import concepts_in, merged, merged_concepts
 
 MODES = ("merged", "gated")
 REGIONS = "modular_concepts_regions"
@@ -146,8 +146,11 @@ def with_regions(
     """
     _check(model, regions, mode)
     check_names(regions, [*concepts_in(model), *(concept.name for concept, _ in stack)])
-    said = warnings_of(model, clip, stack, "weights") if mode == "merged" else warnings_here(model, clip, stack)
-    if stack and said:
+    concepts = [*merged_concepts(model), *(concept for concept, _ in stack)]
+    said = warnings_of_words(clip, [*prompts, *(region.prompt for region in regions)], concepts)
+    if stack:
+        said += warnings_of(model, clip, stack, "weights") if mode == "merged" else warnings_here(model, clip, stack)
+    if said:
         show_text("\n".join(said))
     places = Places(regions, overlap, _scale(model))
     if mode == "merged" or not stack:

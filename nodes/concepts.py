@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..host import concepts as files
-from ..host.clip import encode_prompt
+from ..host.clip import encode_prompt, warnings_of_words
 from ..host.loras import concepts_of
 from ..host.messages import show_text
 from ..modular_concepts.files.modelspec import thumbnail as small_picture
@@ -234,4 +234,7 @@ class ConceptTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, text: str, concepts=None) -> io.NodeOutput:
-        return io.NodeOutput(encode_prompt(clip, text, stacks.as_stack(concepts)))
+        stack = stacks.as_stack(concepts)
+        for warning in warnings_of_words(clip, [text], [concept for concept, _ in stack]):
+            show_text(warning)
+        return io.NodeOutput(encode_prompt(clip, text, stack))

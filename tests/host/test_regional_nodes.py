@@ -38,7 +38,7 @@ def test_the_modes_are_two(found):
 
 def test_regions_mean_the_same_from_widgets_json_and_boxes(found):
     tensors, facts = found
-    assert facts["same"] and facts["stack"] == [["tom", 1.0], ["rex", 1.0]]
+    assert facts["same"] and facts["drawn"] and facts["stack"] == [["tom", 1.0], ["rex", 1.0]]
     assert facts["boxed"] == [[32, 0, 64, 32], True, ["rex"], 0.1, 0.9, 3] and facts["nobody"] == []
     assert relative_error(tensors["pixels"], tensors["gated"]) < 1e-5
 
@@ -53,6 +53,13 @@ def test_what_a_widget_cannot_mean_is_told_before_anything_runs(found):
     _, facts = found
     assert facts["json problem"] == "region 1: prompt must be text; got 3" and facts["json fine"] is True
     assert "holds from 0.6 to 0.4 of the sampling" in facts["window problem"]
+
+
+def test_a_trigger_word_that_nothing_here_knows_is_told_of(found):
+    said = found[1]["said"]
+    assert said["known"] == []
+    for title, word in (("unknown", "<bob>"), ("bare", "<tom>"), ("prompt", "<bob>")):
+        assert [word in sentence and "connect its concept" in sentence for sentence in said[title]] == [True], title
 
 
 def test_the_preview_is_shown_and_handed_on(found):
@@ -73,6 +80,7 @@ def test_places_are_found_for_regions_without_one(found):
     [
         ("unknown", "asks for the concept 'nobody', and there is none of that name"),
         ("outside", "reaches to (99, 32), but the picture is only 64 x 32 pixels"),
+        ("drawn", "no region is drawn; drag a box on the Draw Regions node"),
         ("none", "there is no region to show; connect a Concept Region"),
         ("lost", "has no place"),
         ("mode", "melted"),

@@ -24,7 +24,7 @@ def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
     node, stacking = pack_module("nodes.regions"), pack_module("nodes.stacking")
     from_json = pack_module("nodes.region_json").RegionsFromJSON
-    finder = pack_module("nodes.automatic").FindRegions
+    finder, drawing = pack_module("nodes.automatic").FindRegions, pack_module("nodes.region_drawing").DrawRegions
     model, clip, _ = pack_module("host.toy").load_toy_base()
     load = pack_module("modular_concepts.files").load_concept
     concepts = {f"concept{index}": load(FOLDER / f"{name}.safetensors") for index, name in enumerate(("tom", "rex"))}
@@ -40,6 +40,7 @@ def main() -> None:
     entries = [{"prompt": LEFT, "box": [0, 0, 0.5, 1]}, {"prompt": RIGHT, "box": [0.5, 0, 1, 1], "concepts": ["rex"]}]
     written = from_json.execute(json.dumps(entries))[0]
     facts["same"] = written == chain
+    facts["drawn"] = list(drawing.execute(64, 32, json.dumps(entries[1:]), chain[:1]).args) == [chain, 64, 32]
     facts["json problem"] = str(from_json.validate_inputs(json='[{"prompt": 3, "box": [0, 0, 1, 1]}]'))
     facts["json fine"] = from_json.validate_inputs(json=json.dumps(entries))
     facts["window problem"] = str(
@@ -75,7 +76,20 @@ def main() -> None:
     found["automatic"] = sampled(lost, "gated")
     facts["automatic problem"] = node.ConceptRegion.validate_inputs("a", "automatic", 0.0, 0.0, 99.0, 1.0)
 
+    facts["said"] = {}
+    for title, prompt, own in (("known", LEFT, stack), ("unknown", "a <bob> and a <rex>", stack), ("bare", LEFT, None)):
+        spoken = facts["said"][title] = []
+        pack_module("host.regions").show_text = spoken.append
+        regional = region(prompt, 0.0, 1.0)
+        node.RegionalConcepts.execute(model, clip, regional, *PROMPTS, "gated", "average", own)
+    facts["said"]["prompt"] = spoken = []
+    texts = pack_module("nodes.concepts")
+    texts.show_text = spoken.append
+    texts.ConceptTextEncode.execute(clip, LEFT, stack)
+    texts.ConceptTextEncode.execute(clip, "a <bob>", stack)
+
     for title, attempt in {
+        "drawn": lambda: drawing.execute(64, 32, "[]"),
         "lost": lambda: node.RegionalConcepts.execute(model, clip, lost, *PROMPTS, "gated", "average", stack),
         "unknown": lambda: sampled(region(LEFT, 0.0, 1.0, concepts="nobody"), "gated"),
         "outside": lambda: node.RegionPreview.execute(region(LEFT, 0.0, 99.0, "pixels"), 64, 32, "average"),
