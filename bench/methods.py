@@ -185,7 +185,7 @@ def curves(path: Path, losses: dict[str, list[float]], still: Sequence[float], n
     from matplotlib import pyplot
 
     with_prior = {method.name for method in METHODS if method.prior}
-    figure, axes = pyplot.subplots(figsize=(8.2, 4.6), dpi=110)
+    figure, axes = pyplot.subplots(figsize=(9.6, 4.6), dpi=110)
     colours = pyplot.get_cmap("tab10").colors
     for colour, (label, own) in zip(colours, losses.items(), strict=False):
         if label in with_prior:
@@ -195,7 +195,7 @@ def curves(path: Path, losses: dict[str, list[float]], still: Sequence[float], n
         axes.plot(torch.arange(len(line)) + WINDOW / 2, line, label=label, color=colour, linewidth=1.6)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="step", ylabel="loss minus the untrained base's", title=f"What each method learns of {name}")
-    axes.legend(fontsize=8, frameon=False, ncols=2)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # beside the lines, not on them
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path)
