@@ -17,12 +17,12 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_advice(settings: TrainSettings) -> str:
-    """The three settings that help most, of those that are not used yet."""
+    """The three settings that help most, of those that are not used yet; in the order of docs/training.md."""
     ways = (
-        (not settings.gradient_checkpointing, "turn gradient_checkpointing on"),
         (settings.batch > 1, f"lower batch (now {settings.batch})"),
-        (settings.precision == "fp32", "set precision to bf16"),
         (True, "train on smaller pictures"),
+        (not settings.gradient_checkpointing, "turn gradient_checkpointing on"),
+        (settings.precision == "fp32", "set precision to bf16"),
         (True, "train fewer layers"),
         (True, f"lower rank (now {settings.rank})"),
     )

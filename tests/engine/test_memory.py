@@ -48,7 +48,10 @@ def test_memory_that_runs_out_is_a_sentence_and_loses_nothing(tmp_path, fault):
     with pytest.raises(OutOfMemory) as caught:
         train(replace(base, predict=predict), settings, basis=tiny_basis(), checkpoints=tmp_path)
     said = str(caught.value)
-    assert "memory ran out at step 5; turn gradient_checkpointing on, lower batch (now 3) or set precision" in said
+    assert (
+        "memory ran out at step 5; lower batch (now 3), train on smaller pictures or turn gradient_checkpointing on"
+        in said
+    )
     assert "What was learned up to step 4 is kept" in said and caught.value.result.step == 4
     assert weights_hash(base) == before and hook_count(base) == 0 and torch.equal(torch.get_rng_state(), state)
     straight = learned(train(base, settings, basis=tiny_basis()))
@@ -61,12 +64,12 @@ def test_memory_that_is_too_small_from_the_start_keeps_no_file(tmp_path):
     with pytest.raises(AdapterError, match="memory ran out at step 1;.*lower batch"):
         train(replace(tiny_problem(), predict=too_much), SETTINGS, basis=tiny_basis(), checkpoints=tmp_path)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(AdapterError, match="too small for 1 of 3 pictures at once; turn gradient_checkpointing on"):
+    with pytest.raises(AdapterError, match="too small for 1 of 3 pictures at once; train on smaller pictures"):
         rehearse(replace(tiny_problem(), predict=too_much), SETTINGS, tiny_basis())
 
 
 def test_the_advice_names_only_what_is_left_to_do():
-    assert memory_advice(TrainSettings(batch=4)).startswith("turn gradient_checkpointing on, lower batch (now 4) or")
+    assert memory_advice(TrainSettings(batch=4)).startswith("lower batch (now 4), train on smaller pictures or")
     lean = TrainSettings(batch=1, gradient_checkpointing=True, precision="bf16", rank=8)
     assert memory_advice(lean) == "train on smaller pictures, train fewer layers or lower rank (now 8)"
     assert not ran_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

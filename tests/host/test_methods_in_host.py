@@ -164,8 +164,8 @@ def test_other_settings_are_refused_unless_told_to_go_on(found, case):
         ("bitsandbytes", "bitsandbytes"),
         ("optimizer", "optimizer is 'sgd'; choose one of adamw, adamw8bit"),
         ("memory in estimate", "turn gradient_checkpointing on"),
-        ("memory in step", "turn gradient_checkpointing on, lower batch (now 2) or set precision to bf16"),
-        ("memory in the VAE", "turn gradient_checkpointing on, lower batch (now 2) or set precision to bf16"),
+        ("memory in step", "lower batch (now 2), train on smaller pictures or turn gradient_checkpointing on"),
+        ("memory in the VAE", "lower batch (now 2), train on smaller pictures or turn gradient_checkpointing on"),
     ],
 )
 def test_what_is_missing_is_said_in_one_sentence(found, what, words):
