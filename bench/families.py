@@ -1,7 +1,7 @@
 """The same five toy concepts merged by every family, then each drawn from the merged model and judged.
 
-    python -m bench.families                     everything: three quarters of an hour on two cores, most of it training
-    python -m bench.families --only "sum, 1"     these rows alone; trained concepts and finished rows stay in --out
+    python -m bench.families                            everything: three quarters of an hour on two cores
+    python -m bench.families --only "orthogonal, sum"   these rows alone; what is finished stays in --out
 
 Writes OUT/concepts/METHOD/NAME.safetensors with moments beside, OUT/rows/*.json and .safetensors (the pictures),
 OUT/families.md (the table) and OUT/families.png (the sheet); prints one line of JSON.

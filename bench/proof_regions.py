@@ -2,7 +2,7 @@
 
     python -m bench.proof_regions CONCEPTS             everything; pictures that OUT holds already are not drawn again
     python -m bench.proof_regions CONCEPTS --each 8    so many pictures of two and of three subjects a way
-    python -m bench.proof_regions CONCEPTS --only "gated orthogonal"
+    python -m bench.proof_regions CONCEPTS --only "gated, orthogonal"
 
 CONCEPTS holds METHOD/NAME.safetensors for the methods lora and orthogonal.  Half of the pictures show look-alikes of
 one class.  All ways get the same prompts, boxes, noise and steps; core's own run in the host.  Writes OUT/*.safetensors
@@ -302,7 +302,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--each", type=int, default=100, help="pictures of two, and of three subjects, a way")
     parser.add_argument("--steps", type=int, default=SAMPLING.steps)
     parser.add_argument("--feather", type=float, default=0.0)
-    parser.add_argument("--only", nargs="+", choices=[way.name for way in WAYS])
+    ways = [way.name for way in WAYS]
+    parser.add_argument("--only", nargs="+", metavar="WAY", choices=ways, help="; ".join(ways))
     parser.add_argument("--casts", nargs="+", metavar="NAME-NAME", help="instead of " + ", ".join(map("-".join, ALIKE)))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--host", type=Path, default=os.environ.get("COMFYUI_PATH") or Path.home() / "comfy/ComfyUI")
@@ -310,6 +311,13 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.host, args.concepts, args.out = Path(args.host), args.concepts.resolve(), args.out.resolve()
     args.host_python = Path(args.host_python or args.host / ".venv" / "bin" / "python")
+    args.casts = [tuple(cast.split("-")) for cast in args.casts] if args.casts else (*ALIKE, *MIXED)
+    methods = {way.method for way in WAYS if way.method and (not args.only or way.name in args.only)}
+    needed = {f"{method}/{name}.safetensors" for method in methods for cast in args.casts for name in cast}
+    if missing := sorted(name for name in needed if not (args.concepts / name).is_file()):
+        parser.error(
+            f"{args.concepts} has no {', '.join(missing)}; train them, or leave them out with --casts and --only"
+        )
     return args
 
 
@@ -317,8 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parsed(arguments)
     torch.set_num_threads(args.threads)
     judges = load_judges()
-    casts = [tuple(cast.split("-")) for cast in args.casts] if args.casts else (*ALIKE, *MIXED)
-    everything = groups(args.each, casts)
+    everything = groups(args.each, args.casts)
     pictures = {"drawn by the world itself": {group.key: truth(group) for group in everything}}
     for way in WAYS:
         if not args.only or way.name in args.only:
