@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ SAMPLERS = ("KSampler", "RegionalConceptSampler")
 ENLARGED = 8  # the workflows show each pixel as 8 x 8
 BRIEF = {"steps": 24, "batch_size": 4, "prior_pictures": 0, "preview_every": 8, "checkpoint_every": 8}
 FEW = 8  # sampling steps
+NODE_BAR = 30  # height of a node's title, which stands above its position
 # In so few steps a described concept owes its looks to its description.  This one has none, and rates that teach it
 # all the same, so that its looks come from the training alone.
 FROM_PICTURES_ALONE = {"description": "", "learning_rate": 1e-2, "token_learning_rate": 3e-2}
@@ -176,15 +178,24 @@ def test_both_forms_of_a_workflow_say_the_same(server, name):
 def test_a_workflow_reads_from_left_to_right_and_nothing_overlaps(name):
     kept = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     place = {node["id"]: (*node["pos"], *node["size"]) for node in kept["nodes"]}
+    groups = [group["bounding"] for group in kept["groups"]]
     for _, source, _, target, _, kind in kept["links"]:
         x, y = place[source][:2]
         assert (place[target][0], place[target][1]) > (x, y), f"{kind} goes back from {source} to {target}"
     for one, (x, y, width, height) in place.items():
         for other, (x2, y2, width2, _) in place.items():
             beside = x + width <= x2 or x2 + width2 <= x
-            assert one == other or beside or y2 < y or y2 - 30 >= y + height, f"{one} and {other} overlap"
-        groups = [group["bounding"] for group in kept["groups"]]
-        assert any(gx < x and gy < y and x + width < gx + gw and y + height < gy + gh for gx, gy, gw, gh in groups)
+            assert one == other or beside or y2 < y or y2 - NODE_BAR >= y + height, f"{one} and {other} overlap"
+        around = [(gx, gy, gw, gh) for gx, gy, gw, gh in groups if gx < x and x + width < gx + gw]
+        assert any(gy < y and y + height < gy + gh for _, gy, _, gh in around), f"{one} stands in no group"
+    for group in kept["groups"]:
+        gx, gy, gw, _ = group["bounding"]
+        bar = gy + 1.4 * group["font_size"]
+        for one, (x, y, width, height) in place.items():
+            beside = x + width <= gx or gx + gw <= x
+            assert beside or y + height <= gy or bar <= y - NODE_BAR, f"{one} lies on the title of {group['title']}"
+    for (x, y, width, height), (x2, y2, width2, height2) in itertools.combinations(groups, 2):
+        assert x + width <= x2 or x2 + width2 <= x or y + height <= y2 or y2 + height2 <= y, "groups overlap"
     assert any(node["type"] in NOTES and len(node["widgets_values"][0]) > 100 for node in kept["nodes"])
 
 
@@ -261,7 +272,8 @@ def test_each_of_several_concepts_is_itself_and_no_other(server, stories, name):
 
 def test_stock_nodes_draw_what_ours_draw(server, stories):
     run = stories("5_stock_lora_interop").first
-    ours, stock, other = (tiles(server, run, title) for title in ("ours", "stock, from memory", "stock, from a file"))
+    titles = ("ours", "ComfyUI's own, from memory", "ComfyUI's own, from a file")
+    ours, stock, other = (tiles(server, run, title) for title in titles)
     assert (ours - stock).abs().max() <= 2 / 255
     assert (ours - other).abs().max() > 0.1
     for pictures in (ours, stock, other):
