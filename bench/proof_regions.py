@@ -100,7 +100,7 @@ class Group:
     @property
     def prompts(self) -> list[str]:
         """Each region's: who is there, and what else the picture shows, as the base's captions say it."""
-        return self._each_with([BY_NAME[name].trigger for name in self.names])
+        return self._each_with([f"{BY_NAME[name].class_word} {BY_NAME[name].trigger}" for name in self.names])
 
     @property
     def described(self) -> list[str]:
@@ -110,7 +110,7 @@ class Group:
     @property
     def called(self) -> str:
         """The whole picture with everyone by name."""
-        return self._said([BY_NAME[name].trigger for name in self.names])
+        return self._said([f"{BY_NAME[name].class_word} {BY_NAME[name].trigger}" for name in self.names])
 
     def _each_with(self, nouns: Sequence[str]) -> list[str]:
         words = [BY_NAME[name].class_word for name in self.names]
