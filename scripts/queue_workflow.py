@@ -4,10 +4,11 @@ Only Python's standard library is needed.  The workflow is in API format (`workf
 "Export (API)"); the server is a running ComfyUI.
 
     python scripts/queue_workflow.py workflows/api/2_train_three_and_merge.json \\
-        --set "strength of tom.strength=0.4,0.8,1.2" --set "draw tom.seed=1,2" --save pictures
+        --set "strength of tom.strength=0.4,0.8,1.2" --set "draw tom.seed=1,2" --save strengths
 
 queues six prompts: every strength with every seed.  What a changed value does not touch is taken from the
 server's cache, so the three concepts are trained once.  NODE in NODE.INPUT=VALUES is a node's title or its id.
+Pictures are saved as strength=0.4_seed=1_NAME.png; index.jsonl beside them has a line of JSON for each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import socket
 import struct
 import sys
@@ -147,21 +149,39 @@ class Messages:
         return bool(head[0] & 0x80), head[0] & 0x0F, self._stream.read(size)
 
 
-def variants(workflow: dict, choices: Sequence[str]) -> Iterator[tuple[str, dict]]:
-    """(what was set, prompt) for every combination of the values in NODE.INPUT=VALUE,VALUE,..."""
+def variants(workflow: dict, choices: Sequence[str]) -> Iterator[tuple[dict, dict]]:
+    """({NODE.INPUT: value}, prompt) for every combination of the values in NODE.INPUT=VALUE,VALUE,..."""
     settings = []
     for choice in choices:
-        target, _, values = choice.partition("=")
-        title, _, name = target.rpartition(".")
+        target, sign, values = choice.partition("=")
+        title, dot, name = target.rpartition(".")
+        if not sign or not dot:
+            raise SystemExit(f"--set {choice!r} is not NODE.INPUT=VALUES; write for instance 'draw tom.seed=1,2'")
         node = find_node(workflow, title)
         if name not in workflow[node]["inputs"]:
             raise SystemExit(f"{title!r} has no input {name!r}; it has {', '.join(workflow[node]['inputs'])}")
-        settings.append([(node, target, name, value) for value in values.split(",")])
+        known = workflow[node]["inputs"][name]
+        settings.append([(node, name, target, _value(text, known, target)) for text in values.split(",")])
     for combination in itertools.product(*settings):
         prompt = copy.deepcopy(workflow)
-        for node, _, name, value in combination:
-            prompt[node]["inputs"][name] = _value(value)
-        yield ", ".join(f"{target}={value}" for _, target, _, value in combination) or "as it is", prompt
+        for node, name, _, value in combination:
+            prompt[node]["inputs"][name] = value
+        yield {target: value for _, _, target, value in combination}, prompt
+
+
+def _value(text: str, known: object, target: str) -> object:
+    """What `text` says, as JSON or as it stands; SystemExit where the workflow has a value of another kind."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if isinstance(known, str):
+        return value if isinstance(value, str) else text
+    numbers = type(known) in (int, float) and type(value) in (int, float)
+    if isinstance(known, bool | int | float) and type(value) is not type(known) and not numbers:
+        kind = "true or false" if isinstance(known, bool) else "a number"
+        raise SystemExit(f"{target} is {kind}, {json.dumps(known)} in the workflow; {text!r} is not")
+    return value
 
 
 def find_node(workflow: dict, title: str) -> str:
@@ -175,48 +195,87 @@ def find_node(workflow: dict, title: str) -> str:
     return titled[0]
 
 
-def _value(text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+def title_of(prompt: dict, node: str | None) -> str:
+    """What the browser shows above a node, which is what --set takes; else its class or its id."""
+    found = prompt.get(node, {})
+    return found.get("_meta", {}).get("title") or found.get("class_type") or f"node {node}"
 
 
-def run_all(server: Server, prompts: Sequence[tuple[str, dict]], save: Path | None) -> int:
-    """Queue everything, report as it goes, return the number of prompts that failed."""
+def described(values: dict) -> str:
+    """NODE.INPUT=VALUE, NODE.INPUT=VALUE, ..."""
+    return ", ".join(f"{target}={_text(value)}" for target, value in values.items()) or "as it is"
+
+
+def file_name(values: dict, own: str) -> str:
+    """INPUT=VALUE_INPUT=VALUE_OWN, in characters that every system takes; with the node where INPUT alone is unclear.
+
+    own: the name that the server gave the picture.
+    """
+    inputs = [target.rpartition(".")[2] for target in values]
+    parts = [
+        f"{name if inputs.count(name) == 1 else target}={_text(value)[:40]}"
+        for name, (target, value) in zip(inputs, values.items(), strict=True)
+    ]
+    return "_".join(re.sub(r"[^\w.=+-]+", "-", part) for part in [*parts, own])[-200:]
+
+
+def keep(folder: Path, name: str, picture: bytes, about: dict) -> None:
+    """Write a picture, over no other one, and a line about it into index.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, number = folder / name, 1
+    while path.exists() and path.read_bytes() != picture:
+        number += 1
+        path = folder / f"{Path(name).stem}_{number}{Path(name).suffix}"
+    path.write_bytes(picture)
+    with (folder / "index.jsonl").open("a", encoding="utf-8") as index:
+        index.write(json.dumps({"file": path.name, **about}, ensure_ascii=False) + "\n")
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def run_all(server: Server, prompts: Sequence[tuple[dict, dict]], save: Path | None) -> int:
+    """Queue everything, report as it goes, return the number of prompts that failed.  prompts: of `variants`."""
     messages = Messages(server)  # before the first prompt, so that nothing is missed
     waiting, failed = {}, 0
-    for name, prompt in prompts:
+    for values, prompt in prompts:
         try:
-            waiting[server.queue(prompt)] = name
+            waiting[server.queue(prompt)] = values, prompt
         except Refused as refused:
             failed += 1
-            _say(f"{name}: refused: {refused}")
+            faults = "; ".join(f"{title_of(prompt, node)}: {reason}" for node, _, reason in refused.faults)
+            _say(f"{described(values)}: refused: {faults or refused}")
     total = len(prompts)
     for message in messages if waiting else ():
         if isinstance(message, bytes):
             continue  # a preview picture: 8 bytes, then a JPEG or PNG
         data = message["data"]
-        name = waiting.get(data.get("prompt_id"))
-        if name is None:
+        prompt_id = data.get("prompt_id")
+        if prompt_id not in waiting:
             continue
+        values, prompt = waiting[prompt_id]
+        name = described(values)
         if message["type"] == "progress":
-            _say(f"\r{name}: node {data['node']}: {data['value']} of {data['max']}   ", end="")
+            _say(f"\r{name}: {title_of(prompt, data['node'])}: {data['value']} of {data['max']}   ", end="")
         if message["type"] not in ENDINGS:
             continue
-        prompt_id = data["prompt_id"]
         del waiting[prompt_id]
         if message["type"] == "execution_success":
-            shown = server.outputs(prompt_id)
-            images = [image for node in shown.values() for image in node.get("images", []) if image["type"] == "output"]
+            images = [
+                (node, image)
+                for node, shown in server.outputs(prompt_id).items()
+                for image in shown.get("images", [])
+                if image["type"] == "output"
+            ]
             _say(f"\r{name}: done, {len(images)} pictures ({total - len(waiting)} of {total})          ")
-            for image in images if save else ():
-                save.mkdir(parents=True, exist_ok=True)
-                (save / f"{prompt_id[:8]}_{Path(image['filename']).name}").write_bytes(server.picture(image))
+            for node, image in images if save else ():
+                about = {"values": values, "node": title_of(prompt, node), "prompt_id": prompt_id}
+                keep(save, file_name(values, Path(image["filename"]).name), server.picture(image), about)
         else:
             failed += 1
             reason = data.get("exception_message", "interrupted").strip()
-            _say(f"\r{name}: {data.get('node_type')} (node {data.get('node_id')}): {reason}")
+            _say(f"\r{name}: {title_of(prompt, data.get('node_id'))}: {reason}")
         if not waiting:
             break
     else:
@@ -243,15 +302,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NODE.INPUT=VALUES",
         help="values to try, separated by commas; several --set are combined",
     )
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="also download the pictures to this folder")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="FOLDER",
+        help="also download the pictures to this folder, with their values in their names and in index.jsonl",
+    )
     chosen = parser.parse_args(arguments)
-    workflow = json.loads(chosen.workflow.read_text(encoding="utf-8"))
-    if "nodes" in workflow and "links" in workflow:
-        parser.error(
-            f"{chosen.workflow} is in the browser's format; export it with Export (API), or see workflows/api/"
-        )
     try:
-        return min(run_all(Server(chosen.server), list(variants(workflow, chosen.set)), chosen.save), 1)
+        workflow = json.loads(chosen.workflow.read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"{chosen.workflow} cannot be read: {error.strerror}")
+    except ValueError:
+        parser.error(f"{chosen.workflow} is no workflow: it is not JSON")
+    if not isinstance(workflow, dict) or not all(
+        isinstance(node, dict) and "inputs" in node for node in workflow.values()
+    ):
+        parser.error(
+            f"{chosen.workflow} is not in API format; export it with Export (API) in the browser, or see workflows/api/"
+        )
+    prompts = list(variants(workflow, chosen.set))
+    try:
+        return min(run_all(Server(chosen.server), prompts, chosen.save), 1)
     except (ConnectionError, urllib.error.URLError) as error:
         _say(f"no ComfyUI answers at {chosen.server}: {error}")
         return 1

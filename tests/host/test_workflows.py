@@ -298,5 +298,9 @@ def test_many_prompts_from_one_file_through_the_script(server, stories, tmp_path
     assert run_all(Server(server.address), prompts, tmp_path) == 0
     said = capfd.readouterr().out
     assert said.count("done, ") == 6 and "strength of tom.strength=0.5" in said
-    pictures = {path.read_bytes() for path in tmp_path.iterdir()}
-    assert len(pictures) > 6
+    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) > 6
+    assert all(
+        list(tmp_path.glob(f"strength={strength}_seed={seed}_*.png")) for strength in (0, 0.5, 1) for seed in (1, 2)
+    )
+    lines = [json.loads(line) for line in (tmp_path / "index.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {line["file"] for line in lines} == {path.name for path in tmp_path.glob("*.png")}
