@@ -74,11 +74,15 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures of one cast in one place; names stand from left to right."""
+    """Pictures of one cast in one place; names stand from left to right.
+
+    bare: triggers stand alone, without the class word before them.
+    """
 
     names: tuple[str, ...]
     scene: str
     seeds: tuple[int, ...]
+    bare: bool = False
 
     @property
     def key(self) -> str:
@@ -100,7 +104,7 @@ class Group:
     @property
     def prompts(self) -> list[str]:
         """Each region's: who is there, and what else the picture shows, as the base's captions say it."""
-        return self._each_with([f"{BY_NAME[name].class_word} {BY_NAME[name].trigger}" for name in self.names])
+        return self._each_with(self._calls)
 
     @property
     def described(self) -> list[str]:
@@ -110,7 +114,12 @@ class Group:
     @property
     def called(self) -> str:
         """The whole picture with everyone by name."""
-        return self._said([f"{BY_NAME[name].class_word} {BY_NAME[name].trigger}" for name in self.names])
+        return self._said(self._calls)
+
+    @property
+    def _calls(self) -> list[str]:
+        known = [BY_NAME[name] for name in self.names]
+        return [one.trigger if self.bare else f"{one.class_word} {one.trigger}" for one in known]
 
     def _each_with(self, nouns: Sequence[str]) -> list[str]:
         words = [BY_NAME[name].class_word for name in self.names]
@@ -120,7 +129,7 @@ class Group:
         return f"{' and '.join(f'a {noun}' for noun in nouns)} {SCENE_PHRASES[self.scene]}"
 
 
-def groups(each: int, casts: Sequence[tuple[str, ...]] = (*ALIKE, *MIXED)) -> list[Group]:
+def groups(each: int, casts: Sequence[tuple[str, ...]] = (*ALIKE, *MIXED), bare: bool = False) -> list[Group]:
     """`each` pictures of two and `each` of three subjects, shared out over the casts; places and orders in turn."""
     found = []
     for size in (2, 3):
@@ -130,7 +139,7 @@ def groups(each: int, casts: Sequence[tuple[str, ...]] = (*ALIKE, *MIXED)) -> li
             for index, start in enumerate(range(0, count, BATCH)):
                 turned = cast[index % size :] + cast[: index % size]
                 seeds = tuple(1000 * number + start + offset for offset in range(min(BATCH, count - start)))
-                found.append(Group(turned, SCENES[(index + number) % len(SCENES)], seeds))
+                found.append(Group(turned, SCENES[(index + number) % len(SCENES)], seeds, bare))
     return found
 
 
@@ -303,6 +312,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=SAMPLING.steps)
     parser.add_argument("--feather", type=float, default=0.0)
     ways = [way.name for way in WAYS]
+    parser.add_argument("--bare", action="store_true", help="triggers without the class word before them")
     parser.add_argument("--only", nargs="+", metavar="WAY", choices=ways, help="; ".join(ways))
     parser.add_argument("--casts", nargs="+", metavar="NAME-NAME", help="instead of " + ", ".join(map("-".join, ALIKE)))
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -57,6 +59,7 @@ def test_as_many_pictures_as_asked_half_of_look_alikes_all_different(each):
 def test_a_prompt_names_its_own_and_what_else_is_there():
     assert TRIO.prompt == "a cat and a woman and a man in the snow"
     assert TRIO.prompts[1] == "a cat and a woman <ada> and a man in the snow"
+    assert replace(TRIO, bare=True).prompts[1] == "a cat and a <ada> and a man in the snow"
     assert TRIO.boxes[0] == (0, 0, 1 / 3, 1) and TRIO.boxes[2][2] == 1
     assert not TRIO.alike and PAIR.alike
 
