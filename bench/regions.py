@@ -28,8 +28,8 @@ BARS = {"merged3": 1.12, "gated3": 1.3, "merged8": 1.25, "gated8": 1.6, "memory_
 TITLES = {
     "merged": "ours, merged: concepts in the weights",
     "gated": "ours, gated: each concept in its region alone",
-    "core_masks": "core: masked prompts",
-    "core_hooks": "core: masked prompts, a LoRA hook each",
+    "core_masks": "ComfyUI: masked prompts",
+    "core_hooks": "ComfyUI: masked prompts, a LoRA hook each",
 }
 DIFFERENCES = {
     "plain": "one prompt, one negative prompt, no concept",
