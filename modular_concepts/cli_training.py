@@ -1,157 +1,158 @@
-"""The training's choices on the command line: presets, and every setting as an option of its own."""
+"""The command that trains: a folder of pictures becomes a concept file."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-import textwrap
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+from .cli_paths import base_named, check_output, folder
+from .cli_progress import Bar, Interruption
+from .cli_settings import add_training_options, chosen_preset
 from .errors import AdapterError
-from .layers import TARGETS
-from .training.presets import PRESETS, Preset, preset_named
-from .training.settings import (
-    LAYOUTS,
-    METHODS,
-    OPTIMIZERS,
-    PRECISIONS,
-    SCHEDULES,
-    TOKEN_STARTS,
-    TrainSettings,
-)
-
-# Option -> how it is read (a type, or the words to choose from) and what it says of itself.
-_OPTIONS: dict[str, tuple[Callable | tuple[str, ...], str]] = {
-    "slot": (int, "the concept's own columns and rows; without it columns follow from the name"),
-    "blocks": (int, "number of row blocks (block methods)"),
-    "layout": (LAYOUTS, "whether a block's rows lie together or are spread (block methods)"),
-    "erasure": (float, "probability to erase an output row (BlockLoRA)"),
-    "rank": (int, "size of each layer's adapter"),
-    "alpha": (float, "what an adapter adds is multiplied by alpha / rank (default: by 1)"),
-    "steps": (int, "how many training steps"),
-    "batch": (int, "pictures a step"),
-    "seed": (int, "everything random follows from it"),
-    "adapter_lr": (float, "step size of the layers"),
-    "text_encoder_lr": ("number or none", "step size of the text encoder's layers (default: as the others)"),
-    "token_lr": (float, "step size of the learned word"),
-    "token_vectors": (int, "how many words' worth of meaning the trigger holds"),
-    "token_start": (TOKEN_STARTS, "where the word starts: the class word or description, or first a random vector"),
-    "token_noise": (float, "noise on a word that starts from one row, relative to its size"),
-    "token_norm": ("number or none", "longest length of a vector (ED-LoRA: 0.55)"),
-    "warmup": (int, "steps in which the rates rise"),
-    "schedule": (SCHEDULES, "how the rates fall after that"),
-    "weight_decay": (float, "AdamW's, of the layers"),
-    "clip_norm": (float, "longest gradient; 0 for no bound"),
-    "noise_offset": (float, "noise shared by all pixels of a channel, for darker and brighter pictures"),
-    "min_snr": ("number or none", "gamma of the min-SNR weight, usually 5"),
-    "attention_regularisation": (float, "weight of keeping the word's attention inside the masks, usually 0.01"),
-    "prior_weight": (float, "weight of the pictures that the base drew"),
-    "caption_dropout": (float, "probability of an empty caption"),
-    "optimizer": (OPTIMIZERS, "adamw8bit needs bitsandbytes"),
-    "precision": (PRECISIONS, "what the base computes in"),
-    "keep_checkpoints": (int, "how many checkpoints to keep"),
-}
-_SWITCHES = {
-    "layerwise": "give the word rows of its own for each cross-attention layer (P+)",
-    "shuffle_tags": "shuffle the parts of a caption between commas, but for the first",
-    "flip": "mirror half of the pictures",
-    "gradient_checkpointing": "half of the memory for a third more time",
-}
+from .files.safe import safe_name
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """--preset, --list-presets, --method, the layers, and a flag for each setting; what is not given is None."""
-    parser.add_argument(
-        "--preset",
-        choices=list(PRESETS),
-        metavar="NAME",
-        help="a method as its paper publishes it, or as it is quick (--list-presets), on the toy base at rates that "
-        "suit it; other options win over it",
+def add_train(commands) -> None:
+    train = commands.add_parser("train", help="a folder of pictures, optional captions and masks -> a concept file")
+    train.add_argument("pictures", type=Path, help="folder: NAME.png, optional NAME.txt and NAME.mask.png")
+    train.add_argument("--name", required=True, help="the concept's name; its trigger word is <NAME>")
+    train.add_argument("--class-word", required=True, help="what the base calls it: man, dog, ...")
+    train.add_argument(
+        "--description",
+        default="",
+        metavar="WORDS",
+        help="what it looks like, in words that the base knows, such as 'man red shirt brown hair': the learned word "
+        "starts there (default: from the class word)",
     )
-    parser.add_argument("--list-presets", action=_ListPresets, help="say what presets there are, and which to take")
-    parser.add_argument("--method", choices=METHODS, help="default orthogonal")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, help="layers that learn (default attention and ff)")
-    parser.add_argument(
-        "--text-encoder",
-        action=argparse.BooleanOptionalAction,
-        help="adapt the text encoder's attention too",
+    train.add_argument("--out", type=Path, help="concept file (default concepts/NAME.safetensors)")
+    train.add_argument("--base", default="toy", help="toy, or a diffusers folder")
+    add_training_options(train)
+    train.add_argument("--size", type=_size, help="WIDTHxHEIGHT to train at (default: the base's own)")
+    train.add_argument(
+        "--buckets", action="store_true", help="keep each picture's aspect, at sizes of about the same area"
     )
-    parser.add_argument(
-        "--prior",
-        type=int,
-        metavar="N",
-        help="learn beside N pictures that the base draws itself, so that it keeps what it knows (default none)",
+    train.add_argument("--cache", type=Path, metavar="DIR", help="folder to keep the pictures' latents in")
+    train.add_argument("--compact", action="store_true", help="leave the frozen factors out of the file")
+    train.add_argument("--checkpoints", type=Path, help="folder for checkpoints")
+    train.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
+    train.add_argument("--resume", type=Path, help="a checkpoint, or a folder for its newest")
+    train.add_argument(
+        "--accept-changes", action="store_true", help="resume although pictures, captions, base or settings changed"
     )
-    for name, (kind, text) in _OPTIONS.items():
-        if isinstance(kind, tuple):
-            parser.add_argument(_flag(name), choices=kind, help=text)
-        else:
-            read = _number_or_none if kind == "number or none" else kind
-            parser.add_argument(_flag(name), type=read, metavar="N" if kind is int else "X", help=text)
-    for name, text in _SWITCHES.items():
-        parser.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
+    train.set_defaults(run=run_train)
 
 
-def chosen_preset(args: argparse.Namespace, usual: TrainSettings, suit: Callable[[Preset], Preset]) -> Preset:
-    """What the options ask for, with `usual` settings where no preset is named.
+def run_train(args: argparse.Namespace) -> None:
+    from .bases import OrthogonalBasis
+    from .customisation import Subject, Targets, check_training, concept_from, train_concept, trigger_of
+    from .dataset import filled_in, load_folder
+    from .files.concept import save_concept
+    from .files.modelspec import dated
+    from .toy.demo import SETTINGS, UNDESCRIBED
+    from .toy.presets import on_toy_base
+    from .training import TrainSettings, Unfinished, check_checkpoint
 
-    suit: what makes a preset's rates those of the base at hand.
-    """
-    if args.preset is not None:
-        preset = suit(preset_named(args.preset))
-    else:
-        preset = Preset(usual, ("attention", "feed_forward"), "")
-    given = {name: getattr(args, name) for name in (*_OPTIONS, *_SWITCHES) if getattr(args, name) is not None}
-    # "none" is a value too: it takes back what the preset or the usual settings say.
-    given = {name: None if value is _NONE else value for name, value in given.items()}
-    if args.method is not None:
-        given["method"] = args.method
-    preset = replace(preset, settings=replace(preset.settings, **given))
-    if args.targets is not None:
-        preset = replace(preset, targets=tuple(args.targets))
-    if args.text_encoder is not None:
-        preset = replace(preset, text_encoder_targets=("attention",) if args.text_encoder else None)
-    if args.prior is not None:
-        preset = replace(preset, prior=args.prior)
-    if args.compact and preset.settings.method in ("lora", "words"):
+    name = safe_name(args.name)
+    out = args.out or Path("concepts") / f"{name}.safetensors"
+    check_output(out)
+    if args.checkpoints:
+        folder(args.checkpoints, "--checkpoints")
+    base = base_named(args.base)
+    toy = base.architecture == "toy"
+    usual = (SETTINGS if args.description else UNDESCRIBED) if toy else TrainSettings()
+    preset = chosen_preset(args, usual, lambda own: on_toy_base(own, described=bool(args.description)) if toy else own)
+    settings = replace(preset.settings, name=name)
+    if args.checkpoints:
+        settings = replace(settings, checkpoint_every=args.checkpoint_every)
+    height, width = args.size or base.size
+    if height % base.multiple or width % base.multiple:
         raise AdapterError(
-            f"--compact leaves out what the recipe gives back, and method {preset.settings.method} has nothing of the "
-            "kind; leave --compact away"
+            f"training size {width}x{height} does not fit this base; choose multiples of {base.multiple}"
         )
-    return preset
+    trigger = trigger_of(name)
+    template = "a {concept}" if toy else "a photo of {concept}"
+    data = load_folder(
+        args.pictures, (height, width), (trigger,), template=template, buckets=args.buckets, multiple=base.multiple
+    )
+    data = filled_in(data, (trigger,))
+    captions = [text.replace("<TOK>", trigger) for text in data.captions]
+    subject = Subject(
+        name,
+        data.pictures,
+        captions,
+        args.class_word,
+        data.masks,
+        data.fingerprint,
+        args.description,
+        data.repeats,
+    )
+    targets = Targets(preset.targets, preset.text_encoder_targets)
+    check_training(base, subject, settings, targets)
+    if args.resume:
+        check_checkpoint(args.resume)
+    prior, basis = _prior(base, args.class_word, preset.prior, height, width), OrthogonalBasis()
+    fault = None
+    try:
+        with Bar(f"train {name} ({settings.method})", settings.steps) as advance, Interruption() as interrupted:
+
+            def after_step(at) -> bool:
+                advance(at.step)
+                return interrupted()
+
+            concept, result = train_concept(
+                base,
+                subject,
+                settings,
+                targets,
+                basis,
+                after_step,
+                args.checkpoints,
+                args.resume,
+                prior,
+                accept_changes=args.accept_changes,
+                cache=args.cache,
+                estimate=print,
+            )
+    except Unfinished as error:
+        fault, result = error, error.result
+        concept = concept_from(base, subject, result, basis, targets)
+    if not result.finished:
+        out = out.with_name(f"{out.stem}-step{result.step}.safetensors")
+    if result.losses:
+        folder(out.parent)
+        save_concept(dated(concept), out, compact=args.compact)
+        print(f"wrote {out}: {_what_learned(concept)}, last loss {result.losses[-1]:.4f}")
+    if fault is not None:
+        raise AdapterError(f"{fault}" + (f" in {out}" if result.losses else "")) from fault
+    if not result.finished:
+        raise KeyboardInterrupt
 
 
-class _ListPresets(argparse.Action):
-    """Like --help: says its piece and leaves."""
-
-    def __init__(self, option_strings, dest, help=None):
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        for name, preset in PRESETS.items():
-            text = textwrap.indent(textwrap.fill(preset.help, 100), "    ")
-            sys.stdout.write(f"{name}\n{text}\n    {_in_short(preset)}\n\n")
-        parser.exit()
+def _what_learned(concept) -> str:
+    ranks = sorted({adapter.rank for adapter in concept.layers.values()})
+    if not ranks:
+        return f"{' '.join(concept.tokens)}, no layers"
+    if all(adapter.kind == "full" for adapter in concept.layers.values()):
+        return f"{len(concept.layers)} layers in full"
+    return f"{len(concept.layers)} layers of rank {ranks[-1]}"
 
 
-def _in_short(preset: Preset) -> str:
-    own = preset.settings
-    layers = {"words": "", "custom_diffusion": f"; layers {own.adapter_lr:g}"}
-    rates = layers.get(own.method, f"; rank {own.rank}; layers {own.adapter_lr:g}")
-    prior = f"; {preset.prior} class pictures" if preset.prior else ""
-    return f"{own.steps} steps of batch {own.batch}{rates}; word {own.token_lr:g}{prior}"
+def _prior(base, class_word: str, count: int, height: int, width: int):
+    """Pictures of the base's own for prior preservation, in the training's size, or None."""
+    from .customisation import prior_examples
+    from .sampling import SampleSettings
+
+    if count < 1:
+        return None
+    settings = SampleSettings(steps=12, height=height, width=width, batch=24)
+    with Bar("draw what the base knows", settings.steps * -(-count // settings.batch)) as advance:
+        return prior_examples(base, class_word, count, 1000, settings, lambda done, total: advance(done))
 
 
-_NONE = object()
-
-
-def _number_or_none(text: str) -> object:
-    return _NONE if text.lower() == "none" else float(text)
-
-
-_number_or_none.__name__ = "number"
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(height), int(width)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as in 512x512") from error

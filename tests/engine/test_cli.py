@@ -12,7 +12,7 @@ from laws import relative_error
 from safetensors.torch import load_file
 from untrained_toy import write_untrained
 
-from modular_concepts import cli
+from modular_concepts import cli, cli_progress, cli_training
 from modular_concepts.errors import AdapterError
 from modular_concepts.files import load_concept
 from modular_concepts.files.diffusers import import_diffusers
@@ -342,7 +342,7 @@ def test_bad_training_options(made, here, capsys, more, words):
 
 
 def test_training_faults_are_found_before_the_base_draws_its_prior(made, here, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_prior", lambda *_: pytest.fail("the prior was drawn first"))
+    monkeypatch.setattr(cli_training, "_prior", lambda *_: pytest.fail("the prior was drawn first"))
     train = train_on(made / "pictures/tom", "--prior", "4", "--rank", "500")
     refused(capsys, here, train, "'a <tom> on the beach' does not contain the trigger word <new>")
     refused(capsys, here, [*train, "--name", "tom"], "rank 500 is larger than this layer allows")
@@ -478,7 +478,7 @@ def interruptible():
 
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_training_keeps_what_was_learned(made, here, capsys, monkeypatch):
-    monkeypatch.setattr(cli._Bar, "__call__", lambda self, done: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(cli_progress.Bar, "__call__", lambda self, done: signal.raise_signal(signal.SIGINT))
     train = train_on(made / "pictures/tom", "--name", "tom", "--checkpoints", "steps")
     code, out, err = run(capsys, *train)
     assert code == 130 and err.endswith("stopped\n") and "wrote concepts/tom-step1.safetensors" in out
@@ -493,7 +493,7 @@ def test_a_second_interruption_stops_at_once_and_writes_nothing(made, here, caps
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cli._Bar, "__call__", twice)
+    monkeypatch.setattr(cli_progress.Bar, "__call__", twice)
     code, _, err = run(capsys, *train_on(made / "pictures/tom", "--name", "tom"))
     assert code == 130 and err.endswith("stopped\n") and files(here) == {}
 

@@ -1,0 +1,102 @@
+"""The command that draws: a prompt, any concepts with strengths, any regions."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .cli_paths import base_named, check_output, concepts_at, folder, note
+from .cli_progress import Bar
+from .errors import AdapterError
+
+
+def add_sample(commands) -> None:
+    sample = commands.add_parser("sample", help="draw a prompt with any number of concepts and regions")
+    sample.add_argument("prompt")
+    sample.add_argument("--concept", action="append", metavar="FILE[:STRENGTH]")
+    sample.add_argument("--region", action="append", metavar="LEFT,TOP,RIGHT,BOTTOM:PROMPT", help="pixels or fractions")
+    sample.add_argument(
+        "--mode",
+        choices=["gated", "merged"],
+        default="gated",
+        help="with regions: a concept acts in those alone that call it (gated), or everywhere (merged)",
+    )
+    sample.add_argument("--out", type=Path, default=Path("sample.png"))
+    sample.add_argument("--base", default="toy")
+    sample.add_argument("--negative", default="")
+    sample.add_argument("--width", type=int)
+    sample.add_argument("--height", type=int)
+    sample.add_argument("--steps", type=int, default=20)
+    sample.add_argument("--cfg", type=float, default=4.0)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--count", type=_count, default=1)
+    sample.add_argument("--zoom", type=_count, default=1, help="enlarge the file, each pixel to ZOOM x ZOOM")
+    sample.set_defaults(run=run_sample)
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    from .customisation import customised
+    from .explain import warnings_on_base
+    from .files.safe import replacing
+    from .sampling import SampleSettings, sample
+    from .toy.report import to_image
+
+    check_output(args.out)
+    base = base_named(args.base)
+    concepts, strengths, _ = concepts_at(args.concept or [])
+    for sentence in warnings_on_base(concepts, base.hash, base.sample):
+        note(sentence)
+    settings = SampleSettings(args.steps, args.cfg, args.height, args.width, args.negative)
+    height = base.size[0] if args.height is None else args.height
+    width = base.size[1] if args.width is None else args.width
+    regions = [_region(text, width, height) for text in args.region or []]
+    prompts = [args.prompt] * args.count
+    seeds = [args.seed + number for number in range(args.count)]
+    bar = Bar("sample", args.steps * -(-args.count // settings.batch))
+    texts, triggers = (
+        [args.prompt, *(region.prompt for region in regions)],
+        [word for concept in concepts for word in concept.tokens],
+    )
+    _warn_unknown(base, texts, triggers)
+    if regions and args.mode == "gated":
+        how = dict(mode="gated", stack=list(zip(concepts, strengths, strict=True)))
+        with bar as advance:
+            pictures = sample(base, prompts, seeds, None, settings, regions, lambda done, _: advance(done), **how)
+    else:
+        with bar as advance, customised(base, concepts, strengths) as tokens:
+            pictures = sample(base, prompts, seeds, tokens, settings, regions, lambda done, _: advance(done))
+    folder(args.out.parent)
+    for number, picture in enumerate(pictures):
+        path = args.out if args.count == 1 else args.out.with_stem(f"{args.out.stem}-{number:02d}")
+        image = to_image(picture)
+        if args.zoom > 1:
+            image = image.resize((image.width * args.zoom, image.height * args.zoom), 0)
+        with replacing(path) as file:
+            image.save(file, "PNG")
+        print(f"wrote {path} (seed {seeds[number]})")
+
+
+def _region(text: str, width: int, height: int):
+    from .regions.geometry import Region, fractions
+
+    box, colon, prompt = text.partition(":")
+    try:
+        numbers = [float(number) for number in box.split(",")]
+    except ValueError:
+        numbers = []
+    if not colon or len(numbers) != 4 or not prompt.strip():
+        raise AdapterError(f"region {text!r} is not LEFT,TOP,RIGHT,BOTTOM:PROMPT, as in 0,0,0.5,1:a <tom> on the beach")
+    return Region(prompt.strip(), fractions(numbers, width, height))
+
+
+def _warn_unknown(base, prompts: Sequence[str], triggers: Sequence[str]) -> None:
+    unknown = sorted({word for prompt in prompts for word in base.unknown_words(prompt, triggers)})
+    if unknown:
+        note(f"the base does not know {', '.join(unknown)}; these words change nothing")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
