@@ -66,22 +66,21 @@ def _demo(args: argparse.Namespace) -> None:
 def _pictures(args: argparse.Namespace) -> None:
     from .files.safe import replacing
     from .toy.report import to_image
-    from .toy.standard import BY_NAME, pictures_of
+    from .toy.standard import BY_NAME, lesson_of
 
     if args.concept not in BY_NAME:
         raise AdapterError(f"there is no standard concept {args.concept!r}; choose one of {', '.join(BY_NAME)}")
     out = folder(args.out or Path("pictures") / args.concept)
-    pictures, captions = pictures_of(BY_NAME[args.concept])
-    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    lesson = lesson_of(BY_NAME[args.concept])
+    for number, (picture, caption) in enumerate(zip(lesson.pictures, lesson.captions, strict=True)):
         with replacing(out / f"{number:02d}.png") as file:
             to_image(picture).save(file, "PNG")
         with replacing(out / f"{number:02d}.txt") as file:
             file.write(caption.encode())
-    print(f"wrote {len(pictures)} pictures with captions to {out}; train on them with")
-    concept = BY_NAME[args.concept]
-    told = f' --description "{concept.description}"' if concept.description else ""
-    word = concept.class_word or "style"
-    print(f"  python -m modular_concepts train {out} --name {args.concept} --class-word {word}{told} --slot 0")
+    print(f"wrote {len(lesson.pictures)} pictures with captions to {out}; train on them with")
+    told = f' --description "{lesson.description}"' if lesson.description else ""
+    train = f"train {out} --name {args.concept} --class-word {lesson.class_word}"
+    print(f"  python -m modular_concepts {train}{told} --slot 0")
 
 
 # --- reading arguments --------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def add_train(commands) -> None:
 def run_train(args: argparse.Namespace) -> None:
     from .bases import OrthogonalBasis
     from .customisation import Subject, Targets, check_training, concept_from, train_concept, trigger_of
-    from .dataset import filled_in, load_folder
+    from .dataset import filled_in, load_folder, refuse_single
     from .files.concept import save_concept
     from .files.modelspec import dated
     from .toy.demo import SETTINGS, UNDESCRIBED
@@ -75,12 +75,12 @@ def run_train(args: argparse.Namespace) -> None:
     data = load_folder(
         args.pictures, (height, width), (trigger,), template=template, buckets=args.buckets, multiple=base.multiple
     )
+    refuse_single(data)
     data = filled_in(data, (trigger,))
-    captions = [text.replace("<TOK>", trigger) for text in data.captions]
     subject = Subject(
         name,
         data.pictures,
-        captions,
+        data.captions,
         args.class_word,
         data.masks,
         data.fingerprint,

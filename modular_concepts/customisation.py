@@ -15,6 +15,7 @@ from . import __version__
 from .base_model import Base, BaseModel
 from .bases import OrthogonalBasis
 from .concept import Concept, Recipe
+from .dataset import PLACE
 from .errors import AdapterError
 from .fitting import fitted
 from .latents import encoded, kept, latent_masks, mirrored
@@ -154,7 +155,7 @@ def _start_rows(base: Base, subject: Subject) -> Tensor:
     if missing:
         raise AdapterError(
             f"caption {missing[0]!r} does not contain the trigger word {subject.trigger}; "
-            "put it where the class word would stand"
+            f"write {PLACE} in it where the concept's word belongs"
         )
     start = base.word_rows(subject.class_word)
     if not len(start) or base.unknown_words(subject.class_word, []):

@@ -35,7 +35,7 @@ MAX_ENLARGEMENT = 4
 MAX_PIXELS = 90_000_000
 MAX_CAPTION = 10_000
 MAX_REPEATS = 10_000
-PLACE = "{concept}"
+PLACE, ALSO_PLACE = "{concept}", "<TOK>"  # the second is how Mix-of-Show's captions have it
 REPEATED = re.compile(r"(\d+)_.*")
 
 
@@ -100,17 +100,23 @@ def load_folder(
 
 
 def with_words(caption: str, triggers: Sequence[str], class_word: str = "") -> str:
-    """A caption with the trigger words, and the class word if one is given, where it says {concept}."""
-    return caption.replace(PLACE, " ".join([*triggers, *class_word.split()]))
+    """A caption with the trigger words, and the class word if one is given, where it says {concept} or <TOK>."""
+    return caption.replace(ALSO_PLACE, PLACE).replace(PLACE, " ".join([*triggers, *class_word.split()]))
 
 
 def filled_in(dataset: Dataset, triggers: Sequence[str], class_word: str = "") -> Dataset:
-    """The data set with every {concept} in its captions filled in (`with_words`)."""
+    """The data set with every {concept} and <TOK> in its captions filled in (`with_words`)."""
     captions = tuple(with_words(caption, triggers, class_word) for caption in dataset.captions)
     if captions == dataset.captions:
         return dataset
     digest = hashlib.sha256("\0".join([dataset.fingerprint, *captions]).encode())
     return replace(dataset, captions=captions, fingerprint=digest.hexdigest())
+
+
+def refuse_single(dataset: Dataset) -> None:
+    """Raise AdapterError for a data set of one picture."""
+    if len(dataset.pictures) < 2:
+        raise AdapterError("there is only one picture, which teaches that picture and not the concept; give at least 2")
 
 
 def of_pictures(

@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..host.folders import input_folder
 from ..host.messages import show_text
 from ..modular_concepts.buckets import sizes_of
-from ..modular_concepts.dataset import Dataset, load_folder, of_pictures
+from ..modular_concepts.dataset import Dataset, load_folder, of_pictures, refuse_single
 from ..modular_concepts.errors import AdapterError
 
 CONCEPT_DATASET = io.Custom("CONCEPT_DATASET")
@@ -103,10 +103,7 @@ class ConceptDataset(io.ComfyNode):
         pictures = [picture for batch in images or [] if batch is not None for picture in batch]
         covers = [cover for batch in masks or [] if batch is not None for cover in batch.reshape(-1, *batch.shape[-2:])]
         dataset = _dataset(pictures, covers, name, lines, (height[0], width[0]), bool(keep_aspect and keep_aspect[0]))
-        if len(dataset.pictures) < 2:
-            raise AdapterError(
-                "there is only one picture, which teaches that picture and not the concept; give at least 2"
-            )
+        refuse_single(dataset)
         text = describe(dataset)
         show_text(text)
         shown = {

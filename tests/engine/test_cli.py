@@ -80,7 +80,7 @@ def test_pictures_writes_sixteen_with_captions(made):
     names = sorted(path.name for path in (made / "pictures/tom").iterdir())
     assert names == sorted(f"{number:02d}.{kind}" for number in range(16) for kind in ("png", "txt"))
     assert Image.open(made / "pictures/tom/00.png").size == (32, 32)
-    assert "<tom>" in (made / "pictures/tom/00.txt").read_text()
+    assert "{concept}" in (made / "pictures/tom/00.txt").read_text()
 
 
 @pytest.mark.parametrize("name", ["rex", "candy", "riso"])
@@ -93,6 +93,19 @@ def test_the_line_that_pictures_prints_trains(here, capsys, name):
     assert code == 0, err
     trained = load_concept(here / f"concepts/{name}.safetensors")
     assert list(trained.tokens) == [f"<{name}>"] and f"<{name}>" in trained.recipe.triggers
+
+
+@pytest.mark.parametrize("place", ["{concept}", "<TOK>", "<bob>"])
+def test_captions_name_the_concept_in_three_ways(made, here, capsys, place):
+    """Both places for any name, and the name itself; all mean the same."""
+    taught = {}
+    for number, word in enumerate((place, "{concept}")):
+        folder = some_pictures(made, here, place=word, name=f"of {number}")
+        train = ["train", folder, "--name", "bob", "--class-word", "man", *QUICK, "--out", f"{number}.safetensors"]
+        code, _, err = run(capsys, *train)
+        assert code == 0, err
+        taught[number] = load_concept(here / f"{number}.safetensors").tokens["<bob>"]
+    assert torch.equal(taught[0], taught[1])
 
 
 def test_train_keeps_the_recipe(made):
@@ -247,13 +260,13 @@ def train_on(folder, *more) -> list:
     return ["train", folder, "--name", "new", "--class-word", "man", "--slot", "0", *QUICK, *more]
 
 
-def some_pictures(made: Path, here: Path, count: int = 3) -> Path:
-    folder = here / "mine"
+def some_pictures(made: Path, here: Path, count: int = 3, place: str = "<TOK>", name: str = "mine") -> Path:
+    folder = here / name
     folder.mkdir()
     for number in range(count):
         for kind in ("png", "txt"):
             data = (made / f"pictures/tom/{number:02d}.{kind}").read_bytes()
-            (folder / f"{number:02d}.{kind}").write_bytes(data.replace(b"<tom>", b"<TOK>"))
+            (folder / f"{number:02d}.{kind}").write_bytes(data.replace(b"{concept}", place.encode()))
     return folder
 
 
@@ -282,6 +295,11 @@ def empty_caption(folder):
     (folder / "02.txt").write_text(" \n")
 
 
+def one_picture(folder):
+    for number in (1, 2):
+        (folder / f"{number:02d}.png").unlink()
+
+
 def caption_without_trigger(folder):
     (folder / "02.txt").write_text("a man in the snow")
 
@@ -295,7 +313,8 @@ def caption_without_trigger(folder):
         (cut_picture, ["01.png", "damaged"]),
         (no_caption, ["02.png", "write the missing .txt files"]),
         (empty_caption, ["02.txt", "empty"]),
-        (caption_without_trigger, ["'a man in the snow'", "<new>"]),
+        (one_picture, ["only one picture", "give at least 2"]),
+        (caption_without_trigger, ["'a man in the snow'", "<new>", "write {concept} in it"]),
     ],
 )
 def test_bad_pictures(made, here, capsys, spoil, words):
@@ -343,9 +362,10 @@ def test_bad_training_options(made, here, capsys, more, words):
 
 def test_training_faults_are_found_before_the_base_draws_its_prior(made, here, capsys, monkeypatch):
     monkeypatch.setattr(cli_training, "_prior", lambda *_: pytest.fail("the prior was drawn first"))
-    train = train_on(made / "pictures/tom", "--prior", "4", "--rank", "500")
-    refused(capsys, here, train, "'a <tom> on the beach' does not contain the trigger word <new>")
-    refused(capsys, here, [*train, "--name", "tom"], "rank 500 is larger than this layer allows")
+    folder = some_pictures(made, here)
+    refused(capsys, here, train_on(folder, "--prior", "4", "--rank", "500"), "rank 500 is larger than this layer")
+    caption_without_trigger(folder)
+    refused(capsys, here, train_on(folder, "--prior", "4"), "does not contain the trigger word <new>")
 
 
 def test_no_pictures_at_all(here, capsys):

@@ -226,9 +226,9 @@ def test_loaded_pictures_of_the_right_size_are_untouched_and_one_caption_serves_
 
 
 def test_the_place_for_the_concept_is_filled_in_and_changes_the_fingerprint():
-    data = of_pictures([torch.ones(3, *SIZE)] * 2, ["a {concept}, {concept}", "a dog"], None, SIZE)
+    data = of_pictures([torch.ones(3, *SIZE)] * 3, ["a {concept}, {concept}", "a dog", "a <TOK>"], None, SIZE)
     named = filled_in(data, ("<kodo>",), "big  dog")
-    assert named.captions == ("a <kodo> big dog, <kodo> big dog", "a dog")
+    assert named.captions == ("a <kodo> big dog, <kodo> big dog", "a dog", "a <kodo> big dog")
     assert named.fingerprint != data.fingerprint
     assert filled_in(named, ("<other>",), "cat") is named
 
