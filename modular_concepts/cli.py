@@ -7,6 +7,7 @@ mend is one sentence on the error stream and exit code 2.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NoReturn
 
 from . import __version__
 from .cli_merging import add_export, add_inspect, add_merge
-from .cli_paths import base_named, folder
+from .cli_paths import add_overwrite, base_named, folder, refuse_existing
 from .cli_progress import Bar
 from .cli_sampling import add_sample
 from .cli_training import add_train
@@ -70,13 +71,18 @@ def _pictures(args: argparse.Namespace) -> None:
 
     if args.concept not in BY_NAME:
         raise AdapterError(f"there is no standard concept {args.concept!r}; choose one of {', '.join(BY_NAME)}")
-    out = folder(args.out or Path("pictures") / args.concept)
-    lesson = lesson_of(BY_NAME[args.concept])
+    out = args.out or Path("pictures") / args.concept
+    lesson, files = lesson_of(BY_NAME[args.concept]), {}
     for number, (picture, caption) in enumerate(zip(lesson.pictures, lesson.captions, strict=True)):
-        with replacing(out / f"{number:02d}.png") as file:
-            to_image(picture).save(file, "PNG")
-        with replacing(out / f"{number:02d}.txt") as file:
-            file.write(caption.encode())
+        to_image(picture).save(png := io.BytesIO(), "PNG")
+        files |= {out / f"{number:02d}.png": png.getvalue(), out / f"{number:02d}.txt": caption.encode()}
+    for path, data in files.items():
+        if not args.overwrite and path.is_file() and path.read_bytes() != data:
+            refuse_existing(path)
+    folder(out)
+    for path, data in files.items():
+        with replacing(path) as file:
+            file.write(data)
     print(f"wrote {len(lesson.pictures)} pictures with captions to {out}; train on them with")
     told = f' --description "{lesson.description}"' if lesson.description else ""
     train = f"train {out} --name {args.concept} --class-word {lesson.class_word}"
@@ -105,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     pictures = commands.add_parser("pictures", help="write the 16 pictures of a standard toy concept, to train on")
     pictures.add_argument("concept")
     pictures.add_argument("--out", type=Path, help="folder (default pictures/CONCEPT)")
+    add_overwrite(pictures)
     pictures.set_defaults(run=_pictures)
 
     add_train(commands)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .cli_paths import base_named, check_output, concepts_at, folder, note
+from .cli_paths import add_overwrite, base_named, check_output, concepts_at, folder, note, refuse_existing
 from .errors import AdapterError
 from .files.safe import safe_name
 from .merge import FAMILIES, Evidence, MergeOptions
@@ -38,7 +39,8 @@ def add_merge(commands) -> None:
         epilog=f"families:\n{families}",
     )
     merge.add_argument("concepts", nargs="+", help="FILE or FILE:STRENGTH")
-    merge.add_argument("--out", type=Path, required=True)
+    merge.add_argument("--out", type=Path, required=True, help="the concept file to write")
+    add_overwrite(merge)
     merge.add_argument("--how", choices=tuple(FAMILIES), default="sum", metavar="FAMILY", help="see below (sum)")
     merge.add_argument("--literal", action="store_true", help="block: strengths scaled to add up to 1, as in the paper")
     merge.add_argument(
@@ -78,9 +80,14 @@ def add_export(commands) -> None:
         "export",
         help="for other programs: kohya (ComfyUI, A1111) or diffusers / peft; or as a concept file, full or compact",
     )
-    export.add_argument("concept")
-    export.add_argument("--format", choices=FORMATS, default="kohya")
-    export.add_argument("--out", type=Path)
+    export.add_argument("concept", help="FILE")
+    export.add_argument("--format", choices=FORMATS, default="kohya", help="default kohya")
+    export.add_argument(
+        "--out",
+        type=Path,
+        help="default exports/NAME_FORMAT.safetensors; learned words go into a folder embeddings beside it",
+    )
+    add_overwrite(export)
     _add_said(export)
     export.set_defaults(run=run_export)
 
@@ -102,7 +109,7 @@ def run_merge(args: argparse.Namespace) -> None:
     from .files.concept import save_concept
     from .merged import check_together, merged_concept
 
-    check_output(args.out)
+    check_output(args.out, args.overwrite)
     options = MergeOptions(args.density, args.seed, args.rank, args.ridge)
     concepts, strengths, paths = concepts_at(args.concepts)
     check_together(concepts)
@@ -222,17 +229,18 @@ def run_inspect(args: argparse.Namespace) -> None:
 def run_export(args: argparse.Namespace) -> None:
     from .files.concept import save_concept
     from .files.diffusers import export_diffusers
-    from .files.embeddings import export_embeddings
+    from .files.embeddings import embedding_files, export_embeddings
     from .files.kohya import export_kohya
 
     (concept,), _, (own,) = concepts_at([args.concept])
     concept = _said(args, concept)
-    out = args.out or Path(f"{safe_name(concept.name)}_{args.format}.safetensors")
+    out = args.out or Path("exports") / f"{safe_name(concept.name)}_{args.format}.safetensors"
     check_output(out)
     own, words = own.resolve(), out.parent / "embeddings"
     whole = args.format in ("concept", "compact")
     if own == out.resolve() or (own.parent == words.resolve() and not whole):
         raise AdapterError(f"the export would replace {args.concept} itself; choose another --out")
+    check_output(out, args.overwrite)
     if whole:
         folder(out.parent)
         save_concept(concept, out, compact=args.format == "compact")
@@ -240,14 +248,31 @@ def run_export(args: argparse.Namespace) -> None:
         return
     # Words first: what cannot be exported at all is found before anything is written.
     if concept.tokens:
+        if not args.overwrite:
+            _keep_other_words(concept, embedding_files(concept, words))
         for path in export_embeddings(concept, folder(words)):
-            print(f"wrote {path}: the learned word, for the embeddings folder")
+            print(f"wrote {words / path.name}: the learned word, for the embeddings folder")
         if any(rows.dim() == 3 for rows in concept.tokens.values()):
             print("note: the word has rows for each layer, which other programs cannot use; the file has their mean")
     if concept.layers:
         folder(out.parent)
         export = export_kohya if args.format == "kohya" else export_diffusers
-        print(f"wrote {export(concept, out)}")
+        export(concept, out)
+        print(f"wrote {out}")
+
+
+def _keep_other_words(concept, files: Mapping[Path, str]) -> None:
+    """Refuse to replace a file that does not hold the very word; the export before, in another format, may have."""
+    from .files.embeddings import import_embedding, stock_rows
+
+    for path, word in files.items():
+        if path.exists():
+            try:
+                same = import_embedding(path)[1].equal(stock_rows(concept.tokens[word]).float())
+            except AdapterError:
+                same = False
+            if not same:
+                refuse_existing(Path(os.path.relpath(path)))
 
 
 def _said(args: argparse.Namespace, concept):

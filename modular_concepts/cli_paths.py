@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import AdapterError
 
@@ -58,8 +60,12 @@ def folder(path: Path, option: str = "--out") -> Path:
     return path
 
 
-def check_output(path: Path) -> None:
-    """Refuse before the work begins what could not be written after it."""
+def add_overwrite(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--overwrite", action="store_true", help="replace what is there under the same name")
+
+
+def check_output(path: Path, overwrite: bool = True) -> None:
+    """Refuse before the work begins what could not be written after it, or would replace something unasked."""
     if path.is_dir():
         raise AdapterError(f"{path} is a folder; give --out a file name")
     parent = next((folder for folder in path.absolute().parents if folder.exists()), None)
@@ -67,6 +73,12 @@ def check_output(path: Path) -> None:
         raise AdapterError(f"{path} cannot be written: {parent} is not a folder; choose another --out")
     if not os.access(parent, os.W_OK):
         raise AdapterError(f"{path} cannot be written: you have no permission in {parent}; choose another --out")
+    if path.exists() and not overwrite:
+        refuse_existing(path)
+
+
+def refuse_existing(path: Path) -> NoReturn:
+    raise AdapterError(f"{path} is there already; choose another --out, or replace it with --overwrite")
 
 
 def note(sentence: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from .cli_paths import base_named, check_output, folder
+from .cli_paths import add_overwrite, base_named, check_output, folder, refuse_existing
 from .cli_progress import Bar, Interruption
 from .cli_settings import add_training_options, chosen_preset
 from .errors import AdapterError
@@ -26,6 +26,7 @@ def add_train(commands) -> None:
         "starts there (default: from the class word)",
     )
     train.add_argument("--out", type=Path, help="concept file (default concepts/NAME.safetensors)")
+    add_overwrite(train)
     train.add_argument("--base", default="toy", help="toy, or a diffusers folder")
     add_training_options(train)
     train.add_argument("--size", type=_size, help="WIDTHxHEIGHT to train at (default: the base's own)")
@@ -55,7 +56,10 @@ def run_train(args: argparse.Namespace) -> None:
 
     name = safe_name(args.name)
     out = args.out or Path("concepts") / f"{name}.safetensors"
-    check_output(out)
+    # Whether it holds the training that is resumed can be told once the pictures are read.
+    check_output(out, args.overwrite or args.resume is not None)
+    if args.resume:
+        check_checkpoint(args.resume)
     if args.checkpoints:
         folder(args.checkpoints, "--checkpoints")
     base = base_named(args.base)
@@ -89,8 +93,8 @@ def run_train(args: argparse.Namespace) -> None:
     )
     targets = Targets(preset.targets, preset.text_encoder_targets)
     check_training(base, subject, settings, targets)
-    if args.resume:
-        check_checkpoint(args.resume)
+    if args.resume and out.exists() and not args.overwrite and not _of_this_training(out, args.resume, subject, base):
+        refuse_existing(out)
     prior, basis = _prior(base, args.class_word, preset.prior, height, width), OrthogonalBasis()
     fault = None
     try:
@@ -118,7 +122,7 @@ def run_train(args: argparse.Namespace) -> None:
         fault, result = error, error.result
         concept = concept_from(base, subject, result, basis, targets)
     if not result.finished:
-        out = out.with_name(f"{out.stem}-step{result.step}.safetensors")
+        out = _free(out.with_name(f"{out.stem}-step{result.step}.safetensors"), args.overwrite)
     if result.losses:
         folder(out.parent)
         save_concept(dated(concept), out, compact=args.compact)
@@ -127,6 +131,29 @@ def run_train(args: argparse.Namespace) -> None:
         raise AdapterError(f"{fault}" + (f" in {out}" if result.losses else "")) from fault
     if not result.finished:
         raise KeyboardInterrupt
+
+
+def _of_this_training(out: Path, checkpoint: Path, subject, base) -> bool:
+    """Whether a concept file came from the training that a checkpoint is of: settings, pictures and base."""
+    from .files.concept import load_concept
+    from .training.checkpoint import checkpoint_settings
+
+    try:
+        recipe = load_concept(out).recipe
+    except AdapterError:
+        return False
+    settings = checkpoint_settings(checkpoint)
+    same = {name: recipe.training.get(name) for name in settings} == settings
+    return same and (recipe.base_hash, recipe.origin.get("fingerprint")) == (base.hash, subject.fingerprint)
+
+
+def _free(path: Path, overwrite: bool) -> Path:
+    """The path, or with a number where a file is there already: what was learned must find a place."""
+    number, free = 1, path
+    while free.exists() and not overwrite:
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
 
 
 def _what_learned(concept) -> str:

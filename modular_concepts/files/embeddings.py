@@ -27,6 +27,14 @@ def export_embeddings(concept: Concept, folder: Path | str) -> list[Path]:
 
     Raises AdapterError, before anything is written, for two words that would share a file.
     """
+    files = embedding_files(concept, folder)
+    for path, word in files.items():
+        export_embedding(concept, word, path)
+    return list(files)
+
+
+def embedding_files(concept: Concept, folder: Path | str) -> dict[Path, str]:
+    """The file of each learned word.  Raises AdapterError for two words that would share one."""
     files: dict[Path, str] = {}
     for word, vectors in concept.tokens.items():
         check_token(word, vectors.shape)
@@ -34,9 +42,7 @@ def export_embeddings(concept: Concept, folder: Path | str) -> list[Path]:
         if path in files:
             raise AdapterError(f"trigger words {files[path]!r} and {word!r} would both be {path.name}; rename one")
         files[path] = word
-    for path, word in files.items():
-        export_embedding(concept, word, path)
-    return list(files)
+    return files
 
 
 def export_embedding(concept: Concept, word: str, path: Path | str) -> None:

@@ -80,12 +80,24 @@ def check_checkpoint(path: Path | str) -> Path:
 def newest_checkpoint(path: Path | str) -> Path:
     """The checkpoint itself, or the newest in a folder.  Raises AdapterError when there is none."""
     path = Path(path)
+    if not path.exists():
+        raise AdapterError(f"{path}: there is no such checkpoint or folder; start the training without resuming")
     if not path.is_dir():
         return path
     found = _checkpoints(path)
     if not found:
         raise AdapterError(f"{path} holds no checkpoint to resume from; start the training without resuming")
     return found[-1]
+
+
+def checkpoint_settings(path: Path | str) -> dict:
+    """The settings of the training that a checkpoint, or the newest of a folder, is of."""
+    return json.loads(_read_metadata(check_checkpoint(path))["identity"])["settings"]
+
+
+def checkpoint_step(path: Path | str) -> int:
+    """How many steps it has behind it."""
+    return int(_read_metadata(check_checkpoint(path))["step"])
 
 
 def _state(run: Run) -> dict[str, Tensor]:

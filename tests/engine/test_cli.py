@@ -223,21 +223,23 @@ def test_inspect_tells_what_is_in_a_file(made, here, capsys):
 
 @pytest.mark.parametrize(("form", "read"), [("kohya", import_kohya), ("diffusers", import_diffusers)])
 def test_export_keeps_every_delta_and_word(made, here, capsys, form, read):
-    code, _, err = run(capsys, "export", concept(made), "--format", form)
+    code, out, err = run(capsys, "export", concept(made), "--format", form)
     assert code == 0, err
-    assert sorted(files(here)) == ["embeddings/tom.safetensors", f"tom_{form}.safetensors"]
-    ours, (theirs, unmatched) = load_concept(concept(made)), read(here / f"tom_{form}.safetensors")
+    assert sorted(files(here)) == ["exports/embeddings/tom.safetensors", f"exports/tom_{form}.safetensors"]
+    assert out.splitlines()[0].startswith("wrote exports/embeddings/tom.safetensors")
+    assert out.splitlines()[1] == f"wrote exports/tom_{form}.safetensors"
+    ours, (theirs, unmatched) = load_concept(concept(made)), read(here / f"exports/tom_{form}.safetensors")
     assert unmatched == [] and set(theirs.layers) == set(ours.layers)
     for layer, adapter in ours.layers.items():
         assert relative_error(theirs.layers[layer].delta(), adapter.delta()) < 1e-6
-    assert torch.equal(load_file(here / "embeddings/tom.safetensors")["<tom>"], ours.tokens["<tom>"])
+    assert torch.equal(load_file(here / "exports/embeddings/tom.safetensors")["<tom>"], ours.tokens["<tom>"])
 
 
 def test_export_never_replaces_the_concept_itself(made, here, capsys):
     (here / "tom.safetensors").write_bytes(concept(made).read_bytes())
     assert run(capsys, "export", "tom.safetensors")[0] == 0
     assert (here / "tom.safetensors").read_bytes() == concept(made).read_bytes()
-    code, _, err = run(capsys, "export", "tom.safetensors", "--out", "./tom.safetensors")
+    code, _, err = run(capsys, "export", "tom.safetensors", "--out", "./tom.safetensors", "--overwrite")
     assert code == 2 and "would replace tom.safetensors itself" in err
     assert (here / "tom.safetensors").read_bytes() == concept(made).read_bytes()
 
@@ -450,9 +452,9 @@ def writers(made: Path) -> dict[str, list]:
     return {
         "pictures": ["pictures", "tom"],
         "train": train_on(made / "pictures/tom", "--name", "tom"),
-        "merge": ["merge", concept(made), "--out", "old.safetensors"],
+        "merge": ["merge", concept(made), "--out", "old.safetensors", "--overwrite"],
         "sample": ["sample", "a man", *DRAW, "--out", "old.safetensors"],
-        "export": ["export", concept(made), "--out", "old.safetensors"],
+        "export": ["export", concept(made), "--out", "old.safetensors", "--overwrite"],
     }
 
 

@@ -67,7 +67,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 def merge(capsys, how: str, *more, names=STRENGTHS) -> tuple[int, str, str]:
     files = [f"{name}.safetensors:{strength}" for name, strength in names.items()]
     options = [text for name, value in OPTIONS.items() for text in (f"--{name}", value)]
-    return run(capsys, "merge", *files, "--out", f"{how}.safetensors", "--how", how, *options, *more)
+    return run(capsys, "merge", *files, "--out", f"{how}.safetensors", "--how", how, "--overwrite", *options, *more)
 
 
 @pytest.mark.parametrize("how", FAMILIES)

@@ -66,7 +66,7 @@ def test_a_word_alone_is_trained_shown_drawn_with_and_exported(train, tmp_path, 
     assert run(capsys, *drawn, "--region", "0,0,0.5,1:a <tom>", "--out", "regions.png")[0] == 0
     code, out, _ = run(capsys, "export", file)
     assert code == 0 and "has rows for each layer" in out
-    _, rows = import_embedding(tmp_path / "embeddings/tom.safetensors")
+    _, rows = import_embedding(tmp_path / "exports/embeddings/tom.safetensors")
     assert rows.shape == (8, 128)
 
 
