@@ -258,7 +258,7 @@ class ConceptHook(io.ComfyNode):
             node_id="ConceptHook",
             display_name="Concepts as Hook",
             category="modular concepts",
-            description="The sum of concepts as a hook for core's hook nodes: keyframes change its strength from "
+            description="The sum of concepts as a hook for ComfyUI's hook nodes: keyframes change its strength from "
             "step to step, and it acts only on prompts that it is set on. One adapter a layer, however many they are.",
             search_aliases=["lora hook", "create hook lora", "lora schedule", "keyframe lora strength", "hook concept"],
             inputs=[
@@ -286,7 +286,7 @@ class ConceptFromModel(io.ComfyNode):
             display_name="Merge to One Concept",
             category="modular concepts",
             description="Takes what the merge nodes put into a MODEL and CLIP out again as one concept, exactly and by "
-            "whatever method it was merged: for Save Concept, which writes it as one LoRA, and for core LoRA nodes.",
+            "whatever method it was merged: for Save Concept, which writes it as one LoRA, and for ComfyUI's LoRA nodes.",
             search_aliases=["save merged lora", "extract lora", "merge loras to one", "bake lora", "lora merge"],
             inputs=[
                 io.Model.Input("model", tooltip="From Merge Concepts, Merge Block Concepts or Fuse Concepts"),
@@ -301,7 +301,7 @@ class ConceptFromModel(io.ComfyNode):
                 CONCEPT.Output(
                     "concept", display_name="CONCEPT", tooltip="The whole merge, at strength 1 as it is now"
                 ),
-                io.LoraModel.Output("lora", display_name="LORA_MODEL", tooltip="Its layers, for core LoRA nodes"),
+                io.LoraModel.Output("lora", display_name="LORA_MODEL", tooltip="Its layers, for ComfyUI's LoRA nodes"),
             ],
         )
 

@@ -17,7 +17,7 @@ class ToyBaseLoader(io.ComfyNode):
             display_name="Load Toy Base",
             category="modular concepts/toy",
             description="The small base model that comes with this pack: text to pictures of 32 x 32, 64 x 32 or "
-            "96 x 32 pixels, on any computer, nothing to download. Good for trying out a workflow in a minute or two.",
+            "96 x 32 pixels, on any computer, nothing to download. A training takes a minute or two.",
             search_aliases=["toy model", "tiny checkpoint", "demo model", "load checkpoint", "test model"],
             inputs=[],
             outputs=[

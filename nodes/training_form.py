@@ -199,7 +199,7 @@ def outputs(lora: bool = True) -> list[io.Output]:
     ]
 
 
-_LORA = io.LoraModel.Output("lora", display_name="LORA_MODEL", tooltip="The layers alone, for core LoRA nodes")
+_LORA = io.LoraModel.Output("lora", display_name="LORA_MODEL", tooltip="The layers alone, for ComfyUI's LoRA nodes")
 
 
 def rank_input(tooltip: str, default: int = 16) -> io.Input:
