@@ -66,8 +66,8 @@ class LoRAToConcept(io.ComfyNode):
             node_id="LoRAToConcept",
             display_name="LoRA to Concept",
             category="modular concepts",
-            description="Takes a LoRA from ComfyUI's training nodes or a LoRA stack from other packs as concepts, so that "
-            "Merge Concepts sums them exactly, beside your own. Keys that find no place are named one by one.",
+            description="Takes a LoRA from ComfyUI's training nodes or a LoRA stack of other packs as concepts, so "
+            "that Merge Concepts sums them exactly, beside your own. Keys that find no place are named one by one.",
             search_aliases=["lora stack", "apply lora stack", "lora loader stack", "convert lora", "lora model"],
             inputs=[
                 io.MultiType.Input(

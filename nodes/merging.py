@@ -286,7 +286,7 @@ class ConceptFromModel(io.ComfyNode):
             display_name="Merge to One Concept",
             category="modular concepts",
             description="Takes what the merge nodes put into a MODEL and CLIP out again as one concept, exactly and by "
-            "whatever method it was merged: for Save Concept, which writes it as one LoRA, and for ComfyUI's LoRA nodes.",
+            "whatever method it was merged: for Save Concept, which writes it as one LoRA, and ComfyUI's LoRA nodes.",
             search_aliases=["save merged lora", "extract lora", "merge loras to one", "bake lora", "lora merge"],
             inputs=[
                 io.Model.Input("model", tooltip="From Merge Concepts, Merge Block Concepts or Fuse Concepts"),

@@ -152,7 +152,7 @@ class ConceptTrainingOptions(io.ComfyNode):
                 io.Boolean.Input(
                     "gradient_checkpointing",
                     default=False,
-                    tooltip="Compute the network's blocks again on the way back instead of keeping them: much less "
+                    tooltip="Compute the network's blocks again on the way back instead of keeping them: less "
                     "memory, about a third more time a step; the result is the same",
                 ),
                 io.Boolean.Input(
