@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -218,12 +217,21 @@ def run_inspect(args: argparse.Namespace) -> None:
         for word, rows in concept.tokens.items():
             each = f", for each of {len(rows)} cross-attention layers" if rows.dim() == 3 else ""
             print(f"  learned word {word}: {rows.shape[-2]} x {rows.shape[-1]}{each}")
-        print("  " + json.dumps({key: value for key, value in made.items() if key != "training"}))
-        if args.verbose:
-            print("  training " + json.dumps(made.get("training", {})))
+        for key, value in made.items():
+            if key != "training" or args.verbose:
+                print(f"  {key}: {_in_words(value)}")
     say_crosstalk(concepts)
     for sentence in warnings_between(concepts):
         note(sentence)
+
+
+def _in_words(value: object) -> str:
+    """A recipe's entry for a person to read, not for a program."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_in_words(part)}" for key, part in value.items() if part not in (None, "", [], {}))
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_in_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def run_export(args: argparse.Namespace) -> None:

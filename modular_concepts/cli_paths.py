@@ -11,6 +11,8 @@ from typing import NoReturn
 
 from .errors import AdapterError
 
+MOST = 2.0  # strength, as on the nodes' sliders
+
 
 def base_named(name: str):
     """toy, or the folder of a diffusers model, as a base."""
@@ -36,6 +38,10 @@ def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
             if Path(path).exists():
                 raise AdapterError(f"{text}: {number!r} is no strength; write {path}:0.8, for example") from error
             strength = None
+        if strength is not None and not -MOST <= strength <= MOST:
+            raise AdapterError(
+                f"{text}: strength is {strength:g}; give one from -{MOST:g} to {MOST:g}, 1 is as it was trained"
+            )
         paths.append(Path(text if strength is None else path))
         concepts.append(concept_at(paths[-1]))
         strengths.append(1.0 if strength is None else strength)

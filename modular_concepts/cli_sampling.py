@@ -10,12 +10,20 @@ from .cli_paths import base_named, check_output, concepts_at, folder, note
 from .cli_progress import Bar
 from .errors import AdapterError
 
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
+
 
 def add_sample(commands) -> None:
     sample = commands.add_parser("sample", help="draw a prompt with any number of concepts and regions")
     sample.add_argument("prompt")
     sample.add_argument("--concept", action="append", metavar="FILE[:STRENGTH]")
-    sample.add_argument("--region", action="append", metavar="LEFT,TOP,RIGHT,BOTTOM:PROMPT", help="pixels or fractions")
+    sample.add_argument("--region", action="append", metavar="LEFT,TOP,RIGHT,BOTTOM:PROMPT", help="...")
+    sample.add_argument(
+        "--units",
+        choices=["fractions", "pixels"],
+        default="fractions",
+        help="what regions' boxes count: fractions of the picture, from 0 to 1 (default), or its pixels",
+    )
     sample.add_argument(
         "--mode",
         choices=["gated", "merged"],
@@ -42,6 +50,9 @@ def run_sample(args: argparse.Namespace) -> None:
     from .sampling import SampleSettings, sample
     from .toy.report import to_image
 
+    ending = args.out.suffix.lower()
+    if ending not in FORMATS:
+        raise AdapterError(f"{args.out}: a picture is written as {', '.join(FORMATS)}; give --out such an ending")
     check_output(args.out)
     base = base_named(args.base)
     concepts, strengths, _ = concepts_at(args.concept or [])
@@ -50,7 +61,7 @@ def run_sample(args: argparse.Namespace) -> None:
     settings = SampleSettings(args.steps, args.cfg, args.height, args.width, args.negative)
     height = base.size[0] if args.height is None else args.height
     width = base.size[1] if args.width is None else args.width
-    regions = [_region(text, width, height) for text in args.region or []]
+    regions = [_region(text, args.units, width, height) for text in args.region or []]
     prompts = [args.prompt] * args.count
     seeds = [args.seed + number for number in range(args.count)]
     bar = Bar("sample", args.steps * -(-args.count // settings.batch))
@@ -73,21 +84,27 @@ def run_sample(args: argparse.Namespace) -> None:
         if args.zoom > 1:
             image = image.resize((image.width * args.zoom, image.height * args.zoom), 0)
         with replacing(path) as file:
-            image.save(file, "PNG")
+            image.save(file, FORMATS[ending])
         print(f"wrote {path} (seed {seeds[number]})")
 
 
-def _region(text: str, width: int, height: int):
-    from .regions.geometry import Region, fractions
+def _region(text: str, units: str, width: int, height: int):
+    from .regions.geometry import region_from
 
     box, colon, prompt = text.partition(":")
     try:
-        numbers = [float(number) for number in box.split(",")]
+        numbers = tuple(_as_typed(number) for number in box.split(","))
     except ValueError:
-        numbers = []
+        numbers = ()
     if not colon or len(numbers) != 4 or not prompt.strip():
         raise AdapterError(f"region {text!r} is not LEFT,TOP,RIGHT,BOTTOM:PROMPT, as in 0,0,0.5,1:a <tom> on the beach")
-    return Region(prompt.strip(), fractions(numbers, width, height))
+    return region_from(prompt.strip(), numbers, units == "pixels", None, 0.0, 1.0, "").placed(width, height)
+
+
+def _as_typed(text: str) -> float:
+    """A number that a message shows as it was typed: 2 and not 2.0."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def _warn_unknown(base, prompts: Sequence[str], triggers: Sequence[str]) -> None:

@@ -52,7 +52,7 @@ def run_train(args: argparse.Namespace) -> None:
     from .files.modelspec import dated
     from .toy.demo import SETTINGS, UNDESCRIBED
     from .toy.presets import on_toy_base
-    from .training import TrainSettings, Unfinished, check_checkpoint
+    from .training import Changed, Diverged, TrainSettings, Unfinished, check_checkpoint
 
     name = safe_name(args.name)
     out = args.out or Path("concepts") / f"{name}.safetensors"
@@ -118,17 +118,21 @@ def run_train(args: argparse.Namespace) -> None:
                 cache=args.cache,
                 estimate=print,
             )
+    except Changed as error:
+        raise AdapterError(f"{error}; --accept-changes resumes all the same") from error
     except Unfinished as error:
         fault, result = error, error.result
         concept = concept_from(base, subject, result, basis, targets)
     if not result.finished:
         out = _free(out.with_name(f"{out.stem}-step{result.step}.safetensors"), args.overwrite)
-    if result.losses:
+    if result.step:
         folder(out.parent)
         save_concept(dated(concept), out, compact=args.compact)
         print(f"wrote {out}: {_what_learned(concept)}, last loss {result.losses[-1]:.4f}")
     if fault is not None:
-        raise AdapterError(f"{fault}" + (f" in {out}" if result.losses else "")) from fault
+        place = f" in {out}" if result.step else ""
+        rates = ". The learning rates are --adapter-lr and --token-lr" if isinstance(fault, Diverged) else ""
+        raise AdapterError(f"{fault}{place}{rates}") from fault
     if not result.finished:
         raise KeyboardInterrupt
 

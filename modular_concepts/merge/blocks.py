@@ -73,8 +73,8 @@ def check_blocks(layer: str, names: Sequence[str], adapters: Sequence[LowRank]) 
     for name, adapter in zip(names, adapters, strict=True):
         if adapter.rows is None:
             raise AdapterError(
-                f"{layer}: {name} is not a block adapter but {adapter.kind}; a block merge takes only "
-                "concepts that were trained in blocks, merge this one by sum"
+                f"{name} is not a block adapter but {adapter.kind}; a block merge takes only concepts that were "
+                f"trained in blocks, merge this one by sum (seen in {layer})"
             )
     every = torch.cat([adapter.rows for adapter in adapters])
     if len(every.unique()) == len(every):
@@ -83,13 +83,13 @@ def check_blocks(layer: str, names: Sequence[str], adapters: Sequence[LowRank]) 
     for (first, mine), (second, theirs) in itertools.combinations(owned, 2):
         if mine == theirs:
             raise AdapterError(
-                f"{layer}: {first} and {second} were trained in the same block slot; "
-                "train one of them again in a free slot, or merge by sum"
+                f"{first} and {second} were trained in the same block slot; train one of them again in a free slot, or "
+                f"merge by sum (seen in {layer})"
             )
         if mine & theirs:
             raise AdapterError(
-                f"{layer}: {first} and {second} both write {len(mine & theirs)} output rows; they were "
-                "trained with different numbers or layouts of blocks, merge them by sum"
+                f"{first} and {second} both write {len(mine & theirs)} output rows; they were "
+                f"trained with different numbers or layouts of blocks, merge them by sum (seen in {layer})"
             )
 
 

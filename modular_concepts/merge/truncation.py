@@ -34,7 +34,8 @@ def truncated(layer: MergedLayer, rank: int) -> tuple[MergedLayer, float]:
 def share_kept(cut: Mapping[str, MergedLayer], whole: Mapping[str, MergedLayer | MergedSum]) -> float:
     """The share of |delta|^2, over all layers, that a cut merge has of the whole one, 0..1."""
     total = sum(map(_energy, whole.values()))
-    return sum(map(_energy, cut.values())) / total if total else 1.0
+    # Rounding alone takes a cut that keeps everything above 1.
+    return min(1.0, sum(map(_energy, cut.values())) / total) if total else 1.0
 
 
 def _energy(layer: MergedLayer | MergedSum) -> float:

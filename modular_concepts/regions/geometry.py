@@ -133,16 +133,6 @@ def region_from(
     return Region(prompt, box, mask, negative.strip() or None, feather, strength, pixels, **more)
 
 
-def fractions(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
-    """A box as fractions: as it is when all values are at most 1, else taken as pixels of (width, height)."""
-    if len(box) != 4:
-        raise AdapterError(f"a box has four numbers (left, top, right, bottom), not {len(box)}")
-    if max(box) <= 1:
-        return tuple(float(value) for value in box)
-    left, top, right, bottom = box
-    return left / width, top / height, right / width, bottom / height
-
-
 def region_weights(regions: Sequence[Region], height: int, width: int, overlap: str = "average") -> Tensor:
     """(R, height, width) float32 in 0..1: how much of each cell of a feature grid a region covers.
 

@@ -91,6 +91,7 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
             "adapter_lr": settings.adapter_lr,
             "token_lr": settings.token_lr,
             "pictures_per_figure": PICTURES_EACH,
+            "joint_pictures": len(JOINT_SCENES),
         },
         "judges": {"threshold": judges.threshold, "accuracy": judges.accuracy},
         "base": base.hash,

@@ -164,8 +164,9 @@ def report_text(report: Mapping) -> str:
         f"{recogniser['false_accepts_look_alikes']:.1%} of look-alikes;",
         f"the reader names the class in {reader['class']:.1%} and the scene in {reader['scene']:.1%}.",
         "",
-        f"Each figure comes from {report['settings']['pictures_per_figure']} pictures; the run took "
-        f"{report['seconds']:.0f} seconds.",
+        f"Each figure comes from {report['settings']['pictures_per_figure']} pictures, those of the joint picture from "
+        f"{report['settings']['joint_pictures']},",
+        f"in which each concept has a third; the run took {report['seconds']:.0f} seconds.",
         "",
     ]
     return "\n".join(lines)

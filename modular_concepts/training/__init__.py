@@ -2,7 +2,7 @@
 
 from ..seeds import seeded
 from .attach import attached, frozen_networks
-from .checkpoint import check_checkpoint, newest_checkpoint, restore_checkpoint, save_checkpoint
+from .checkpoint import Changed, check_checkpoint, newest_checkpoint, restore_checkpoint, save_checkpoint
 from .loop import Cancelled, Diverged, OutOfMemory, Progress, Unfinished, train
 from .losses import FlowSchedule, NoiseSchedule, Schedule
 from .methods import new_adapters
@@ -13,6 +13,7 @@ from .settings import TrainSettings
 
 __all__ = [
     "Cancelled",
+    "Changed",
     "Diverged",
     "Estimate",
     "Examples",

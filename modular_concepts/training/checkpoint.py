@@ -27,6 +27,10 @@ FORMAT = "modular-concepts-checkpoint-1"
 PATTERN = re.compile(r"step-(\d{8})\.safetensors")
 
 
+class Changed(AdapterError):
+    """A checkpoint is of other settings, pictures or another base than the training that would resume it."""
+
+
 def save_checkpoint(folder: Path | str, run: Run) -> Path:
     """Write step-NNNNNNNN.safetensors, whole or not at all, and keep the newest `keep_checkpoints`."""
     folder = Path(folder)
@@ -48,7 +52,7 @@ def restore_checkpoint(path: Path | str, run: Run, accept_changes: bool = False)
     """Bring a fresh run to a checkpoint's state.
 
     path: a checkpoint, or a folder for its newest.
-    Raises AdapterError for a file that cannot be read, or one of another training unless `accept_changes`.
+    Raises AdapterError for a file that cannot be read, Changed for one of another training unless `accept_changes`.
     """
     path = check_checkpoint(path)
     metadata, tensors = _read(path)
@@ -145,7 +149,7 @@ def _refuse_changes(path: Path, before: dict, now: dict) -> None:
     if not settings and not others and before["frozen"] != now["frozen"]:
         others = ["the frozen factors come out differently"]
     if settings or others:
-        raise AdapterError(
+        raise Changed(
             f"{path.name} cannot be resumed: {'; '.join(settings + others)}. "
             "Put that back as it was, or start a new training without resuming"
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..bases import OrthogonalBasis
 from ..errors import AdapterError
 from ..tokens import bounded
-from .checkpoint import restore_checkpoint, save_checkpoint
+from .checkpoint import checkpoint_step, restore_checkpoint, save_checkpoint
 from .memory import memory_advice, ran_out_of_memory
 from .problem import Problem
 from .rehearsal import Estimate, rehearse
@@ -86,7 +86,8 @@ def train(
     started = time.monotonic()
     with torch.inference_mode(False), torch.enable_grad():
         if estimate is not None:
-            estimate(rehearse(problem, settings, basis))
+            done = 0 if resume is None else checkpoint_step(resume)
+            estimate(rehearse(problem, settings, basis, done))
         run = Run(problem, settings, basis)
         if resume is not None:
             restore_checkpoint(resume, run, accept_changes)
@@ -193,10 +194,11 @@ def _diverged(run: Run) -> Diverged:
     failed, run.step = run.step + 1, max(0, run.step - 1)
     settings = run.settings
     other = ", or in bf16 or fp32 precision" if settings.precision == "fp16" else ""
+    layers = "" if settings.method == "words" else f"of the layers (now {settings.adapter_lr:g}) or "
+    kept = f". What was learned up to step {run.step} is kept" if run.step else ""
     return Diverged(
-        f"the loss is no longer a finite number at step {failed}; train with a lower adapter_lr "
-        f"(now {settings.adapter_lr:g}) or token_lr (now {settings.token_lr:g}){other}. What was learned up to step "
-        f"{run.step} is kept",
+        f"the loss is no longer a finite number at step {failed}; train with a lower learning rate {layers}"
+        f"of the word (now {settings.token_lr:g}){other}{kept}",
         run.result(finished=False),
     )
 

@@ -24,25 +24,32 @@ MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0}  # bytes for each trained number
 
 @dataclass(frozen=True)
 class Estimate:
-    """seconds_per_step, and memory_bytes at the peak beside the base itself; `steps` is for how many."""
+    """seconds_per_step, and memory_bytes at the peak beside the base itself; `steps` is for how many.
+
+    done: how many a checkpoint has behind it already.
+    """
 
     seconds_per_step: float
     memory_bytes: int
     steps: int
+    done: int = 0
 
     def __str__(self) -> str:
         whole = self.seconds_per_step * self.steps
+        which = f"{self.steps} more steps after step {self.done}" if self.done else f"{self.steps} steps"
         return (
-            f"about {_duration(self.seconds_per_step)} a step, {_duration(whole)} for {self.steps} steps; "
+            f"about {_duration(self.seconds_per_step)} a step, {_duration(whole)} for {which}; "
             f"about {self.memory_bytes / 2**30:.2g} GiB of memory beside the model"
         )
 
 
-def rehearse(problem: Problem, settings: TrainSettings, basis: OrthogonalBasis | None = None) -> Estimate:
+def rehearse(
+    problem: Problem, settings: TrainSettings, basis: OrthogonalBasis | None = None, done: int = 0
+) -> Estimate:
     """Measure small steps and scale them to the batch; what the training itself will draw is not touched.
 
     Memory grows by the same for each further picture; time is that of the pictures one by one, which a large batch on
-    an accelerator stays below.
+    an accelerator stays below.  done: steps that a checkpoint has behind it, which take no time any more.
     Raises AdapterError when even one picture is too much for the memory.
     """
     with torch.inference_mode(False), torch.enable_grad():
@@ -67,7 +74,8 @@ def rehearse(problem: Problem, settings: TrainSettings, basis: OrthogonalBasis |
     factors = sum(parameter.numel() * parameter.element_size() for parameter in step.parameters)
     # Beside the factors and their last good copy; gradients are in the peak.
     kept = round(2 * factors + numbers * MOMENTS[settings.optimizer])
-    return Estimate(seconds * settings.batch, one + more * (settings.batch - 1) + kept, settings.steps)
+    memory, left = one + more * (settings.batch - 1) + kept, max(0, settings.steps - done)
+    return Estimate(seconds * settings.batch, memory, left, done)
 
 
 def _peak(step: Step) -> int:

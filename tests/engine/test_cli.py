@@ -167,7 +167,7 @@ def test_sample_with_concepts_and_regions(made, here, capsys):
     code, out, err = run(
         capsys, "sample", "a man and a man on the beach", "--width", "64", "--zoom", "2", "--count", "2", *DRAW,
         "--concept", concept(made), "--concept", f"{concept(made, 'tim')}:0.7",
-        "--region", "0,0,0.5,1:a <tom> on the beach", "--region", "32,0,64,32:a <tim> on the beach",
+        "--region", "0,0,0.5,1:a <tom> on the beach", "--region", "0.5,0,1,1:a <tim> on the beach",
         "--out", "drawn/joint.png",
     )  # fmt: skip
     assert code == 0, err
@@ -175,6 +175,18 @@ def test_sample_with_concepts_and_regions(made, here, capsys):
     first, second = (Image.open(here / f"drawn/joint-0{number}.png") for number in range(2))
     assert first.size == (128, 64) and first.tobytes() != second.tobytes()
     assert "error" not in err and "note" not in err
+
+
+def test_regions_in_pixels_and_pictures_of_every_kind(here, capsys):
+    draw = ["sample", "a man on the beach", *DRAW, "--width", "64"]
+    assert run(capsys, *draw, "--region", "0.5,0,1,1:a cat", "--out", "a.png")[0] == 0
+    assert run(capsys, *draw, "--region", "32,0,64,32:a cat", "--units", "pixels", "--out", "b.png")[0] == 0
+    assert run(capsys, *draw, "--region", "0,0,32,32:a cat", "--units", "pixels", "--out", "c.png")[0] == 0
+    drawn = files(here)
+    assert drawn["a.png"] == drawn["b.png"] != drawn["c.png"]
+    for ending, form in (("jpg", "JPEG"), ("webp", "WEBP"), ("bmp", "BMP")):
+        assert run(capsys, *draw, "--out", f"d.{ending}")[0] == 0
+        assert Image.open(here / f"d.{ending}").format == form
 
 
 def test_regions_hold_concepts_apart_unless_a_merge_is_asked_for(made, here, capsys):
@@ -215,7 +227,15 @@ def test_sample_says_which_words_mean_nothing(here, capsys):
 def test_inspect_tells_what_is_in_a_file(made, here, capsys):
     code, out, _ = run(capsys, "inspect", "-v", concept(made), concept(made, "tim"), concept(made, "plain"))
     assert code == 0
-    for words in ("concept 'tom'", "learned word <tim>: 8 x 128", '"base_hash"', '"slot": 1', "adapter_lr", "mid"):
+    for words in (
+        "concept 'tom'",
+        "learned word <tim>: 8 x 128",
+        "base_hash: ",
+        "slot: 1\n",
+        "pictures 16, ",
+        "adapter_lr 0.01",
+        "mid",
+    ):
         assert words in out
     assert "crosstalk tom (1) and tim: 0.0000" in out and "crosstalk tom (1) and tom (2): 0." in out
     assert files(here) == {}
@@ -351,7 +371,7 @@ def test_bad_pictures(made, here, capsys, spoil, words):
         (["--out", "mine"], ["mine is a folder"]),
         (["--out", "mine/00.png/x.safetensors"], ["00.png", "not a folder"]),
         (["--checkpoints", "mine/00.png"], ["00.png", "--checkpoints"]),
-        (["--resume", "no-such-file"], ["no-such-file"]),
+        (["--resume", "no-such-file"], ["no-such-file: there is no such checkpoint or folder"]),
         (["--resume", "mine"], ["mine holds no checkpoint"]),
         (["--resume", "mine/00.png"], ["00.png cannot be read as a checkpoint"]),
     ],
@@ -404,8 +424,9 @@ def test_bad_concept_files(made, here, capsys, command, spoil, words):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--concept", "TOM:nan"], ["tom: strength is nan", "finite number"]),
-        (["--concept", "TOM:inf"], ["tom: strength is inf"]),
+        (["--concept", "TOM:nan"], ["strength is nan", "from -2 to 2"]),
+        (["--concept", "TOM:inf"], ["strength is inf"]),
+        (["--concept", "TOM:1000"], ["tom.safetensors:1000: strength is 1000", "from -2 to 2"]),
         (["--concept", "TOM:loud"], ["'loud' is no strength", "tom.safetensors:0.8"]),
         (["--concept", "TOM", "--concept", "TOM"], ["both answer to <tom>"]),
         (["--concept", "nobody"], ["nobody", "no such file"]),
@@ -415,7 +436,8 @@ def test_bad_concept_files(made, here, capsys, command, spoil, words):
         (["--region", "0,0,one,1:a man"], ["'0,0,one,1:a man'"]),
         (["--region", "0.5,0,0.2,1:a man"], ["'a man'", "left < right"]),
         (["--region", "0,0,nan,1:a man"], ["'a man'", "left < right"]),
-        (["--region", "0,0,64,32:a man"], ["'a man'", "left < right"]),
+        (["--region", "0,0,2,1:a man"], ["the box (0, 0, 2, 1), which reaches outside", "set units to pixels"]),
+        (["--region", "0,0,64,32:a man", "--units", "pixels"], ["reaches to (64, 32)", "is only 32 x 32 pixels"]),
         (["--steps", "0"], ["steps is 0"]),
         (["--steps", "5000"], ["steps is 5000"]),
         (["--cfg", "nan"], ["cfg is nan"]),
@@ -426,7 +448,8 @@ def test_bad_concept_files(made, here, capsys, command, spoil, words):
         (["--seed", str(2**64)], [f"seed {2**64}"]),
         (["--count", "0"], ["--count", "at least 1"]),
         (["--zoom", "-2"], ["--zoom", "at least 1"]),
-        (["--out", "."], ["is a folder"]),
+        (["--out", "drawn.xyz"], ["drawn.xyz", ".png, .jpg"]),
+        (["--out", "drawn"], ["drawn: a picture is written as"]),
         (["--base", "nowhere"], ["no base 'nowhere'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
@@ -441,7 +464,7 @@ def test_concepts_that_do_not_fit_together(made, here, capsys):
     refused(capsys, here, ["merge", concept(made), concept(made, "plain"), *out], "both answer to <tom>")
     refused(capsys, here, ["merge", f"{concept(made)}:nan", *out], "strength is nan")
     block = ["merge", concept(made), concept(made, "tim"), "--how", "block", *out]
-    refused(capsys, here, block, "not a block adapter", "by sum")
+    refused(capsys, here, block, "error: tom is not a block adapter", "by sum")
     refused(capsys, here, ["merge", concept(made)], "--out")
 
 
@@ -453,7 +476,7 @@ def writers(made: Path) -> dict[str, list]:
         "pictures": ["pictures", "tom"],
         "train": train_on(made / "pictures/tom", "--name", "tom"),
         "merge": ["merge", concept(made), "--out", "old.safetensors", "--overwrite"],
-        "sample": ["sample", "a man", *DRAW, "--out", "old.safetensors"],
+        "sample": ["sample", "a man", *DRAW, "--out", "old.png"],
         "export": ["export", concept(made), "--out", "old.safetensors", "--overwrite"],
     }
 
@@ -461,7 +484,8 @@ def writers(made: Path) -> dict[str, list]:
 @pytest.mark.parametrize("command", ["pictures", "train", "merge", "sample", "export"])
 def test_a_full_disk(made, here, capsys, monkeypatch, command):
     """What was there stays, nothing is half-written, and the sentence says why."""
-    (here / "old.safetensors").write_bytes(b"what was there before")
+    for old in ("old.safetensors", "old.png"):
+        (here / old).write_bytes(b"what was there before")
 
     def full(_descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -521,10 +545,30 @@ def test_a_second_interruption_stops_at_once_and_writes_nothing(made, here, caps
 
 
 def test_a_training_that_diverges_keeps_what_was_learned_and_says_where(made, here, capsys):
-    code, out, err = run(capsys, *train_on(made / "pictures/tom", "--name", "tom", "--adapter-lr", "1e30"))
-    assert code == 2 and "no longer a finite number" in err and "is kept in concepts/tom-step" in err
-    (kept,) = files(here)
-    assert max(adapter.delta().isfinite().all() for adapter in load_concept(here / kept).layers.values())
+    train = [*train_on(made / "pictures/tom", "--name", "tom"), "--checkpoints", "steps"]
+    assert run(capsys, *train)[0] == 0
+    wild = [
+        "--resume",
+        "steps",
+        "--accept-changes",
+        "--adapter-lr",
+        "1e30",
+        "--steps",
+        "6",
+        "--out",
+        "wild.safetensors",
+    ]
+    code, _, err = run(capsys, *train, *wild)
+    assert code == 2 and "no longer a finite number" in err and "is kept in wild-step2.safetensors" in err
+    assert "--adapter-lr and --token-lr" in err
+    kept, before = (load_concept(here / name).layers for name in ("wild-step2.safetensors", "concepts/tom.safetensors"))
+    assert all(torch.equal(kept[name].lora_up, before[name].lora_up) for name in before)
+
+
+def test_a_training_that_diverges_at_once_writes_nothing(made, here, capsys):
+    code, out, err = run(capsys, *train_on(made / "pictures/tom", "--adapter-lr", "1e30"))
+    assert code == 2 and "no longer a finite number" in err and "wrote" not in out and "is kept" not in err
+    assert files(here) == {}
 
 
 def test_a_checkpoint_that_cannot_be_written_keeps_what_was_learned(made, here, capsys, monkeypatch):

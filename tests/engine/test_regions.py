@@ -10,7 +10,7 @@ from untrained_toy import QUICK, filled_concept, picture, traces, untrained_base
 from modular_concepts.customisation import customised
 from modular_concepts.errors import AdapterError
 from modular_concepts.regions.attention import attend_by_region, regional_attention
-from modular_concepts.regions.geometry import Region, fractions, grid_of, region_from, region_weights
+from modular_concepts.regions.geometry import Region, grid_of, region_from, region_weights
 from modular_concepts.regions.places import Division, Places
 from modular_concepts.sampling import SampleSettings
 
@@ -258,9 +258,7 @@ def test_what_a_person_cannot_mean_is_refused(changed, words):
         region_from("a dog", filled["box"], False, filled["mask"], filled["feather"], filled["strength"], "")
 
 
-def test_boxes_are_fractions_or_pixels():
-    assert fractions((0, 0, 0.5, 1), 64, 32) == (0.0, 0.0, 0.5, 1.0)
-    assert fractions((0, 8, 32, 32), 64, 32) == (0.0, 0.25, 0.5, 1.0)
+def test_the_grid_of_a_layer_follows_from_its_positions():
     assert grid_of(16 * 48, 16, 48) == (16, 48) and grid_of(8 * 24, 16, 48) == (8, 24)
     assert grid_of(2 * 3, 7, 9) == (2, 3)
 
@@ -288,5 +286,3 @@ def test_a_region_that_is_none_is_refused(where):
 def test_a_layer_that_is_no_halving_is_refused():
     with pytest.raises(AdapterError, match="63 positions"):
         grid_of(63, 16, 16)
-    with pytest.raises(AdapterError, match="four numbers"):
-        fractions((0, 1, 2), 64, 64)

@@ -310,7 +310,7 @@ def test_divergence_keeps_the_last_good_state():
         seen.append(prediction)
         return prediction * float("nan") if len(seen) == 5 else prediction
 
-    with pytest.raises(Diverged, match="step 5.*lower adapter_lr .now 0.01") as caught:
+    with pytest.raises(Diverged, match="step 5.*lower learning rate of the layers .now 0.01") as caught:
         run(problem=replace(base, predict=predict))
     kept = caught.value.result
     expected = run(callback=lambda progress: progress.step == kept.step)
