@@ -7,6 +7,7 @@ mend is one sentence on the error stream and exit code 2.
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import sys
 from collections.abc import Sequence
@@ -93,23 +94,46 @@ def _pictures(args: argparse.Namespace) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with faults in one sentence."""
+    """argparse, with faults in one sentence, which names every option that there is not."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.unknown = [
+            text.partition("=")[0] for text in args or () if text.startswith("--") and self._is_unknown(text)
+        ]
+        namespace, left = super().parse_known_args(args, namespace)
+        if left and self._subparsers is None:  # here and not in the parser above, whose --help says less
+            self.error("" if self.unknown else f"nothing is meant by {' '.join(left)}")
+        return namespace, left
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        unknown = [f"there is no option {name}{self._meant(name)}" for name in self.unknown]
+        self.exit(2, f"error: {'; '.join([*unknown, *filter(None, [message])])}; see {self.prog} --help\n")
+
+    def _is_unknown(self, text: str) -> bool:
+        name = text.partition("=")[0]
+        options = self._option_string_actions
+        return self._subparsers is None and not any(option.startswith(name) for option in options)
+
+    def _meant(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self._option_string_actions, 1)
+        return f", perhaps {near[0]}" if near else ""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="modular_concepts", description="Train concepts apart, sum them, draw them together.")
+    from .toy.standard import BY_NAME
+
+    parser = _Parser(
+        prog="python -m modular_concepts", description="Train concepts apart, sum them, draw them together."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="three concepts trained, summed, drawn and judged on the toy base")
-    demo.add_argument("--out", type=Path, default=Path("demo_output"))
+    demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder (default demo_output)")
     demo.set_defaults(run=_demo)
 
     pictures = commands.add_parser("pictures", help="write the 16 pictures of a standard toy concept, to train on")
-    pictures.add_argument("concept")
+    pictures.add_argument("concept", metavar="CONCEPT", help=f"one of {', '.join(BY_NAME)}")
     pictures.add_argument("--out", type=Path, help="folder (default pictures/CONCEPT)")
     add_overwrite(pictures)
     pictures.set_defaults(run=_pictures)

@@ -43,13 +43,21 @@ def add_merge(commands) -> None:
     merge.add_argument("--how", choices=tuple(FAMILIES), default="sum", metavar="FAMILY", help="see below (sum)")
     merge.add_argument("--literal", action="store_true", help="block: strengths scaled to add up to 1, as in the paper")
     merge.add_argument(
-        "--density", type=float, default=DEFAULTS.density, help="magnitude, dare, ties: the share of weights that stays"
+        "--density",
+        type=float,
+        default=DEFAULTS.density,
+        help="magnitude, dare, ties: the share of weights that stays (default %(default)s)",
     )
-    merge.add_argument("--rank", type=int, default=DEFAULTS.rank, help="svd: the rank that the sum is cut to")
     merge.add_argument(
-        "--seed", type=int, default=DEFAULTS.seed, help="dare: which weights are dropped follows from it"
+        "--rank", type=int, default=DEFAULTS.rank, help="svd: the rank that the sum is cut to (default %(default)s)"
     )
-    merge.add_argument("--ridge", type=float, default=DEFAULTS.ridge, help="fusion: damping")
+    merge.add_argument(
+        "--seed",
+        type=int,
+        default=DEFAULTS.seed,
+        help="dare: which weights are dropped follows from it (default %(default)s)",
+    )
+    merge.add_argument("--ridge", type=float, default=DEFAULTS.ridge, help="fusion: damping (default %(default)s)")
     merge.add_argument(
         "--moments",
         nargs="+",
@@ -69,8 +77,8 @@ def add_merge(commands) -> None:
 
 def add_inspect(commands) -> None:
     inspect = commands.add_parser("inspect", help="what is in concept files, and the crosstalk of several")
-    inspect.add_argument("concepts", nargs="+")
-    inspect.add_argument("-v", "--verbose", action="store_true")
+    inspect.add_argument("concepts", nargs="+", metavar="FILE", help="concepts, or any program's LoRAs")
+    inspect.add_argument("-v", "--verbose", action="store_true", help="with the training's settings")
     inspect.set_defaults(run=run_inspect)
 
 

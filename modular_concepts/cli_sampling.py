@@ -15,31 +15,53 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bm
 
 def add_sample(commands) -> None:
     sample = commands.add_parser("sample", help="draw a prompt with any number of concepts and regions")
-    sample.add_argument("prompt")
-    sample.add_argument("--concept", action="append", metavar="FILE[:STRENGTH]")
-    sample.add_argument("--region", action="append", metavar="LEFT,TOP,RIGHT,BOTTOM:PROMPT", help="...")
+    sample.add_argument("prompt", help="what to draw; a concept's trigger word, such as <rex>, calls it")
+    sample.add_argument(
+        "--concept",
+        action="append",
+        metavar="FILE[:STRENGTH]",
+        help="a concept, or any program's LoRA, at a strength from -2 to 2 (default 1); once for each",
+    )
+    sample.add_argument(
+        "--region",
+        action="append",
+        metavar="LEFT,TOP,RIGHT,BOTTOM:PROMPT",
+        help="a box with a prompt of its own, as in 0,0,0.5,1:a <rex>; once for each",
+    )
     sample.add_argument(
         "--units",
         choices=["fractions", "pixels"],
         default="fractions",
-        help="what regions' boxes count: fractions of the picture, from 0 to 1 (default), or its pixels",
+        help="what boxes count: fractions of the picture, from 0 to 1 (default), or its pixels",
     )
     sample.add_argument(
         "--mode",
         choices=["gated", "merged"],
         default="gated",
-        help="with regions: a concept acts in those alone that call it (gated), or everywhere (merged)",
+        help="with regions: a concept acts in those alone that call it (gated, default), or everywhere (merged)",
     )
-    sample.add_argument("--out", type=Path, default=Path("sample.png"))
-    sample.add_argument("--base", default="toy")
-    sample.add_argument("--negative", default="")
-    sample.add_argument("--width", type=int)
-    sample.add_argument("--height", type=int)
-    sample.add_argument("--steps", type=int, default=20)
-    sample.add_argument("--cfg", type=float, default=4.0)
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--count", type=_count, default=1)
-    sample.add_argument("--zoom", type=_count, default=1, help="enlarge the file, each pixel to ZOOM x ZOOM")
+    sample.add_argument(
+        "--out",
+        type=Path,
+        default=Path("sample.png"),
+        help=f"the picture's file (default sample.png, replaced each time), ending in {', '.join(FORMATS)}; "
+        "several are numbered",
+    )
+    sample.add_argument("--base", default="toy", help="toy (default), or the folder of a diffusers model")
+    sample.add_argument("--negative", default="", metavar="PROMPT", help="what not to draw (default nothing)")
+    sample.add_argument("--width", type=int, metavar="PIXELS", help="default the base's own, 32 for toy")
+    sample.add_argument("--height", type=int, metavar="PIXELS", help="default the base's own, 32 for toy")
+    sample.add_argument("--steps", type=int, default=20, help="how often the noise is taken down (default 20)")
+    sample.add_argument(
+        "--cfg", type=float, default=4.0, help="how strictly the prompt is followed; 1 is no guidance (default 4)"
+    )
+    sample.add_argument(
+        "--seed", type=int, default=0, help="the first picture's noise; the next has the next (default 0)"
+    )
+    sample.add_argument("--count", type=_count, default=1, help="how many pictures (default 1)")
+    sample.add_argument(
+        "--zoom", type=_count, default=1, help="enlarge the file, each pixel to ZOOM x ZOOM (default 1)"
+    )
     sample.set_defaults(run=run_sample)
 
 

@@ -23,7 +23,7 @@ from .training.settings import (
 
 # Option -> how it is read (a type, or the words to choose from) and what it says of itself.
 _OPTIONS: dict[str, tuple[Callable | tuple[str, ...], str]] = {
-    "slot": (int, "the concept's own columns and rows; without it columns follow from the name"),
+    "slot": (int, "the concept's own columns and rows (default none: columns follow from the name)"),
     "blocks": (int, "number of row blocks (block methods)"),
     "layout": (LAYOUTS, "whether a block's rows lie together or are spread (block methods)"),
     "erasure": (float, "probability to erase an output row (BlockLoRA)"),
@@ -38,13 +38,13 @@ _OPTIONS: dict[str, tuple[Callable | tuple[str, ...], str]] = {
     "token_vectors": (int, "how many words' worth of meaning the trigger holds"),
     "token_start": (TOKEN_STARTS, "where the word starts: the class word or description, or first a random vector"),
     "token_noise": (float, "noise on a word that starts from one row, relative to its size"),
-    "token_norm": ("number or none", "longest length of a vector (ED-LoRA: 0.55)"),
+    "token_norm": ("number or none", "longest length of a vector (ED-LoRA: 0.55; default none)"),
     "warmup": (int, "steps in which the rates rise"),
     "schedule": (SCHEDULES, "how the rates fall after that"),
     "weight_decay": (float, "AdamW's, of the layers"),
     "clip_norm": (float, "longest gradient; 0 for no bound"),
     "noise_offset": (float, "noise shared by all pixels of a channel, for darker and brighter pictures"),
-    "min_snr": ("number or none", "gamma of the min-SNR weight, usually 5"),
+    "min_snr": ("number or none", "gamma of the min-SNR weight, usually 5 (default none)"),
     "attention_regularisation": (float, "weight of keeping the word's attention inside the masks, usually 0.01"),
     "prior_weight": (float, "weight of the pictures that the base drew"),
     "caption_dropout": (float, "probability of an empty caption"),
@@ -70,12 +70,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "suit it; other options win over it",
     )
     parser.add_argument("--list-presets", action=_ListPresets, help="say what presets there are, and which to take")
-    parser.add_argument("--method", choices=METHODS, help="default orthogonal")
+    parser.add_argument("--method", choices=METHODS, help="how the layers learn (default orthogonal)")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, help="layers that learn (default attention and ff)")
     parser.add_argument(
         "--text-encoder",
         action=argparse.BooleanOptionalAction,
-        help="adapt the text encoder's attention too",
+        help="adapt the text encoder's attention too (default off)",
     )
     parser.add_argument(
         "--prior",
@@ -84,13 +84,30 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         help="learn beside N pictures that the base draws itself, so that it keeps what it knows (default none)",
     )
     for name, (kind, text) in _OPTIONS.items():
+        text = f"{text} {_default(name)}".strip()
         if isinstance(kind, tuple):
             parser.add_argument(_flag(name), choices=kind, help=text)
         else:
             read = _number_or_none if kind == "number or none" else kind
             parser.add_argument(_flag(name), type=read, metavar="N" if kind is int else "X", help=text)
     for name, text in _SWITCHES.items():
-        parser.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
+        parser.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=f"{text} (default off)")
+    parser.epilog = "Defaults hold without --preset; what a preset has instead is said by --list-presets."
+
+
+def _default(name: str) -> str:
+    """What a setting is where no preset names it, as the help says it; nothing where the text says it already."""
+    from .toy.demo import SETTINGS, UNDESCRIBED
+
+    usual, toy, described = (_value(getattr(own, name)) for own in (TrainSettings(), UNDESCRIBED, SETTINGS))
+    if usual == toy == described:
+        return "" if usual == "none" or name == "checkpoint_every" else f"(default {usual})"
+    own = toy if toy == described else f"{toy}, or {described} with --description"
+    return f"(default {usual}; toy base {own})"
+
+
+def _value(value: object) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def chosen_preset(args: argparse.Namespace, usual: TrainSettings, suit: Callable[[Preset], Preset]) -> Preset:

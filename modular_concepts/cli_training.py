@@ -27,7 +27,7 @@ def add_train(commands) -> None:
     )
     train.add_argument("--out", type=Path, help="concept file (default concepts/NAME.safetensors)")
     add_overwrite(train)
-    train.add_argument("--base", default="toy", help="toy, or a diffusers folder")
+    train.add_argument("--base", default="toy", help="toy (default), or a diffusers folder")
     add_training_options(train)
     train.add_argument("--size", type=_size, help="WIDTHxHEIGHT to train at (default: the base's own)")
     train.add_argument(
@@ -35,8 +35,10 @@ def add_train(commands) -> None:
     )
     train.add_argument("--cache", type=Path, metavar="DIR", help="folder to keep the pictures' latents in")
     train.add_argument("--compact", action="store_true", help="leave the frozen factors out of the file")
-    train.add_argument("--checkpoints", type=Path, help="folder for checkpoints")
-    train.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
+    train.add_argument(
+        "--checkpoints", type=Path, help="folder for checkpoints (default none: the training cannot be resumed)"
+    )
+    train.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="default 100")
     train.add_argument("--resume", type=Path, help="a checkpoint, or a folder for its newest")
     train.add_argument(
         "--accept-changes", action="store_true", help="resume although pictures, captions, base or settings changed"

@@ -390,6 +390,39 @@ def test_training_faults_are_found_before_the_base_draws_its_prior(made, here, c
     refused(capsys, here, train_on(folder, "--prior", "4"), "does not contain the trigger word <new>")
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            ["train", "x", "--nmae", "b", "--class-word", "man"],
+            ["no option --nmae, perhaps --name", "required: --name"],
+        ),
+        (["sample", "a man", "--stepz=5"], ["no option --stepz, perhaps --steps"]),
+        (["sample", "a man", "on the beach"], ["nothing is meant by on the beach"]),
+    ],
+)
+def test_what_is_misspelt_is_named_with_a_command_that_helps(here, capsys, command, words):
+    refused(capsys, here, command, *words, f"see python -m modular_concepts {command[0]} --help")
+
+
+@pytest.mark.parametrize("command", ["demo", "pictures", "train", "merge", "sample", "inspect", "export"])
+def test_every_argument_says_what_it_is(capsys, command):
+    parser = cli._parser()._subparsers._group_actions[0].choices[command]
+    assert all(action.help for action in parser._actions)
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0 and out.startswith(f"usage: python -m modular_concepts {command} ")
+
+
+def test_help_says_the_defaults_and_the_names(capsys):
+    def said(command):
+        return " ".join(run(capsys, command, "--help")[1].split())
+
+    assert "how many training steps (default 500; toy base 400, or 300 with --description)" in said("train")
+    assert "step size of the layers (default 0.0001; toy base 0.0002)" in said("train")
+    assert "one of tom, tim, omar, ada" in said("pictures")
+    assert "1 is no guidance (default 4)" in said("sample") and "(default sample.png" in said("sample")
+
+
 def test_no_pictures_at_all(here, capsys):
     refused(capsys, here, train_on("nowhere"), "nowhere", "no such folder")
     refused(capsys, here, ["pictures", "nobody"], "no standard concept 'nobody'", "tom")
