@@ -38,6 +38,7 @@ from ..modular_concepts.layers import file_key
 from ..modular_concepts.sampling import SampleSettings
 from ..modular_concepts.training import (
     Cancelled,
+    Changed,
     Estimate,
     Examples,
     TrainResult,
@@ -165,6 +166,8 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
                 cache=latents_folder() if plan.keep_latents else None,
                 estimate=partial(_announce, plan),
             )
+        except Changed as error:
+            raise AdapterError(f"{error}; on_change set to go on resumes all the same") from error
         except Unfinished as error:
             kept = keep_unfinished(concept_from(base, subject, error.result, plan.basis, plan.targets), error.result)
             raise AdapterError(f"{error} in {kept}" if kept else str(error)) from error

@@ -167,6 +167,7 @@ def test_resume_goes_on_with_other_settings_only_when_told_to(server, runs):
     longer["train"]["inputs"]["steps"] = STEPS + 4
     fault = server.fault(copy.deepcopy(longer))
     assert fault.node == "train" and f"steps was {STEPS}, is now {STEPS + 4}" in fault.reason
+    assert "on_change set to go on resumes all the same" in fault.reason
     longer["train"]["inputs"]["on_change"] = "go on"
     run = server.run(longer)
     assert run.progress["train"][0][0] == STEPS + 1
