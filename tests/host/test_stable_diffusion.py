@@ -166,7 +166,9 @@ def test_its_concepts_are_those_of_stable_diffusion(server, runs, name):
 
 def test_stock_nodes_draw_what_ours_draw_on_stable_diffusion(server, runs):
     run = runs[0]("5_stock_lora_interop")
-    ours, memory, file = (find_node(run.prompt, f"draw with {what}") for what in ("ours", "stock nodes", "the file"))
+    ours, memory, file = (
+        find_node(run.prompt, f"draw {what}") for what in ("with ours", "from memory", "with the file")
+    )
     # The same prompt, with the word that was learned but without the layers.
     prompt = upstream(copy.deepcopy(run.prompt), f"latent of {memory}")
     prompt[memory]["inputs"]["model"] = [next(n for n in prompt if "ckpt_name" in prompt[n]["inputs"]), 0]
