@@ -70,6 +70,7 @@ WAYS = (
     Way("core masks, plain LoRA", "lora", "core_masks"),
     Way("core hooks, plain LoRA", "lora", "core_hooks"),
 )
+REFERENCE = "gated, plain LoRA"
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ class Group:
 
 
 def groups(each: int, casts: Sequence[tuple[str, ...]] = (*ALIKE, *MIXED), bare: bool = False) -> list[Group]:
-    """`each` pictures of two and `each` of three subjects, shared out over the casts; places and orders in turn."""
+    """`each` pictures of every number of subjects, shared out over the casts; places and orders in turn."""
     found = []
-    for size in (2, 3):
+    for size in sorted({len(cast) for cast in casts}):
         own = [cast for cast in casts if len(cast) == size]
         for number, cast in enumerate(own):
             count = each // len(own) + (number < each % len(own))
@@ -221,7 +222,8 @@ def judged(judges: Judges, group: Group, pictures: Tensor) -> list[dict[str, flo
         shown = pictures[..., tile * TILE : (tile + 1) * TILE]
         likeness = torch.stack([judges.similarity(shown, pictures_of(BY_NAME[other])[0]) for other in group.names])
         own = likeness[tile]
-        neighbours = torch.cat([likeness[:tile], likeness[tile + 1 :]]).amax(0)
+        others = torch.cat([likeness[:tile], likeness[tile + 1 :]])
+        neighbours = others.amax(0) if len(others) else torch.full_like(own, -1.0)  # alone: less like than anybody
         read = judges.read(shown)
         right = read["class"] == CLASSES.index(BY_NAME[name].class_word)
         place = read["scene"] == SCENES.index(group.scene)
@@ -235,7 +237,7 @@ def judged(judges: Judges, group: Group, pictures: Tensor) -> list[dict[str, flo
         for index in range(len(shown)):
             rows.append(
                 {key: float(value[index]) for key, value in values.items()}
-                | {"name": name, "subjects": len(group.names), "alike": group.alike}
+                | {"name": name, "place": tile, "subjects": len(group.names), "alike": group.alike}
             )
     return rows
 
@@ -277,6 +279,21 @@ def figures(rows: Sequence[dict]) -> dict:
     return found
 
 
+def by_place(rows: Sequence[dict]) -> dict[str, float]:
+    """ "tim, 2 of 3" -> the share of regions with the right identity; places count from the left."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        place = f"{row['name']}, {row['place'] + 1} of {row['subjects']}"
+        found.setdefault(place, []).append(row["identity"])
+    return {place: round(sum(own) / len(own), 4) for place, own in sorted(found.items())}
+
+
+def alone_right(rows: Sequence[dict], others: Sequence[dict]) -> list[int]:
+    """How many of the same regions are right in the first way alone, and in the second alone."""
+    pairs = [(one["identity"], other["identity"]) for one, other in zip(rows, others, strict=True)]
+    return [sum(one > other for one, other in pairs), sum(one < other for one, other in pairs)]
+
+
 def markdown(table: dict) -> str:
     lines = []
     for part in ("look-alikes", "mixed company", "all", "two", "three"):
@@ -308,7 +325,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("concepts", type=Path)
     parser.add_argument("--out", type=Path, default=Path("build/proof-regions"))
-    parser.add_argument("--each", type=int, default=100, help="pictures of two, and of three subjects, a way")
+    parser.add_argument("--each", type=int, default=100, help="pictures of each number of subjects, a way")
     parser.add_argument("--steps", type=int, default=SAMPLING.steps)
     parser.add_argument("--feather", type=float, default=0.0)
     ways = [way.name for way in WAYS]
@@ -340,15 +357,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for way in WAYS:
         if not args.only or way.name in args.only:
             pictures[way.name] = drawn(args, way, everything)
-    table = {
-        name: figures([row for group in everything for row in judged(judges, group, own[group.key])])
+    rows = {
+        name: [row for group in everything for row in judged(judges, group, own[group.key])]
         for name, own in pictures.items()
     }
+    table = {name: figures(own) for name, own in rows.items()}
     chosen = [group for group in everything if group.alike][:SHOWN] or everything[:SHOWN]
     sheet(args.out / "regions.png", {name: [own[group.key][0] for group in chosen] for name, own in pictures.items()})
     with replacing(args.out / "regions.md") as file:
         file.write(markdown(table).encode())
-    print(json.dumps({"each": args.each, "steps": args.steps, "ways": table}))
+    result = {"each": args.each, "steps": args.steps, "ways": table}
+    result["identity_by_place"] = {name: by_place(own) for name, own in rows.items()}
+    if REFERENCE in rows:
+        others = {name: own for name, own in rows.items() if name in {way.name for way in WAYS} - {REFERENCE}}
+        result[f"right alone, and {REFERENCE} alone"] = {
+            name: alone_right(own, rows[REFERENCE]) for name, own in others.items()
+        }
+    print(json.dumps(result))
     return 0
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.proof_regions import ALIKE, MIXED, Group, figures, groups, interval, judged, truth
+from bench.proof_regions import ALIKE, MIXED, Group, alone_right, by_place, figures, groups, interval, judged, truth
 from modular_concepts.toy.judges import load_judges
 
 PAIR = Group(("tom", "tim"), "beach", tuple(range(8)))
@@ -72,3 +72,17 @@ def test_figures_come_with_their_intervals():
     found = figures(judged(load_judges(), PAIR, truth(PAIR)))
     assert found["all"] == found["look-alikes"] == found["two"] and "three" not in found
     assert found["all"]["regions"] == 16 and found["all"]["missing"][0] == 0
+
+
+def test_identity_is_told_by_place_and_against_another_way():
+    found = judged(load_judges(), PAIR, truth(PAIR))
+    assert by_place(found) == {f"{name}, {place} of 2": 1.0 for place, name in enumerate(PAIR.names, 1)}
+    lost = [{**row, "identity": 0.0} if row["place"] == 1 else row for row in found]
+    assert by_place(lost)[f"{PAIR.names[1]}, 2 of 2"] == 0.0
+    assert alone_right(found, lost) == [len(found) // 2, 0] and alone_right(lost, found) == [0, len(found) // 2]
+
+
+def test_somebody_alone_is_nobodys_neighbour():
+    (group,) = groups(2, [("tom",)])
+    found = figures(judged(load_judges(), group, truth(group)))["all"]
+    assert found["regions"] == 2 and found["identity"][0] == 1 and found["bleed"][0] == found["nearer"][0] == 0
