@@ -16,18 +16,18 @@ from in_host import ARGUMENT, pack_module, start
 
 start(on_cpu=True)
 
-import comfy.model_management  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.sd1_clip  # noqa: E402
-import comfy.supported_models  # noqa: E402
-import comfy.supported_models_base  # noqa: E402
-import comfy.weight_adapter  # noqa: E402
-import comfyui_version  # noqa: E402
-import torch  # noqa: E402
-from layouts import LAYOUTS, WIDTH  # noqa: E402
-from merge_work import STRENGTH, Spent, made_work, medians, timed  # noqa: E402
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.weight_adapter
+import comfyui_version
+import torch
+from layouts import LAYOUTS, WIDTH
+from merge_work import STRENGTH, Spent, made_work, medians, timed
 
 CHANGED = 0.7
 

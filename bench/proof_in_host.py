@@ -20,14 +20,14 @@ from in_host import ARGUMENT, pack_module, start
 
 start(on_cpu=True)
 
-import comfy.hooks  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy_extras.nodes_hooks as core_hooks  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import comfy.hooks
+import comfy.sample
+import comfy.sd
+import comfy_extras.nodes_hooks as core_hooks
+import torch
+from safetensors.torch import save_file
 
-import nodes as core  # noqa: E402
+import nodes as core
 
 
 class Proof:

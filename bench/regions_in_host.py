@@ -22,15 +22,15 @@ from in_host import ARGUMENT, loaded, pack_module, start
 
 start(on_cpu=json.loads(ARGUMENT).get("device", "cpu") == "cpu")
 
-import comfy.hooks  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.samplers  # noqa: E402
-import comfy_extras.nodes_hooks as core_hooks  # noqa: E402
-import comfyui_version  # noqa: E402
-import torch  # noqa: E402
-from probe import Probe, Task, forget_peak, peak_memory  # noqa: E402
+import comfy.hooks
+import comfy.sample
+import comfy.samplers
+import comfy_extras.nodes_hooks as core_hooks
+import comfyui_version
+import torch
+from probe import Probe, Task, forget_peak, peak_memory
 
-import nodes as core  # noqa: E402
+import nodes as core
 
 SCENE = "in a garden by the sea"
 SPARE_GB = 3.0

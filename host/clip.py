@@ -18,7 +18,7 @@ from torch import Tensor
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.fitting import faded_words, refuse_shared_triggers
-from ..modular_concepts.tokens import caption_ids, learned_rows, token_ids
+from ..modular_concepts.tokens import TRIGGER, caption_ids, learned_rows, token_ids
 from ..modular_concepts.training.attention_regularisation import first_positions
 from .layers import text_encoders_of
 from .layerwise import LAYERS
@@ -28,7 +28,6 @@ KNOWN = "modular_concepts_words"
 TEXT_MODELS = ("clip_l", "clip_g")
 T5 = "t5xxl"
 MEAN = "mean"
-_TRIGGER = re.compile(r"<[^<>\s]+>")
 
 
 def encode_prompt(clip: comfy.sd.CLIP, text: str, stack: Sequence[tuple[Concept, float]] = ()) -> list:
@@ -63,7 +62,8 @@ def warnings_of_words(clip: comfy.sd.CLIP, texts: Sequence[str], concepts: Seque
     known, *_ = getattr(clip.tokenizer, KNOWN, ({},))
     heard = {word.lower() for word in known}
     heard |= {word.lower() for concept in concepts for word in (*concept.tokens, *concept.recipe.triggers)}
-    unknown = [word for text in texts for word in _TRIGGER.findall(text) if word.lower() not in heard]
+    said = (found[0] for text in texts for found in TRIGGER.finditer(text))
+    unknown = [word for word in said if word.lower() not in heard]
     if not unknown:
         return []
     words = ", ".join(dict.fromkeys(unknown))

@@ -63,6 +63,7 @@ export class RegionEditor {
   /** Read the text anew: after undo, after a workflow was opened, after a script changed it. */
   load() {
     this.cancel();
+    clearTimeout(this.typing); // what was typed is no longer there
     try {
       this.entries = parsed(this.text(), ...this.size());
       this.problem = "";

@@ -87,11 +87,8 @@ def run_sample(args: argparse.Namespace) -> None:
     prompts = [args.prompt] * args.count
     seeds = [args.seed + number for number in range(args.count)]
     bar = Bar("sample", args.steps * -(-args.count // settings.batch))
-    texts, triggers = (
-        [args.prompt, *(region.prompt for region in regions)],
-        [word for concept in concepts for word in concept.tokens],
-    )
-    _warn_unknown(base, texts, triggers)
+    texts = [args.prompt, *(region.prompt for region in regions)]
+    _warn_unknown(base, texts, [word for concept in concepts for word in concept.tokens])
     if regions and args.mode == "gated":
         how = dict(mode="gated", stack=list(zip(concepts, strengths, strict=True)))
         with bar as advance:

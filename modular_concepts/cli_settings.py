@@ -56,7 +56,7 @@ _SWITCHES = {
     "layerwise": "give the word rows of its own for each cross-attention layer (P+)",
     "shuffle_tags": "shuffle the parts of a caption between commas, but for the first",
     "flip": "mirror half of the pictures",
-    "gradient_checkpointing": "half of the memory for a third more time",
+    "gradient_checkpointing": "less memory for about a third more time a step; the result is the same",
 }
 
 
@@ -101,7 +101,7 @@ def _default(name: str) -> str:
 
     usual, toy, described = (_value(getattr(own, name)) for own in (TrainSettings(), UNDESCRIBED, SETTINGS))
     if usual == toy == described:
-        return "" if usual == "none" or name == "checkpoint_every" else f"(default {usual})"
+        return "" if usual == "none" else f"(default {usual})"
     own = toy if toy == described else f"{toy}, or {described} with --description"
     return f"(default {usual}; toy base {own})"
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from .errors import AdapterError
 
+TRIGGER = re.compile(r"<([^<>\s]+)>")  # in a prompt, with the name inside
+
 RANDOM_START = 0.013
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..tokens import TRIGGER
 from .geometry import Region, region_weights
 
 LONGEST = 640  # pixels of the drawn picture's longer side
@@ -20,7 +20,6 @@ COLOURS = (
     (132, 82, 176), (22, 154, 160), (204, 92, 148), (112, 104, 60),
 )  # fmt: skip
 FILL = 0.5
-_TRIGGER = re.compile(r"<([^<>\s]+)>")
 _FONT, _LINE, _PAD, _GAP = 24, 28, 6, 3  # readable where a node shows the picture at half its size
 
 
@@ -77,7 +76,7 @@ def label(number: int, region: Region) -> str:
 
 def concept_names(region: Region) -> tuple[str, ...]:
     """Those it names, or the trigger words in its prompt."""
-    return tuple(_TRIGGER.findall(region.prompt)) if region.concepts is None else tuple(region.concepts)
+    return tuple(TRIGGER.findall(region.prompt)) if region.concepts is None else tuple(region.concepts)
 
 
 def _bounds(region: Region, weights: Tensor) -> tuple[int, int, int, int]:

@@ -10,15 +10,15 @@ from in_host import FOLDER, pack_module, start
 
 warnings = start()
 
-import comfy.model_management  # noqa: E402
-import folder_paths  # noqa: E402
-import reference  # noqa: E402
-import tiny_models  # noqa: E402
-import torch  # noqa: E402
-from left_behind import traces  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import comfy.model_management
+import folder_paths
+import reference
+import tiny_models
+import torch
+from left_behind import traces
+from safetensors.torch import save_file
 
-import nodes  # noqa: E402
+import nodes
 
 torch.set_num_threads(1)
 folder_paths.set_output_directory(str(FOLDER / "output"))

@@ -9,16 +9,16 @@ from in_host import FOLDER, pack_module, start
 
 start()
 
-import comfy.ldm.modules.diffusionmodules.mmdit as mmdit  # noqa: E402
-import comfy.ldm.modules.diffusionmodules.openaimodel as unets  # noqa: E402
-import comfy.model_management  # noqa: E402
-import comfy.ops  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.utils  # noqa: E402
-import tiny_models  # noqa: E402
-import torch  # noqa: E402
-from comfy_extras.nodes_model_merging import ModelSave  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
+import comfy.ldm.modules.diffusionmodules.openaimodel as unets
+import comfy.model_management
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import tiny_models
+import torch
+from comfy_extras.nodes_model_merging import ModelSave
+from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -9,14 +9,14 @@ from in_host import FOLDER, pack_module, start
 
 start()
 
-import comfy.ldm.modules.diffusionmodules.mmdit as transformers  # noqa: E402
-import comfy.ldm.modules.diffusionmodules.openaimodel as unets  # noqa: E402
-import comfy.lora  # noqa: E402
-import comfy.model_detection  # noqa: E402
-import comfy.ops  # noqa: E402
-import comfy.sdxl_clip  # noqa: E402
-import torch  # noqa: E402
-from tiny_models import SD3_UNET, SDXL_UNET  # noqa: E402
+import comfy.ldm.modules.diffusionmodules.mmdit as transformers
+import comfy.ldm.modules.diffusionmodules.openaimodel as unets
+import comfy.lora
+import comfy.model_detection
+import comfy.ops
+import comfy.sdxl_clip
+import torch
+from tiny_models import SD3_UNET, SDXL_UNET
 
 layers, names = pack_module("host.layers"), pack_module("modular_concepts.layers")
 WITHOUT_WEIGHTS = dict(dtype=torch.float16, device="meta", operations=comfy.ops.disable_weight_init)

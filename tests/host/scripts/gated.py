@@ -9,18 +9,18 @@ from in_host import FOLDER, pack_module, start
 
 start()
 
-import comfy.cldm.cldm  # noqa: E402
-import comfy.controlnet  # noqa: E402
-import comfy.model_management  # noqa: E402
-import comfy.ops  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.t2i_adapter.adapter  # noqa: E402
-import torch  # noqa: E402
-from comfy_extras import nodes_model_advanced, nodes_pag  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.model_management
+import comfy.ops
+import comfy.sample
+import comfy.sd
+import comfy.t2i_adapter.adapter
+import torch
+from comfy_extras import nodes_model_advanced, nodes_pag
+from safetensors.torch import load_file, save_file
 
-import nodes  # noqa: E402
+import nodes
 
 torch.set_num_threads(1)
 plan = json.loads((FOLDER / "plan.json").read_text())

@@ -10,14 +10,14 @@ from in_host import FOLDER, pack_module, start
 
 start()
 
-import comfy.model_management  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.utils  # noqa: E402
-import folder_paths  # noqa: E402
-import torch  # noqa: E402
-from comfy_extras.nodes_train import LoraModelLoader  # noqa: E402
-from left_behind import traces  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy_extras.nodes_train import LoraModelLoader
+from left_behind import traces
+from safetensors.torch import load_file
 
 torch.set_num_threads(1)
 # Every step is told, however fast the machine: the cases stop at steps by their number.

@@ -10,17 +10,17 @@ from in_host import FOLDER, pack_module, start
 
 warnings = start()
 
-import comfy.lora  # noqa: E402
-import comfy.model_management  # noqa: E402
-import comfy.sd  # noqa: E402
-import folder_paths  # noqa: E402
-import torch  # noqa: E402
-from app.model_manager import ModelFileManager  # noqa: E402
-from comfy_extras.nodes_hooks import CreateHookKeyframe, SetHookKeyframes  # noqa: E402
-from comfy_extras.nodes_model_merging import CheckpointSave  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import comfy.lora
+import comfy.model_management
+import comfy.sd
+import folder_paths
+import torch
+from app.model_manager import ModelFileManager
+from comfy_extras.nodes_hooks import CreateHookKeyframe, SetHookKeyframes
+from comfy_extras.nodes_model_merging import CheckpointSave
+from safetensors.torch import load_file, save_file
 
-import nodes  # noqa: E402
+import nodes
 
 torch.set_num_threads(1)
 folder_paths.models_dir = str(FOLDER)

@@ -9,13 +9,13 @@ from in_host import FOLDER, pack_module, start
 
 start()
 
-import comfy.model_management  # noqa: E402
-import comfy.sd  # noqa: E402
-import tiny_models  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import comfy.model_management
+import comfy.sd
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
 
-import nodes  # noqa: E402
+import nodes
 
 torch.set_num_threads(1)
 plan = json.loads((FOLDER / "plan.json").read_text())

@@ -9,10 +9,10 @@ from in_host import FOLDER, pack_module, start
 
 start()
 
-import comfy.sd  # noqa: E402
-import tiny_models  # noqa: E402
-import torch  # noqa: E402
-from left_behind import traces  # noqa: E402
+import comfy.sd
+import tiny_models
+import torch
+from left_behind import traces
 
 torch.set_num_threads(1)
 host_base = pack_module("host.base")

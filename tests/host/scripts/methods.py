@@ -20,8 +20,8 @@ from host_training import (
 )
 from in_host import FOLDER
 
-import comfy.sd  # noqa: E402  isort: skip
-import torch  # noqa: E402  isort: skip
+import comfy.sd  # isort: skip
+import torch  # isort: skip
 
 methods = pack_module("modular_concepts.training.methods")
 

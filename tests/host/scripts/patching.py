@@ -9,13 +9,13 @@ from in_host import FOLDER, pack_module, start
 
 warnings = start()
 
-import comfy.model_management  # noqa: E402
-import comfy.weight_adapter  # noqa: E402
-import folder_paths  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import comfy.model_management
+import comfy.weight_adapter
+import folder_paths
+import torch
+from safetensors.torch import save_file
 
-import nodes  # noqa: E402
+import nodes
 
 torch.set_num_threads(1)
 folder_paths.models_dir = str(FOLDER)

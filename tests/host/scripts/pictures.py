@@ -9,7 +9,7 @@ from in_host import FOLDER, pack_module, start
 
 start()
 
-import folder_paths  # noqa: E402
+import folder_paths
 
 folder_paths.set_input_directory(str(FOLDER / "input"))
 folder_paths.set_temp_directory(str(FOLDER / "temp"))

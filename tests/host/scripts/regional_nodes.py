@@ -9,10 +9,10 @@ from in_host import FOLDER, pack_module, start
 
 start()
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import torch
+from safetensors.torch import save_file
 
-import nodes  # noqa: E402
+import nodes
 
 torch.set_num_threads(1)
 PROMPTS = "a man and a dog in the snow", "a car"

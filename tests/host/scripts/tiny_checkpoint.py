@@ -9,13 +9,13 @@ from in_host import FOLDER, start
 
 start()
 
-import comfy.ldm.modules.diffusionmodules.openaimodel as unets  # noqa: E402
-import comfy.ops  # noqa: E402
-import comfy.sd1_clip  # noqa: E402
-import comfy.taesd.taesd  # noqa: E402
-import tiny_models  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import comfy.ldm.modules.diffusionmodules.openaimodel as unets
+import comfy.ops
+import comfy.sd1_clip
+import comfy.taesd.taesd
+import tiny_models
+import torch
+from safetensors.torch import save_file
 
 torch.manual_seed(0)
 

@@ -9,18 +9,18 @@ from in_host import FOLDER, pack_module, start
 
 warnings = start()
 
-import comfy.model_management  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.samplers  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfyui_version  # noqa: E402
-import folder_paths  # noqa: E402
-import latent_preview  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfyui_version
+import folder_paths
+import latent_preview
+import torch
+from safetensors.torch import load_file, save_file
 
-import nodes  # noqa: E402
+import nodes
 
 torch.set_num_threads(1)
 
