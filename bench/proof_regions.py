@@ -87,7 +87,8 @@ class Group:
 
     @property
     def key(self) -> str:
-        return "-".join([*self.names, self.scene, str(self.seeds[0]), str(len(self.seeds))])
+        """Of the file that keeps the pictures; other prompts are other pictures."""
+        return "-".join([*self.names, self.scene, str(self.seeds[0]), str(len(self.seeds)), *["bare"] * self.bare])
 
     @property
     def alike(self) -> bool:
@@ -142,6 +143,10 @@ def groups(each: int, casts: Sequence[tuple[str, ...]] = (*ALIKE, *MIXED), bare:
                 seeds = tuple(1000 * number + start + offset for offset in range(min(BATCH, count - start)))
                 found.append(Group(turned, SCENES[(index + number) % len(SCENES)], seeds, bare))
     return found
+
+
+def asked(args: argparse.Namespace) -> list[Group]:
+    return groups(args.each, args.casts, args.bare)
 
 
 # -- drawing
@@ -352,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parsed(arguments)
     torch.set_num_threads(args.threads)
     judges = load_judges()
-    everything = groups(args.each, args.casts)
+    everything = asked(args)
     pictures = {"drawn by the world itself": {group.key: truth(group) for group in everything}}
     for way in WAYS:
         if not args.only or way.name in args.only:

@@ -7,7 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.proof_regions import ALIKE, MIXED, Group, alone_right, by_place, figures, groups, interval, judged, truth
+from bench.proof_regions import (
+    ALIKE,
+    MIXED,
+    Group,
+    alone_right,
+    asked,
+    by_place,
+    figures,
+    groups,
+    interval,
+    judged,
+    parsed,
+    truth,
+)
 from modular_concepts.toy.judges import load_judges
 
 PAIR = Group(("tom", "tim"), "beach", tuple(range(8)))
@@ -86,3 +99,13 @@ def test_somebody_alone_is_nobodys_neighbour():
     (group,) = groups(2, [("tom",)])
     found = figures(judged(load_judges(), group, truth(group)))["all"]
     assert found["regions"] == 2 and found["identity"][0] == 1 and found["bleed"][0] == found["nearer"][0] == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--bare"]])
+def test_the_command_line_says_what_is_asked(tmp_path, flags):
+    """And other prompts are kept in other files, so that no picture is taken for one of them."""
+    line = [str(tmp_path), "--casts", "tom-tim", "ada", "--each", "4", "--only", "in words, no concept", *flags]
+    found = asked(parsed(line))
+    assert [group.names for group in found] == [("ada",), ("tom", "tim")]
+    assert ["a man <tom>" in group.called for group in found] == [False, not flags]
+    assert [group.key.endswith("bare") for group in found] == [bool(flags)] * 2
