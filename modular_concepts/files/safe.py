@@ -55,14 +55,16 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def read_safetensors(path: Path | str, dtypes: tuple[str, ...] = FLOATS) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(
+    path: Path | str, dtypes: tuple[str, ...] = FLOATS, empty: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors (own memory, stored dtype, finite) and the metadata of an untrusted file.
 
-    Raises AdapterError, in one sentence that names the file, for anything that is not a sound safetensors
-    file.
+    empty: tensors without a number may be there.  Raises AdapterError, in one sentence that names the file, for
+    anything that is not a sound safetensors file.
     """
     path = Path(path)
-    header = read_header(path, dtypes)
+    header = read_header(path, dtypes, empty)
     tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -74,14 +76,16 @@ def read_safetensors(path: Path | str, dtypes: tuple[str, ...] = FLOATS) -> tupl
     except (SafetensorError, OSError, RuntimeError) as error:
         raise AdapterError(f"{path.name}: cannot be read as safetensors ({error}); the file is damaged") from error
     for name, tensor in tensors.items():
-        check_finite(f"{path.name}: {name}", tensor)
+        if tensor.numel() or not empty:
+            check_finite(f"{path.name}: {name}", tensor)
     return tensors, dict(header.metadata)
 
 
-def read_header(path: Path | str, dtypes: tuple[str, ...] = FLOATS) -> Header:
+def read_header(path: Path | str, dtypes: tuple[str, ...] = FLOATS, empty: bool = False) -> Header:
     """Validate a file's header against its size; reads at most `MAX_HEADER` bytes and no tensor.
 
-    Refused: unknown dtypes, holes, overlaps, trailing or missing bytes, duplicate keys, path-like names.
+    Refused: unknown dtypes, holes, overlaps, trailing or missing bytes, duplicate keys, path-like names, and tensors
+    without a number unless `empty`.
     """
     path = Path(path)
     raw, data_size = _raw_header(path)
@@ -99,6 +103,10 @@ def read_header(path: Path | str, dtypes: tuple[str, ...] = FLOATS) -> Header:
     for name, entry in entries.items():
         _check_tensor_name(path.name, name)
         dtype, shape, begin, end = _entry(f"{path.name}: {name}", entry, dtypes)
+        if begin == end and not empty:
+            raise AdapterError(
+                f"{path.name}: {name}: shape {list(shape)} does not fit its 0 bytes; the file is damaged"
+            )
         tensors[name] = (dtype, shape)
         spans.append((begin, end, name))
     _check_spans(path, sorted(spans), data_size)
@@ -266,8 +274,9 @@ def _metadata(path: Path, metadata: object) -> dict[str, str]:
 
 
 def _check_tensor_name(file: str, name: str) -> None:
+    """Words that people choose are in names, so a slash or two dots may be; what would climb as a path may not."""
     bad = not name or len(name) > MAX_TENSOR_NAME or not name.isprintable()
-    if bad or ".." in name or "/" in name or "\\" in name:
+    if bad or name.startswith("/") or "\\" in name or ".." in name.split("/"):
         raise AdapterError(f"{file}: tensor name {ascii(name)[:80]} is not a layer's name; the file is damaged")
 
 
@@ -281,7 +290,7 @@ def _entry(what: str, entry: object, dtypes: tuple[str, ...]) -> tuple[str, tupl
     if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS or not _whole_numbers(offsets) or len(offsets) != 2:
         raise AdapterError(f"{what}: shape or offsets are not whole numbers; the file is damaged")
     begin, end = offsets
-    if end - begin != math.prod(shape) * torch.empty(0, dtype=DTYPES[dtype]).element_size() or begin == end:
+    if end - begin != math.prod(shape) * torch.empty(0, dtype=DTYPES[dtype]).element_size():
         raise AdapterError(f"{what}: shape {shape} does not fit its {end - begin} bytes; the file is damaged")
     return dtype, tuple(shape), begin, end
 

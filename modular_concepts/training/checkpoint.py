@@ -9,26 +9,33 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..concept import clip
 from ..errors import AdapterError
+from ..files.safe import FLOATS, read_header, read_safetensors
+from .checkpoint_checks import Origin, check_state, optimizer_parts, read_origin
 from .optimizers import optimizer_state, set_optimizer_state
 from .run import Run
 from .settings import changes
 
 FORMAT = "modular-concepts-checkpoint-1"
 PATTERN = re.compile(r"step-(\d{8})\.safetensors")
+DTYPES = (*FLOATS, "I64", "U8")
 
 
 class Changed(AdapterError):
     """A checkpoint is of other settings, pictures or another base than the training that would resume it."""
+
+
+class NoCheckpoint(AdapterError):
+    """A file is sound but no checkpoint."""
 
 
 def save_checkpoint(folder: Path | str, run: Run) -> Path:
@@ -54,17 +61,23 @@ def restore_checkpoint(path: Path | str, run: Run, accept_changes: bool = False)
     path: a checkpoint, or a folder for its newest.
     Raises AdapterError for a file that cannot be read, Changed for one of another training unless `accept_changes`.
     """
-    path = check_checkpoint(path)
-    metadata, tensors = _read(path)
-    if not accept_changes:
-        _refuse_changes(path, json.loads(metadata["identity"]), run.identity)
+    path = newest_checkpoint(path)
+    origin, tensors = _read(path)
+    differing = _differences(origin.identity, run.identity)
+    if differing and not accept_changes:
+        raise Changed(
+            f"{path.name} cannot be resumed: {'; '.join(differing)}. "
+            "Put that back as it was, or start a new training without resuming"
+        )
+    _check_optimizer(path, origin.identity["settings"], run)
     _check_shapes(path, tensors, run)
+    with _older_instead(path):
+        check_state(tensors, origin.step, run, changed=bool(differing))
+    parts = optimizer_parts(tensors)
     with torch.no_grad():
         for name, parameter in run.parameters().items():
             parameter.copy_(tensors[name])
-            own = f"optimizer.{name}."
-            parts = {key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)}
-            set_optimizer_state(run.optimizer, parameter, parts)
+            set_optimizer_state(run.optimizer, parameter, parts.get(name, {}))
     run.set_random_state(tensors)
     if run.loss_scale is not None and "loss_scale" in tensors:
         run.loss_scale.set_state(tensors["loss_scale"])
@@ -76,8 +89,7 @@ def restore_checkpoint(path: Path | str, run: Run, accept_changes: bool = False)
 def check_checkpoint(path: Path | str) -> Path:
     """The checkpoint that `path` names (`newest_checkpoint`), once its header says that it is one."""
     path = newest_checkpoint(path)
-    if _read_metadata(path).get("format") != FORMAT:
-        raise AdapterError(f"{path.name} is not a checkpoint of a training; choose a step-….safetensors file")
+    _read_origin(path)
     return path
 
 
@@ -96,12 +108,12 @@ def newest_checkpoint(path: Path | str) -> Path:
 
 def checkpoint_settings(path: Path | str) -> dict:
     """The settings of the training that a checkpoint, or the newest of a folder, is of."""
-    return json.loads(_read_metadata(check_checkpoint(path))["identity"])["settings"]
+    return _read_origin(newest_checkpoint(path)).identity["settings"]
 
 
 def checkpoint_step(path: Path | str) -> int:
     """How many steps it has behind it."""
-    return int(_read_metadata(check_checkpoint(path))["step"])
+    return _read_origin(newest_checkpoint(path)).step
 
 
 def _state(run: Run) -> dict[str, Tensor]:
@@ -116,27 +128,41 @@ def _state(run: Run) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
-    with _opened(path) as file:
-        return file.metadata() or {}
+def _read_origin(path: Path) -> Origin:
+    """Of which training and step a checkpoint is, from its header alone."""
+    with _older_instead(path):
+        return _origin(path, read_header(path, DTYPES, empty=True).metadata)
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    with _opened(path) as file:
-        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def _read(path: Path) -> tuple[Origin, dict[str, Tensor]]:
+    with _older_instead(path):
+        tensors, metadata = read_safetensors(path, DTYPES, empty=True)
+        return _origin(path, metadata), tensors
+
+
+def _origin(path: Path, metadata: Mapping[str, str]) -> Origin:
+    if metadata.get("format") != FORMAT:
+        raise NoCheckpoint(f"{path.name} is not a checkpoint of a training; choose a step-….safetensors file")
+    return read_origin(metadata)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
+def _older_instead(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a checkpoint's contents is said with the file's name and the way out."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path.name} cannot be read as a checkpoint ({error}); choose an older one") from error
+        yield
+    except NoCheckpoint:
+        raise
+    except AdapterError as error:
+        fault = str(error).removeprefix(f"{path.name}: ").removesuffix("; the file is damaged")
+        raise AdapterError(
+            f"{path.name} cannot be read as a checkpoint: {fault}; resume from an older one, or start the training "
+            "anew without resuming"
+        ) from error
 
 
-def _refuse_changes(path: Path, before: dict, now: dict) -> None:
-    settings = changes(before["settings"], now["settings"])
+def _differences(before: Mapping, now: Mapping) -> list[str]:
+    """What of the training that a checkpoint is of is otherwise now, in words."""
     others = [
         words
         for key, words in (
@@ -146,12 +172,19 @@ def _refuse_changes(path: Path, before: dict, now: dict) -> None:
         )
         if before[key] != now[key]
     ]
-    if not settings and not others and before["frozen"] != now["frozen"]:
-        others = ["the frozen factors come out differently"]
-    if settings or others:
-        raise Changed(
-            f"{path.name} cannot be resumed: {'; '.join(settings + others)}. "
-            "Put that back as it was, or start a new training without resuming"
+    differing = changes(before["settings"], now["settings"]) + others
+    if not differing and before["frozen"] != now["frozen"]:
+        return ["the frozen factors come out differently"]
+    return differing
+
+
+def _check_optimizer(path: Path, before: Mapping, run: Run) -> None:
+    """Whatever changes are accepted, one optimizer cannot go on from another's state."""
+    optimizer = before.get("optimizer", "adamw")
+    if optimizer != run.settings.optimizer:
+        raise AdapterError(
+            f"{path.name} cannot be resumed: its training had optimizer {clip(optimizer)}, from whose state "
+            f"{run.settings.optimizer} cannot go on; choose the same, or start a new training without resuming"
         )
 
 

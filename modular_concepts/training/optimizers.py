@@ -59,6 +59,20 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict
     return {part: value if isinstance(value, Tensor) else torch.tensor(value) for part, value in state.items()}
 
 
+def fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """`optimizer_state` before a parameter's first gradient: the parts, shapes and types that it always has."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return _untouched(parameter)
+    before = optimizer.state.pop(parameter, {})
+    for number, group in enumerate(optimizer.param_groups):
+        for place, other in enumerate(group["params"]):
+            if other is parameter:
+                optimizer.init_state(group, parameter, number, place)
+    fresh = optimizer_state(optimizer, parameter)
+    optimizer.state[parameter] = before
+    return fresh
+
+
 def set_optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
     """Bring back what `optimizer_state` gave."""
     own = {part: value.to(parameter.device) for part, value in state.items()}

@@ -19,6 +19,8 @@ from .precision import LossScale
 from .problem import Problem
 from .settings import TrainSettings
 
+PURPOSES = ("order", "noise", "erasure", "flip", "captions")  # what a run may have a generator for
+
 
 @dataclass(frozen=True, eq=False)
 class TrainResult:
