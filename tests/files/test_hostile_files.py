@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from mutations import mutated, peak_memory
 
 from modular_concepts.concept import Concept
 from modular_concepts.errors import AdapterError
@@ -51,87 +50,6 @@ KINDS = {
         load_moments,
     ),
 }
-NUMBERS = [None, True, -1, 0, 1, 7, 2**31, 2**63, -(2**63), 10**30, 0.5, 1e308, float("nan"), float("inf")]
-TEXTS = ["", "F32", "F64", "BF16", "I64", "../x", "\ud800", "lora", "block", "haar", "file", "x" * 5000]
-LISTS = [[], [0], [1, 2], [[]], [2**40, 4]]
-OBJECTS = [{}, {"range": [0, 9, 1]}, {"range": [0, 2**60, 1]}, {"a": {"b": 1}}]
-NASTY = NUMBERS + TEXTS + LISTS + OBJECTS
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    """One to three changes, of the bytes or of the header's own structure."""
-    for _ in range(rng.randint(1, 3)):
-        data = bytes(mutate_header(data, rng) if rng.random() < 0.6 else mutate_bytes(bytearray(data), rng))
-    return data
-
-
-def mutate_bytes(data: bytearray, rng: random.Random) -> bytearray:
-    if not data:
-        return data
-    at, length = rng.randrange(len(data)), rng.randint(1, 40)
-    match rng.randrange(7):
-        case 0:
-            data[at] ^= 1 << rng.randrange(8)
-        case 1:
-            del data[at:]
-        case 2:
-            del data[at : at + length]
-        case 3:
-            data[at:at] = rng.randbytes(length)
-        case 4:
-            data += rng.randbytes(length)
-        case 5:
-            data[:8] = rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(data), len(data) + 1]).to_bytes(8, "little")
-        case 6:
-            data[at : at + 4] = b"\x00\x00\xc0\x7f"
-    return data
-
-
-def mutate_header(data: bytes, rng: random.Random) -> bytes:
-    """Change one value, key or entry of the JSON header or of the JSON in its metadata; fit the length."""
-    length = int.from_bytes(data[:8], "little")
-    try:
-        header = json.loads(data[8 : 8 + length])
-        mutate_json(header, rng)
-        raw = json.dumps(header).encode()
-    except (ValueError, AttributeError, RecursionError):
-        return data
-    return len(raw).to_bytes(8, "little") + raw + data[8 + length :]
-
-
-def mutate_json(node: object, rng: random.Random) -> None:
-    while isinstance(node, dict | list) and node:
-        key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
-        value = node[key]
-        if isinstance(value, str) and value.startswith("{") and rng.random() < 0.9:
-            inner = json.loads(value)
-            mutate_json(inner, rng)
-            node[key] = json.dumps(inner)
-            return
-        if isinstance(value, dict | list) and value and rng.random() < 0.85:
-            node = value
-            continue
-        match rng.randrange(4):
-            case 0 | 1:
-                node[key] = rng.choice(NASTY)
-            case 2:
-                del node[key]
-            case 3 if isinstance(node, dict):
-                node[str(rng.choice(NASTY))] = node.pop(key)
-            case 3:
-                node.append(value + rng.randint(-2, 2) if isinstance(value, int) else value)
-        return
-
-
-def peak_memory(reset: bool = False) -> int:
-    """Peak resident bytes of this process since the last reset; 0 where the system does not tell."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
