@@ -31,8 +31,9 @@ from modular_concepts.crosstalk import crosstalk_table
 from modular_concepts.customisation import Subject, Targets, concept_layers, train_concept
 from modular_concepts.evidence import recorded, text_features, usual_text
 from modular_concepts.files.concept import load_concept, save_concept
-from modular_concepts.files.moments import load_moments, moments_path, save_moments
+from modular_concepts.files.moments import Recorded, load_moments, moments_path, save_moments
 from modular_concepts.files.safe import replacing, safe_name
+from modular_concepts.fingerprint import concept_mark
 from modular_concepts.fitting import faded_words
 from modular_concepts.merge import NOTHING, Evidence, Merged, MergeOptions, merge_concepts
 from modular_concepts.merge.orthogonalize import orthogonal_concepts
@@ -151,7 +152,8 @@ def concepts_of(base: BaseModel, trained: str, folder: Path, steps: int) -> list
             subject = Subject(name, pictures, captions, concept.class_word, fingerprint=f"standard-{name}")
             method = TRAINED[trained]
             own, _ = train_concept(base, subject, method.settings(steps, number), method.targets)
-            save_moments(recorded(base, own, SAID).moments(), moments_path(path))
+            origin = Recorded(concept_mark(own), base.mark, str(SAID))
+            save_moments(recorded(base, own, SAID).moments(), moments_path(path), origin)
             save_concept(own, path)
     return [load_concept(folder / trained / f"{name}.safetensors") for name in CONCEPTS]
 

@@ -1,11 +1,12 @@
 """Gradient fusion in the host: what each concept's layers read is recorded while it is drawn alone, and kept.
 
-Moments lie beside the concept file as NAME.moments.safetensors, so that they are recorded once; a concept that came
-straight from a trainer, or was changed since it was loaded, is drawn each time.
+Moments lie beside the concept file as NAME.moments.safetensors, so that they are recorded once for a concept's content
+and a base; a concept that came straight from a trainer, or was changed since it was loaded, is drawn each time.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,12 +19,20 @@ import torch
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.evidence import PROMPTS, trigger_of
-from ..modular_concepts.files.moments import load_moments, moments_path, save_moments
+from ..modular_concepts.files.moments import (
+    Recorded,
+    load_moments,
+    moments_path,
+    recorded_from,
+    save_moments,
+    why_not,
+)
+from ..modular_concepts.fingerprint import concept_mark
 from ..modular_concepts.merge import Evidence, MergeOptions
 from ..modular_concepts.moments import Moment, recording
 from .clip import encode_prompt
 from .concepts import file_of
-from .layers import host_layers
+from .layers import host_layers, mark_of
 from .merging import warnings_of
 from .patching import merged
 
@@ -49,6 +58,10 @@ class Drawing:
 
     def texts(self) -> list[str]:
         return [prompt.strip() for prompt in self.prompts if prompt.strip()]
+
+    def said(self) -> str:
+        """What a file of moments says of it, so that another drawing is noticed."""
+        return json.dumps([self.texts(), self.pictures, self.steps, self.size])
 
 
 def fused(
@@ -81,27 +94,34 @@ def _moments(
 ) -> tuple[Mapping[str, Moment], str]:
     file = file_of(concept)
     beside = None if file is None else moments_path(file)
-    if not anew and (known := kept_moments(concept)) is not None:
-        return known, f"moments read from {beside.name}"
+    reason = "" if beside is None or anew else why_not_kept(concept, mark_of(model, clip))
+    if beside is not None and not anew and not reason:
+        other = recorded_from(beside).drawing != drawing.said()
+        hint = " (recorded with other prompts, pictures, steps or size; tick anew to record these)" if other else ""
+        return load_moments(beside), f"moments read from {beside.name}{hint}"
     found = recorded(model, clip, concept, drawing)
     text = f"moments recorded from {drawing.pictures} pictures"
     if beside is None:
         return found, text
-    save_moments(found, beside)
+    if beside.is_file() and reason:
+        text += f", since {beside.name} {reason}"
+    save_moments(found, beside, Recorded(concept_mark(concept), mark_of(model, clip), drawing.said()))
     # As they will be read, so that the second time gives the same picture as the first.
     return load_moments(beside), f"{text}, kept in {beside.name}"
 
 
 def kept_moments(concept: Concept) -> Mapping[str, Moment] | None:
-    """The moments beside a concept's file, if they are of this concept's layers and not older than the file."""
+    """The moments beside a concept's file, if they are of the content that the concept has, on whatever base."""
+    return None if why_not_kept(concept) else load_moments(moments_path(file_of(concept)))
+
+
+def why_not_kept(concept: Concept, mark: str = "") -> str:
+    """Why no moments beside a concept's file can be read for it, on the base of this mark; "" where they can."""
     file = file_of(concept)
     beside = None if file is None else moments_path(file)
-    if beside is None or not beside.is_file() or beside.stat().st_mtime_ns < file.stat().st_mtime_ns:
-        return None
-    known = load_moments(beside)
-    widths = {name: adapter.lora_down[0].numel() for name, adapter in concept.layers.items()}
-    fit = all(name in known and known[name].factor.shape[1] == width for name, width in widths.items())
-    return known if fit else None
+    if beside is None or not beside.is_file():
+        return "is not there"
+    return why_not(recorded_from(beside), concept, mark)
 
 
 @torch.no_grad()

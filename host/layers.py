@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from ..modular_concepts.base_model import tables_hash
 from ..modular_concepts.errors import AdapterError
-from ..modular_concepts.fingerprint import weights_sample
+from ..modular_concepts.fingerprint import base_mark, weights_sample
 from ..modular_concepts.layers import canonical_name
 from .toy import ToyConfig
 
 UNET_PREFIX = "diffusion_model."
 _HASHES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
+_MARKS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
 _SAMPLES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
@@ -81,11 +82,26 @@ def base_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | Non
     text = model.model if clip is None else clip.cond_stage_model
     known = _HASHES.setdefault(model.model, weakref.WeakKeyDictionary())
     if text not in known:
-        tables = [_unpatched(model, _weight_names(model))]
-        for name, encoder in text_encoders_of(clip).items() if clip is not None else ():
-            tables.append(_unpatched(clip.patcher, _text_names(name, encoder)))
-        known[text] = tables_hash(*tables)
+        known[text] = tables_hash(*_tables(model, clip))
     return known[text]
+
+
+def mark_of(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None) -> str:
+    """The mark that the headless face gives the same base in whatever precision: `fingerprint.base_mark`."""
+    text = model.model if clip is None else clip.cond_stage_model
+    marks = _MARKS.setdefault(model.model, weakref.WeakKeyDictionary())
+    if text not in marks:
+        marks[text] = base_mark(_tables(model, clip), lambda: base_hash(model, clip))
+    return marks[text]
+
+
+def _tables(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None) -> list[dict[str, Tensor]]:
+    """Canonical name -> weight of the denoiser, and of each text encoder."""
+    texts = text_encoders_of(clip) if clip is not None else {}
+    return [
+        _unpatched(model, _weight_names(model)),
+        *(_unpatched(clip.patcher, _text_names(name, encoder)) for name, encoder in texts.items()),
+    ]
 
 
 def known_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None) -> str:

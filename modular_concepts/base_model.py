@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .adapters import at_least_float32
 from .contexts import Context, hidden_states
 from .errors import AdapterError
-from .fingerprint import weights_sample
+from .fingerprint import base_mark, weights_sample
 from .layers import find_layers
 from .layerwise import cross_attention_transformers, routed
 from .tokens import check_layer_count, layer_count, token_ids
@@ -101,6 +101,11 @@ class BaseModel:
         return weights_sample(self.unet.state_dict())
 
     @property
+    def mark(self) -> str:
+        """Tells this base from others, text encoders too: see `fingerprint.base_mark`."""
+        return base_mark([_table(network) for network in self.modules], lambda: self.hash)
+
+    @property
     def cross_attention_layers(self) -> int:
         return len(cross_attention_transformers(self.unet))
 
@@ -162,9 +167,11 @@ def check_reach(prompts: Sequence[str], extra: Mapping[str, Sequence[int]], ids:
 
 def weights_hash(*networks: nn.Module) -> str:
     """`tables_hash` of the networks' weights, without the level `text_model.` that some transformers have."""
-    return tables_hash(
-        *({name.removeprefix("text_model."): value for name, value in n.state_dict().items()} for n in networks)
-    )
+    return tables_hash(*map(_table, networks))
+
+
+def _table(network: nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("text_model."): value for name, value in network.state_dict().items()}
 
 
 def tables_hash(*tables: Mapping[str, Tensor]) -> str:

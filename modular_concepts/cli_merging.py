@@ -139,7 +139,10 @@ def run_merge(args: argparse.Namespace) -> None:
 
 def _evidence(args: argparse.Namespace, concepts: Sequence, paths: Sequence[Path], base) -> Evidence:
     if args.how == "fusion":
-        return Evidence([_moments(*one, base) for one in zip(concepts, _moment_files(args, paths), strict=True)])
+        files = _moment_files(args, paths)
+        found = [_moments(*one, base, args.moments is not None) for one in zip(concepts, files, strict=True)]
+        _check_one_base(files)
+        return Evidence(found)
     if args.how != "custom_diffusion":
         return Evidence()
     if base is None:
@@ -161,23 +164,55 @@ def _moment_files(args: argparse.Namespace, paths: Sequence[Path]) -> list[Path]
     return args.moments
 
 
-def _moments(concept, path: Path, base) -> Mapping:
-    """From the file, or drawn with the base and kept there."""
-    from .files.moments import load_moments, save_moments
+def _moments(concept, path: Path, base, chosen: bool) -> Mapping:
+    """From the file if it is of this concept and base, or drawn with the base and kept there.
 
-    if path.is_file():
+    chosen: the file was named by --moments, so what is there is never replaced, and refused where it does not fit.
+    """
+    from .files.moments import Recorded, load_moments, recorded_from, why_not
+
+    there = path.is_file()
+    origin = recorded_from(path) if there else Recorded()
+    reason = why_not(origin, concept, base.mark if base else "") if there else ""
+    if there and chosen and origin == Recorded():
+        note(f"{path} {reason}; it is read as if it were with {concept.name} as it is now")
+        reason = ""
+    if there and not reason:
         return load_moments(path)
+    if there and chosen:
+        raise AdapterError(f"{path}: this file {reason}; leave --moments out and give --base to record moments anew")
     if base is None:
-        raise AdapterError(
-            f"{concept.name}: there are no moments of what its layers read at {path}; give --base to record them, or "
-            "--moments"
-        )
-    from .evidence import recorded
+        problem = f"{path} {reason}" if there else f"there are no moments of what its layers read at {path}"
+        raise AdapterError(f"{concept.name}: {problem}; give --base to record them, or --moments")
+    if there:
+        note(f"{path} {reason}; {concept.name} is drawn and recorded again")
+    return _record(concept, path, base)
 
-    save_moments(recorded(base, concept).moments(), path)
+
+def _record(concept, path: Path, base) -> Mapping:
+    from .evidence import PROMPTS, recorded
+    from .files.moments import Recorded, load_moments, save_moments
+    from .fingerprint import concept_mark
+
+    save_moments(recorded(base, concept).moments(), path, Recorded(concept_mark(concept), base.mark, str(PROMPTS)))
     print(f"wrote {path}: what the layers of {concept.name} read")
     # As it will be read the next time, so that both times give the same merge.
     return load_moments(path)
+
+
+def _check_one_base(files: Sequence[Path]) -> None:
+    """Refuse moments of two bases, where no --base says which is meant."""
+    from .files.moments import recorded_from
+    from .fingerprint import same_base
+
+    marks = {file: mark for file in files if (mark := recorded_from(file).base)}
+    first = next(iter(marks), None)
+    for file, mark in marks.items():
+        if not same_base(mark, marks[first]):
+            raise AdapterError(
+                f"{first} and {file} were recorded on two base models; give --base, the one that you draw with, to "
+                "record them for it"
+            )
 
 
 def _kept(merged, concepts: Sequence, strengths: Sequence[float], options: MergeOptions) -> str:

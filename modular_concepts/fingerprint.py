@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+import hashlib
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .files.safe import tensor_bytes
+
+if TYPE_CHECKING:
+    from .concept import Concept
 
 NUMBERS = 128
 _GOLDEN = 0.6180339887498949  # places within a weight that no layout's stride falls in with
@@ -43,6 +49,49 @@ def same_weights(one: str, other: str) -> bool | None:
     if first is None or second is None:
         return None
     return any(torch.equal(first.to(dtype), second.to(dtype)) for dtype in _FLOATS)
+
+
+def base_mark(tables: Sequence[Mapping[str, Tensor]], exact: Callable[[], str]) -> str:
+    """What base moments were recorded on: a sample of each network's weights, or `exact()` where one is quantised.
+
+    tables: name -> weight of the denoiser and of each text encoder, as `base_model.tables_hash` takes them.
+    """
+    samples = [weights_sample({name: value for name, value in table.items() if _is_weight(value)}) for table in tables]
+    return ".".join(samples) if all(samples) else f"hash:{exact()}"
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two marks are of one base, in whatever floating precision each network was."""
+    first, second = one.split("."), other.split(".")
+    if len(first) != len(second) or not one:
+        return False
+    return one == other or all(same_weights(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _is_weight(value: Tensor) -> bool:
+    """Not a table of positions, which is whole numbers and no layer."""
+    return value.dtype not in (torch.int64, torch.int32)
+
+
+def concept_mark(concept: Concept) -> str:
+    """sha256 over what a concept draws with: its adapters, its words and triggers; 32 hexadecimal digits.
+
+    The same for a file and for the concept that it was written from, whatever its name, title and order of layers.
+    """
+    digest = hashlib.sha256()
+    for name, adapter in sorted(concept.layers.items()):
+        digest.update(f"{name} {adapter.kind} ".encode() + struct.pack("<f", adapter.alpha))
+        for part in (adapter.lora_up, adapter.lora_down, adapter.rows):
+            _digest(digest, part)
+    for word, rows in sorted(concept.tokens.items()):
+        digest.update(ascii(word).encode())
+        _digest(digest, rows.float())
+    digest.update(ascii(tuple(concept.recipe.triggers or concept.tokens)).encode())
+    return digest.hexdigest()[:32]
+
+
+def _digest(digest, part: Tensor | None) -> None:
+    digest.update(b"-" if part is None else f"{part.dtype}{tuple(part.shape)}".encode() + tensor_bytes(part.detach()))
 
 
 def _numbers(text: object) -> Tensor | None:

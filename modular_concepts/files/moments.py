@@ -1,20 +1,36 @@
-"""Moments beside a concept: NAME.moments.safetensors, with numbers about inputs and no picture in it."""
+"""Moments beside a concept: NAME.moments.safetensors, with numbers about inputs and no picture in it.
+
+They hold for the weights that were drawn with and for no others, so the file says which: a mark of the concept's
+content and one of the base (`fingerprint.py`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..concept import Concept
 from ..errors import AdapterError
+from ..fingerprint import concept_mark, same_base
 from ..layers import check_name
 from ..moments import Moment
-from .safe import read_safetensors, write_safetensors
+from .safe import read_header, read_safetensors, write_safetensors
 
 FORMAT = "modular-concepts-moments-1"
 SUFFIX = ".moments.safetensors"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What moments were recorded from: a concept's and a base's mark, and how it was drawn, in words; "" is unknown."""
+
+    concept: str = ""
+    base: str = ""
+    drawing: str = ""
 
 
 def moments_path(concept: Path | str) -> Path:
@@ -23,7 +39,7 @@ def moments_path(concept: Path | str) -> Path:
     return concept.with_name(concept.name.removesuffix(".safetensors") + SUFFIX)
 
 
-def save_moments(moments: Mapping[str, Moment], path: Path | str) -> None:
+def save_moments(moments: Mapping[str, Moment], path: Path | str, origin: Recorded = Recorded()) -> None:
     """Write them, whole or not at all, in half precision scaled to each layer's largest value."""
     if not moments:
         raise AdapterError("there are no moments to save; record them while the concept is drawn or trained")
@@ -32,7 +48,28 @@ def save_moments(moments: Mapping[str, Moment], path: Path | str) -> None:
         size = moment.factor.abs().max().clamp(min=1e-30)
         tensors[f"{name}.factor"] = (moment.factor / size).half().contiguous()
         tensors[f"{name}.scale"] = torch.stack([size.double(), torch.tensor(moment.rest, dtype=torch.float64)])
-    write_safetensors(path, tensors, {"format": FORMAT})
+    said = {"concept": origin.concept, "base": origin.base, "drawing": origin.drawing}
+    write_safetensors(path, tensors, {"format": FORMAT} | {key: text for key, text in said.items() if text})
+
+
+def recorded_from(path: Path | str) -> Recorded:
+    """What a file of moments says that it was recorded from; reads the header alone."""
+    said = read_header(path).metadata
+    return Recorded(*(said.get(key, "") for key in ("concept", "base", "drawing")))
+
+
+def why_not(origin: Recorded, concept: Concept, base: str = "") -> str:
+    """Why moments cannot stand for this concept on this base, to go on from their file's name; "" where they can.
+
+    base: `fingerprint.base_mark`; "" where no base is at hand to compare.
+    """
+    if not origin.concept or not origin.base:
+        return "does not say which weights it was recorded with"
+    if origin.concept != concept_mark(concept):
+        return f"was recorded with other weights than those of {concept.name} now"
+    if base and not same_base(origin.base, base):
+        return f"was recorded on another base model, where {concept.name} reads other inputs"
+    return ""
 
 
 def load_moments(path: Path | str) -> dict[str, Moment]:

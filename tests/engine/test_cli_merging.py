@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,10 +41,10 @@ def here(weights, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def made(base, name: str, method: str = "lora", **settings):
+def made(base, name: str, method: str = "lora", seed: int = 3, **settings):
     """A concept of the untrained base, random where a training would have learned something; written to NAME."""
     chosen = TrainSettings(method=method, name=name, **{"rank": 4, "slot": 0, **settings})
-    generator, targets = seeded(3, name), Targets(("cross_attention",))
+    generator, targets = seeded(seed, name), Targets(("cross_attention",))
     layers = {
         layer: adapter.replace(lora_up=0.05 * torch.randn(adapter.lora_up.shape, generator=generator))
         for layer, adapter in new_adapters(concept_layers(base, targets), chosen).items()
@@ -131,6 +132,41 @@ def test_fusion_reads_moments_from_files_or_says_how_to_have_them(capsys):
     assert code == 2 and "1 files of moments for 2 concepts" in err
     code, _, err = merge(capsys, "custom_diffusion")
     assert code == 2 and "give --base" in err
+
+
+def test_moments_hold_for_the_weights_and_the_base_that_they_were_recorded_with(capsys, here, monkeypatch):
+    base = load_toy_base()
+    for slot, name in enumerate(STRENGTHS):
+        made(base, name, slot=slot)
+    assert merge(capsys, "fusion", "--base", "toy")[0] == 0
+    first = {name: moments_path(f"{name}.safetensors").read_bytes() for name in STRENGTHS}
+    code, out, err = merge(capsys, "fusion")
+    assert code == 0 and "wrote tom.moments" not in out and "recorded" not in err
+    # Another tom under the same name, and with an older date than its moments.
+    made(base, "tom", slot=0, seed=7)
+    os.utime("tom.safetensors", (0, 0))
+    Path("fusion.safetensors").unlink()
+    code, _, err = merge(capsys, "fusion")
+    assert code == 2 and "recorded with other weights than those of tom now; give --base" in err
+    files = [str(moments_path(f"{name}.safetensors")) for name in STRENGTHS]
+    code, _, err = merge(capsys, "fusion", "--moments", *files)
+    assert code == 2 and "other weights than those of tom now; leave --moments out" in err
+    code, _, err = merge(capsys, "fusion", "--moments", *reversed(files))
+    assert code == 2 and "rex.moments.safetensors" in err and "of tom now" in err
+    assert not Path("fusion.safetensors").exists()
+    code, out, err = merge(capsys, "fusion", "--base", "toy")
+    assert code == 0 and "tom is drawn and recorded again" in err and "rex is drawn" not in err
+    anew = {name: moments_path(f"{name}.safetensors").read_bytes() for name in STRENGTHS}
+    assert anew["rex"] == first["rex"] and anew["tom"] != first["tom"]
+    # The same concepts on another base.
+    (here / "other").mkdir()
+    other = write_untrained(here / "other", seed=1)
+    monkeypatch.setattr(model, "WEIGHTS", other)
+    code, _, err = merge(capsys, "fusion", "--base", "toy", names={"tom": 0.7})
+    assert code == 0 and "recorded on another base model, where tom reads other inputs; tom is drawn" in err
+    assert moments_path("tom.safetensors").read_bytes() != anew["tom"]
+    code, _, err = merge(capsys, "fusion")
+    assert code == 2 and "were recorded on two base models; give --base" in err
 
 
 def test_what_does_not_belong_together_is_said(capsys):

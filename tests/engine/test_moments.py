@@ -1,13 +1,25 @@
 """Second moments are those of the inputs that a layer really reads, survive their file, and hold no picture."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from laws import relative_error, seeded
 from torch import nn
+from untrained_toy import filled_concept, untrained_base
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.files.moments import load_moments, moments_path, save_moments
+from modular_concepts.files import load_concept, save_concept
+from modular_concepts.files.moments import (
+    Recorded,
+    load_moments,
+    moments_path,
+    recorded_from,
+    save_moments,
+    why_not,
+)
+from modular_concepts.fingerprint import base_mark, concept_mark, same_base
 from modular_concepts.moments import Moment, recording
 
 
@@ -68,6 +80,54 @@ def test_a_file_brings_them_back(tmp_path):
     before = path.read_bytes()
     save_moments(moments, path)
     assert path.read_bytes() == before
+
+
+def test_a_file_says_which_concept_and_base_it_is_of(tmp_path):
+    concept, base = filled_concept("kodo", 1), untrained_base()
+    path = tmp_path / "kodo.moments.safetensors"
+    save_moments({"unet.a": Moment.of(torch.eye(3))}, path, Recorded(concept_mark(concept), base.mark, "as ever"))
+    origin = recorded_from(path)
+    assert origin.drawing == "as ever" and why_not(origin, concept) == why_not(origin, concept, base.mark) == ""
+    assert "on another base" in why_not(origin, concept, "hash:0123")
+    save_moments({"unet.a": Moment.of(torch.eye(3))}, path)
+    assert "does not say which weights" in why_not(recorded_from(path), concept, base.mark)
+
+
+def test_a_concepts_mark_is_of_what_it_draws_with_alone(tmp_path):
+    """The same through its file and under another name; another for any number, word or strength that changes."""
+    concept = replace(filled_concept("kodo", 1), layers={
+        name: adapter.replace(alpha=0.1) for name, adapter in filled_concept("kodo", 1).layers.items()
+    })  # fmt: skip
+    mark = concept_mark(concept)
+    save_concept(concept, tmp_path / "x.safetensors")
+    assert concept_mark(load_concept(tmp_path / "x.safetensors")) == mark
+    assert concept_mark(replace(concept, name="other", about={"title": "A"})) == mark
+    first = next(iter(concept.layers))
+    up = concept.layers[first].lora_up.clone()
+    up[0, 0] += 1e-4
+    others = [
+        replace(concept, layers=concept.layers | {first: concept.layers[first].replace(lora_up=up)}),
+        replace(concept, layers=concept.layers | {first: concept.layers[first].replace(alpha=0.2)}),
+        replace(concept, layers={name: a for name, a in concept.layers.items() if name != first}),
+        replace(concept, tokens={"<kodo>": concept.tokens["<kodo>"] + 1e-4}),
+        replace(concept, tokens={"<minka>": concept.tokens["<kodo>"]}),
+    ]
+    assert len({mark, *map(concept_mark, others)}) == 1 + len(others)
+
+
+def test_a_bases_mark_is_the_same_in_half_precision_and_another_for_any_network():
+    base = untrained_base()
+    half = [{name: value.half() for name, value in n.state_dict().items()} for n in base.modules]
+    mark = base_mark(half, lambda: "")
+    assert same_base(mark, base.mark) and same_base(base.mark, mark)
+    for number in range(2):
+        changed = [dict(table) for table in half]
+        changed[number] = {name: value + 0.01 for name, value in half[number].items()}
+        assert not same_base(base_mark(changed, lambda: ""), base.mark)
+    assert not same_base(base_mark(half[:1], lambda: ""), base.mark) and not same_base("", "")
+    eight = [{"a.weight": torch.zeros(4, 4, dtype=torch.int8)}]
+    assert base_mark(eight, lambda: "abc") == "hash:abc" and same_base("hash:abc", "hash:abc")
+    assert not same_base("hash:abc", "hash:abd")
 
 
 def test_other_files_are_refused(tmp_path):

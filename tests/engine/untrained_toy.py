@@ -21,10 +21,10 @@ from modular_concepts.toy.base import load_toy_base
 QUICK = SampleSettings(steps=2, cfg=4.0)
 
 
-def write_untrained(folder: Path) -> Path:
+def write_untrained(folder: Path, seed: int = 0) -> Path:
     """Weights as `load_toy_base` reads them; half precision, as the shipped ones."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         networks = {"unet": model.build_unet(), "text_encoder": model.build_text_encoder()}
     for name, network in networks.items():
         weights = {key: value.half().contiguous() for key, value in network.state_dict().items()}

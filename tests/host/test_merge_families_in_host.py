@@ -64,6 +64,7 @@ def found(host, concepts, exported, tmp_path_factory):
     (folder / "concepts").mkdir()
     for name, concept in concepts.items():
         save_concept(concept, folder / "concepts" / f"{name}.safetensors")
+    save_concept(made_concept("tom", "lora", slot=2), folder / "another_tom.safetensors")
     (folder / "exported").mkdir()
     for family, merged in exported.items():
         export_kohya(merged, folder / "exported" / f"{family}.safetensors")
@@ -142,6 +143,16 @@ def test_fusion_is_the_engines_with_what_was_recorded_and_kept(found, concepts):
     ]
     assert facts["anew"] == "tom: moments recorded from 2 pictures, kept in tom.moments.safetensors"
     assert facts["changed"] == "tom: moments recorded from 2 pictures"
+
+
+def test_moments_are_read_for_the_very_concept_and_base_that_they_are_of(found):
+    facts, file = found[1], "tom.moments.safetensors"
+    anew = f"moments recorded from 2 pictures, since {file}"
+    assert facts["other base"].startswith(f"tom: {anew} was recorded on another base model")
+    assert f"moments read from {file} (recorded with other prompts" in facts["other prompts"]
+    assert facts["back"].startswith(f"tom: {anew} was recorded on another base model")
+    for title in ("replaced", "put back"):
+        assert facts[title].startswith(f"tom: {anew} was recorded with other weights than those of tom now")
 
 
 def test_the_report_reads_the_moments_that_fusion_left(found):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 
 from in_host import FOLDER, pack_module, start
 
@@ -97,6 +98,24 @@ def main() -> None:
     stack = sum(stacks.values(), ())
     facts["second"] = fusion.fused(model, clip, stack, drawing, plan["ridge"])[2]
     facts["anew"] = fusion.fused(model, clip, stack[:1], drawing, plan["ridge"], anew=True)[2]
+    other, other_clip, _ = toy.load_toy_base()
+    with torch.no_grad():
+        for weight in other.model.diffusion_model.parameters():
+            weight.mul_(1.01)
+    facts["other base"] = fusion.fused(other, other_clip, stack[:1], drawing, plan["ridge"])[2]
+    asked_again = fusion.Drawing(["a {concept}"], 2, 2, 32)
+    facts["other prompts"] = fusion.fused(other, other_clip, stack[:1], asked_again, plan["ridge"])[2]
+    facts["back"] = fusion.fused(model, clip, stack[:1], drawing, plan["ridge"])[2]
+    # Another concept under tom's name, with an older date than the moments.
+    tom = FOLDER / "concepts" / "tom.safetensors"
+    whole = tom.read_bytes()
+    tom.write_bytes((FOLDER / "another_tom.safetensors").read_bytes())
+    os.utime(tom, (1, 1))
+    replaced = loading.ConceptLoader.execute("tom.safetensors", 1.0)[0]
+    facts["replaced"] = fusion.fused(model, clip, replaced, drawing, plan["ridge"])[2]
+    tom.write_bytes(whole)
+    stack = (*loading.ConceptLoader.execute("tom.safetensors", plan["strengths"]["tom"])[0], *stack[1:])
+    facts["put back"] = fusion.fused(model, clip, stack[:1], drawing, plan["ridge"])[2]
     report = pack_module("nodes.reports").CrosstalkReport.execute(sockets, True).args
     facts["report"], facts["figures"] = report[1], json.loads(report[2])
     half = loading.ConceptStrength.execute(stacks["tom"], 1.0, "mid=0.5")[0]
