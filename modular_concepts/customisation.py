@@ -186,10 +186,11 @@ def train_concept(
     accept_changes: bool = False,
     cache: Path | None = None,
     estimate: Callable[[Estimate], None] | None = None,
+    on_fault: Callable[[TrainResult], None] | None = None,
 ) -> tuple[Concept, TrainResult]:
     """Train one concept; the base is left as it was.  After a cancel it is what was reached by then.
 
-    checkpoints, resume, accept_changes, estimate: as `train`.  cache: a folder to keep latents in.
+    checkpoints, resume, accept_changes, estimate, on_fault: as `train`.  cache: a folder to keep latents in.
     """
     basis = OrthogonalBasis() if basis is None else basis
     problem = problem_for(base, subject, targets, prior, flip=settings.flip, cache=cache)
@@ -202,6 +203,7 @@ def train_concept(
         checkpoints=checkpoints,
         accept_changes=accept_changes,
         estimate=estimate,
+        on_fault=on_fault,
     )
     return concept_from(base, subject, result, basis, targets), result
 

@@ -3,7 +3,7 @@
 from ..seeds import seeded
 from .attach import attached, frozen_networks
 from .checkpoint import Changed, check_checkpoint, newest_checkpoint, restore_checkpoint, save_checkpoint
-from .loop import Cancelled, Diverged, OutOfMemory, Progress, Unfinished, train
+from .loop import Broken, Cancelled, Diverged, OutOfMemory, Progress, Unfinished, train
 from .losses import FlowSchedule, NoiseSchedule, Schedule
 from .methods import new_adapters
 from .problem import Examples, Problem
@@ -12,6 +12,7 @@ from .run import Run, TrainResult
 from .settings import TrainSettings
 
 __all__ = [
+    "Broken",
     "Cancelled",
     "Changed",
     "Diverged",

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from ..bases import OrthogonalBasis
 from ..errors import AdapterError
 from ..tokens import bounded
 from .checkpoint import checkpoint_step, restore_checkpoint, save_checkpoint
+from .last_step import LastStep
 from .memory import memory_advice, ran_out_of_memory
 from .problem import Problem
 from .rehearsal import Estimate, rehearse
@@ -39,7 +42,11 @@ class Unfinished(AdapterError):
         self.result = result
 
 
-class OutOfMemory(Unfinished):
+class Broken(Unfinished):
+    """A step ended in a fault; `result` is the state before it."""
+
+
+class OutOfMemory(Broken):
     """Memory ran out in a step; `result` is the state before it."""
 
 
@@ -73,20 +80,24 @@ def train(
     checkpoints: Path | str | None = None,
     accept_changes: bool = False,
     estimate: Callable[[Estimate], None] | None = None,
+    on_fault: Callable[[TrainResult], None] | None = None,
 ) -> TrainResult:
     """Train one concept on a frozen base; the base comes back bit for bit as it was, without hooks.
 
     callback: told of each step; True, or `Cancelled` raised anywhere inside, stops with finished = False.
-    checkpoints: folder for one every `settings.checkpoint_every` steps, at the end and at a cancel.
+    checkpoints: folder for one every `settings.checkpoint_every` steps, at the end, at a cancel and at any fault.
     resume: a checkpoint, or such a folder for its newest; `accept_changes` allows other settings or data.
-    estimate: told before the first step what time and memory it will take (`rehearsal.rehearse`).
-    Raises Diverged when the loss stops being a number, Unfinished when a checkpoint cannot be written (both hold
-    what was learned), AdapterError for what cannot work.
+    estimate: told before the first step what time, memory and room it will take (`rehearsal.rehearse`).
+    on_fault: told what was learned when an exception that is none of ours ends the training; then it is raised again.
+    Raises Diverged when the loss stops being a number, Broken for a fault inside a step, Unfinished when a checkpoint
+    cannot be written (all hold what was learned), AdapterError for what cannot work.
     """
     started = time.monotonic()
-    with torch.inference_mode(False), torch.enable_grad():
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        done = 0 if resume is None else checkpoint_step(resume)
         if estimate is not None:
-            done = 0 if resume is None else checkpoint_step(resume)
             estimate(rehearse(problem, settings, basis, done))
         run = Run(problem, settings, basis)
         if resume is not None:
@@ -94,9 +105,10 @@ def train(
         try:
             with on_base(problem, run) as step:
                 finished = _steps(step, lambda: _after_step(run, callback, checkpoints, started))
-        except OutOfMemory:
-            if checkpoints is not None:
-                _save(checkpoints, run, finished=False)
+        except BaseException as fault:
+            _save_after(fault, checkpoints, run)
+            if on_fault is not None and run.step and not isinstance(fault, AdapterError | KeyboardInterrupt):
+                on_fault(run.result(run.step == settings.steps))
             raise
         if checkpoints is not None:
             _save(checkpoints, run, finished)
@@ -105,56 +117,55 @@ def train(
 
 def _steps(step: Step, after_step: Callable[[], bool]) -> bool:
     """Step until the end or a cancel; whether the end was reached."""
-    run, parameters = step.run, step.parameters
-    good = [parameter.detach().clone() for parameter in parameters]
+    run = step.run
+    last = LastStep(run)
     while run.step < run.settings.steps:
-        before = run.random_state()
-        _set_learning_rates(run)
+        last.begin()
         try:
-            loss, norm = step.gradients()
+            _one_step(step, last)
         except Cancelled:
-            run.set_random_state(before)
+            last.restore()
             return False
-        except (RuntimeError, MemoryError) as error:
-            if ran_out_of_memory(error):
-                run.set_random_state(before)
-                raise _out_of_memory(run, OutOfMemory) from error
+        except Diverged:
             raise
-        if math.isfinite(loss) and not math.isfinite(norm) and run.loss_scale is not None and run.loss_scale.shrink():
-            run.set_random_state(before)
-            continue
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            _copy(good, parameters)
-            raise _diverged(run)
-        _copy(parameters, good)
-        try:
-            run.optimizer.step()
-        except (RuntimeError, MemoryError) as error:
-            if ran_out_of_memory(error):
-                _copy(good, parameters)
-                raise _out_of_memory(run, Unfinished) from error
-            raise
-        if run.loss_scale is not None:
-            run.loss_scale.grow()
-        _bound_tokens(run)
-        run.record(loss)
+        except BaseException as error:
+            last.restore()
+            _raise_with_result(run, error)
         try:
             if after_step():
                 return run.step == run.settings.steps
         except Cancelled:
             return False
+        except Unfinished:
+            raise
+        except BaseException as error:
+            _raise_with_result(run, error)
     return True
+
+
+def _one_step(step: Step, last: LastStep) -> None:
+    """Gradients and an update; or, where fp16's gradients overflow, a smaller loss scale and no step at all."""
+    run = step.run
+    _set_learning_rates(run)
+    loss, norm = step.gradients()
+    if math.isfinite(loss) and not math.isfinite(norm) and run.loss_scale is not None and run.loss_scale.shrink():
+        run.set_random_state(last.random)
+        return
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        last.restore_learned()
+        raise _diverged(run)
+    last.before_update()
+    run.optimizer.step()
+    if run.loss_scale is not None:
+        run.loss_scale.grow()
+    _bound_tokens(run)
+    run.record(loss)
 
 
 def _set_learning_rates(run: Run) -> None:
     factor = learning_rate_factor(run.step, run.settings)
     for group in run.optimizer.param_groups:
         group["lr"] = group["full_lr"] * factor
-
-
-def _copy(source: Sequence[Tensor], destination: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        torch._foreach_copy_(destination, source)
 
 
 def _bound_tokens(run: Run) -> None:
@@ -203,10 +214,27 @@ def _diverged(run: Run) -> Diverged:
     )
 
 
-def _out_of_memory(run: Run, kind: type[Unfinished]) -> AdapterError:
-    """With what was learned, where there is something; the adapters themselves are as after the step before."""
-    run.optimizer.zero_grad()
-    said = f"memory ran out at step {run.step + 1}; {memory_advice(run.settings)}"
+def _raise_with_result(run: Run, error: BaseException) -> NoReturn:
+    """The error again, ours with what was learned where there is something; the run is as after its last step."""
+    said = str(error)
+    if ran_out_of_memory(error):
+        said = f"memory ran out at step {run.step + 1}; {memory_advice(run.settings)}"
+    elif not isinstance(error, AdapterError):
+        raise error
     if not run.step:
-        return AdapterError(said)
-    return kind(f"{said}. What was learned up to step {run.step} is kept", run.result(finished=False))
+        raise AdapterError(said) from error
+    kind = OutOfMemory if ran_out_of_memory(error) else Broken
+    kept = f"What was learned up to step {run.step} is kept"
+    raise kind(f"{said.rstrip('.')}. {kept}", run.result(finished=False)) from error
+
+
+def _save_after(fault: BaseException, checkpoints: Path | str | None, run: Run) -> None:
+    """A checkpoint of the last finished step; one that cannot be written takes nothing from what the fault says."""
+    broken_off = isinstance(fault, Broken) or not isinstance(fault, AdapterError)
+    if checkpoints is None or not run.step or not broken_off:
+        return
+    try:
+        save_checkpoint(checkpoints, run)
+    except AdapterError as error:
+        if isinstance(fault, Broken):
+            raise type(fault)(f"{fault}, but {error}", fault.result) from fault

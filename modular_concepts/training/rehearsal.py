@@ -72,8 +72,8 @@ def rehearse(
             ) from error
     numbers = sum(parameter.numel() for parameter in step.parameters)
     factors = sum(parameter.numel() * parameter.element_size() for parameter in step.parameters)
-    # Beside the factors and their last good copy; gradients are in the peak.
-    kept = round(2 * factors + numbers * MOMENTS[settings.optimizer])
+    # Factors and moments, and a copy of both as they were after the last step; gradients are in the peak.
+    kept = round(2 * (factors + numbers * MOMENTS[settings.optimizer]))
     memory, left = one + more * (settings.batch - 1) + kept, max(0, settings.steps - done)
     return Estimate(seconds * settings.batch, memory, left, done)
 
