@@ -184,13 +184,14 @@ def train_concept(
     prior: Examples | None = None,
     *,
     accept_changes: bool = False,
+    set_aside: bool = False,
     cache: Path | None = None,
     estimate: Callable[[Estimate], None] | None = None,
     on_fault: Callable[[TrainResult], None] | None = None,
 ) -> tuple[Concept, TrainResult]:
     """Train one concept; the base is left as it was.  After a cancel it is what was reached by then.
 
-    checkpoints, resume, accept_changes, estimate, on_fault: as `train`.  cache: a folder to keep latents in.
+    checkpoints, resume, accept_changes, set_aside, estimate, on_fault: as `train`.  cache: a folder to keep latents in.
     """
     basis = OrthogonalBasis() if basis is None else basis
     problem = problem_for(base, subject, targets, prior, flip=settings.flip, cache=cache)
@@ -202,6 +203,7 @@ def train_concept(
         basis=basis,
         checkpoints=checkpoints,
         accept_changes=accept_changes,
+        set_aside=set_aside,
         estimate=estimate,
         on_fault=on_fault,
     )

@@ -201,7 +201,7 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise AdapterError(f"{path}: cannot be written: {_reason(error)}") from error
     finally:
@@ -324,7 +324,7 @@ def _refuse_constant(constant: str) -> None:
     raise AdapterError(f"holds {constant}")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself durable; some systems cannot open a folder, and keep it safe anyway."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

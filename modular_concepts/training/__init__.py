@@ -6,6 +6,7 @@ from .checkpoint import Changed, check_checkpoint, newest_checkpoint, restore_ch
 from .loop import Broken, Cancelled, Diverged, OutOfMemory, Progress, Unfinished, train
 from .losses import FlowSchedule, NoiseSchedule, Schedule
 from .methods import new_adapters
+from .ownership import Occupied
 from .problem import Examples, Problem
 from .rehearsal import Estimate, rehearse
 from .run import Run, TrainResult
@@ -20,6 +21,7 @@ __all__ = [
     "Examples",
     "FlowSchedule",
     "NoiseSchedule",
+    "Occupied",
     "OutOfMemory",
     "Problem",
     "Progress",

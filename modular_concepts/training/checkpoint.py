@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,15 +18,14 @@ from torch import Tensor
 
 from ..concept import clip
 from ..errors import AdapterError
-from ..files.safe import FLOATS, read_header, read_safetensors
+from ..files.safe import read_header, read_safetensors, sync_folder
 from .checkpoint_checks import Origin, check_state, optimizer_parts, read_origin
 from .optimizers import optimizer_state, set_optimizer_state
+from .ownership import DTYPES, checkpoints_in, prune, refuse_two_runs
 from .run import Run
 from .settings import changes
 
 FORMAT = "modular-concepts-checkpoint-1"
-PATTERN = re.compile(r"step-(\d{8})\.safetensors")
-DTYPES = (*FLOATS, "I64", "U8")
 
 
 class Changed(AdapterError):
@@ -39,7 +37,7 @@ class NoCheckpoint(AdapterError):
 
 
 def save_checkpoint(folder: Path | str, run: Run) -> Path:
-    """Write step-NNNNNNNN.safetensors, whole or not at all, and keep the newest `keep_checkpoints`."""
+    """Write step-NNNNNNNN.safetensors, whole or not at all, and keep the newest `keep_checkpoints` of this run."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,11 +45,15 @@ def save_checkpoint(folder: Path | str, run: Run) -> Path:
         raise AdapterError(
             f"the folder {folder} cannot be made ({error.strerror}); choose another for checkpoints"
         ) from error
-    metadata = {"format": FORMAT, "step": str(run.step), "identity": json.dumps(run.identity, sort_keys=True)}
+    metadata = {
+        "format": FORMAT,
+        "run": run.id,
+        "step": str(run.step),
+        "identity": json.dumps(run.identity, sort_keys=True),
+    }
     path = folder / f"step-{run.step:08d}.safetensors"
     _write_whole(path, save(_state(run), metadata))
-    for old in _checkpoints(folder)[: -run.settings.keep_checkpoints]:
-        old.unlink(missing_ok=True)
+    prune(folder, run.id, run.settings.keep_checkpoints)
     return path
 
 
@@ -78,6 +80,7 @@ def restore_checkpoint(path: Path | str, run: Run, accept_changes: bool = False)
         for name, parameter in run.parameters().items():
             parameter.copy_(tensors[name])
             set_optimizer_state(run.optimizer, parameter, parts.get(name, {}))
+    run.id = origin.run
     run.set_random_state(tensors)
     if run.loss_scale is not None and "loss_scale" in tensors:
         run.loss_scale.set_state(tensors["loss_scale"])
@@ -100,7 +103,8 @@ def newest_checkpoint(path: Path | str) -> Path:
         raise AdapterError(f"{path}: there is no such checkpoint or folder; start the training without resuming")
     if not path.is_dir():
         return path
-    found = _checkpoints(path)
+    refuse_two_runs(path)
+    found = checkpoints_in(path)
     if not found:
         raise AdapterError(f"{path} holds no checkpoint to resume from; start the training without resuming")
     return found[-1]
@@ -201,10 +205,6 @@ def _check_shapes(path: Path, tensors: dict[str, Tensor], run: Run) -> None:
         )
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if PATTERN.fullmatch(path.name))
-
-
 def _write_whole(path: Path, data: bytes) -> None:
     """Write beside the target, sync, rename: a crash at any moment leaves the old file or the new one."""
     beside = path.with_name(f".{path.name}.part")
@@ -214,6 +214,7 @@ def _write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise AdapterError(

@@ -11,6 +11,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -30,10 +31,11 @@ _STEP = re.compile(r"[0-9]{1,9}")
 
 @dataclass(frozen=True)
 class Origin:
-    """Of which training a checkpoint is, and how many steps it has behind it."""
+    """Of which training a checkpoint is, and how many steps it has behind it.  run: see ownership.py."""
 
     step: int
     identity: Mapping
+    run: str
 
 
 def read_origin(metadata: Mapping[str, str]) -> Origin:
@@ -47,7 +49,12 @@ def read_origin(metadata: Mapping[str, str]) -> Origin:
     settings = identity.get("settings")
     if not isinstance(settings, dict) or not all(map(_is_setting, settings, settings.values())):
         raise AdapterError("its description of the training has no settings, or strange ones")
-    return Origin(int(metadata["step"]), identity)
+    return Origin(int(metadata["step"]), identity, _run(metadata))
+
+
+def _run(metadata: Mapping[str, str]) -> str:
+    """The run that it names; for a checkpoint of a version that named none, a digest of its identity."""
+    return metadata.get("run") or f"identity-{sha256(metadata['identity'].encode()).hexdigest()[:32]}"
 
 
 def check_state(tensors: Mapping[str, Tensor], step: int, run: Run, changed: bool) -> None:

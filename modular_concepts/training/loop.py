@@ -23,6 +23,7 @@ from ..tokens import bounded
 from .checkpoint import checkpoint_step, restore_checkpoint, save_checkpoint
 from .last_step import LastStep
 from .memory import memory_advice, ran_out_of_memory
+from .ownership import claimed
 from .problem import Problem
 from .rehearsal import Estimate, rehearse
 from .run import Run, TrainResult
@@ -79,13 +80,15 @@ def train(
     basis: OrthogonalBasis | None = None,
     checkpoints: Path | str | None = None,
     accept_changes: bool = False,
+    set_aside: bool = False,
     estimate: Callable[[Estimate], None] | None = None,
     on_fault: Callable[[TrainResult], None] | None = None,
 ) -> TrainResult:
     """Train one concept on a frozen base; the base comes back bit for bit as it was, without hooks.
 
     callback: told of each step; True, or `Cancelled` raised anywhere inside, stops with finished = False.
-    checkpoints: folder for one every `settings.checkpoint_every` steps, at the end, at a cancel and at any fault.
+    checkpoints: folder for one every `settings.checkpoint_every` steps, at the end, at a cancel and at any fault; it
+    belongs to this training, and what is another's is refused, or moved to `before` in it with `set_aside`.
     resume: a checkpoint, or such a folder for its newest; `accept_changes` allows other settings or data.
     estimate: told before the first step what time, memory and room it will take (`rehearsal.rehearse`).
     on_fault: told what was learned when an exception that is none of ours ends the training; then it is raised again.
@@ -97,6 +100,8 @@ def train(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         done = 0 if resume is None else checkpoint_step(resume)
+        if checkpoints is not None:
+            stack.enter_context(claimed(checkpoints, resume, set_aside))
         if estimate is not None:
             estimate(rehearse(problem, settings, basis, done))
         run = Run(problem, settings, basis)

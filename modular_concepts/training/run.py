@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ class Run:
     def __init__(self, problem: Problem, settings: TrainSettings, basis: OrthogonalBasis | None = None):
         basis = OrthogonalBasis() if basis is None else basis
         problem.check(settings)
+        self.id = secrets.token_hex(16)
         self.settings = settings
         self.adapters = new_adapters(problem.layers, settings, basis)
         self.tokens = new_words(problem.triggers, settings, problem.cross_attention_layers)
