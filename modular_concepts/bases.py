@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import AdapterError
@@ -43,6 +42,7 @@ ROUNDS = 6
 HAAR_WIDTH = 2048
 FILE_TOLERANCE = 1e-5
 _PRINTED = 8  # columns that a fingerprint looks at
+_CHUNK = 1024  # columns of a file's matrix that are looked at together
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,49 +155,71 @@ def load_basis(path: Path | str) -> OrthogonalBasis:
     Each matrix is square; its size is its width; its columns (not rows) are the basis.  Never unpickles.
     Raises AdapterError for anything else, and for a matrix that is not orthogonal to 1e-5.
     """
+    # Here and not at the top: what reads files stands above bases.
+    from .files.npy import read_square
+    from .files.safe import read_safetensors
+
     path = Path(path)
-    try:
-        named = _safetensors(path) if path.suffix == ".safetensors" else _npy(path)
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
-        raise AdapterError(f"{path.name}: this basis file cannot be read ({error})") from error
-    if not named:
-        raise AdapterError(f"{path.name}: no basis matrices here; expected .npy files or one .safetensors file")
     matrices: dict[int, Tensor] = {}
-    for key, matrix in named.items():
-        width = _checked_width(key, matrix)
+    if path.suffix == ".safetensors":
+        try:
+            named = read_safetensors(path)[0].items()
+        except AdapterError as error:
+            fault = str(error).removeprefix(f"{path.name}: ")
+            raise AdapterError(f"{path.name}: this basis file cannot be read: {fault}") from error
+    else:
+        files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
+        named = ((file.name, _npy(file, *read_square(file))) for file in files)
+    for key, matrix in named:
+        width = _checked_width(f"{path.name}, {key}" if path.name != key else key, matrix)
         if width in matrices:
-            raise AdapterError(f"{key}: a second matrix of width {width}; keep one for each width")
+            raise AdapterError(f"{path.name}, {key}: a second matrix of width {width}; keep one for each width")
         matrices[width] = matrix.float().contiguous()
+    if not matrices:
+        raise AdapterError(f"{path.name}: no basis matrices here; expected .npy files or one .safetensors file")
     return OrthogonalBasis("file", 0, matrices)
 
 
-def _npy(path: Path) -> dict[str, Tensor]:
-    files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
-    mapped = {file.name: np.load(file, mmap_mode="r", allow_pickle=False) for file in files}
-    for key, matrix in mapped.items():
-        if not isinstance(matrix, np.ndarray) or matrix.dtype.kind != "f":
-            raise AdapterError(f"{key}: not a matrix of real numbers")
-    return {key: torch.from_numpy(np.array(matrix, np.float64)) for key, matrix in mapped.items()}
+def _npy(path: Path, dtype: np.dtype, by_columns: bool, width: int, start: int) -> Tensor:
+    """(width, width) float32, some rows at a time: the first that cannot be an orthogonal matrix' ends it."""
+    from .files.npy import read_rows
 
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    matrix, some = None, max(1, _CHUNK**2 // width)
+    for first in range(0, width, some):
+        rows = read_rows(path, dtype, width, start, first, min(some, width - first))
+        _check_lengths(path.name, rows)
+        matrix = torch.empty(width, width) if matrix is None else matrix
+        matrix[first : first + len(rows)] = rows
+    return matrix.mT if by_columns else matrix
 
 
 def _checked_width(key: str, matrix: Tensor) -> int:
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         raise AdapterError(f"{key}: shape {tuple(matrix.shape)}; a basis matrix is square")
-    if not matrix.is_floating_point():
-        raise AdapterError(f"{key}: {matrix.dtype} numbers; a basis matrix holds real numbers")
-    exact = matrix.double()
-    error = (exact.mT @ exact - torch.eye(len(exact), dtype=exact.dtype)).abs().max().item()
+    _check_lengths(key, matrix)
+    width = len(matrix)
+    for first in range(0, width, _CHUNK):
+        some = matrix[:, first : first + _CHUNK].double()
+        for second in range(first, width, _CHUNK):
+            others = some if second == first else matrix[:, second : second + _CHUNK].double()
+            gram = some.mT @ others
+            if second == first:
+                gram.diagonal().sub_(1)
+            _check_error(key, gram.abs().max().item())
+    return width
+
+
+def _check_lengths(key: str, rows: Tensor) -> None:
+    """Rows of an orthogonal matrix have length 1: a look at each tells most others apart before they cost anything."""
+    _check_error(key, (rows.double().square().sum(1) - 1).abs().max().item())
+
+
+def _check_error(key: str, error: float) -> None:
     if not error <= FILE_TOLERANCE:
         raise AdapterError(
             f"{key}: the matrix is not orthogonal (off by {error:.1e}, we need {FILE_TOLERANCE:.0e}); "
             "orthonormalise it in double precision first"
         )
-    return len(matrix)
 
 
 def _checked_indices(width: int, indices: Sequence[int] | Tensor) -> tuple[int, ...]:

@@ -336,10 +336,10 @@ def _reshape(tensors, name, rng):
         lambda t: torch.cat([t, t]),
         lambda t: torch.cat([t, t], dim=-1),
         lambda t: t.flatten()[0],
-        lambda t: t.flatten()[:1].expand(rng.choice([1, 3, 5000]), rng.choice([1, 3, 5000])),
+        lambda t: t.flatten()[:1].expand(rng.choice([1, 3, 500]), rng.choice([1, 3, 500])),
         lambda t: t.reshape(-1, 1),
-        lambda t: t.flatten()[:1].expand(2**20, 1),
-        lambda t: t.flatten()[:1].expand(1, 2**20),
+        lambda t: t.flatten()[:1].expand(2**18, 1),
+        lambda t: t.flatten()[:1].expand(1, 2**18),
     )
     tensors[name] = rng.choice(shapes)(old)
 

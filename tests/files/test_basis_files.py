@@ -1,0 +1,99 @@
+"""A basis file that nobody vouches for is a basis or one sentence, whatever its header says."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from mutations import peak_memory, run
+from safetensors.torch import save_file
+
+from modular_concepts.bases import load_basis
+from modular_concepts.errors import AdapterError
+
+SHAPE, DESCR, ORDER = "'shape': (8, 8)", "'descr': '<f8'", "'fortran_order': False"
+SOUND = f"{{{DESCR}, {ORDER}, {SHAPE}, }}"
+HEADERS = {
+    "a string that does not end": SOUND.replace("'<f8'", "'<f8"),
+    "brackets that do not end": SOUND.replace("(8, 8)", "(8, 8"),
+    "a shape of one": SOUND.replace("(8, 8)", "(64,)"),
+    "no shape": SOUND.replace("(8, 8)", "()"),
+    "a shape below zero": SOUND.replace("(8, 8)", "(-8, -8)"),
+    "a shape of many digits": SOUND.replace("(8, 8)", f"({'9' * 400}, 8)"),
+    "a shape beyond every file": SOUND.replace("(8, 8)", "(9999999, 9999999)"),
+    "a shape of words": SOUND.replace("(8, 8)", "(True, 8)"),
+    "a shape in Persian": SOUND.replace("(8, 8)", "(\u06f8, 8)"),
+    "a longer shape": SOUND.replace("(8, 8)", "(8, 8, 1)"),
+    "an empty shape": SOUND.replace("(8, 8)", "(0, 0)"),
+    "objects": SOUND.replace("<f8", "|O"),
+    "fields": SOUND.replace("'<f8'", "[('a', '<f8')]"),
+    "texts": SOUND.replace("<f8", "<U2"),
+    "dates": SOUND.replace("<f8", "<M8[s]"),
+    "complex numbers": SOUND.replace("<f8", "<c16"),
+    "whole numbers": SOUND.replace("<f8", "<i8"),
+    "a type of nothing": SOUND.replace("'<f8'", "None"),
+    "an order of one": SOUND.replace("False", "1"),
+    "a call": SOUND.replace("False", "exit()"),
+    "an entry twice": SOUND.replace(ORDER, f"{ORDER}, {ORDER}"),
+    "an entry too many": SOUND.replace(ORDER, f"{ORDER}, 'more': 1"),
+    "an entry too few": SOUND.replace(f"{ORDER}, ", ""),
+    "a list": "[1, 2]",
+    "deep nesting": "[" * 3000,
+    "nothing": "",
+    "null": "\0" * 40,
+}
+
+
+def npy(header: str, numbers: bytes = np.eye(8).tobytes(), version: int = 1) -> bytes:
+    raw = header.encode()
+    return b"\x93NUMPY" + bytes([version, 0]) + len(raw).to_bytes(2 if version == 1 else 4, "little") + raw + numbers
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_header_that_is_not_sound_is_one_sentence(tmp_path, header):
+    (tmp_path / "8.npy").write_bytes(npy(HEADERS[header]))
+    with pytest.raises(AdapterError) as caught:
+        load_basis(tmp_path / "8.npy")
+    assert str(caught.value).startswith("8.npy: ") and "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("header", [SOUND, SOUND.replace("'", '"'), f"{{{SHAPE},{ORDER},{DESCR}}}  \n"])
+def test_a_header_that_any_program_writes_is_read(tmp_path, header, version):
+    (tmp_path / "8.npy").write_bytes(npy(header, version=version))
+    assert torch.equal(load_basis(tmp_path / "8.npy").columns(8, range(8)), torch.eye(8))
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_every_order_of_bytes_and_numbers_is_the_same_basis(tmp_path, dtype, order):
+    matrix = np.linalg.qr(np.random.default_rng(0).normal(size=(600, 600)))[0]
+    np.save(tmp_path / "600.npy", np.asarray(matrix, dtype, order=order))
+    columns = load_basis(tmp_path / "600.npy").columns(600, [5, 599])
+    assert np.abs(columns.numpy() - matrix[:, [5, 599]].T).max() < 1e-6
+
+
+@pytest.mark.parametrize("size", [8 * 2**30, 8 * 2**30 + 1, 100])
+def test_a_file_without_numbers_asks_for_no_memory(tmp_path, size):
+    with open(tmp_path / "x.npy", "wb") as file:
+        file.write(npy(SOUND.replace("8, 8", "32768, 32768"), b""))
+        file.truncate(size + file.tell() if size > 100 else size)
+    before, started = peak_memory(reset=True), time.process_time()
+    with pytest.raises(AdapterError):
+        load_basis(tmp_path / "x.npy")
+    assert peak_memory() - before < 64 * 2**20 and time.process_time() - started < 1
+
+
+def test_a_matrix_of_one_column_twice_is_not_orthogonal(tmp_path):
+    matrix = torch.eye(1200)
+    matrix[:, 1100] = matrix[:, 3]
+    save_file({"m": matrix}, tmp_path / "x.safetensors")
+    with pytest.raises(AdapterError, match="x.safetensors, m: the matrix is not orthogonal"):
+        load_basis(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["basis", "basis npy"])
+def test_changed_files_are_refused_or_used(tmp_path, kind):
+    (outcome,) = run(300, 0, tmp_path / "x", [kind])
+    assert not outcome.faults and outcome.accepted > 10 and outcome.refused > 100
+    assert outcome.slowest < 1 and outcome.growth < 64 * 2**20
