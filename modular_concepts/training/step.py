@@ -52,7 +52,7 @@ class Step:
         loss = self.loss(batch)
         if loss.requires_grad:
             (loss if self.run.loss_scale is None else loss * self.run.loss_scale.value).backward()
-        elif all(batch.captions) or not self.problem.triggers:
+        elif self.context.says_trigger(batch.captions) or not self.problem.triggers:
             raise AdapterError(
                 "no chosen layer and no trigger word has a part in the prediction; nothing can be learned"
             )

@@ -22,9 +22,13 @@ class TextFeatures:
         """trained: whether the text model's own layers learn."""
         self.encode, self.tokens = problem.encode, tokens
         known = {"", *problem.examples.captions, *(problem.prior.captions if problem.prior else ())}
-        alive = {text for text in known if trained or any(word.lower() in text.lower() for word in tokens)}
+        alive = {text for text in known if trained or self.says_trigger([text])}
         self.fixed = known - alive
         self.kept: dict[str, Any] = {}
+
+    def says_trigger(self, captions: Sequence[str]) -> bool:
+        """Whether any of the captions has a learned word in it."""
+        return any(word.lower() in caption.lower() for word in self.tokens for caption in captions)
 
     def __call__(self, captions: Sequence[str]) -> Any:
         alive = [caption for caption in captions if caption not in self.fixed]

@@ -251,6 +251,14 @@ def test_class_pictures_weigh_in():
     assert heard.losses[0] > 1.2 * ignored.losses[0]
 
 
+def test_a_word_alone_learns_beside_class_pictures_of_another_size_which_never_say_it():
+    latents = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(5))
+    problem = tiny_problem(prior=Examples(latents, ("a man",) * 4))
+    start = Run(problem, settings_of("words"), tiny_basis()).tokens["<x>"]
+    result = run(settings_of("words"), problem=problem)
+    assert result.finished and (result.tokens["<x>"] - start).abs().min() > 1e-5
+
+
 @pytest.mark.parametrize(
     "changed",
     [
