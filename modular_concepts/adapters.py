@@ -132,6 +132,12 @@ class LowRank:
         return LowRank(up, down.contiguous(), float(self.out_features), "lora", None, self.out_features)
 
 
+def together(adapters: Sequence[LowRank]) -> list[LowRank]:
+    """The adapters, those that lie on another device than the first moved there; the others as they are."""
+    device = adapters[0].lora_up.device
+    return [adapter if adapter.lora_up.device == device else adapter.to(device) for adapter in adapters]
+
+
 def low_rank_product(
     x: Tensor,
     up: Tensor,

@@ -36,6 +36,7 @@ class Base(Protocol):
     trigger_positions: where each row of `tokens` stands in the context of each prompt, (B, all rows); -1 for nowhere.
     cross_attention_layers: how many a layer-wise word has rows for; 0 where there are none, as in a DiT.
     sample: a few numbers of the denoiser's weights (`fingerprint.py`).
+    device: where the networks compute; latents, noisy and timesteps are there.
     """
 
     architecture: str
@@ -46,6 +47,7 @@ class Base(Protocol):
     multiple: int
     cross_attention_layers: int
     sample: str
+    device: torch.device
 
     def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, nn.Module]: ...
 
@@ -130,6 +132,11 @@ class BaseModel:
         check_reach(prompts, extra, ids)
         ids = ids.to(self.embedding.weight.device)
         return hidden_states(ids, tokens, self.embedding, lambda ids: self.text_encoder(ids).last_hidden_state)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.embedding.weight.device
 
     def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """context: (B, T, D), or (B, L, T, D) with one for each cross-attention layer."""

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .adapters import ConvGeometry, LowRank
+from .adapters import ConvGeometry, LowRank, together
 
 Pair = tuple[str, str]
 
@@ -32,8 +32,7 @@ def crosstalk(a: LowRank, b: LowRank) -> float:
 
     0 if either is zero.  Source: Po et al. 2024, section 3.3 ("norm of the product", normalised layer-wise).
     """
-    up_a, down_a = _factors(a)
-    up_b, down_b = _factors(b)
+    (up_a, down_a), (up_b, down_b) = map(_factors, together((a, b)))
     gram = down_a @ down_b.mT
     squared = ((up_a.mT @ up_a @ gram) * (gram @ (up_b.mT @ up_b))).sum().clamp(min=0)
     return _ratio(abs(a.scale * b.scale) * squared.sqrt().item(), a, b)
@@ -41,6 +40,7 @@ def crosstalk(a: LowRank, b: LowRank) -> float:
 
 def cosine(a: LowRank, b: LowRank) -> float:
     """<delta_a, delta_b> / (|delta_a| |delta_b|), -1..1.  0 if either is zero."""
+    a, b = together((a, b))
     (up_a, down_a), (up_b, down_b) = _factors(a), _factors(b)
     if a.rows is not None or b.rows is not None:
         up_a, up_b = a.full_up().detach().double(), b.full_up().detach().double()
@@ -54,6 +54,7 @@ def sign_conflicts(a: LowRank, b: LowRank) -> float:
 
     Looks at single weights, so it costs a delta each, 256 rows at a time.
     """
+    a, b = together((a, b))
     up_a, up_b = a.full_up().double(), b.full_up().double()
     down_a, down_b = _factors(a)[1], _factors(b)[1]
     both = opposed = 0

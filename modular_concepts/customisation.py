@@ -213,7 +213,7 @@ def train_concept(
 def concept_from(
     base: Base, subject: Subject, result: TrainResult, basis: OrthogonalBasis, targets: Targets
 ) -> Concept:
-    """Give a training's result its recipe."""
+    """Give a training's result its recipe; on the CPU, as from a file, for it may outlive what it was trained on."""
     settings = result.settings
     frozen = settings.method in ("orthogonal", "block_orthogonal")
     in_blocks = settings.method in ("block", "block_orthogonal")
@@ -250,7 +250,8 @@ def concept_from(
             "base_sample": base.sample,
         },
     )
-    return Concept(subject.name, result.layers, result.tokens, recipe)
+    layers = {name: adapter.to("cpu") for name, adapter in result.layers.items()}
+    return Concept(subject.name, layers, {word: rows.cpu() for word, rows in result.tokens.items()}, recipe)
 
 
 @contextmanager

@@ -108,15 +108,23 @@ def encode_pictures(vae: nn.Module, multiple: int, pictures: Tensor) -> Tensor:
         raise AdapterError(
             f"pictures of {width} x {height} pixels do not fit this base; choose multiples of {multiple}"
         )
-    modes = [vae.encode(picture[None] * 2 - 1).latent_dist.mode() for picture in pictures]
+    modes = [vae.encode(_as_weights(vae, picture[None] * 2 - 1)).latent_dist.mode() for picture in pictures]
     return torch.cat(modes) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     """(N, C, h, w) -> pictures (N, 3, 8h, 8w) in 0..1, one at a time."""
-    decoded = [vae.decode(latent[None] / vae.config.scaling_factor, return_dict=False)[0] for latent in latents]
+    decoded = [
+        vae.decode(_as_weights(vae, latent[None] / vae.config.scaling_factor), return_dict=False)[0]
+        for latent in latents
+    ]
     return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
+
+
+def _as_weights(network: nn.Module, tensor: Tensor) -> Tensor:
+    """Where the network is, and as precise."""
+    return tensor.to(next(network.parameters()))
 
 
 # --- reading the folder -------------------------------------------------------------------------------------

@@ -62,7 +62,8 @@ def recorded(
 def text_features(base: BaseModel, concept: Concept, prompts: Sequence[str] = PROMPTS) -> Tensor:
     """(rows, width) of what key and value layers see of the concept's own words, for Custom Diffusion's merge.
 
-    From the trigger's first token to the end mark, without padding, as the concept's own text encoder gives them.
+    On the CPU.  From the trigger's first token to the end mark, without padding, as the concept's own text encoder
+    gives them.
     Raises AdapterError for a concept without a trigger, or with one that differs from layer to layer.
     """
     trigger = trigger_of(concept)
@@ -71,7 +72,7 @@ def text_features(base: BaseModel, concept: Concept, prompts: Sequence[str] = PR
     vectors = sum(len(rows) for rows in concept.tokens.values())
     with customised(base, [concept], [1.0]) as tokens:
         bare = text_of(base.context([text.replace(trigger, " ") for text in texts], {}))
-        return rows_of_word([text_of(base.context([text], tokens))[0] for text in texts], bare, vectors)
+        return rows_of_word([text_of(base.context([text], tokens))[0] for text in texts], bare, vectors).cpu()
 
 
 def refuse_layerwise(concept: Concept) -> None:
@@ -97,8 +98,8 @@ def rows_of_word(contexts: Sequence[Tensor], bare: Sequence[Tensor], vectors: in
 
 @torch.no_grad()
 def usual_text(base: BaseModel, prompts: Sequence[str] = ORDINARY) -> Tensor:
-    """(width, width) second moments of ordinary captions' text features, without any concept."""
-    rows = text_of(base.context(list(prompts), {})).flatten(0, 1).double()
+    """(width, width), on the CPU: second moments of ordinary captions' text features, without any concept."""
+    rows = text_of(base.context(list(prompts), {})).flatten(0, 1).cpu().double()
     return rows.mT @ rows / len(rows)
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from .adapters import LowRank, at_least_float32
+from .adapters import LowRank, at_least_float32, together
 from .concept import Concept
 from .crosstalk import crosstalk_table, distinct_names
 from .errors import AdapterError
@@ -153,7 +153,7 @@ def _pair(first: str, second: str, a: Concept, b: Concept, table: Mapping, answe
 
 def shared_columns(a: LowRank, b: LowRank) -> int:
     """How many rows of lora_down two adapters of one layer have in common, in either direction."""
-    one, other = (_unit(adapter.lora_down.detach().flatten(1)) for adapter in (a, b))
+    one, other = (_unit(adapter.lora_down.detach().flatten(1)) for adapter in together((a, b)))
     return int(((one @ other.mT).abs() > SAME_DIRECTION).any(1).sum())
 
 
@@ -180,7 +180,7 @@ def _answer(loud: Concept, own: Concept, moments: Mapping[str, Moment] | None) -
 def _size_on(adapter: LowRank, moment: Moment) -> float:
     """Root mean square of |delta x|: sqrt(tr(delta C delta^T)), from the factors."""
     up, down = adapter.lora_up.detach().double(), adapter.lora_down.detach().flatten(1).double()
-    seen = down @ moment.factor.double().mT
+    seen = down @ moment.factor.to(down).mT
     inner = seen @ seen.mT + moment.rest * (down @ down.mT)
     return abs(adapter.scale) * ((up.mT @ up) * inner).sum().clamp(min=0).sqrt().item()
 

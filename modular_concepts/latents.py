@@ -19,7 +19,10 @@ PROBE = "probe"
 
 
 def encoded(base: Base, pictures: Tensor | Sequence[Tensor], cache: Path | None = None) -> Tensor | list[Tensor]:
-    """Latents of pictures (N, 3, H, W), or of several sizes; the same bits whether they come from the cache or not."""
+    """Latents of pictures (N, 3, H, W), or of several sizes, on the base's device.
+
+    The same bits whether they come from the cache or not.
+    """
 
     def encode() -> list[Tensor]:
         if isinstance(pictures, Tensor):
@@ -27,6 +30,7 @@ def encoded(base: Base, pictures: Tensor | Sequence[Tensor], cache: Path | None 
         return [base.encode(picture[None])[0] for picture in pictures]
 
     latents = encode() if cache is None else kept(base, cache, _digest(pictures), encode)
+    latents = [latent.to(base.device) for latent in latents]
     return torch.stack(latents) if isinstance(pictures, Tensor) else latents
 
 

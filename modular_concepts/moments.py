@@ -33,7 +33,10 @@ class Moment:
     def matrix(self) -> Tensor:
         """(n, n), float64."""
         factor = self.factor.double()
-        return factor.mT @ factor + self.rest * torch.eye(factor.shape[1], dtype=torch.float64)
+        return factor.mT @ factor + self.rest * torch.eye(factor.shape[1]).to(factor)
+
+    def to(self, device: torch.device | str) -> Moment:
+        return Moment(self.factor.to(device), self.rest)
 
     @classmethod
     def of(cls, matrix: Tensor, directions: int = DIRECTIONS) -> Moment:

@@ -58,7 +58,7 @@ def sample(
     stack: Stack = (),
     overlap: str = "average",
 ) -> Tensor:
-    """One picture per (prompt, seed): (N, 3, H, W) in 0..1.
+    """One picture per (prompt, seed): (N, 3, H, W) in 0..1, on the CPU wherever the base is.
 
     tokens: trigger word -> learned rows.  regions hold in every picture; their prompts replace the picture's
     prompt inside; overlap: as `region_weights`.  callback(done, total) counts sampling steps over all batches.
@@ -106,7 +106,7 @@ def sample(
         drawn = _sample_batch(
             speaking, [prompts[n] for n in numbers], [seeds[n] for n in numbers], settings, (height, width), step_done
         )
-        pictures.update(zip(numbers, base.decode(drawn), strict=True))
+        pictures.update(zip(numbers, base.decode(drawn).cpu(), strict=True))
     return torch.stack([pictures[number] for number in range(len(prompts))])
 
 
@@ -130,13 +130,13 @@ def _sample_batch(speaking: Speaking, prompts, seeds, settings, size, step_done)
             torch.randn(base.latent_channels, *latent_size, generator=torch.Generator().manual_seed(seed))
             for seed in seeds
         ]
-    )
+    ).to(base.device)
     context, texts = speaking.contexts(prompts, settings.negative if guided else None)
     with speaking.acting(texts, latent_size) as at:
         for step, timestep in enumerate(scheduler.timesteps):
             at(1 - float(timestep) / (len(base.schedule) - 1))
             doubled = torch.cat([latents, latents]) if guided else latents
-            predicted = base.predict(doubled, timestep.expand(len(doubled)), context)
+            predicted = base.predict(doubled, timestep.to(base.device).expand(len(doubled)), context)
             if guided:
                 unconditional, conditional = predicted.chunk(2)
                 predicted = unconditional + settings.cfg * (conditional - unconditional)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..adapters import LowRank, check_adapter
+from ..adapters import LowRank, check_adapter, together
 from ..errors import AdapterError
 from ..moments import Moment
 from ..seeds import seeded
@@ -100,11 +100,11 @@ def add_concepts(
 ) -> None:
     """Merge concepts into weights that are ours to change, layer by layer: W0 becomes W in its own memory.
 
-    weights: layer -> weight, for every layer that a concept has.  Beside them there is never more than one layer's
-    factors, and its delta for the families that drop single weights.  Half merged if it raises.
+    weights: layer -> weight, for every layer that a concept has, on any device.  Beside them there is never more than
+    one layer's factors, and its delta for the families that drop single weights.  Half merged if it raises.
     """
     for layer, merged in _merged_layers(concepts, strengths, how, literal, options, evidence):
-        merged.add_to(weights[layer])
+        merged.to(weights[layer].device).add_to(weights[layer])
 
 
 def _merged_layers(
@@ -129,7 +129,7 @@ def _merged_layers(
     _check_evidence(how, concepts, evidence)
     for layer in {name: None for concept in concepts for name in concept.layers}:
         owners = [index for index, concept in enumerate(concepts) if layer in concept.layers]
-        adapters = [concepts[index].layers[layer] for index in owners]
+        adapters = together([concepts[index].layers[layer] for index in owners])
         names = [concepts[index].name for index in owners]
         _check_layer(layer, names, adapters)
         if how == "block":

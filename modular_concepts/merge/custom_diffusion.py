@@ -27,8 +27,9 @@ def constrained_factors(
     features: (rows_i, in) that each concept must answer as it was trained; rows that repeat are dropped.
     usual: (in, in) second moments of text features without any concept, C_reg^T C_reg.
     """
+    device = adapters[0].lora_up.device
     pairs = [
-        (strength * adapter.delta().flatten(1).double(), _distinct(own.double()))
+        (strength * adapter.delta().flatten(1).double(), _distinct(own.to(device).double()))
         for adapter, strength, own in zip(adapters, strengths, features, strict=True)
     ]
     rows = torch.cat([own for _, own in pairs])
@@ -38,12 +39,12 @@ def constrained_factors(
             "way, or merge by sum"
         )
     wanted = torch.cat([delta @ own.mT for delta, own in pairs], dim=1)
-    usual = usual.double()
-    damped = usual + RIDGE * usual.diagonal().mean() * torch.eye(len(usual), dtype=usual.dtype)
+    usual = usual.to(device).double()
+    damped = usual + RIDGE * usual.diagonal().mean() * torch.eye(len(usual)).to(usual)
     down = torch.linalg.solve(damped, rows.mT).mT
     between = down @ rows.mT
     # Features of two prompts with one word can be almost alike.
-    between = between + RIDGE * between.diagonal().mean() * torch.eye(len(between), dtype=between.dtype)
+    between = between + RIDGE * between.diagonal().mean() * torch.eye(len(between)).to(between)
     up = torch.linalg.solve(between, wanted.mT).mT
     # Features that are almost alike make large factors that cancel, which half precision would not survive.
     basis, mixing = torch.linalg.qr(down.mT)

@@ -35,10 +35,11 @@ def fused_factors(
 ) -> MergedLayer:
     """up = [s1 U1 | s2 U2 | ...], down = [D1 C1; D2 C2; ...] (sum C + mu I)^-1.
 
-    moments: (n, n) each, n = in * kh * kw, symmetric, positive; of any common scale; or as `Moment`.
+    moments: (n, n) each, n = in * kh * kw, symmetric, positive; of any common scale; or as `Moment`; on any device.
     Solved in float64; returned in float32, or float64 if the factors are.
     """
     first = adapters[0]
+    moments = [moment.to(first.lora_up.device) for moment in moments]
     ups = [adapter.full_up().double() * (s * adapter.scale) for adapter, s in zip(adapters, strengths, strict=True)]
     read = torch.cat([_read(a.lora_down.flatten(1).double(), c) for a, c in zip(adapters, moments, strict=True)])
     if all(isinstance(moment, Moment) for moment in moments) and sum(len(m.factor) for m in moments) < read.shape[1]:
@@ -60,14 +61,14 @@ def _read(down: Tensor, moment: Tensor | Moment) -> Tensor:
 
 def _solved(read: Tensor, total: Tensor, ridge: float) -> Tensor:
     """read (total + mu I)^-1."""
-    damped = total + _mu(total.diagonal().mean(), ridge) * torch.eye(len(total), dtype=total.dtype)
+    damped = total + _mu(total.diagonal().mean(), ridge) * torch.eye(len(total)).to(total)
     return torch.linalg.solve(damped, read.mT).mT
 
 
 def _solved_by_directions(read: Tensor, moments: Sequence[Moment], ridge: float) -> Tensor:
     stacked, rest = torch.cat([moment.factor.double() for moment in moments]), sum(moment.rest for moment in moments)
     damping = rest + _mu(stacked.square().sum() / stacked.shape[1] + rest, ridge)
-    inner = stacked @ stacked.mT + damping * torch.eye(len(stacked), dtype=stacked.dtype)
+    inner = stacked @ stacked.mT + damping * torch.eye(len(stacked)).to(stacked)
     return (read - torch.linalg.solve(inner, stacked @ read.mT).mT @ stacked) / damping
 
 

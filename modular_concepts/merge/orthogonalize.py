@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adapters import LowRank
+from ..adapters import LowRank, together
 from ..concept import Concept
 from ..errors import AdapterError
 
@@ -41,7 +41,7 @@ def orthogonalised(concepts: Sequence[Mapping[str, LowRank]], way: str = "symmet
     before, after = [0.0] * len(concepts), [0.0] * len(concepts)
     for layer in {name: None for layers in concepts for name in layers}:
         owners = [index for index, layers in enumerate(concepts) if layer in layers]
-        adapters = [concepts[index][layer] for index in owners]
+        adapters = together([concepts[index][layer] for index in owners])
         spaces = [_row_space(adapter) for adapter in adapters]
         width, asked = spaces[0].shape[1], sum(len(space) for space in spaces)
         if asked > width:
@@ -111,7 +111,7 @@ def _sequential(spaces: Sequence[Tensor]) -> list[Tensor]:
 
 def _projected(adapter: LowRank, rows: Tensor) -> LowRank:
     """delta P with P = rows^T rows, as an adapter of rank len(rows) with those rows as its lora_down."""
-    rows = rows if len(rows) else torch.zeros(1, adapter.lora_down[0].numel(), dtype=torch.float64)
+    rows = rows if len(rows) else rows.new_zeros(1, adapter.lora_down[0].numel())
     down = adapter.lora_down.detach().flatten(1).double()
     up = adapter.lora_up.detach().double() @ (down @ rows.mT) * adapter.scale
     kind = "lora" if adapter.rows is None else "block"

@@ -128,7 +128,7 @@ def tiny_problem(dtype: torch.dtype = torch.float32, denoiser: type[nn.Module] =
 
         length = 12 if any("," in caption for caption in captions) else 8
         ids = [caption_ids(caption, tokens, len(WORDS), words) for caption in captions]
-        padded = torch.tensor([row + [0] * (length - len(row)) for row in ids])
+        padded = torch.tensor([row + [0] * (length - len(row)) for row in ids], device=text.mix.weight.device)
         with learned_tokens(text.token_embedding, tokens):
             return text(padded)
 
