@@ -7,7 +7,6 @@ is written into the vocabulary, and any node that encodes text with the returned
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 
 import comfy.sd
@@ -18,8 +17,9 @@ from torch import Tensor
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.fitting import faded_words, refuse_shared_triggers
-from ..modular_concepts.tokens import TRIGGER, caption_ids, learned_rows, token_ids
+from ..modular_concepts.tokens import caption_ids, learned_rows, token_ids
 from ..modular_concepts.training.attention_regularisation import first_positions
+from ..modular_concepts.triggers import TRIGGER, between, heard, replaced
 from .layers import text_encoders_of
 from .layerwise import LAYERS
 
@@ -60,10 +60,8 @@ def _encoded(clip: comfy.sd.CLIP, text: str) -> list:
 def warnings_of_words(clip: comfy.sd.CLIP, texts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
     """A sentence for trigger words in the texts that neither the CLIP nor a concept knows; none if there are none."""
     known, *_ = getattr(clip.tokenizer, KNOWN, ({},))
-    heard = {word.lower() for word in known}
-    heard |= {word.lower() for concept in concepts for word in (*concept.tokens, *concept.recipe.triggers)}
-    said = (found[0] for text in texts for found in TRIGGER.finditer(text))
-    unknown = [word for word in said if word.lower() not in heard]
+    triggers = {*known, *(word for concept in concepts for word in (*concept.tokens, *concept.recipe.triggers))}
+    unknown = [match[0] for text in texts for part in between(text, triggers) for match in TRIGGER.finditer(part)]
     if not unknown:
         return []
     words = ", ".join(dict.fromkeys(unknown))
@@ -139,11 +137,7 @@ def at_layer(clip: comfy.sd.CLIP, layer: int | str) -> comfy.sd.CLIP:
 def layers_in(clip: comfy.sd.CLIP, text: str) -> int:
     """For how many layers the learned words in a prompt were learned; 0 where there is no layer-wise word."""
     known, *_ = getattr(clip.tokenizer, KNOWN, ({},))
-    found = {
-        word: len(rows)
-        for word, rows in known.items()
-        if rows.dim() == 3 and re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", text.lower())
-    }
+    found = {place.word: len(known[place.word]) for place in heard(text, known) if known[place.word].dim() == 3}
     if len(set(found.values())) > 1:
         raise AdapterError(f"{' and '.join(found)} were learned for different numbers of layers; use one at a time")
     return next(iter(found.values()), 0)
@@ -273,9 +267,7 @@ class ClassWords:
         return getattr(self.__dict__["stock"], name)
 
     def tokenize_with_weights(self, text: str, *args, **settings) -> list[list[tuple]]:
-        for trigger, word in self._words.items():
-            text = re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)", lambda _, word=word: word, text, flags=re.IGNORECASE)
-        return self.stock.tokenize_with_weights(text, *args, **settings)
+        return self.stock.tokenize_with_weights(replaced(text, self._words), *args, **settings)
 
 
 def _of_layer(rows: Tensor, layer: int | str | None) -> Tensor:

@@ -7,7 +7,6 @@ Training asks for less, a `Base`, which a host's loaded models are too (`host/ba
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from .layerwise import cross_attention_transformers, routed
 from .tokens import check_layer_count, layer_count, token_ids
 from .training.attention_regularisation import CrossAttention, cross_attentions_of, first_positions
 from .training.losses import NoiseSchedule
+from .triggers import heard
 
 
 class Base(Protocol):
@@ -164,8 +164,8 @@ class BaseModel:
 def check_reach(prompts: Sequence[str], extra: Mapping[str, Sequence[int]], ids: Tensor) -> None:
     """Raise AdapterError for a prompt so long that a trigger word in it is cut off its ids (B, T)."""
     for prompt, row in zip(prompts, ids.tolist(), strict=True):
-        for trigger, own in extra.items():
-            if own[-1] not in row and re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt):
+        for trigger in dict.fromkeys(place.word for place in heard(prompt, extra)):
+            if extra[trigger][-1] not in row:
                 raise AdapterError(
                     f"{prompt!r}: {trigger} stands beyond the {len(row)} tokens that the text model reads; "
                     "shorten the text, or say it earlier"

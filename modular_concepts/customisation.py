@@ -23,6 +23,7 @@ from .sampling import SampleSettings, sample
 from .training import Estimate, Examples, Problem, Progress, TrainResult, TrainSettings, attached, train
 from .training.methods import new_adapters, new_words
 from .training.needs import check_needs
+from .triggers import says
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _examples(base: Base, subject: Subject, flip: bool, cache: Path | None) -> E
 
 def _start_rows(base: Base, subject: Subject) -> Tensor:
     """(k, width) rows that the learned word starts from, when its words and the captions can be used."""
-    missing = [text for text in subject.captions if subject.trigger not in text]
+    missing = [text for text in subject.captions if not says(text, subject.trigger)]
     if missing:
         raise AdapterError(
             f"caption {missing[0]!r} does not contain the trigger word {subject.trigger}; "

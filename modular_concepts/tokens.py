@@ -7,7 +7,6 @@ cross-attention layer (P+, Voynov et al. 2023; ED-LoRA, Gu et al. 2023).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -16,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import AdapterError
-
-TRIGGER = re.compile(r"<([^<>\s]+)>")  # in a prompt, with the name inside
+from .triggers import heard
 
 RANDOM_START = 0.013
 
@@ -62,18 +60,18 @@ def token_ids(tokens: Mapping[str, Tensor], vocab_size: int) -> dict[str, list[i
 def spelled(caption: str, ids: Mapping[str, Sequence[int]], tokenize: Callable[[str], list[int]]) -> list[int]:
     """Ids of a caption: `ids` of the trigger words in it, `tokenize` for what stands between them.
 
-    tokenize gives ids without start, end and padding.  Triggers are found as whole words, longest first.
+    tokenize gives ids without start, end and padding.  `triggers.py` says where the triggers stand.
     """
     if not ids:
         return list(tokenize(caption))
-    longest_first = "|".join(re.escape(trigger) for trigger in sorted(ids, key=len, reverse=True))
-    found = []
-    for part in re.split(rf"(?<!\w)({longest_first})(?!\w)", caption):
-        if part in ids:
-            found += ids[part]
-        elif part.strip():
-            found += tokenize(part.strip())
-    return found
+    spelt, first = [], 0
+    for place in [*heard(caption, ids), None]:
+        part = caption[first : None if place is None else place.start].strip()
+        spelt += tokenize(part) if part else []
+        if place is not None:
+            spelt += ids[place.word]
+            first = place.end
+    return spelt
 
 
 def caption_ids(

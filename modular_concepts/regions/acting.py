@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from ..concept import Concept
 from ..errors import AdapterError
+from ..triggers import heard
 from .geometry import Region
 
 Stack = Sequence[tuple[Concept, float]]
@@ -27,11 +27,9 @@ def acting(stack: Stack, prompt: str, regions: Sequence[Region]) -> list[tuple[i
 
 def called(stack: Stack, prompt: str) -> tuple[int, ...]:
     """Numbers of the concepts whose trigger word stands in a prompt."""
-    return tuple(
-        number
-        for number, (concept, _) in enumerate(stack)
-        if any(_stands_in(word, prompt) for word in {*concept.tokens, *concept.recipe.triggers})
-    )
+    words = [{*concept.tokens, *concept.recipe.triggers} for concept, _ in stack]
+    spoken = {place.word.lower() for place in heard(prompt, set().union(*words))}
+    return tuple(number for number, mine in enumerate(words) if any(word.lower() in spoken for word in mine))
 
 
 def check_names(regions: Sequence[Region], known: Sequence[str]) -> None:
@@ -49,7 +47,3 @@ def _named(stack: Stack, region: Region) -> tuple[int, ...]:
     if region.concepts is None:
         return called(stack, region.prompt)
     return tuple(number for number, (concept, _) in enumerate(stack) if concept.name in region.concepts)
-
-
-def _stands_in(word: str, prompt: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", prompt.lower()) is not None

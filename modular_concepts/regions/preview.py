@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..tokens import TRIGGER
+from ..triggers import TRIGGER
 from .geometry import Region, region_weights
 
 LONGEST = 640  # pixels of the drawn picture's longer side

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..tokens import spelled
+from ..triggers import between
 from .vocabulary import (
     ACCESSORIES,
     CLASSES,
@@ -36,7 +38,8 @@ def split_words(prompt: str) -> list[str]:
 
 def unknown_words(prompt: str, triggers: Sequence[str] = ()) -> list[str]:
     """The words of a prompt that the toy base has never seen."""
-    return [word for word in split_words(prompt) if (word not in _ROW or word in RESERVED) and word not in triggers]
+    words = [word for part in between(prompt, triggers) for word in split_words(part)]
+    return [word for word in words if word not in _ROW or word in RESERVED]
 
 
 def tokenize(prompts: Sequence[str], triggers: Mapping[str, Sequence[int]] | None = None) -> Tensor:
@@ -44,10 +47,8 @@ def tokenize(prompts: Sequence[str], triggers: Mapping[str, Sequence[int]] | Non
     triggers = triggers or {}
     rows = torch.full((len(prompts), MAX_TOKENS), PAD)
     for row, prompt in zip(rows, prompts, strict=True):
-        ids = [START]
-        for word in split_words(prompt):
-            ids += triggers[word] if word in triggers else [_ROW.get(word, UNKNOWN)]
-        ids = ids[: MAX_TOKENS - 1] + [END]
+        words = spelled(prompt, triggers, lambda text: [_ROW.get(word, UNKNOWN) for word in split_words(text)])
+        ids = [START, *words][: MAX_TOKENS - 1] + [END]
         row[: len(ids)] = torch.tensor(ids)
     return rows
 
