@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .buckets import bucket, stacked
+from .captions import checked_caption, read_caption
 from .errors import AdapterError
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MASK_SUFFIX = ".mask.png"
 MAX_ENLARGEMENT = 4
 MAX_PIXELS = 90_000_000
-MAX_CAPTION = 10_000
 MAX_REPEATS = 10_000
 PLACE, ALSO_PLACE = "{concept}", "<TOK>"  # the second is how Mix-of-Show's captions have it
 REPEATED = re.compile(r"(\d+)_.*")
@@ -137,7 +137,8 @@ def of_pictures(
     _check_size(size)
     if not pictures:
         raise AdapterError("there is no picture to train on; give at least one")
-    captions = tuple(_one_each("caption", [_checked(text, "a caption") for text in captions], len(pictures)))
+    checked = [checked_caption(text, f"line {number + 1}") for number, text in enumerate(captions)]
+    captions = tuple(_one_each("caption", checked, len(pictures)))
     names = tuple(f"picture {number + 1}" for number in range(len(pictures)))
     sizes = [bucket(*picture.shape[-2:], size, multiple) if buckets else size for picture in pictures]
     fitted = [_fit_tensor(name, picture, own) for name, picture, own in zip(names, pictures, sizes, strict=True)]
@@ -259,22 +260,7 @@ def _captions(paths: Sequence[Path]) -> tuple[str, ...] | None:
             f"{paths[0].parent}: some pictures have a caption, but not {_list(missing)}; "
             "write the missing .txt files, or remove all captions to use the trigger words alone"
         )
-    return tuple(_caption(file) for file in files)
-
-
-def _caption(path: Path) -> str:
-    try:
-        text = path.read_bytes()[: 4 * MAX_CAPTION].decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path}: this caption cannot be read as UTF-8 text ({error})") from error
-    return _checked(text, str(path))
-
-
-def _checked(text: str, where: str) -> str:
-    caption = " ".join(text.split())
-    if not caption or len(caption) > MAX_CAPTION or not caption.isprintable():
-        raise AdapterError(f"{where}: this caption is empty, longer than {MAX_CAPTION} letters, or not text")
-    return caption
+    return tuple(read_caption(file) for file in files)
 
 
 def load_picture(path: Path) -> Tensor:
