@@ -81,22 +81,29 @@ def load_folder(
     captions = _captions(paths)
     if captions is None:
         captions = (with_words(template, triggers, class_word),) * len(paths)
-    images = [_open(path) for path in paths]
-    sizes = [bucket(image.height, image.width, size, multiple) if buckets else size for image in images]
-    pixels = [_fit(path, image, own, "RGB") for path, image, own in zip(paths, images, sizes, strict=True)]
-    covers = None
-    if masks is not None:
-        fits = zip(masks, images, sizes, strict=True)
-        covers = [_mask(path, image.size, own) for path, image, own in fits]
+    pixels, covers = [], None if masks is None else []
+    for number, path in enumerate(paths):
+        # One at a time: a photo takes a hundred times the memory of what is made of it.
+        image = _open(path)
+        fitted = bucket(image.height, image.width, size, multiple) if buckets else size
+        pixels.append(_fit(path, image, fitted, "RGB"))
+        if masks is not None:
+            covers.append(_mask(masks[number], image.size, fitted))
     names = tuple(path.relative_to(folder).as_posix() for path in paths)
     return Dataset(
-        pictures=stacked([torch.from_numpy(own).permute(2, 0, 1).float() / 255 for own in pixels]),
+        pictures=_in_unit([torch.from_numpy(picture).permute(2, 0, 1) for picture in pixels]),
         captions=captions,
-        masks=None if covers is None else stacked([torch.from_numpy(own)[None].float() / 255 for own in covers]),
+        masks=None if covers is None else _in_unit([torch.from_numpy(cover)[None] for cover in covers]),
         names=names,
         fingerprint=_fingerprint(names, captions, pixels, covers),
         repeats=None if set(repeats) == {1} else repeats,
     )
+
+
+def _in_unit(pictures: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """Bytes (C, H, W) as float32 in 0..1, stacked where they have one size before they become four times as large."""
+    whole = stacked(pictures)
+    return whole.float().div_(255) if isinstance(whole, Tensor) else [picture.float() / 255 for picture in whole]
 
 
 def with_words(caption: str, triggers: Sequence[str], class_word: str = "") -> str:
