@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from .cli_paths import add_overwrite, base_named, check_output, folder, refuse_existing
+from .cli_paths import add_overwrite, base_named, check_output, folder, note, refuse_existing
 from .cli_progress import Bar, Interruption
 from .cli_settings import add_training_options, chosen_preset
 from .errors import AdapterError
@@ -81,6 +81,9 @@ def run_train(args: argparse.Namespace) -> None:
     data = load_folder(
         args.pictures, (height, width), (trigger,), template=template, buckets=args.buckets, multiple=base.multiple
     )
+    print(data.report.summary())
+    for remark in data.report.remarks():
+        note(remark)
     refuse_single(data)
     data = filled_in(data, (trigger,))
     subject = Subject(

@@ -1,17 +1,12 @@
 """Pictures of one concept, with captions and optional masks, as tensors; every fault of a file in plain words.
 
-    kodo-1.png  kodo-1.txt  kodo-1.mask.png
-    kodo-2.jpg  kodo-2.txt  kodo-2.mask.png
-    3_rare/kodo-3.png  ...                          each of these three times as often
-
-Captions are optional, and so are masks, but each as a whole: with some there and some missing, something is
-wrong.
+`folder.py` says which files of a folder are pictures, captions and masks.  Captions are optional, and so are masks,
+but each as a whole: with some there and some missing, something is wrong.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,18 +20,19 @@ from torch import Tensor
 from .buckets import bucket, stacked
 from .captions import checked_caption, read_caption
 from .errors import AdapterError
+from .folder import FolderReport, Found, listed, survey
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-MASK_SUFFIX = ".mask.png"
 MAX_ENLARGEMENT = 4
 MAX_PIXELS = 90_000_000
-MAX_REPEATS = 10_000
+NO_COLOUR = 12  # of 255 between red, green and blue, as JPEG leaves it
+TWO_VALUED = 0.9  # share of pixels near black or white from which on a grey picture can be a mask
+TRANSPARENT = "transparent parts are white in training"
+FIRST_FRAME = "of a moving picture the first frame is learned"
 PLACE, ALSO_PLACE = "{concept}", "<TOK>"  # the second is how Mix-of-Show's captions have it
-REPEATED = re.compile(r"(\d+)_.*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +43,7 @@ class Dataset:
     masks: (N, 1, H, W) float32 in 0..1, 1 where the concept is, a list as the pictures are, or None.
     names: file names in order.  fingerprint: sha256 of names, pixels, captions and masks.
     repeats: how often each picture comes in an epoch; None is once.
+    report: what was read of what was given, and what was not.
     """
 
     pictures: Tensor | list[Tensor]
@@ -55,6 +52,7 @@ class Dataset:
     names: tuple[str, ...]
     fingerprint: str
     repeats: tuple[int, ...] | None = None
+    report: FolderReport = FolderReport(0)
 
 
 def load_folder(
@@ -77,19 +75,23 @@ def load_folder(
     """
     _check_size(size)
     folder = Path(folder)
-    repeats, paths, masks = _find(folder)
-    captions = _captions(paths)
-    if captions is None:
-        captions = (with_words(template, triggers, class_word),) * len(paths)
-    pixels, covers = [], None if masks is None else []
-    for number, path in enumerate(paths):
+    found, report = survey(folder, _is_grey)
+    called = with_words(template, triggers, class_word)
+    captions = tuple(called if picture.caption is None else read_caption(picture.caption) for picture in found)
+    names = tuple(picture.path.relative_to(folder).as_posix() for picture in found)
+    notes = _Notes(names)
+    pixels, covers = [], [] if report.masks else None
+    for number, picture in enumerate(found):
         # One at a time: a photo takes a hundred times the memory of what is made of it.
-        image = _open(path)
+        image = notes.read(number, picture.path)
+        _refuse_mask(picture, image)
         fitted = bucket(image.height, image.width, size, multiple) if buckets else size
-        pixels.append(_fit(path, image, fitted, "RGB"))
-        if masks is not None:
-            covers.append(_mask(masks[number], image.size, fitted))
-    names = tuple(path.relative_to(folder).as_posix() for path in paths)
+        pixels.append(_fit(picture.path, image, fitted, "RGB"))
+        notes.see(number, pixels[-1])
+        if covers is not None:
+            covers.append(_mask(picture.mask, image.size, fitted))
+            notes.see_mask(number, covers[-1])
+    repeats = tuple(picture.repeats for picture in found)
     return Dataset(
         pictures=_in_unit([torch.from_numpy(picture).permute(2, 0, 1) for picture in pixels]),
         captions=captions,
@@ -97,6 +99,7 @@ def load_folder(
         names=names,
         fingerprint=_fingerprint(names, captions, pixels, covers),
         repeats=None if set(repeats) == {1} else repeats,
+        report=replace(report, said="" if report.captions else called, notes=notes.sentences()),
     )
 
 
@@ -156,7 +159,14 @@ def of_pictures(
     pixels = [(picture.permute(1, 2, 0) * 255).round().byte().numpy() for picture in fitted]
     coverage = None if covers is None else [(cover[0] * 255).round().byte().numpy() for cover in covers]
     fingerprint = _fingerprint(names, captions, pixels, coverage)
-    return Dataset(stacked(fitted), captions, None if covers is None else stacked(covers), names, fingerprint)
+    notes = _Notes(names)
+    for number, picture in enumerate(pixels):
+        notes.see(number, picture)
+        if coverage is not None:
+            notes.see_mask(number, coverage[number])
+    report = FolderReport(len(names), len(names), 0 if covers is None else len(names), notes=notes.sentences())
+    covers = None if covers is None else stacked(covers)
+    return Dataset(stacked(fitted), captions, covers, names, fingerprint, report=report)
 
 
 def _one_each(what: str, given: Sequence, count: int) -> Sequence:
@@ -199,75 +209,69 @@ def _check_size(size: tuple[int, int]) -> None:
         raise AdapterError(f"training size {size} must be a height and a width between 8 and 8192 pixels")
 
 
-def _find(folder: Path) -> tuple[tuple[int, ...], list[Path], list[Path] | None]:
-    """How often each picture comes, the pictures sorted by name, and a mask for each or None."""
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: there is no such folder; give the folder that holds the pictures")
-    repeats = {}
-    for place, times in _places(folder).items():
-        for path in _files(place):
-            repeats[path] = times
-    masks = {_place_and_name(path): path for path in repeats if path.name.lower().endswith(MASK_SUFFIX)}
-    pictures = {
-        path: times
-        for path, times in repeats.items()
-        if path.suffix.lower() in SUFFIXES and _place_and_name(path) not in masks
-    }
-    if not pictures:
-        raise AdapterError(f"{folder}: there is no picture in this folder; we read {', '.join(SUFFIXES)}")
-    paths = list(pictures)
-    wanted = [_place_and_name(path.with_name(path.stem + MASK_SUFFIX)) for path in paths]
-    orphans = sorted(masks[key].name.lower() for key in set(masks) - set(wanted))
-    if orphans:
-        raise AdapterError(f"{folder}: mask {_list(orphans)} belongs to no picture; rename it after its picture")
-    missing = [path.name for path, mask in zip(paths, wanted, strict=True) if mask not in masks]
-    if masks and missing:
+class _Notes:
+    """What happens to some of the pictures, gathered while they are read."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = names
+        self.numbers: dict[str, list[int]] = {}
+        self.seen: dict[bytes, int] = {}
+        self.copies: list[str] = []
+
+    def read(self, number: int, path: Path) -> Image:
+        image, oddities = _opened(path)
+        for oddity in oddities:
+            self.numbers.setdefault(oddity, []).append(number)
+        return image
+
+    def see(self, number: int, pixels: np.ndarray) -> None:
+        digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).digest()
+        first = self.seen.setdefault(digest, number)
+        if first != number:
+            self.copies.append(f"{listed([self.names[number]])} is the same picture as {listed([self.names[first]])}")
+
+    def see_mask(self, number: int, cover: np.ndarray) -> None:
+        if cover.min() == 255:
+            self.numbers.setdefault("white masks leave the whole picture to be learned", []).append(number)
+
+    def sentences(self) -> tuple[str, ...]:
+        odd = (f"{oddity}: {listed([self.names[n] for n in own])}" for oddity, own in self.numbers.items())
+        more = f", and {len(self.copies) - 5} more copies" if len(self.copies) > 5 else ""
+        copies = (f"{'; '.join(self.copies[:5])}{more}; each is learned from again",) if self.copies else ()
+        return *odd, *copies
+
+
+def _refuse_mask(picture: Found, image: Image) -> None:
+    """Raise AdapterError for a picture that can only be meant as a mask: black and white, and called after another."""
+    if picture.after is None or not _is_black_and_white(image):
+        return
+    if picture.after == picture.path:
         raise AdapterError(
-            f"{folder}: some pictures have a mask, but not {_list(missing)}; add the masks or remove all"
+            f"{picture.path}: it is black and white and called a mask, but belongs to no picture; name it as its "
+            "picture, NAME.mask.png, or give it another name to learn it"
         )
-    return tuple(pictures.values()), paths, [masks[name] for name in wanted] if masks else None
+    raise AdapterError(
+        f"{picture.path}: it is black and white and called after {picture.after.name}, as a mask would be; name it "
+        f"{picture.after.stem}.mask.png if it is one, or give it a name of its own to learn it"
+    )
 
 
-def _places(folder: Path) -> dict[Path, int]:
-    """The folder and its subfolders named N_anything, with how often the pictures in each come."""
-    places = {folder: 1}
-    for path in _listed(folder):
-        named = REPEATED.fullmatch(path.name)
-        if named and path.is_dir():
-            if not 1 <= int(named[1]) <= MAX_REPEATS:
-                raise AdapterError(
-                    f"{path}: its name asks for each picture {named[1]} times; 1 to {MAX_REPEATS} can be had"
-                )
-            places[path] = int(named[1])
-    return places
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in _listed(folder) if path.is_file() and not path.name.startswith(".")]
-
-
-def _listed(folder: Path) -> list[Path]:
+def _is_grey(path: Path) -> bool:
+    """Whether a picture file has no colour; one that cannot be read is found out later."""
     try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise AdapterError(f"{folder}: cannot be listed ({error.strerror})") from error
+        return _colourless(_open(path))
+    except AdapterError:
+        return True
 
 
-def _place_and_name(path: Path) -> tuple[Path, str]:
-    return path.parent, path.name.lower()
+def _colourless(image: Image) -> bool:
+    pixels = np.asarray(image.convert("RGB"))
+    return all(np.abs(pixels[..., 0].astype(np.int16) - pixels[..., other]).max() <= NO_COLOUR for other in (1, 2))
 
 
-def _captions(paths: Sequence[Path]) -> tuple[str, ...] | None:
-    files = [path.with_suffix(".txt") for path in paths]
-    missing = [path.name for path, file in zip(paths, files, strict=True) if not file.is_file()]
-    if len(missing) == len(paths):
-        return None
-    if missing:
-        raise AdapterError(
-            f"{paths[0].parent}: some pictures have a caption, but not {_list(missing)}; "
-            "write the missing .txt files, or remove all captions to use the trigger words alone"
-        )
-    return tuple(read_caption(file) for file in files)
+def _is_black_and_white(image: Image) -> bool:
+    counts = image.convert("L").histogram()
+    return sum(counts[:16]) + sum(counts[-16:]) >= TWO_VALUED * sum(counts) and _colourless(image)
 
 
 def load_picture(path: Path) -> Tensor:
@@ -277,6 +281,11 @@ def load_picture(path: Path) -> Tensor:
 
 def _open(path: Path) -> Image:
     """Decode a whole picture, upright, as RGB or L; transparency on white."""
+    return _opened(path)[0]
+
+
+def _opened(path: Path) -> tuple[Image, list[str]]:
+    """`_open`, and what is lost of the file by it."""
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
@@ -289,11 +298,20 @@ def _open(path: Path) -> Image:
                     raise AdapterError(f"{path}: {probe.width}×{probe.height} pixels are too many; make it smaller")
                 probe.verify()
             with Image.open(path, formats=FORMATS) as image:
-                return _flatten(ImageOps.exif_transpose(image))
+                moving = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+                upright = ImageOps.exif_transpose(image)
+                lost = [*([TRANSPARENT] if _is_transparent(upright) else []), *([FIRST_FRAME] if moving else [])]
+                return _flatten(upright), lost
     except AdapterError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
         raise AdapterError(f"{path}: this is not a picture that can be read, or it is damaged") from error
+
+
+def _is_transparent(image: Image) -> bool:
+    if "transparency" not in image.info and "A" not in image.mode:
+        return False
+    return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
 def _flatten(image: Image) -> Image:
@@ -329,7 +347,11 @@ def _fit(path: Path | str, image: Image, size: tuple[int, int], mode: str) -> np
 
 
 def _mask(path: Path, picture_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    image = _open(path)
+    image, lost = _opened(path)
+    if TRANSPARENT in lost:
+        raise AdapterError(
+            f"{path}: the mask has transparent parts, which are neither black nor white; save it without transparency"
+        )
     if image.size != picture_size:
         raise AdapterError(
             f"{path}: the mask is {image.width}×{image.height} pixels but its picture is "
@@ -354,8 +376,3 @@ def _fingerprint(
         if covers is not None:
             digest.update(covers[index].tobytes())
     return digest.hexdigest()
-
-
-def _list(names: Sequence[str], shown: int = 5) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

@@ -17,6 +17,7 @@ from ..modular_concepts.errors import AdapterError
 CONCEPT_DATASET = io.Custom("CONCEPT_DATASET")
 SIDE = 512  # of pictures in a folder, where no size is chosen
 STEP = 8
+TEMPLATE = "a photo of {concept}"
 BUCKET_STEP = 64  # where pictures are large enough for it, so that few sizes come about
 
 
@@ -50,7 +51,7 @@ class ConceptDataset(io.ComfyNode):
                 ),
                 io.String.Input(
                     "captions",
-                    default="a photo of {concept}",
+                    default=TEMPLATE,
                     multiline=True,
                     tooltip="One line for all pictures, or one line for each. {concept} becomes the trigger "
                     "word. A folder's .txt files come first",
@@ -92,7 +93,7 @@ class ConceptDataset(io.ComfyNode):
         if not name.strip():
             return ""
         folder = input_folder(name)
-        files = sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file())
+        files = sorted(path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(pattern) if path.is_file())
         stats = ((path.relative_to(folder), path.stat()) for path in files)
         return " ".join(f"{path} {stat.st_mtime_ns} {stat.st_size}" for path, stat in stats)
 
@@ -104,7 +105,7 @@ class ConceptDataset(io.ComfyNode):
         covers = [cover for batch in masks or [] if batch is not None for cover in batch.reshape(-1, *batch.shape[-2:])]
         dataset = _dataset(pictures, covers, name, lines, (height[0], width[0]), bool(keep_aspect and keep_aspect[0]))
         refuse_single(dataset)
-        text = describe(dataset)
+        text = "\n".join([describe(dataset), *_unused(dataset, name, lines, pictures)])
         show_text(text)
         shown = {
             **ui.PreviewImage([picture.movedim(0, -1) for picture in dataset.pictures], cls=None).as_dict(),
@@ -120,11 +121,23 @@ def describe(dataset: Dataset) -> str:
     lines = [f"{count} pictures of {width} x {height} pixels{masked}" for (height, width), count in sizes]
     if dataset.repeats is not None:
         lines.append(f"{sum(dataset.repeats)} with repeats")
+    lines += dataset.report.remarks()
     captions = dict.fromkeys(dataset.captions)
     lines += list(captions)[:8]
     if len(captions) > 8:
         lines.append(f"... and {len(captions) - 8} more captions")
     return "\n".join(lines)
+
+
+def _unused(dataset: Dataset, folder: str, captions: list[str], pictures: list[torch.Tensor]) -> list[str]:
+    """A sentence for each thing that the node was given and does not use."""
+    unused = []
+    if folder and dataset.report.captions and captions != [TEMPLATE]:
+        unused.append("the captions on the node are not used: the folder has its own")
+    clear = sum(picture.shape[-1] > 3 and bool((picture[..., 3] < 1).any()) for picture in pictures)
+    if clear:
+        unused.append(f"{clear} pictures have transparent parts; they are learned with the colours that lie under them")
+    return unused
 
 
 def _dataset(
@@ -141,6 +154,10 @@ def _dataset(
         raise AdapterError("there is no picture to train on; connect images, or name a folder in the input folder")
     if not captions:
         raise AdapterError("captions are empty; write at least one line, such as: a photo of {concept}")
+    if folder and covers:
+        raise AdapterError(
+            "there are masks and a folder; a folder's masks lie in it as NAME.mask.png, so disconnect the masks"
+        )
     if folder:
         return _of_folder(input_folder(folder), captions, tuple(side or SIDE for side in size), keep_aspect)
     first = pictures[0].shape[:2]
@@ -150,14 +167,15 @@ def _dataset(
 
 
 def _of_folder(folder: Path, captions: list[str], size: tuple[int, int], keep_aspect: bool) -> Dataset:
-    if len(captions) > 1 and not any(any(folder.glob(pattern)) for pattern in ("*.txt", "*/*.txt")):
+    # {concept} stays in the captions: the trainer knows the trigger.
+    dataset = load_folder(
+        folder, size, ("{concept}",), template=captions[0], buckets=keep_aspect, multiple=_bucket_step(size)
+    )
+    if len(captions) > 1 and not dataset.report.captions:
         raise AdapterError(
             f"{len(captions)} lines of captions for a folder; write one line for all, or a .txt file for each picture"
         )
-    # {concept} stays in the captions: the trainer knows the trigger.
-    return load_folder(
-        folder, size, ("{concept}",), template=captions[0], buckets=keep_aspect, multiple=_bucket_step(size)
-    )
+    return dataset
 
 
 def _bucket_step(size: tuple[int, int]) -> int:

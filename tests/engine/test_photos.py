@@ -19,7 +19,7 @@ print(len(data.pictures), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 
 
 
 def peak(folder: Path, count: int) -> int:
-    """MB at the most while a folder of `count` photos of 12 megapixels, each with a mask, is read in a process of its own."""
+    """MB at the most while a process reads a folder of `count` photos of 12 megapixels, each with a mask."""
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((4000, 3000)).save(folder / "0.jpg", quality=60)

@@ -10,6 +10,7 @@ from in_host import FOLDER, pack_module, start
 start()
 
 import folder_paths
+import torch
 
 folder_paths.set_input_directory(str(FOLDER / "input"))
 folder_paths.set_temp_directory(str(FOLDER / "temp"))
@@ -32,7 +33,23 @@ def made(**widgets) -> dict:
     }
 
 
+def refused(**widgets) -> str:
+    try:
+        made(**widgets)
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+white = torch.ones(1, 96, 96)
 facts = {"cropped": made(), "kept": made(keep_aspect=[True])}
+facts["own captions"] = made(captions=["a man"])["said"]
+facts["two kinds of masks"] = refused(masks=[white])
+half = torch.rand(1, 96, 96, 4, generator=torch.Generator().manual_seed(0))
+copies = dict(images=[half, half], masks=[white], folder=[""])
+facts["copies"] = made(**copies)["said"]
+facts["other trainer"] = made(folder=["other"])
+facts["look like captions"] = refused(folder=["tags"])
 (FOLDER / "input" / "set" / "3_often" / "high.txt").write_text("{concept}, close")
 facts["stamp"] = node.fingerprint_inputs(folder=["set"])
 (FOLDER / "facts.json").write_text(json.dumps(facts))
