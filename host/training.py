@@ -46,8 +46,8 @@ from ..modular_concepts.training import (
     Unfinished,
     newest_checkpoint,
 )
-from ..modular_concepts.training.checkpoint import PATTERN
 from ..modular_concepts.training.memory import memory_advice, ran_out_of_memory
+from ..modular_concepts.training.ownership import PATTERN
 from .base import HostBase, draw
 from .messages import show_text
 from .progress import Previews, Watch
