@@ -6,7 +6,7 @@
 #   BENCH_FLAGS=--quick        handed to bench/train.py or bench/merge.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-train bench-merge bench-methods bench-families bench-regions test test-host check format install clean
+.PHONY: help demo gpu gpu-dry bench-train bench-merge bench-methods bench-families bench-regions test test-host check format install clean
 .NOTPARALLEL:
 
 VENV := .venv
@@ -35,6 +35,8 @@ help:
 	@echo "make bench-merge  measure merging beside ComfyUI's LoRA loaders and peft"
 	@echo "make bench-regions  measure regional sampling beside ComfyUI's masks and LoRA hooks (half an hour, 12 GB)"
 	@echo "make bench-families  merge toy concepts by every family and judge them (three quarters of an hour on two cores)"
+	@echo "make gpu        prove and measure everything on a machine with an NVIDIA GPU (eight minutes; installs nothing)"
+	@echo "make gpu-dry    the same in small on the CPU (two minutes)"
 	@echo "make check      format, lint and the fast tests"
 	@echo "make format     put the code into the format that check asks for"
 	@echo "make install    only create $(VENV) with the pinned packages"
@@ -63,6 +65,13 @@ bench-merge: $(STAMP)
 
 bench-regions: $(STAMP)
 	@$(BIN)/python bench/regions.py $(BENCH_FLAGS)
+
+# The machine's own Python, for it has torch with CUDA: nothing is installed.
+gpu:
+	@$(or $(PYTHON),python3) bench/gpu.py $(BENCH_FLAGS)
+
+gpu-dry: $(STAMP)
+	@$(BIN)/python bench/gpu.py --dry $(BENCH_FLAGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

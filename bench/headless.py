@@ -30,7 +30,7 @@ SCHEDULE = NoiseSchedule((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).squ
 def run_ours(task: Task) -> dict:
     unet = diffusers_unet(LAYOUTS[task.layout])
     layers = find_layers(unet, None, task.layers)
-    latents, contexts = task.examples()
+    latents, contexts, _ = task.examples()
     method = task.trainer.removeprefix("ours_")
     probe = Probe(task)
     problem = Problem(
@@ -63,7 +63,7 @@ def run_peft(task: Task) -> dict:
 
     unet = diffusers_unet(LAYOUTS[task.layout])
     names = [name.removeprefix("unet.") for name in find_layers(unet, None, task.layers)]
-    latents, contexts = task.examples()
+    latents, contexts, _ = task.examples()
     probe = Probe(task)
     torch.manual_seed(0)
     model = peft.get_peft_model(unet, peft.LoraConfig(r=task.rank, lora_alpha=task.rank, target_modules=names))
@@ -95,7 +95,7 @@ def run_peft(task: Task) -> dict:
 
 def run_frozen(task: Task) -> dict:
     unet = diffusers_unet(LAYOUTS[task.layout])
-    latents, contexts = (value[: task.batch] for value in task.examples())
+    latents, contexts = (value[: task.batch] for value in task.examples()[:2])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     probe, losses = Probe(task), []
     for step in range(task.all_steps):

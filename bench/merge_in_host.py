@@ -28,6 +28,7 @@ import comfyui_version
 import torch
 from layouts import LAYOUTS, WIDTH
 from merge_work import STRENGTH, Spent, made_work, medians, timed
+from probe import TEXTS
 
 CHANGED = 0.7
 
@@ -37,12 +38,23 @@ class FirstStep(Exception):
 
 
 class Bench:
-    def __init__(self, layout: str, counts: list[int], rank: int, repeats: int, activations: bool = True):
+    """loaded: (MODEL, CLIP), whose Linear layers get random weights.  core_counts: how many LoRAs core loads; all."""
+
+    def __init__(
+        self,
+        loaded: tuple,
+        counts: list[int],
+        rank: int,
+        repeats: int,
+        activations: bool = True,
+        core_counts: list[int] | None = None,
+    ):
         self.counts, self.rank, self.repeats, self.with_activations = counts, rank, repeats, activations
+        self.core_counts = counts if core_counts is None else core_counts
         self.patching, layers = pack_module("host.patching"), pack_module("host.layers")
         self.concept = pack_module("modular_concepts.concept")
         self.adapters, self.names = (pack_module(f"modular_concepts.{name}") for name in ("adapters", "layers"))
-        self.model, self.clip = loaded(layout)
+        self.model, self.clip = loaded
         linear = {
             name: layer
             for name, layer in layers.host_layers(self.model, None).items()
@@ -55,12 +67,15 @@ class Bench:
             weight.copy_(torch.randn(weight.shape, generator=generator).mul_(weight.shape[1] ** -0.5))
         self.weights = {name: layer.module.weight.data for name, layer in linear.items()}
         self.latent = torch.zeros(1, 4, 8, 8)
-        self.context = torch.randn(1, 77, 768, generator=generator)
+        self.architecture = layers.architecture_of(self.model)
+        length, width, pooled = TEXTS[self.architecture]
+        self.context = torch.randn(1, length, width, generator=generator)
+        self.about = {"pooled_output": torch.randn(1, pooled, generator=generator)} if pooled else {}
 
     # -- the two ways to a MODEL
 
     def ours(self, concepts: list, how: str, last: float = STRENGTH, beside: bool = False):
-        recipe = self.concept.Recipe(architecture="sd15")
+        recipe = self.concept.Recipe(architecture=self.architecture)
         stack = [(self.concept.Concept(c.name, c.layers, {}, recipe), STRENGTH) for c in concepts]
         stack[-1] = (stack[-1][0], last)
         return self.patching.merged(self.model, self.clip, stack, how, beside=beside)[0]
@@ -93,7 +108,7 @@ class Bench:
         def seen(*_):
             raise FirstStep
 
-        said = [[self.context, {}]]
+        said = [[self.context, self.about]]
         network = model.model.diffusion_model
         handle = network.register_forward_pre_hook(lambda *_: None if whole else seen())
         try:
@@ -122,7 +137,7 @@ class Bench:
         mine = {name: self._weight(key).clone() for name, key in self._some()}
         self.first_step(theirs)
         found = [float((self._weight(key) - mine[name]).norm() / mine[name].norm()) for name, key in self._some()]
-        base = self.weights
+        base = {name: self.weights[name].to(mine[name]) for name in mine}
         moved = max(float((mine[name] - base[name]).norm() / base[name].norm()) for name in mine)
         if not moved > 1e-2:
             raise RuntimeError("the merge did not move the weights")
@@ -148,6 +163,8 @@ class Bench:
         return result
 
     def pair(self, how: str, concepts: list) -> dict:
+        if len(concepts) not in self.core_counts:
+            return self.alone(how, concepts)
         files = self.files(concepts)
         before = self.chain(files[:-1]) if len(files) > 1 else self.model
         difference = self.compare(self.ours(concepts, how), self.chain(files))
@@ -166,6 +183,14 @@ class Bench:
             ratios[unit] = {name: own["ours"][name] / own["core"][name] for name in own["ours"]}
             units[unit] = own
         return {**units, "ratios": ratios, "difference": difference}
+
+    def alone(self, how: str, concepts: list) -> dict:
+        """Ours without core beside it, for as many concepts as core would take minutes for."""
+        turns = []
+        for _ in range(self.repeats):
+            turns.append(self.turn(lambda: self.ours(concepts, how), lambda _: self.ours(concepts, how, CHANGED)))
+        spent = {name: medians([turn[name] for turn in turns]) for name in turns[0]}
+        return {unit: {"ours": {name: getattr(one, unit) for name, one in spent.items()}} for unit in Spent._fields}
 
     def activations(self, concepts: list) -> dict:
         """What activations instead of weights cost: the way to the first step, a changed strength, a whole step."""
@@ -219,4 +244,5 @@ def loaded(layout: str):
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        print(json.dumps(Bench(**json.loads(ARGUMENT)).run()))
+        asked = json.loads(ARGUMENT)
+        print(json.dumps(Bench(loaded(asked.pop("layout")), **asked).run()))

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from layouts import CONTEXT
 from torch import Tensor
 
 EXAMPLES = 4
+# By family: tokens and width of the text, width of the pooled text where there is one.
+TEXTS = {"sd15": (77, 768, 0), "sdxl": (77, 2048, 1280)}
 GB = 1e9
 
 
@@ -28,17 +29,19 @@ class Task:
     steps: int = 3
     precision: str = "fp32"
     checkpointing: bool = False
+    family: str = "sd15"
 
     @property
     def all_steps(self) -> int:
         return self.steps + 1
 
-    def examples(self) -> tuple[Tensor, Tensor]:
-        """The same latents (N, 4, h, w) and contexts (N, T, D) for everyone."""
-        generator = torch.Generator().manual_seed(0)
+    def examples(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same latents (N, 4, h, w), texts (N, T, D) and pooled texts (N, P), if any, for everyone."""
+        generator, (length, width, pooled) = torch.Generator().manual_seed(0), TEXTS[self.family]
         side = self.pixels // 8
         latents = torch.randn(EXAMPLES, 4, side, side, generator=generator)
-        return latents, torch.randn(EXAMPLES, *CONTEXT, generator=generator)
+        texts = torch.randn(EXAMPLES, length, width, generator=generator)
+        return latents, texts, torch.randn(EXAMPLES, pooled, generator=generator) if pooled else None
 
 
 class Probe:
@@ -50,6 +53,7 @@ class Probe:
         self.whole_process = not forget_peak()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
         self.marks = [self._now()]
 
     def step_done(self, *_, **__) -> None:
@@ -71,9 +75,14 @@ class Probe:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             **more,
         }
-        if self.device.type == "cuda":
-            found["device_peak_gb"] = round(torch.cuda.max_memory_allocated(self.device) / GB, 3)
-        return found
+        return found | self.of_device()
+
+    def of_device(self) -> dict[str, float]:
+        """The most that was allocated on a GPU since the probe was made, and what was there then; {} on a CPU."""
+        if self.device.type != "cuda":
+            return {}
+        most = torch.cuda.max_memory_allocated(self.device)
+        return {"device_peak_gb": round(most / GB, 3), "device_before_gb": round(self.before / GB, 3)}
 
     def _now(self) -> tuple[float, float]:
         if self.device.type == "cuda":

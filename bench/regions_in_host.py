@@ -18,13 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from in_host import ARGUMENT, loaded, pack_module, start
+from in_host import ARGUMENT, CHECKPOINT, pack_module, start
 
 start(on_cpu=json.loads(ARGUMENT).get("device", "cpu") == "cpu")
 
 import comfy.hooks
 import comfy.sample
 import comfy.samplers
+import comfy.sd
 import comfy_extras.nodes_hooks as core_hooks
 import comfyui_version
 import torch
@@ -34,6 +35,7 @@ import nodes as core
 
 SCENE = "in a garden by the sea"
 SPARE_GB = 3.0
+WORD_WIDTHS = {"sd15": 768, "sdxl": 2048, "sd2": 1024, "sd3": 2048}
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class Asked:
 
 
 class Bench:
-    def __init__(self, asked: Asked):
+    """loaded: (MODEL, CLIP, VAE)."""
+
+    def __init__(self, asked: Asked, loaded: tuple):
         self.asked = asked
         self.regions, self.patching = pack_module("host.regions"), pack_module("host.patching")
         self.geometry = pack_module("modular_concepts.regions.geometry")
-        self.model, self.clip, _ = loaded()
+        self.model, self.clip, _ = loaded
         side = asked.pixels // 8
         self.latent = torch.zeros(1, 4, side, side)
         self.noise = torch.randn(self.latent.shape, generator=torch.Generator().manual_seed(0))
@@ -170,6 +174,7 @@ class Bench:
             "processor_seconds": [round(after[1] - before[1], 4) for before, after in pairs],
             "peak_gb": round(peak_memory(), 4),
             "peak_is_of_whole_process": whole,
+            **probe.of_device(),
         }
 
     def run(self) -> dict:
@@ -226,16 +231,19 @@ def boxes(count: int) -> list[tuple[float, float, float, float]]:
 def made_concept(model, seed: int, rank: int):
     """Random adapters on every Linear layer of the attention blocks, as training makes them, and one learned word."""
     concepts, adapters = pack_module("modular_concepts.concept"), pack_module("modular_concepts.adapters")
+    host_layers = pack_module("host.layers")
+    architecture = host_layers.architecture_of(model)
     generator, layers = torch.Generator().manual_seed(seed), {}
-    for name, layer in pack_module("host.layers").host_layers(model, None).items():
+    for name, layer in host_layers.host_layers(model, None).items():
         if isinstance(layer.module, torch.nn.Linear) and ("attn" in name or ".ff." in name):
             out, inp = layer.module.weight.shape
             up = torch.randn(out, rank, generator=generator) * 0.1 / math.sqrt(rank)
             down = torch.randn(rank, inp, generator=generator) / math.sqrt(inp)
             layers[name] = adapters.LowRank(up, down, float(rank), "lora", None, out)
     word = f"<c{seed}>"
-    recipe = concepts.Recipe(architecture="sd15", triggers=(word,), class_word="person", rank=rank)
-    return concepts.Concept(f"c{seed}", layers, {word: torch.randn(1, 768, generator=generator) * 0.02}, recipe)
+    recipe = concepts.Recipe(architecture=architecture, triggers=(word,), class_word="person", rank=rank)
+    rows = torch.randn(1, WORD_WIDTHS[architecture], generator=generator) * 0.02
+    return concepts.Concept(f"c{seed}", layers, {word: rows}, recipe)
 
 
 def kohya(concept) -> dict[str, torch.Tensor]:
@@ -248,8 +256,6 @@ def kohya(concept) -> dict[str, torch.Tensor]:
 
 
 def comfy_load(model, clip, lora: dict[str, torch.Tensor]):
-    import comfy.sd
-
     return comfy.sd.load_lora_for_models(model, clip, lora, 1.0, 1.0)
 
 
@@ -260,5 +266,6 @@ def asked_of(text: str) -> Asked:
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        measured: Callable[[], dict] = Bench(asked_of(ARGUMENT)).run
+        checkpoint = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))[:3]
+        measured: Callable[[], dict] = Bench(asked_of(ARGUMENT), checkpoint).run
         print(json.dumps(measured()))

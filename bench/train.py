@@ -87,7 +87,7 @@ def run(task: Mapping, args: argparse.Namespace, checkpoint: Path) -> dict:
     if task["trainer"] in HEADLESS:
         command = [sys.executable, HERE / "headless.py", json.dumps(task)]
     else:
-        command = [args.host_python, HERE / "in_host.py", args.host, checkpoint, "run", json.dumps(task)]
+        command = [args.host_python, HERE / "train_in_host.py", args.host, checkpoint, "run", json.dumps(task)]
     started = time.monotonic()
     done = _process(command, args.threads)
     if done.returncode:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -134,25 +134,39 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 def train(
-    out: Path, steps: int, peak: float, early: float, seed: int, save_every: int, start: Path | None = None
-) -> None:
-    """Train and save to `out`; a run that is there goes on.  start: weights to begin from instead of chance."""
+    out: Path,
+    steps: int,
+    peak: float,
+    early: float,
+    seed: int,
+    save_every: int,
+    start: Path | None = None,
+    device: str = "cpu",
+    until: Callable[[], bool] | None = None,
+) -> int:
+    """Train and save to `out`; a run that is there goes on.  How many steps it has behind it then.
+
+    start: weights to begin from instead of chance.  device: where the networks are; pictures are drawn on the CPU.
+    until: asked before each step whether to stop there.
+    """
     torch.manual_seed(seed)
     if start is None:
         unet, text = build_unet(), build_text_encoder()
     else:
         base = load_toy_base(start)
         unet, text = base.unet.requires_grad_(True).train(), base.text_encoder.requires_grad_(True).train()
+    unet.to(device)
+    text.to(device)
     named = {f"unet.{k}": p for k, p in unet.named_parameters()} | {
         f"text_encoder.{k}": p for k, p in text.named_parameters()
     }
     average = {k: p.detach().clone() for k, p in named.items()}
     optimizer = Optimizer(named, peak)
-    kept = alphas_cumprod().float()
+    kept = alphas_cumprod().float().to(device)
     out.mkdir(parents=True, exist_ok=True)
     state_file, first = out / "state.safetensors", 0
     if state_file.exists():
-        state = load_file(state_file)
+        state = load_file(state_file, device=device)
         with torch.no_grad():
             for key, parameter in named.items():
                 parameter.copy_(state["model." + key])
@@ -160,19 +174,20 @@ def train(
         optimizer.load(state)
         first = int(state["steps"])
     started, window = time.time(), []
-    for step in range(first, steps):
+    step = first
+    while step < steps and not (until is not None and until()):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         widths = EARLY if step < early * steps else LATE
         shares = torch.tensor([share for _, _, share in widths])
         tiles, count, _ = widths[int(torch.multinomial(shares, 1, generator=generator))]
         pictures, shapes, texts = random_batch(tiles, count, generator)
-        latents = encode_pictures(pictures)
-        weight = 1 + (SUBJECT_WEIGHT - 1) * F.pixel_unshuffle(shapes, PATCH).repeat(1, 3, 1, 1)
-        timesteps = random_timesteps(count, generator)
-        noise = torch.randn(latents.shape, generator=generator)
+        latents = encode_pictures(pictures).to(device)
+        weight = 1 + (SUBJECT_WEIGHT - 1) * F.pixel_unshuffle(shapes, PATCH).repeat(1, 3, 1, 1).to(device)
+        timesteps = random_timesteps(count, generator).to(device)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
         signal = kept[timesteps][:, None, None, None].sqrt()
         level = (1 - kept[timesteps])[:, None, None, None].sqrt()
-        context = text(tokenize(texts)).last_hidden_state
+        context = text(tokenize(texts).to(device)).last_hidden_state
         predicted = unet(signal * latents + level * noise, timesteps, context).sample
         error = (predicted - (signal * noise - level * latents)) ** 2
         loss = (weight * error).sum() / weight.sum()
@@ -186,9 +201,10 @@ def train(
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in named.values()], 1 - keep)
         window.append(loss.item())
-        if (step + 1) % 50 == 0:
+        step += 1
+        if step % 50 == 0:
             line = {
-                "step": step + 1,
+                "step": step,
                 "loss": sum(window) / len(window),
                 "lr": peak * factor,
                 "seconds": time.time() - started,
@@ -196,17 +212,29 @@ def train(
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
             window.clear()
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            state = {"steps": torch.tensor(step + 1)}
-            for key, parameter in named.items():
-                state["model." + key] = parameter.detach()
-                state["average." + key] = average[key]
-            state |= optimizer.tensors()
-            save_file(state, out / "state.tmp")
-            (out / "state.tmp").rename(state_file)
-            for part in ("unet", "text_encoder"):
-                half = {k[len(part) + 1 :]: v.half().contiguous() for k, v in average.items() if k.startswith(part)}
-                save_file(half, out / f"{part}.safetensors")
+        if step % save_every == 0:
+            save(out, step, named, average, optimizer)
+    save(out, step, named, average, optimizer)
+    return step
+
+
+def save(
+    out: Path,
+    steps: int,
+    named: Mapping[str, nn.Parameter],
+    average: Mapping[str, Tensor],
+    optimizer: Optimizer,
+) -> None:
+    """The run as it stands, to go on from, and the weights that it has come to."""
+    state = {"steps": torch.tensor(steps)}
+    for key, parameter in named.items():
+        state["model." + key] = parameter.detach()
+        state["average." + key] = average[key]
+    save_file(state | optimizer.tensors(), out / "state.tmp")
+    (out / "state.tmp").rename(out / "state.safetensors")
+    for part in ("unet", "text_encoder"):
+        half = {k[len(part) + 1 :]: v.half().contiguous() for k, v in average.items() if k.startswith(part)}
+        save_file(half, out / f"{part}.safetensors")
 
 
 def main() -> None:
