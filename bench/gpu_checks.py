@@ -60,7 +60,7 @@ class Checks:
             if isinstance(layer.module, nn.Linear) and "adaLN" not in name and "embedd" not in name
         }
         self.stack = [(self._concept(number, word), strength) for number, (word, strength) in enumerate(_words())]
-        side = 128 if case.family in ("sdxl", "sd3") and case.size == "full" else 64 if case.size == "full" else 16
+        side = {"sd15": 64, "sdxl": 128}[case.family] if case.size == "full" else 8
         channels = self.model.get_model_object("latent_format").latent_channels
         self.latent = torch.zeros(1, channels, side, side)
         self.noise = torch.randn(self.latent.shape, generator=torch.Generator().manual_seed(5))
