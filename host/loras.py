@@ -18,6 +18,7 @@ from torch import Tensor
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.files.lora import Place, by_rule, import_lora, lora_concept
+from ..modular_concepts.merge.strengths import check_strength
 from .concepts import said_of_unmatched
 from .folders import path_of
 from .layers import host_layers
@@ -102,4 +103,6 @@ def _entry(entry: object) -> tuple[str, float, float]:
         raise AdapterError(
             f"a LORA_STACK is a list of (file name, model strength, clip strength), not {type(entry).__name__}"
         ) from error
+    for own in found[1:]:
+        check_strength(found[0], own)
     return found

@@ -11,8 +11,6 @@ from typing import NoReturn
 
 from .errors import AdapterError
 
-MOST = 2.0  # strength, as on the nodes' sliders
-
 
 def base_named(name: str):
     """toy, or the folder of a diffusers model, as a base."""
@@ -29,6 +27,8 @@ def base_named(name: str):
 
 def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
     """(concepts, strengths, files) of FILE or FILE:STRENGTH each; a LoRA of any program is a concept too."""
+    from .merge.strengths import check_strength
+
     concepts, strengths, paths = [], [], []
     for text in texts:
         path, colon, number = str(text).rpartition(":")
@@ -38,10 +38,8 @@ def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
             if Path(path).exists():
                 raise AdapterError(f"{text}: {number!r} is no strength; write {path}:0.8, for example") from error
             strength = None
-        if strength is not None and not -MOST <= strength <= MOST:
-            raise AdapterError(
-                f"{text}: strength is {strength:g}; give one from -{MOST:g} to {MOST:g}, 1 is as it was trained"
-            )
+        if strength is not None:
+            check_strength(text, strength)
         paths.append(Path(text if strength is None else path))
         concepts.append(concept_at(paths[-1]))
         strengths.append(1.0 if strength is None else strength)

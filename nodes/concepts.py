@@ -10,7 +10,7 @@ from ..host.loras import concepts_of
 from ..host.messages import show_text
 from ..modular_concepts.files.modelspec import thumbnail as small_picture
 from . import stacks
-from .types import CONCEPT_STACK, LORA_STACK, blocks_input, concepts_input, strength_input
+from .types import CONCEPT_STACK, LORA_STACK, blocks_input, concepts_input, strength_input, strength_problem
 
 FORMATS = ("concept", "concept, compact", "LoRA for stock loaders", "LoRA in diffusers' keys")
 
@@ -46,8 +46,8 @@ class ConceptLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, concept: str) -> bool | str:
-        return files.concept_problem(concept) or True
+    def validate_inputs(cls, concept: str | None = None, strength: float | None = None) -> bool | str:
+        return files.concept_problem(concept) or strength_problem(strength) or True
 
     @classmethod
     def fingerprint_inputs(cls, concept: str, strength: float, blocks: str = "") -> str:
@@ -119,6 +119,10 @@ class ConceptStrength(io.ComfyNode):
                 CONCEPT_STACK.Output("stack", display_name="CONCEPT_STACK", tooltip="The same with this strength")
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, strength: float | None = None) -> bool | str:
+        return strength_problem(strength) or True
 
     @classmethod
     def execute(cls, concept, strength: float, blocks: str = "") -> io.NodeOutput:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host.merging import APPLY
-from ..modular_concepts.merge.strengths import EXAMPLE
+from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.merge.strengths import EXAMPLE, MOST, check_strength
 
 LORA_STACK = io.Custom("LORA_STACK")
 CONCEPT = io.Custom("CONCEPT")
@@ -32,11 +33,24 @@ def strength_input(tooltip: str) -> io.Float.Input:
         default=1.0,
         min=-2.0,
         max=2.0,
-        step=0.05,
-        round=0.05,
+        step=0.01,
+        round=0.01,
         display_mode=io.NumberDisplay.slider,
-        tooltip=tooltip,
+        tooltip=f"{tooltip}. The slider ends at 2; a number connected to it may be from -{MOST:g} to {MOST:g}",
     )
+
+
+def strength_problem(strength: float | None) -> str:
+    """Why a strength cannot be taken, in a sentence, or "".  None is not known yet.
+
+    Asked by nodes in the place of the host's own check, so that the slider's ends bind nobody.
+    """
+    try:
+        if strength is not None:
+            check_strength("strength", strength)
+    except AdapterError as error:
+        return str(error)
+    return ""
 
 
 def blocks_input() -> io.String.Input:

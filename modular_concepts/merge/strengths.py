@@ -19,6 +19,15 @@ _ENTRY = re.compile(
     r"\s*(?:(?P<kind>down|up|text)(?:\s+(?P<number>\d{1,3}))?|(?P<single>mid|other))\s*=\s*(?P<value>.+?)\s*"
 )
 EXAMPLE = "mid=0.5, up 1=0, text=0.8"
+MOST = 100.0  # what the host's own loaders take; LoRAs that are sliders are used far beyond 1
+
+
+def check_strength(what: str, strength: float) -> None:
+    """Raise AdapterError for a strength of a whole concept that is no number, or beyond MOST either way."""
+    if not -MOST <= strength <= MOST:
+        raise AdapterError(
+            f"{what}: strength is {strength:g}; give one from -{MOST:g} to {MOST:g}, 1 is as it was trained"
+        )
 
 
 @dataclass(frozen=True)

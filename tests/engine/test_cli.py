@@ -457,9 +457,9 @@ def test_bad_concept_files(made, here, capsys, command, spoil, words):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--concept", "TOM:nan"], ["strength is nan", "from -2 to 2"]),
+        (["--concept", "TOM:nan"], ["strength is nan", "from -100 to 100"]),
         (["--concept", "TOM:inf"], ["strength is inf"]),
-        (["--concept", "TOM:1000"], ["tom.safetensors:1000: strength is 1000", "from -2 to 2"]),
+        (["--concept", "TOM:1000"], ["tom.safetensors:1000: strength is 1000", "from -100 to 100"]),
         (["--concept", "TOM:loud"], ["'loud' is no strength", "tom.safetensors:0.8"]),
         (["--concept", "TOM", "--concept", "TOM"], ["both answer to <tom>"]),
         (["--concept", "nobody"], ["nobody", "no such file"]),

@@ -181,6 +181,7 @@ BAD = {
     "a strength that is no number": (lambda _: merged("good", strength=math.nan), "good", ["strength", "nan"]),
     "an infinite strength": (lambda _: merged("good", strength=math.inf), "good", ["strength"]),
     "a strength out of range": (lambda _: merged("good", strength=1e9), "good", ["strength"]),
+    "a strength just out of range": (lambda _: merged("good", strength=-100.5), "good", ["strength", "-100 to 100"]),
     "no concept in a merge": (lambda _: without(merged("good"), "merge", "concepts.concept0"), "merge", ["concept"]),
     "zero regions": (lambda _: without(regional(), "draw", "regions"), "draw", ["regions"]),
     "a region beyond the picture": (lambda _: regional(left=0.5, right=1.5), "region", ["1.5"]),
@@ -243,6 +244,9 @@ def test_good_input_of_the_same_form_is_taken(server, concepts):
     """Without this, a test above could pass because of something else that is wrong in its prompt."""
     for prompt in (
         merged("good", "other"),
+        merged("good", strength=5.0),
+        merged("good", strength=-100.0),
+        merged("good", strength=0.33),
         merged("block0", how="BlockLoRAMerge"),
         regional(),
         taught(server),
