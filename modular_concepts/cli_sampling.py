@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from .cli_paths import base_named, check_output, concepts_at, folder, note
 from .cli_progress import Bar
 from .errors import AdapterError
 
+MOST = 10_000  # pictures of one command
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 
 
@@ -66,11 +68,10 @@ def add_sample(commands) -> None:
 
 
 def run_sample(args: argparse.Namespace) -> None:
+    from .budget import check_zoom
     from .customisation import customised
     from .explain import warnings_on_base
-    from .files.safe import replacing
     from .sampling import SampleSettings, sample
-    from .toy.report import to_image
 
     ending = args.out.suffix.lower()
     if ending not in FORMATS:
@@ -84,27 +85,43 @@ def run_sample(args: argparse.Namespace) -> None:
     height = base.size[0] if args.height is None else args.height
     width = base.size[1] if args.width is None else args.width
     regions = [_region(text, args.units, width, height) for text in args.region or []]
-    prompts = [args.prompt] * args.count
+    check_zoom(width, height, args.zoom)
     seeds = [args.seed + number for number in range(args.count)]
+    written: list[Path] = []
     bar = Bar("sample", args.steps * -(-args.count // settings.batch))
     texts = [args.prompt, *(region.prompt for region in regions)]
     _warn_unknown(base, texts, [word for concept in concepts for word in concept.tokens])
-    if regions and args.mode == "gated":
-        how = dict(mode="gated", stack=list(zip(concepts, strengths, strict=True)))
-        with bar as advance:
-            pictures = sample(base, prompts, seeds, None, settings, regions, lambda done, _: advance(done), **how)
-    else:
-        with bar as advance, customised(base, concepts, strengths) as tokens:
-            pictures = sample(base, prompts, seeds, tokens, settings, regions, lambda done, _: advance(done))
+    gated = bool(regions) and args.mode == "gated"
+    how = dict(mode="gated", stack=list(zip(concepts, strengths, strict=True))) if gated else {}
+    try:
+        with bar as advance, nullcontext() if gated else customised(base, concepts, strengths) as tokens:
+            # A batch at a time, written before the next: all of them at once could be more than the memory holds.
+            for first in range(0, args.count, settings.batch):
+                some = seeds[first : first + settings.batch]
+
+                def step_done(done: int, _: int, before: int = args.steps * (first // settings.batch)) -> None:
+                    advance(before + done)
+
+                drawn = sample(base, [args.prompt] * len(some), some, tokens, settings, regions, step_done, **how)
+                for number, picture in enumerate(drawn, first):
+                    written.append(_write(args, number, picture))
+    finally:
+        for number, path in enumerate(written):
+            print(f"wrote {path} (seed {seeds[number]})")
+
+
+def _write(args: argparse.Namespace, number: int, picture) -> Path:
+    from .files.safe import replacing
+    from .toy.report import to_image
+
+    path = args.out if args.count == 1 else args.out.with_stem(f"{args.out.stem}-{number:02d}")
+    image = to_image(picture)
+    if args.zoom > 1:
+        image = image.resize((image.width * args.zoom, image.height * args.zoom), 0)
     folder(args.out.parent)
-    for number, picture in enumerate(pictures):
-        path = args.out if args.count == 1 else args.out.with_stem(f"{args.out.stem}-{number:02d}")
-        image = to_image(picture)
-        if args.zoom > 1:
-            image = image.resize((image.width * args.zoom, image.height * args.zoom), 0)
-        with replacing(path) as file:
-            image.save(file, FORMATS[ending])
-        print(f"wrote {path} (seed {seeds[number]})")
+    with replacing(path) as file:
+        image.save(file, FORMATS[args.out.suffix.lower()])
+    return path
 
 
 def _region(text: str, units: str, width: int, height: int):
@@ -133,6 +150,6 @@ def _warn_unknown(base, prompts: Sequence[str], triggers: Sequence[str]) -> None
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of at least 1 and at most {MOST}")
     return int(text)

@@ -52,6 +52,7 @@ _OPTIONS: dict[str, tuple[Callable | tuple[str, ...], str]] = {
     "precision": (PRECISIONS, "what the base computes in"),
     "keep_checkpoints": (int, "how many checkpoints to keep"),
 }
+MOST_PRIOR = 10_000
 _SWITCHES = {
     "layerwise": "give the word rows of its own for each cross-attention layer (P+)",
     "shuffle_tags": "shuffle the parts of a caption between commas, but for the first",
@@ -129,6 +130,8 @@ def chosen_preset(args: argparse.Namespace, usual: TrainSettings, suit: Callable
         preset = replace(preset, targets=tuple(args.targets))
     if args.text_encoder is not None:
         preset = replace(preset, text_encoder_targets=("attention",) if args.text_encoder else None)
+    if args.prior is not None and not 0 <= args.prior <= MOST_PRIOR:
+        raise AdapterError(f"--prior is {args.prior}; it must be from 0 to {MOST_PRIOR} pictures")
     if args.prior is not None:
         preset = replace(preset, prior=args.prior)
     if args.compact and preset.settings.method in ("lora", "words"):

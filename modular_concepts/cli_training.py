@@ -48,6 +48,7 @@ def add_train(commands) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     from .bases import OrthogonalBasis
+    from .budget import check_pictures
     from .customisation import Subject, Targets, check_training, concept_from, train_concept, trigger_of
     from .dataset import filled_in, load_folder, refuse_single
     from .files.concept import save_concept
@@ -76,6 +77,7 @@ def run_train(args: argparse.Namespace) -> None:
         raise AdapterError(
             f"training size {width}x{height} does not fit this base; choose multiples of {base.multiple}"
         )
+    check_pictures(base, width, height, 1, training=True)
     trigger = trigger_of(name)
     template = "a {concept}" if toy else "a photo of {concept}"
     data = load_folder(
@@ -121,7 +123,7 @@ def run_train(args: argparse.Namespace) -> None:
                 prior,
                 accept_changes=args.accept_changes,
                 cache=args.cache,
-                estimate=print,
+                estimate=_announce,
             )
     except Changed as error:
         raise AdapterError(f"{error}; --accept-changes resumes all the same") from error
@@ -140,6 +142,19 @@ def run_train(args: argparse.Namespace) -> None:
         raise AdapterError(f"{fault}{place}{rates}") from fault
     if not result.finished:
         raise KeyboardInterrupt
+
+
+def _announce(estimate) -> None:
+    """Say what the training will take, and refuse what this machine does not have."""
+    from .budget import machine_memory
+
+    room = machine_memory()
+    if room is not None and estimate.memory_bytes > room:
+        raise AdapterError(
+            f"this training would take about {estimate.memory_bytes / 2**30:.3g} GiB of memory beside the model, and "
+            f"this machine has {room / 2**30:.3g} GiB; lower --batch or --size, or add --gradient-checkpointing"
+        )
+    print(estimate)
 
 
 def _of_this_training(out: Path, checkpoint: Path, subject, base) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .base_model import BaseModel
+from .budget import check_pictures
 from .errors import AdapterError
 from .regions.acting import Stack, acting
 from .regions.geometry import Region
@@ -78,6 +79,7 @@ def sample(
         raise AdapterError(
             f"pictures of {width} x {height} pixels do not fit this base; choose multiples of {base.multiple}"
         )
+    check_pictures(base, width, height, min(settings.batch, len(prompts)))
     if settings.steps > len(base.schedule):
         raise AdapterError(
             f"steps is {settings.steps}; this base has {len(base.schedule)} noise levels, choose no more"

@@ -90,6 +90,9 @@ class TrainSettings:
         for name in ("rank", "blocks", "steps", "batch", "token_vectors", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise AdapterError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, most in AT_MOST.items():
+            if getattr(self, name) > most:
+                raise AdapterError(f"{name} is {getattr(self, name)}; it can be at most {most}")
         for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise AdapterError(f"{name} is {getattr(self, name)}; it must be 0 or a positive number")
@@ -110,6 +113,18 @@ class TrainSettings:
         return {key: value for key, value in asdict(self).items() if key not in WITHOUT_EFFECT_ON_RESULT}
 
 
+# What no training gets by, in time, memory or the numbers that seed a generator.
+AT_MOST = {
+    "rank": 65_536,
+    "blocks": 65_536,
+    "steps": 10_000_000,
+    "batch": 65_536,
+    "seed": 2**63 - 1,
+    "token_vectors": 64,  # as many as a concept file can hold, and nearly all that a text model reads
+    "warmup": 10_000_000,
+    "checkpoint_every": 10_000_000,
+    "keep_checkpoints": 1_000_000,
+}
 SWITCHES = ("layerwise", "shuffle_tags", "flip", "gradient_checkpointing")
 NOT_NEGATIVE = (
     "erasure",

@@ -30,3 +30,59 @@ def test_no_number_and_far_too_much_stay_refused(made, here, capsys, strength):
         code, _, err = run(capsys, *command, f"{concept(made)}:{strength}")
         assert code == 2 and "from -100 to 100" in err and err.count("\n") == 1
     assert files(here) == {}
+
+
+# --- bounds -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--zoom", "100000"], ["--zoom", "at most 10000"]),
+        (["--zoom", "10000"], ["zoom is 10000", "choose at most 256"]),
+        (["--zoom", "9" * 5000], ["--zoom", "at most 10000"]),
+        (["--width", "100000"], ["100000 x 32 pixels", "at most 8192"]),
+        (["--height", str(8 * 10**12)], ["pixels", "at most 8192"]),
+        (["--width", "8192", "--height", "8192"], ["8192 x 8192 pixels would take about", "this machine has"]),
+        (["--count", "1000000000"], ["--count", "at most 10000"]),
+        (["--steps", "1000000000"], ["steps is 1000000000"]),
+        (["--seed", str(2**63 - 1), "--count", "2"], [f"seed {2**63}"]),
+    ],
+)
+def test_what_would_eat_the_machine_is_one_sentence(here, capsys, monkeypatch, more, words):
+    monkeypatch.setattr("modular_concepts.budget.machine_memory", lambda: 4 * 2**30)
+    code, out, err = run(capsys, "sample", "a man", *DRAW, *more)
+    assert code == 2 and all(word in err for word in words), err
+    assert err.count("\n") == 1 and files(here) == {} and out == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--batch", "1000000000"], ["batch is 1000000000", "at most"]),
+        (["--batch", "60000"], ["this training would take about", "lower --batch"]),
+        (["--steps", "1000000000000"], ["steps is 1000000000000", "at most"]),
+        (["--token-vectors", "100000000"], ["token_vectors is 100000000", "at most 64"]),
+        (["--seed", str(2**64)], [f"seed is {2**64}", "at most"]),
+        (["--size", "80000x80000"], ["80000 x 80000 pixels", "at most 8192"]),
+        (["--size", "8192x8192"], ["8192 x 8192 pixels would take about"]),
+        (["--rank", "1000000000"], ["rank is 1000000000"]),
+        (["--prior", "1000000000"], ["--prior"]),
+        (["--keep-checkpoints", "99999999999"], ["keep_checkpoints"]),
+    ],
+)
+def test_a_training_that_would_eat_the_machine_is_one_sentence(made, here, capsys, monkeypatch, more, words):
+    monkeypatch.setattr("modular_concepts.budget.machine_memory", lambda: 4 * 2**30)
+    train = ["train", made / "pictures/tom", "--name", "tom", "--class-word", "man", "--rank", "2", "--steps", "1"]
+    code, _, err = run(capsys, *train, *more)
+    assert code == 2 and all(word in err for word in words), err
+    assert err.count("\n") == 1 and files(here) == {}
+
+
+def test_more_pictures_than_a_batch_are_those_that_come_alone(made, here, capsys):
+    draw = ["sample", "a <tom>", *DRAW, "--concept", concept(made)]
+    code, out, err = run(capsys, *draw, "--count", "18", "--out", "many.png")
+    assert code == 0 and "many-17.png (seed 17)" in out, err
+    assert len(files(here)) == 18
+    assert run(capsys, *draw, "--seed", "16", "--count", "2", "--out", "two.png")[0] == 0
+    assert (here / "many-17.png").read_bytes() == (here / "two-01.png").read_bytes()
