@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 KINDS = ("lora", "orthogonal", "block", "block_orthogonal", "full")
 FROZEN_DOWN = ("orthogonal", "block_orthogonal", "full")
 LAYOUTS = ("contiguous", "strided")
+MAX_WEIGHT = 2**27  # numbers; twice the largest layer of any model that has been adapted
+MAX_SIZE = 1e12  # of a factor, alpha or delta; what is larger is no weight, and its squares overflow
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class LowRank:
     def delta(self) -> Tensor:
         """delta = scale * lora_up lora_down, shaped as the weight; float32, or float64 if the factors are."""
         up, down = at_least_float32(self.lora_up), at_least_float32(self.lora_down)
-        product = up if self.kind == "full" else up @ down.flatten(1)
+        dtype = torch.promote_types(up.dtype, down.dtype)
+        product = up if self.kind == "full" else up.to(dtype) @ down.to(dtype).flatten(1)
         return scatter_rows(self.scale * product, self.rows, self.out_features, dim=0).reshape(self.weight_shape)
 
     def residual(self, x: Tensor, conv: ConvGeometry | None = None, erasure: Tensor | None = None) -> Tensor:
@@ -333,6 +336,10 @@ def check_adapter(name: str, adapter: LowRank, weight_shape: Sequence[int] | Non
             f"{name}: lora_up has rank {up.shape[1]} but lora_down has rank {down.shape[0]}; "
             "the file is damaged or mixes two adapters"
         )
+    if math.prod(adapter.weight_shape) > MAX_WEIGHT:
+        raise AdapterError(
+            f"{name}: a weight of shape {adapter.weight_shape} is larger than any model's layer; the file is damaged"
+        )
     if not math.isfinite(adapter.alpha):
         raise AdapterError(f"{name}: alpha is {adapter.alpha}; it must be a finite number")
     if (rows is not None) != adapter.kind.startswith("block"):
@@ -351,6 +358,24 @@ def check_adapter(name: str, adapter: LowRank, weight_shape: Sequence[int] | Non
             f"{name}: the adapter is for a weight of shape {adapter.weight_shape}, the model has "
             f"{tuple(weight_shape)}; it was trained on another architecture"
         )
+
+
+@torch.no_grad()
+def check_size(name: str, adapter: LowRank) -> None:
+    """Raise AdapterError where a file's finite numbers make a delta that is not, or one that no weight survives."""
+    up = _length(adapter.lora_up)
+    down = 1.0 if adapter.kind == "full" else _length(adapter.lora_down)
+    largest = max(up, down, abs(adapter.alpha), abs(adapter.scale) * up * down)
+    if not largest <= MAX_SIZE:
+        raise AdapterError(
+            f"{name}: its numbers make a change of up to {largest:.1e}, which no weight survives; the training "
+            "diverged or the file is damaged"
+        )
+
+
+def _length(factor: Tensor) -> float:
+    """The Frobenius norm, without overflow."""
+    return torch.linalg.vector_norm(factor, dtype=torch.float64).item()
 
 
 def shaped_for(adapter: LowRank, weight_shape: Sequence[int]) -> LowRank:

@@ -42,6 +42,7 @@ ROUNDS = 6
 HAAR_WIDTH = 2048
 FILE_TOLERANCE = 1e-5
 _PRINTED = 8  # columns that a fingerprint looks at
+_NUMBERS = 2**17  # of float64 that are generated together, so that they stay in a processor's cache
 _CHUNK = 1024  # columns of a file's matrix that are looked at together
 
 
@@ -83,8 +84,7 @@ class OrthogonalBasis:
         """Short sha256 of this basis at one width: of spread columns' bits, or of a file's whole matrix."""
         if self.kind == "file":
             return _digest(f"file {width}", _bytes(self._matrix(width)))
-        spread = sorted({i * (width - 1) // (_PRINTED - 1) for i in range(_PRINTED)})
-        return _digest(f"{self.kind} {self.seed} {width}", _bytes(self.columns(width, spread)))
+        return _digest(f"{self.kind} {self.seed} {width}", _bytes(self.columns(width, printed(width))))
 
     @property
     def identity(self) -> str:
@@ -100,6 +100,19 @@ class OrthogonalBasis:
                 "add that matrix, leave out these layers, or use a generated basis"
             )
         return self.matrices[width]
+
+
+def printed(width: int) -> list[int]:
+    """The columns that a fingerprint looks at."""
+    return sorted({i * (width - 1) // (_PRINTED - 1) for i in range(_PRINTED)})
+
+
+def work_of(kind: str, width: int, indices: Sequence[int]) -> int:
+    """About how much work so many columns are, in numbers of the hadamard basis; 7 million take a second."""
+    if kind != "haar":
+        return width * len(indices)
+    deepest = max(indices, default=0) + 1
+    return deepest * (width - deepest // 2) * (len(indices) + 16) // 12
 
 
 def capacity(width: int, rank: int) -> int:
@@ -234,10 +247,15 @@ def _checked_indices(width: int, indices: Sequence[int] | Tensor) -> tuple[int, 
 
 @functools.lru_cache(maxsize=32)
 def _generated(kind: str, seed: int, width: int, indices: tuple[int, ...]) -> NDArray[np.float32]:
-    columns = np.zeros((width, len(indices)))
-    columns[list(indices), np.arange(len(indices))] = 1.0
-    grow = _hadamard if kind == "hadamard" else _haar
-    generated = np.ascontiguousarray(grow(seed, columns).T, dtype=np.float32)
+    """(len(indices), width), some columns at a time: each comes out the same whatever others there are."""
+    grow, numbers = (_hadamard, _NUMBERS) if kind == "hadamard" else (_haar, 8 * _NUMBERS)
+    generated = np.empty((len(indices), width), np.float32)
+    some = max(1, numbers // width)
+    for start in range(0, len(indices), some):
+        chosen = indices[start : start + some]
+        columns = np.zeros((width, len(chosen)))
+        columns[list(chosen), np.arange(len(chosen))] = 1.0
+        generated[start : start + some] = grow(seed, columns).T
     generated.flags.writeable = False
     return generated
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -237,6 +238,7 @@ def say_crosstalk(concepts: Sequence) -> None:
 
 def run_inspect(args: argparse.Namespace) -> None:
     from .adapters import LowRank
+    from .crosstalk import delta_norm
     from .explain import warnings_between
     from .layers import block_of
     from .merged import SAMPLE
@@ -249,7 +251,7 @@ def run_inspect(args: argparse.Namespace) -> None:
             made["origin"] = {key: value for key, value in made["origin"].items() if key != SAMPLE}
         blocks = dict.fromkeys(block_of(name) for name in concept.layers)
         adapters: list[LowRank] = list(concept.layers.values())
-        size = sum(a.delta().norm().item() ** 2 for a in adapters) ** 0.5
+        size = math.hypot(*map(delta_norm, adapters))
         print(f"{path}: concept {concept.name!r}")
         for key, value in concept.about.items():
             print(f"  {key}: {'a picture' if key == 'thumbnail' else value}")

@@ -89,15 +89,23 @@ def crosstalk_table(concepts: Sequence[Layered], signs: bool = False) -> dict[st
     pairs: dict[Pair, dict[str, float]] = {}
     for (first, a), (second, b) in itertools.combinations(named, 2):
         found = {}
-        for layer in a.layers:
-            if layer in b.layers:
-                found[layer] = _figures(a.layers[layer], b.layers[layer], signs)
-                layers.setdefault(layer, {})[first, second] = found[layer]
+        for layer in shared_layers(a, b):
+            found[layer] = _figures(a.layers[layer], b.layers[layer], signs)
+            layers.setdefault(layer, {})[first, second] = found[layer]
         if found:
             measures = next(iter(found.values()))
             pairs[first, second] = {m: sum(f[m] for f in found.values()) / len(found) for m in measures}
     mean = sum(figures["crosstalk"] for figures in pairs.values()) / len(pairs) if pairs else 0.0
     return {"pairs": pairs, "layers": layers, "mean": mean}
+
+
+def shared_layers(a: Layered, b: Layered) -> list[str]:
+    """Layers that both change, of one shape: what two bases call alike is not always the same."""
+    return [
+        layer
+        for layer, adapter in a.layers.items()
+        if layer in b.layers and adapter.weight_shape == b.layers[layer].weight_shape
+    ]
 
 
 def _figures(a: LowRank, b: LowRank, signs: bool) -> dict[str, float]:
@@ -111,11 +119,12 @@ def _factors(adapter: LowRank) -> tuple[Tensor, Tensor]:
 
 
 def _ratio(value: float, a: LowRank, b: LowRank) -> float:
-    size = _norm(a) * _norm(b)
+    size = delta_norm(a) * delta_norm(b)
     return value / size if size else 0.0
 
 
-def _norm(adapter: LowRank) -> float:
+def delta_norm(adapter: LowRank) -> float:
+    """|delta|_F, without the delta."""
     up, down = _factors(adapter)
     squared = ((up.mT @ up) * (down @ down.mT)).sum().clamp(min=0)
     return abs(adapter.scale) * squared.sqrt().item()

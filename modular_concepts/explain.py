@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .adapters import LowRank, at_least_float32, together
 from .concept import Concept
-from .crosstalk import crosstalk_table, distinct_names
+from .crosstalk import crosstalk_table, distinct_names, shared_layers
 from .errors import AdapterError
 from .fingerprint import same_weights
 from .layers import block_of
@@ -125,7 +125,7 @@ def explained(
 
 
 def _pair(first: str, second: str, a: Concept, b: Concept, table: Mapping, answers: tuple) -> Pair:
-    common = [layer for layer in a.layers if layer in b.layers]
+    common = shared_layers(a, b)
     columns: dict[int, tuple[int, int]] = {}
     shared_rows = all_rows = 0
     blocks: dict[str, list[float]] = {}
@@ -154,7 +154,8 @@ def _pair(first: str, second: str, a: Concept, b: Concept, table: Mapping, answe
 def shared_columns(a: LowRank, b: LowRank) -> int:
     """How many rows of lora_down two adapters of one layer have in common, in either direction."""
     one, other = (_unit(adapter.lora_down.detach().flatten(1)) for adapter in together((a, b)))
-    return int(((one @ other.mT).abs() > SAME_DIRECTION).any(1).sum())
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return int(((one.to(dtype) @ other.to(dtype).mT).abs() > SAME_DIRECTION).any(1).sum())
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -170,7 +171,8 @@ def _answer(loud: Concept, own: Concept, moments: Mapping[str, Moment] | None) -
     """Mean over layers of |delta_loud x| / |delta_own x| on the own concept's inputs x, from their moments."""
     ratios = []
     for layer, moment in (moments or {}).items():
-        if layer in loud.layers and layer in own.layers:
+        fits = layer in own.layers and own.layers[layer].lora_down[0].numel() == moment.factor.shape[1]
+        if fits and layer in shared_layers(loud, own):
             size = _size_on(own.layers[layer], moment)
             if size > 0:
                 ratios.append(_size_on(loud.layers[layer], moment) / size)

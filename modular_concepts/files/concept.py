@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters import LowRank, check_adapter
-from ..bases import OrthogonalBasis, hashed_indices, slot_indices
+from ..adapters import LowRank, check_adapter, check_size
+from ..bases import OrthogonalBasis, hashed_indices, printed, slot_indices, work_of
 from ..concept import Concept, Recipe, check_concept, check_token, clip
 from ..errors import AdapterError
 from ..layers import check_name, file_key
@@ -38,7 +38,9 @@ KEY = "modular_concepts"
 TOKENS_KEY = "modular_concepts_tokens"
 MAX_WIDTH = 2**20
 MAX_LAYER_ELEMENTS = 2**24
-MAX_EXPANDED_BYTES = 2**31
+FREE_NUMBERS, FREE_WORK = 2**22, 10_000_000  # of any file, however small; work as `bases.work_of`
+EXPANSION = 64  # numbers left out for each that is there
+MOST_BLOCKS = 1024
 _CHUNK = 128
 
 
@@ -56,6 +58,7 @@ def save_concept(
     check_concept(concept)
     columns = _frozen_columns(concept, basis) if compact else {}
     identities = {name for name, adapter in concept.layers.items() if compact and _gives_identity_back(adapter)}
+    columns, identities = _with_room(concept, columns, identities)
     if compact and not columns and not identities and all(a.rows is None for a in concept.layers.values()):
         raise AdapterError(f"{concept.name}: nothing to leave out: no adapter has basis columns or a block of rows")
     tensors, layers = {}, {}
@@ -151,6 +154,23 @@ def _gives_identity_back(adapter: LowRank) -> bool:
     return same and adapter.kind == "full" and adapter.lora_down.numel() <= MAX_LAYER_ELEMENTS
 
 
+def _with_room(
+    concept: Concept, columns: Mapping[str, list[int]], identities: set[str]
+) -> tuple[dict[str, list[int]], set[str]]:
+    """Of the factors that could be left out those that reading would give back."""
+    room = _Room(sum(adapter.lora_up.numel() + 1 for adapter in concept.layers.values()))
+    there, widths, left_out = set(), set(), set()
+    for name in sorted({*columns, *identities}):
+        down = concept.layers[name].lora_down
+        width, chosen = down[0].numel(), columns.get(name)
+        key = (None if chosen is None else tuple(chosen), down.dtype, down.shape)
+        if key in there or room.take(*_costs(concept.recipe.basis_kind or "", width, chosen, width in widths)):
+            there.add(key)
+            widths |= set() if chosen is None else {width}
+            left_out.add(name)
+    return {name: chosen for name, chosen in columns.items() if name in left_out}, identities & left_out
+
+
 def _frozen_columns(concept: Concept, basis: OrthogonalBasis | None) -> dict[str, list[int]]:
     """Layer name -> the basis columns that are its frozen factor, for those that equal them in every bit."""
     frozen = {name: a for name, a in concept.layers.items() if a.frozen and a.kind != "full"}
@@ -213,7 +233,8 @@ def _parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], basis: Or
     recipe = Recipe.from_json(document["recipe"])
     if basis is not None:
         _check_identity(recipe, basis)
-    expanded = _Expansion(recipe, document.get("bases", {}), basis) if compact else None
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    expanded = _Expansion(recipe, document.get("bases", {}), basis, stored) if compact else None
     rest = dict(tensors)
     adapters = {}
     for name, entry in sorted(layers.items()):
@@ -227,15 +248,44 @@ def _parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], basis: Or
     return concept
 
 
+def _costs(kind: str, width: int, columns: Sequence[int] | None, checked: bool) -> tuple[int, int]:
+    """(numbers, work) of a frozen factor: an identity, or columns and, the first time, their basis' fingerprint."""
+    if columns is None:
+        return width * width, width * width
+    return width * len(columns), work_of(kind, width, columns) + (
+        0 if checked else work_of(kind, width, printed(width))
+    )
+
+
+class _Room:
+    """How much a compact file may leave out: what the numbers that it holds justify.
+
+    An orthogonal adapter has two to five times as many frozen numbers as trained ones, one in blocks that times the
+    number of blocks; layers that share their columns share the tensor too.
+    """
+
+    def __init__(self, stored: int):
+        self.numbers = FREE_NUMBERS + EXPANSION * stored
+        self.work = FREE_WORK + EXPANSION * stored
+
+    def take(self, numbers: int, work: int) -> bool:
+        """Whether there is room for so many numbers, which cost so much work."""
+        if numbers > min(self.numbers, MAX_LAYER_ELEMENTS) or work > self.work:
+            return False
+        self.numbers, self.work = self.numbers - numbers, self.work - work
+        return True
+
+
 class _Expansion:
     """Gives a compact file's frozen factors back, within bounds and from the basis that the file names."""
 
-    def __init__(self, recipe: Recipe, fingerprints: object, basis: OrthogonalBasis | None):
+    def __init__(self, recipe: Recipe, fingerprints: object, basis: OrthogonalBasis | None, stored: int):
         if not isinstance(fingerprints, dict):
             raise AdapterError("the list of basis fingerprints is not a JSON object; the file is damaged")
         self.recipe, self.fingerprints, self.basis = recipe, fingerprints, basis
         self.checked: set[int] = set()
-        self.bytes = 0
+        self.room = _Room(stored)
+        self.shared: dict[object, Tensor] = {}
 
     def lora_down(self, name: str, entry: Mapping[str, object], up: Tensor) -> Tensor:
         """(rank, in[, kh, kw]) in the dtype of `up`: the columns that `entry` names, or the identity."""
@@ -244,18 +294,29 @@ class _Expansion:
         if not whole or len(shape) not in (2, 4) or shape[0] != up.shape[1]:
             raise AdapterError(f"{name}: lora_down of shape {clip(shape)} does not fit lora_up {tuple(up.shape)}")
         width = math.prod(shape[1:])
-        self.bytes += 4 * shape[0] * width
-        if shape[0] > width or shape[0] * width > MAX_LAYER_ELEMENTS or self.bytes > MAX_EXPANDED_BYTES:
+        if shape[0] > width or width > MAX_WIDTH:
             raise AdapterError(f"{name}: lora_down of shape {shape} is larger than any adapter needs; damaged file")
-        if "columns" not in entry:
-            if shape[0] != width:
-                raise AdapterError(f"{name}: an identity of shape {shape} is not square; the file is damaged")
-            return torch.eye(width, dtype=up.dtype).reshape(shape)
-        columns = _unpack(f"{name}: columns", entry["columns"], width)
-        if len(columns) != shape[0]:
-            raise AdapterError(f"{name}: {len(columns)} basis columns for rank {shape[0]}; the file is damaged")
+        columns = None
+        if "columns" in entry:
+            columns = tuple(_unpack(f"{name}: columns", entry["columns"], width, shape[0]))
+        elif shape[0] != width:
+            raise AdapterError(f"{name}: an identity of shape {shape} is not square; the file is damaged")
+        key = (columns, up.dtype, *shape)
+        if key not in self.shared:
+            self.shared[key] = self._made(name, width, columns, up.dtype).reshape(shape)
+        return self.shared[key]
+
+    def _made(self, name: str, width: int, columns: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor:
+        kind = self.recipe.basis_kind or ""
+        if not self.room.take(*_costs(kind, width, columns, width in self.checked)):
+            raise AdapterError(
+                f"{name}: its frozen factor, {width if columns is None else len(columns)} x {width} numbers, is more "
+                "than a file of this size leaves out; the file is damaged"
+            )
+        if columns is None:
+            return torch.eye(width, dtype=dtype)
         self._check_fingerprint(width)
-        return self.basis.columns(width, columns).to(up.dtype).reshape(shape)
+        return self.basis.columns(width, columns).to(dtype)
 
     def _check_fingerprint(self, width: int) -> None:
         if width in self.checked:
@@ -290,13 +351,21 @@ def _adapter(name: str, key: str, entry: object, rest: dict[str, Tensor], expans
         raise AdapterError(f"{name}: its adapter kind is {clip(kind)}; the file is damaged")
     if "rows" in entry:
         out = entry.get("out") if expansion is not None else out
-        if type(out) is not int or not 0 < out <= MAX_WIDTH:
-            raise AdapterError(f"{name}: {clip(out)} output rows; the file is damaged")
-        rows = torch.tensor(_unpack(f"{name}: rows", entry["rows"], out), dtype=torch.int64)
+        most = len(up) if expansion is None else _most_rows(expansion.recipe, len(up))
+        if type(out) is not int or not 0 < out <= most:
+            raise AdapterError(f"{name}: {clip(out)} output rows, of which {len(up)} are there; the file is damaged")
+        count = None if expansion is None else len(up)
+        rows = torch.tensor(_unpack(f"{name}: rows", entry["rows"], out, count), dtype=torch.int64)
         up = up if expansion is not None else _rows_of(name, up, rows)
     adapter = LowRank(up.contiguous(), down, float(alpha), kind, rows, out)
     check_adapter(name, adapter)
+    check_size(name, adapter)
     return adapter
+
+
+def _most_rows(recipe: Recipe, rows: int) -> int:
+    """How many output rows a layer may have of which a block has so many."""
+    return min(MAX_WIDTH, (rows + 1) * min(recipe.blocks or EXPANSION, MOST_BLOCKS))
 
 
 def _rows_of(name: str, up: Tensor, rows: Tensor) -> Tensor:
@@ -323,18 +392,20 @@ def _pack(indices: Sequence[int]) -> list[int] | dict[str, list[int]]:
     return list(indices)
 
 
-def _unpack(what: str, packed: object, size: int) -> list[int]:
-    """Distinct indices below `size` from an untrusted source."""
+def _unpack(what: str, packed: object, size: int, count: int | None = None) -> list[int]:
+    """Distinct indices below `size`, `count` of them if that is known, from an untrusted source."""
     span = packed.get("range") if isinstance(packed, dict) and len(packed) == 1 else packed
     if not isinstance(span, list) or not all(type(value) is int and 0 <= value <= size for value in span):
         raise AdapterError(f"{what} are not whole numbers between 0 and {size}; the file is damaged")
     if isinstance(packed, dict):
         if len(span) != 3 or span[2] < 1:
             raise AdapterError(f"{what} are not a start, a stop and a step; the file is damaged")
-        span = list(range(*span))
+        span = range(*span)
+    if count is not None and len(span) != count:
+        raise AdapterError(f"{what} are {len(span)}, but {count} are there; the file is damaged")
     if not span or max(span) >= size or len(set(span)) != len(span):
         raise AdapterError(f"{what} are not distinct whole numbers below {size}; the file is damaged")
-    return span
+    return list(span)
 
 
 def _check_identity(recipe: Recipe, basis: OrthogonalBasis) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters import LowRank, check_adapter, shaped_for
+from ..adapters import LowRank, check_adapter, check_size, shaped_for
 from ..concept import Concept, Recipe, clip
 from ..errors import AdapterError
 from ..layers import by_level, file_key, name_of_key
@@ -159,6 +159,7 @@ def _adapter(name: str, factors: Mapping[str, Tensor], module: nn.Module | None)
     if weight is not None:
         adapter = shaped_for(adapter, weight.shape)
     check_adapter(name, adapter, None if weight is None else weight.shape)
+    check_size(name, adapter)
     return adapter
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..adapters import MAX_SIZE
 from ..concept import Concept
 from ..errors import AdapterError
 from ..fingerprint import concept_mark, same_base
@@ -87,7 +88,7 @@ def load_moments(path: Path | str) -> dict[str, Moment]:
         if scale is None or scale.shape != (2,) or factor.dim() != 2 or scale.min() < 0:
             raise AdapterError(f"{path.name}: {ascii(key)[:80]} has no sound scale beside it; the file is damaged")
         size, rest = scale.tolist()
-        if not math.isfinite(size * float(factor.abs().max()) ** 2):
+        if not max(size * float(factor.abs().max()), math.sqrt(rest)) <= MAX_SIZE:
             raise AdapterError(f"{path.name}: {ascii(key)[:80]} is too large; the file is damaged")
         try:
             moments[check_name(name)] = Moment(factor.float() * size, rest)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapters import LowRank, check_adapter, together
 from ..errors import AdapterError
 from ..moments import Moment
+from ..room import check_room
 from ..seeds import seeded
 from .blocks import MergedBlocks, check_blocks, merged_blocks
 from .custom_diffusion import constrained_factors
@@ -150,11 +151,12 @@ def _merged_layer(
     if how == "block":
         return merged_blocks(adapters, strengths)
     if how == "fusion":
-        return fused_factors(adapters, strengths, _moments(layer, names, evidence), options.ridge)
+        return fused_factors(adapters, strengths, _moments(layer, names, adapters, evidence), options.ridge)
     if how == "custom_diffusion" and _READS_TEXT.search(layer):
         return constrained_factors(adapters, strengths, evidence.texts, evidence.usual)
     if how == "svd":
         return truncated(merged_factors(adapters, strengths), options.rank)[0]
+    _check_room(layer, adapters, how)
     if how not in SPARSE:
         if any(adapter.kind == "full" for adapter in adapters):
             return MergedDense(merged_delta(adapters, strengths))
@@ -166,18 +168,36 @@ def _merged_layer(
     return (magnitude_merge if how == "magnitude" else ties_merge)(deltas, strengths, options.density)
 
 
+def _check_room(layer: str, adapters: Sequence[LowRank], how: str) -> None:
+    """Factors of a few kilobytes can stand for a weight that no memory holds; only whole deltas ask for it."""
+    full = [adapter for adapter in adapters if adapter.kind == "full"]
+    if how in SPARSE or full:
+        numbers = math.prod(adapters[0].weight_shape) * (3 + 2 * len(adapters)) + sum(a.lora_down.numel() for a in full)
+        shape = " x ".join(map(str, adapters[0].weight_shape))
+        check_room(f"{layer}: a weight of {shape} numbers, merged by {how},", 4 * numbers, "merge factors by sum")
+
+
 def _of(evidence: Evidence, owners: Sequence[int]) -> Evidence:
     """What belongs to some of the concepts, by their numbers."""
     moments, texts = ([each[index] for index in owners] if each else [] for each in (evidence.moments, evidence.texts))
     return Evidence(moments, texts, evidence.usual)
 
 
-def _moments(layer: str, names: Sequence[str], evidence: Evidence) -> list[Tensor | Moment]:
+def _moments(
+    layer: str, names: Sequence[str], adapters: Sequence[LowRank], evidence: Evidence
+) -> list[Tensor | Moment]:
     found = []
-    for name, known in zip(names, evidence.moments, strict=True):
+    for name, adapter, known in zip(names, adapters, evidence.moments, strict=True):
         if layer not in known:
             raise AdapterError(f"{name}: its moments say nothing of {layer}; record them again for this concept")
-        found.append(known[layer])
+        moment, inputs = known[layer], adapter.lora_down[0].numel()
+        width = moment.factor.shape[1] if isinstance(moment, Moment) else len(moment)
+        if width != inputs:
+            raise AdapterError(
+                f"{name}: its moments are of {width} inputs of {layer}, which has {inputs}; record them again for this "
+                "concept"
+            )
+        found.append(moment)
     return found
 
 

@@ -181,8 +181,10 @@ def merged_factors(adapters: Sequence[LowRank], strengths: Sequence[float]) -> M
     used = [pair for pair in zip(adapters, strengths, strict=True) if pair[1] != 0] or [(adapters[0], 0.0)]
     first, device = adapters[0], adapters[0].lora_up.device
     rows = first.rows if all(_same_rows(first, adapter) for adapter, _ in used) else None
-    ups = _common_dtype([_plain(a.full_up() if rows is None else a.lora_up, device) for a, _ in used])
-    downs = _common_dtype([_plain(adapter.lora_down, device) for adapter, _ in used])
+    ups = [_plain(a.full_up() if rows is None else a.lora_up, device) for a, _ in used]
+    downs = [_plain(adapter.lora_down, device) for adapter, _ in used]
+    both = _common_dtype([*ups, *downs])
+    ups, downs = both[: len(ups)], both[len(ups) :]
     scales = [strength * adapter.scale for adapter, strength in used for _ in range(adapter.rank)]
     up = torch.cat(ups, dim=1).mul_(ups[0].new_tensor(scales))
     return MergedLayer(up, torch.cat(downs), rows, first.out_features)
