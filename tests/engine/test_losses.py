@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from laws import seeded
 
 from modular_concepts.errors import AdapterError
 from modular_concepts.training.losses import (
@@ -21,7 +22,7 @@ TIMESTEPS = torch.tensor([0, 20, 49])
 
 
 def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return seeded(seed)
 
 
 def pair():

@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from laws import seeded
 from tiny_layers import CAPTIONS, LENGTH, ORDER, tiny_base, tiny_problem
 from torch import nn
 
 from modular_concepts.bases import OrthogonalBasis
-from modular_concepts.seeds import seeded
+from modular_concepts.seeds import seeded as seeded_by
 from modular_concepts.training import Examples, NoiseSchedule, Problem, TrainSettings, train
 from modular_concepts.training.run import Run
 from modular_concepts.training.settings import METHODS
@@ -43,7 +44,7 @@ def settings_of(method, **changed) -> TrainSettings:
 def filled_run(problem, settings) -> Run:
     """A run in the middle of its way: no factor is zero, and a layer-wise word differs from layer to layer."""
     run = Run(problem, settings, OrthogonalBasis(seed=7))
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     with torch.no_grad():
         for adapter in run.adapters.values():
             adapter.lora_up.copy_(0.5 * torch.randn(adapter.lora_up.shape, generator=generator))
@@ -65,9 +66,9 @@ def reference_loss(base, problem, settings, adapters, rows, erasure):
         placed[torch.arange(len(whole)) if at is None else at] = delta
         weights[f"{name}.weight"] = whole + placed.reshape(whole.shape)
 
-    order = torch.randperm(3, generator=seeded(settings.seed, "order"))[: settings.batch].tolist()
+    order = torch.randperm(3, generator=seeded_by(settings.seed, "order"))[: settings.batch].tolist()
     latents = problem.examples.latents[order]
-    draw = seeded(settings.seed, "noise")
+    draw = seeded_by(settings.seed, "noise")
     noise = torch.randn(latents.shape, generator=draw) + 0.1 * torch.randn(len(order), 2, 1, 1, generator=draw)
     noise = noise.double()
     times = torch.randint(1000, (len(order),), generator=draw)
@@ -118,7 +119,7 @@ def test_loss_and_gradients_are_the_references(method, layerwise, erasure):
         for name, adapter in run.adapters.items()
     }
     heights = [len(adapter.lora_up) for adapter in run.adapters.values()]
-    kept = torch.rand(sum(heights), generator=seeded(settings.seed, "erasure")) >= erasure
+    kept = torch.rand(sum(heights), generator=seeded_by(settings.seed, "erasure")) >= erasure
     masks = dict(zip(run.adapters, kept.double().split(heights), strict=True)) if erasure else {}
 
     def reference():
@@ -139,7 +140,9 @@ def test_loss_and_gradients_are_the_references(method, layerwise, erasure):
     assert norm == pytest.approx(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
 
     # The reference's own gradient is the slope of its loss.
-    direction = {name: torch.randn(value.shape, generator=seeded(5, name)).double() for name, value in leaves.items()}
+    direction = {
+        name: torch.randn(value.shape, generator=seeded_by(5, name)).double() for name, value in leaves.items()
+    }
     slope = sum((gradient * direction[name]).sum() for name, gradient in zip(leaves, gradients, strict=True)).item()
     with torch.no_grad():
         sides = []
@@ -197,7 +200,7 @@ def test_a_layer_wise_word_starts_the_same_in_every_layer(start):
 def test_a_planted_word_is_found_in_every_layer(seed, layerwise):
     """The base's prediction is exact with the planted rows, and off by the difference with any others."""
     layers, width = 3, 4
-    planted = torch.randn(layers, width, generator=torch.Generator().manual_seed(seed))
+    planted = torch.randn(layers, width, generator=seeded(seed))
     planted = planted if layerwise else planted[:1]
     alphas = torch.linspace(0.9, 0.1, 1000)
 

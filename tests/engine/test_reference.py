@@ -5,6 +5,7 @@ from dataclasses import replace
 import plain_training
 import pytest
 import torch
+from laws import seeded
 from tiny_problem import KINDS, tiny_basis, tiny_problem, token_ids
 
 from modular_concepts.training import Examples, FlowSchedule, NoiseSchedule, TrainSettings
@@ -33,7 +34,7 @@ def problem_for(schedule, masked, prior):
     if not masked:
         problem = replace(problem, examples=replace(problem.examples, masks=None))
     if prior:
-        latents = torch.randn(4, 4, 6, 5, generator=torch.Generator().manual_seed(5)).double()
+        latents = torch.randn(4, 4, 6, 5, generator=seeded(5)).double()
         problem = replace(problem, prior=Examples(latents, ("a man", "the man", "a man", "man")))
     return problem
 
@@ -54,7 +55,7 @@ def batch_of(problem, settings):
 def started(problem, settings):
     """A run whose adapters are not zero any more, so that all factors have a gradient."""
     run = Run(problem, settings, tiny_basis())
-    generator = torch.Generator().manual_seed(11)
+    generator = seeded(11)
     with torch.no_grad():
         for adapter in run.adapters.values():
             adapter.lora_up.copy_(0.3 * torch.randn(adapter.lora_up.shape, generator=generator).double())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from laws import seeded
 from torch import nn
 
 from modular_concepts.errors import AdapterError
@@ -16,7 +17,7 @@ from modular_concepts.tokens import (
 
 
 def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return seeded(seed)
 
 
 def table(vocab=6, width=4):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from laws import seeded
 from tiny_problem import KINDS, hook_count, learned, tiny_basis, tiny_problem, weights_hash
 from torch import nn
 
@@ -54,7 +55,7 @@ def planted_problem(method, seed):
         schedule="cosine",
         weight_decay=0,
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     adapter = new_adapters({"layer": layer}, settings, tiny_basis())["layer"]
     planted = adapter.replace(lora_up=0.3 * torch.randn(adapter.lora_up.shape, generator=generator)).delta().detach()
     with torch.no_grad():
@@ -117,7 +118,7 @@ def test_hooked_residual_has_the_right_gradient(method, name, strength):
     problem = tiny_problem(torch.float64)
     layers = {name: problem.layers[name].requires_grad_(False)}
     adapter = new_adapters(layers, settings_of(method, alpha=3.0), tiny_basis())[name]
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     shape = (2, 4, 3, 3) if name == "unet.conv" else (2, 3, 8)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
     factors = {
@@ -244,7 +245,7 @@ def test_only_adapters_decay():
 
 
 def test_class_pictures_weigh_in():
-    latents = torch.randn(4, 4, 6, 5, generator=torch.Generator().manual_seed(5))
+    latents = torch.randn(4, 4, 6, 5, generator=seeded(5))
     problem = tiny_problem(prior=Examples(latents, ("a man",) * 4))
     ignored = run(settings_of("lora", prior_weight=0.0), problem=problem)
     heard = run(settings_of("lora", prior_weight=1.0), problem=problem)

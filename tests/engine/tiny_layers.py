@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from laws import SHIFT, seeded
 from torch import Tensor, nn
 
 from modular_concepts.base_model import BaseModel
@@ -80,7 +81,7 @@ def tokenize(prompts, extra) -> Tensor:
 def tiny_base(dtype: torch.dtype = torch.float64) -> BaseModel:
     """The same weights at every call, frozen."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
+        torch.manual_seed(3 + SHIFT)
         unet, text = TinyUnet().to(dtype), TinyTextModel().to(dtype)
     for network in (unet, text):
         network.requires_grad_(False)
@@ -109,7 +110,7 @@ def layers_of(base: BaseModel) -> dict[str, nn.Module]:
 
 
 def tiny_problem(base: BaseModel, **changed) -> Problem:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     dtype = base.embedding.weight.dtype
     examples = Examples(
         torch.randn(3, 2, 4, 3, generator=generator).to(dtype),

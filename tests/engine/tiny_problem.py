@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from laws import SHIFT, seeded
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -106,9 +107,9 @@ def token_ids(captions: Sequence[str]) -> Tensor:
 def tiny_problem(dtype: torch.dtype = torch.float32, denoiser: type[nn.Module] = TinyDenoiser, **changed) -> Problem:
     """Five pictures, two captions, one trigger word; the same weights and pictures at every call."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(SHIFT)
         unet, text = denoiser().to(dtype), TinyText().to(dtype)
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     examples = Examples(
         torch.randn(5, 4, 6, 5, generator=generator).to(dtype),
         ("a <x> man", "a <x> man on the beach", "a <x> man", "a <x> man", "the <x>"),
@@ -153,7 +154,7 @@ def tiny_problem(dtype: torch.dtype = torch.float32, denoiser: type[nn.Module] =
 
 def problem_with_everything() -> Problem:
     """Pictures of two sizes with masks, mirrored, some repeated; class pictures of a third; captions with parts."""
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     sizes = [(6, 5), (4, 8), (6, 5), (4, 8), (6, 5)]
     latents, mirrored = ([torch.randn(4, *size, generator=generator) for size in sizes] for _ in range(2))
     masks = [(torch.rand(1, *size, generator=generator) > 0.3).float() for size in sizes]

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from laws import SHIFT, seeded
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +25,7 @@ QUICK = SampleSettings(steps=2, cfg=4.0)
 def write_untrained(folder: Path, seed: int = 0) -> Path:
     """Weights as `load_toy_base` reads them; half precision, as the shipped ones."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + SHIFT)
         networks = {"unet": model.build_unet(), "text_encoder": model.build_text_encoder()}
     for name, network in networks.items():
         weights = {key: value.half().contiguous() for key, value in network.state_dict().items()}
@@ -45,8 +46,6 @@ def picture(prompt: str, seed: int = 0, tokens=None, settings: SampleSettings = 
 
 def filled_concept(name: str, seed: int) -> Concept:
     """A concept as a training could leave it: every attention layer moves, and one learned word of two rows."""
-    from laws import seeded
-
     from modular_concepts.adapters import new_lora
 
     generator, base = seeded(seed), untrained_base()

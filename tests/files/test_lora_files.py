@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from laws import seeded
 from safetensors.torch import load_file, save_file
 
 from modular_concepts.adapters import shaped_for
@@ -22,7 +23,7 @@ KOHYA_CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def locon(rank_up: int = 5, rank_down: int = 5, side: int = 3) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from laws import SHIFT, seeded
 
 from modular_concepts.adapters import block_rows, new_block, new_lora
 from modular_concepts.concept import Concept, Recipe
@@ -17,16 +18,12 @@ STRENGTHS = [0.6, 1.0, -0.5]
 TEXT = 24
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 @pytest.fixture(scope="module")
 def unet():
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(SHIFT)
         return diffusers.UNet2DConditionModel(
             sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16,), layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
