@@ -20,6 +20,13 @@ BELOW = re.compile(r"^(-?[\d.]+(?:e[+-]?\d+)?) <=? ([\d.]+(?:e[+-]?\d+)?)\b")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--recording", type=Path, required=True)
+    parser.addoption("--one-in", type=int, default=1, help="run only every so-manyth test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    step = config.getoption("--one-in")
+    config.hook.pytest_deselected(items=[item for index, item in enumerate(items) if index % step])
+    items[:] = items[::step]
 
 
 class Recording:

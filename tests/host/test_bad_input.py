@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 from made_concepts import foreign_concept, made_concept
@@ -22,7 +23,11 @@ _seeds = itertools.count()
 
 @pytest.fixture(scope="module")
 def concepts(server: HostServer):
-    """The concept files that the prompts below name, in models/concepts."""
+    return write_concepts(server)
+
+
+def write_concepts(server: HostServer) -> Path:
+    """The concept files that the prompts below name, in models/concepts; the folder."""
     folder = server.models / "concepts"
     folder.mkdir(parents=True, exist_ok=True)
     good = made_concept("good")
