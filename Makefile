@@ -4,9 +4,10 @@
 #   TORCH_INDEX=ADDRESS        a package index to take torch from, such as one of CPU builds
 #   PYTEST_FLAGS="-k basis"    handed to pytest
 #   BENCH_FLAGS=--quick        handed to bench/train.py or bench/merge.py
+#   TORTURE_FLAGS=--quick      handed to bench/torture
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gpu gpu-dry bench-train bench-merge bench-methods bench-families bench-regions test test-host check format install clean
+.PHONY: help demo gpu gpu-dry bench-train bench-merge bench-methods bench-families bench-regions torture test test-host check format install clean
 .NOTPARALLEL:
 
 VENV := .venv
@@ -37,6 +38,7 @@ help:
 	@echo "make bench-families  merge toy concepts by every family and judge them (three quarters of an hour on two cores)"
 	@echo "make gpu        prove and measure everything on a machine with an NVIDIA GPU (eight minutes; installs nothing)"
 	@echo "make gpu-dry    the same in small on the CPU (two minutes)"
+	@echo "make torture    try the twelve promises in full and write docs/trust.md (an hour on two cores; TORTURE_FLAGS=--quick)"
 	@echo "make check      format, lint and the fast tests"
 	@echo "make format     put the code into the format that check asks for"
 	@echo "make install    only create $(VENV) with the pinned packages"
@@ -72,6 +74,9 @@ gpu:
 
 gpu-dry: $(STAMP)
 	@$(BIN)/python bench/gpu.py --dry $(BENCH_FLAGS)
+
+torture: $(STAMP)
+	@$(BIN)/python -m bench.torture $(TORTURE_FLAGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -46,17 +46,18 @@ class Trial:
 
 def carried_out(trial: Trial, folder: Path) -> dict:
     """Run a trial and keep what it saw.  A trial that fails is evidence too: {"fault": ...}."""
-    start, processor = time.monotonic(), time.process_time()
+    start, processor = time.monotonic(), processor_time()
     try:
         facts = trial.run()
     except Exception as error:  # what is wrong with one promise must not hide the others
         facts = {"fault": f"{type(error).__name__}: {error}"[:1500]}
     seen = {
         "trial": trial.name,
+        "rows": trial.rows,
         "when": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
         "seconds": round(time.monotonic() - start, 1),
-        "processor": round(time.process_time() - processor, 1),
+        "processor": round(processor_time() - processor, 1),
         **facts,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,6 +69,11 @@ def carried_out(trial: Trial, folder: Path) -> dict:
 def gathered(folder: Path) -> dict[str, dict]:
     """Trial -> what it saw, of every trial that this folder has evidence of."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def processor_time() -> float:
+    """Seconds of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])
 
 
 def machine() -> str:

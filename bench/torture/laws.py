@@ -172,4 +172,5 @@ def laws_with(seed: int, one_in: int) -> dict:
 def laws_in_host(path: Path, python: Path, files: Sequence[str] = ()) -> dict:
     """The laws that are tried in the real host, on one of its versions."""
     records = tested(files or files_of(HOST_LAWS), COMFYUI_PATH=str(path), COMFYUI_PYTHON=str(python))
-    return {"tests": len(records), "laws": counted(records, HOST_LAWS)}
+    failures = [record["test"] for record in records if record["outcome"] == "failed"]
+    return {"tests": len(records), "failures": len(failures), "failed": failures, "laws": counted(records, HOST_LAWS)}
