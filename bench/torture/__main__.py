@@ -28,10 +28,10 @@ from bench.torture.page import written
 OUT = ROOT / "bench_output" / "torture"
 
 
-def trials(scale: Scale, hosts: dict[str, tuple[Path, Path]]) -> Iterator[Trial]:
-    """The cheapest first."""
+def trials(scale: Scale, hosts: dict[str, tuple[Path, Path]], pythons: list[Path]) -> Iterator[Trial]:
+    """The cheapest first.  hosts: version -> folder and interpreter.  pythons: others than this one, with torch."""
     yield Trial("sneaky", (12,), sneaky.tried)
-    yield Trial("versions", (), versions.tried)
+    yield Trial("versions", (), partial(versions.tried, pythons))
     yield Trial("formats", (2,), partial(formats.tried, scale.golden, scale.one_in))
     yield Trial("mutations", (1,), partial(files.mutated, scale.mutations, 0))
     yield Trial("crashes", (2,), partial(files.crashed, scale.crashed, 0))
@@ -87,6 +87,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", default=[], help="promises by number, or trials by name")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--out", type=Path, default=OUT, help="the folder of what each trial saw")
+    parser.add_argument(
+        "--python", type=Path, nargs="*", default=[], help="other interpreters that have torch and pytest"
+    )
     for name in ("seeds", "mutations", "golden", "cycles", "crashed", "killed", "queued", "cancels"):
         parser.add_argument(f"--{name}", type=int, help=f"instead of {getattr(Scale(), name)}")
     return parser.parse_args()
@@ -110,7 +113,7 @@ def main() -> int:
     if asked.quick:
         hosts = dict(list(hosts.items())[-1:])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for trial in trials(scale, hosts):
+    for trial in trials(scale, hosts, asked.python):
         if not asked_for(trial, asked.only):
             continue
         if asked.list:

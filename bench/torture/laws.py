@@ -107,11 +107,13 @@ HOST_LAWS: dict[int, dict[str, str]] = {
 }
 
 
-def tested(paths: Sequence[str], flags: Sequence[str] = (), **environment: str) -> list[dict]:
+def tested(
+    paths: Sequence[str], flags: Sequence[str] = (), python: Path | str = sys.executable, **environment: str
+) -> list[dict]:
     """Run tests in a process of their own; what bench.torture.recording wrote of each."""
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.jsonl"
-        command = [sys.executable, "-m", "pytest", *(str(ROOT / "tests" / path) for path in paths), "-q"]
+        command = [str(python), "-m", "pytest", *(str(ROOT / "tests" / path) for path in paths), "-q"]
         command += ["-p", "bench.torture.recording", "--recording", str(record), "-p", "no:cacheprovider", *flags]
         command += ["-o", "enable_assertion_pass_hook=true", "-c", str(ROOT / "tests" / "pytest.ini")]
         # Modules that are compiled without that hook would compare in silence, so these have a place of their own.

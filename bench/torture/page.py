@@ -28,6 +28,7 @@ HOSTS = """
 |---|---|---|---|
 """
 ROW = re.compile(r"^\| (\d+) \|")
+USUAL = ("linux", "darwin", "win32")
 NOT_YET = "| {} | {} | not yet | - | - | - |"
 
 
@@ -113,4 +114,5 @@ def python_line(python: dict, day: str) -> str:
     result = f"{python['read']} files compiled, {python['engine']['imported']} modules imported"
     result += f", {run['passed']} tests passed, {run['failed']} failed" if run else ""
     result += f"; {cell(failed[0])}" if failed else ""
-    return f"| Python {python['version']} | {tried} | {result} | {plain(day)} |"
+    place = f" on {python['platform']}" if python["platform"] not in USUAL else ""
+    return f"| Python {python['version']}{place} | {tried} | {result} | {plain(day)} |"

@@ -190,7 +190,9 @@ def add_queue(rows: dict[int, Row], seen: dict) -> None:
     good = seen["queued"] - seen["bad"]
     faults = [*seen["wrong"]]
     faults += [f"{good - seen['finished']} good prompts did not finish"] if seen["finished"] != good else []
+    faults += [f"{seen['bad'] - seen['named']} bad prompts did not name their node"] * (seen["named"] != seen["bad"])
     faults += [f"{seen['left']} prompts stayed in the queue"] if seen["left"] else []
+    faults += grown(seen["memory"])
     rows[11].saw(
         seen,
         f"a queue with every tenth prompt bad, in ComfyUI {seen['version']}",
@@ -199,6 +201,11 @@ def add_queue(rows: dict[int, Row], seen: dict) -> None:
         + memory(seen["memory"]),
         faults,
     )
+
+
+def grown(told: dict) -> list[str]:
+    growth = told["late"] - told["early"]
+    return [f"memory grew by {growth:.0f} MiB"] if growth > GROWTH / 2**20 else []
 
 
 def memory(told: dict) -> str:
@@ -210,6 +217,7 @@ def add_cancels(rows: dict[int, Row], seen: dict) -> None:
     count = seen["cancels"]
     faults = [*seen["wrong"]]
     faults += [f"{count - seen['same']} pictures came otherwise"] if seen["same"] != count else []
+    faults += grown(seen["memory"])
     faults += [f"{seen['trainings'] - seen['kept']} kept nothing"] if seen["kept"] != seen["trainings"] else []
     rows[11].saw(
         seen,

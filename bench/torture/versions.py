@@ -7,11 +7,12 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.torture.laws import ROOT
+from bench.torture.laws import ROOT, tested
 
 FLOOR = (3, 10)
 PROMISED = ((3, 10), (3, 11), (3, 12), (3, 13), (3, 14))
@@ -25,6 +26,16 @@ NEWER = re.compile(
     r"|\bwarnings\.deprecated\b|\.full_match\(|\bannotationlib\b|\bcompression\.zstd\b|\bconcurrent\.interpreters\b"
     r"|\bshutil\.rmtree\([^)]*onexc|\bstarmap_async\b|\bmodule_globals\b"
 )
+# Tests of the engine and of its files that need no package beyond the pack's own.
+TESTS = ("engine/test_adapters.py", "engine/test_bases.py", "engine/test_merge.py", "engine/test_resume.py")
+TESTS += ("engine/test_order.py", "engine/test_losses.py", "engine/test_tokens.py", "engine/test_region_parsing.py")
+TESTS += (
+    "engine/test_dataset.py",
+    "files/test_concept_file.py",
+    "files/test_safe_files.py",
+    "files/test_lora_files.py",
+)
+OUTCOMES = ("passed", "failed", "skipped")
 READ = """
 import ast, json, pathlib, sys
 failed = []
@@ -34,7 +45,8 @@ for path in files:
         compile(path.read_text(encoding="utf-8"), str(path), "exec", dont_inherit=True)
     except SyntaxError as error:
         failed.append(f"{path.name}: {error}")
-print(json.dumps({"version": sys.version.split()[0], "read": len(files) - len(failed), "failed": failed}))
+version, read = sys.version.split()[0], len(files) - len(failed)
+print(json.dumps({"version": version, "platform": sys.platform, "read": read, "failed": failed}))
 """
 ENGINE = """
 import importlib, json, pkgutil, sys
@@ -56,8 +68,11 @@ def pack() -> list[Path]:
     return [ROOT / "__init__.py", *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))]
 
 
-def tried() -> dict:
-    """The floor's grammar and library by what is written, and every Python that there is by reading or running it."""
+def tried(others: Sequence[Path] = ()) -> dict:
+    """The floor's grammar and library by what is written, and every Python that there is by reading or running it.
+
+    others: interpreters that have torch and pytest; those run tests of the engine too.
+    """
     too_new = []
     for path in pack():
         source = path.read_text(encoding="utf-8")
@@ -73,17 +88,26 @@ def tried() -> dict:
         "files": len(pack()),
         "too_new": too_new,
         "ruff": checked.returncode == 0,
-        "pythons": [with_python(version, path) for version, path in pythons()],
+        "pythons": [with_python(*python) for python in pythons(others)],
     }
 
 
-def pythons() -> Iterator[tuple[str, Path | None]]:
-    """3.10 to 3.14, each where it is found: on the path, beside pyenv's, or nowhere."""
+def pythons(others: Sequence[Path]) -> Iterator[tuple[str, Path | None]]:
+    """3.10 to 3.14, each where it is: this one, one of `others`, on the path, one of pyenv's, or nowhere."""
+    named = {version_of(path): path for path in [*others, Path(sys.executable)]}
     for major, minor in PROMISED:
         name = f"{major}.{minor}"
+        if name in named:
+            yield name, named[name]
+            continue
         beside = sorted((Path.home() / ".pyenv" / "versions").glob(f"{name}.*/bin/python"))
         path = beside[-1] if beside else shutil.which(f"python{name}")
         yield name, Path(path) if path else None
+
+
+def version_of(path: Path) -> str:
+    command = [path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
 
 
 def with_python(version: str, path: Path | None) -> dict:
@@ -99,4 +123,7 @@ def with_python(version: str, path: Path | None) -> dict:
         command = [path, "-B", "-c", ENGINE, str(ROOT)]
         ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
     seen["engine"] = json.loads(ran.stdout) if ran.returncode == 0 else {"imported": 0, "failed": [ran.stderr[-200:]]}
+    if not seen["engine"]["failed"]:
+        records = tested(TESTS, python=path)
+        seen["tests"] = {outcome: sum(record["outcome"] == outcome for record in records) for outcome in OUTCOMES}
     return seen
