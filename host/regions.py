@@ -24,7 +24,7 @@ from nodes import common_ksampler  # the host's own
 
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
-from ..modular_concepts.regions.acting import acting, check_names
+from ..modular_concepts.regions.acting import acting, check_names, unheard
 from ..modular_concepts.regions.geometry import Region, region_weights
 from ..modular_concepts.regions.places import Places
 from .automatic import found_regions
@@ -150,6 +150,7 @@ def with_regions(
     said = warnings_of_words(clip, [*prompts, *(region.prompt for region in regions)], concepts)
     if stack:
         said += warnings_of(model, clip, stack, "weights") if mode == "merged" else warnings_here(model, clip, stack)
+    said += unheard(stack, prompts[0], regions, mode == "gated", "name it in the concepts of a region")
     if said:
         show_text("\n".join(said))
     places = Places(regions, overlap, _scale(model))

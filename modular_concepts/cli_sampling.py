@@ -71,6 +71,7 @@ def run_sample(args: argparse.Namespace) -> None:
     from .budget import check_zoom
     from .customisation import customised
     from .explain import warnings_on_base
+    from .regions.acting import unheard
     from .sampling import SampleSettings, sample
 
     ending = args.out.suffix.lower()
@@ -92,7 +93,10 @@ def run_sample(args: argparse.Namespace) -> None:
     texts = [args.prompt, *(region.prompt for region in regions)]
     _warn_unknown(base, texts, [word for concept in concepts for word in concept.tokens])
     gated = bool(regions) and args.mode == "gated"
-    how = dict(mode="gated", stack=list(zip(concepts, strengths, strict=True))) if gated else {}
+    stack = list(zip(concepts, strengths, strict=True))
+    for sentence in unheard(stack, args.prompt, regions, gated, "draw with --mode merged, where it acts everywhere"):
+        note(sentence)
+    how = dict(mode="gated", stack=stack) if gated else {}
     try:
         with bar as advance, nullcontext() if gated else customised(base, concepts, strengths) as tokens:
             # A batch at a time, written before the next: all of them at once could be more than the memory holds.

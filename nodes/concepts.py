@@ -239,6 +239,7 @@ class ConceptTextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, clip, text: str, concepts=None) -> io.NodeOutput:
         stack = stacks.as_stack(concepts)
-        for warning in warnings_of_words(clip, [text], [concept for concept, _ in stack]):
-            show_text(warning)
+        warnings = [*warnings_of_words(clip, [text], [concept for concept, _ in stack]), *stacks.unsaid(stack, text)]
+        if warnings:
+            show_text("\n".join(warnings))
         return io.NodeOutput(encode_prompt(clip, text, stack))

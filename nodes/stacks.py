@@ -9,6 +9,7 @@ from dataclasses import replace
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.merge import BlockStrengths
+from ..modular_concepts.regions.acting import called
 
 Stack = tuple[tuple[Concept, float], ...]
 
@@ -45,6 +46,15 @@ def scaled(value: Concept | Stack, strength: float, blocks: str = "") -> Stack:
 def parts(stack: Stack) -> tuple[list[Concept], list[float]]:
     """(concepts, strengths), as the engine takes them."""
     return [concept for concept, _ in stack], [strength for _, strength in stack]
+
+
+def unsaid(stack: Stack, text: str) -> list[str]:
+    """A sentence for the concepts that are connected to a prompt which says none of their words."""
+    spoken = called(stack, text)
+    silent = [concept.name for number, (concept, _) in enumerate(stack) if number not in spoken]
+    if not silent:
+        return []
+    return [f"the prompt says no trigger word of {', '.join(silent)}, so connecting it here changes nothing"]
 
 
 def triggers(stack: Stack) -> str:

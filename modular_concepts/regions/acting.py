@@ -32,6 +32,36 @@ def called(stack: Stack, prompt: str) -> tuple[int, ...]:
     return tuple(number for number, mine in enumerate(words) if any(word.lower() in spoken for word in mine))
 
 
+def unheard(stack: Stack, prompt: str, regions: Sequence[Region], gated: bool, way_out: str) -> list[str]:
+    """A sentence for each concept of a stack that no prompt calls and no region names, and for names without effect.
+
+    gated: whether concepts act where they are called alone; otherwise they are in the weights, and act everywhere.
+    way_out: how a concept without a trigger word is made to act, in gated mode.
+    """
+    sentences = []
+    everywhere = {number for text in (prompt, *(region.prompt for region in regions)) for number in called(stack, text)}
+    acts = {number for own in acting(stack, prompt, regions) for number in own} if gated else set()
+    for number, (concept, strength) in enumerate(stack):
+        words = ", ".join(dict.fromkeys([*concept.tokens, *concept.recipe.triggers]))
+        if strength == 0 or number in acts or (not gated and (number in everywhere or not words)):
+            continue
+        if not gated:
+            sentences.append(
+                f"no prompt says {words}: {concept.name} changes the whole picture, but is not asked for in it"
+            )
+        elif words:
+            sentences.append(f"no prompt says {words}, so {concept.name} acts nowhere; say it where {concept.name} is")
+        else:
+            sentences.append(f"{concept.name} has no trigger word that could call it, so it acts nowhere; {way_out}")
+    named = dict.fromkeys(name for region in regions for name in region.concepts or ())
+    if named and not gated:
+        sentences.append(
+            f"regions name the concepts {', '.join(named)}, which holds concepts apart in gated mode alone; in merged "
+            "mode they act everywhere"
+        )
+    return sentences
+
+
 def check_names(regions: Sequence[Region], known: Sequence[str]) -> None:
     """Raise AdapterError for a concept that a region names and that is not known."""
     for region in regions:

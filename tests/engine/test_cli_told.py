@@ -86,3 +86,43 @@ def test_more_pictures_than_a_batch_are_those_that_come_alone(made, here, capsys
     assert len(files(here)) == 18
     assert run(capsys, *draw, "--seed", "16", "--count", "2", "--out", "two.png")[0] == 0
     assert (here / "many-17.png").read_bytes() == (here / "two-01.png").read_bytes()
+
+
+# --- concepts that nobody calls -----------------------------------------------------------------------------
+
+
+def lora_of(made, here):
+    """tom's layers as another program's LoRA, whose metadata names no trigger."""
+    from dataclasses import replace
+
+    from modular_concepts.files import save_concept
+
+    tom = load_concept(concept(made))
+    save_concept(
+        replace(tom, name="sketch", tokens={}, recipe=replace(tom.recipe, triggers=())), here / "sketch.safetensors"
+    )
+    return here / "sketch.safetensors"
+
+
+def test_a_concept_that_no_prompt_calls_is_told_before_drawing(made, here, capsys):
+    draw = ["sample", "a man on the beach", *DRAW, "--concept", concept(made)]
+    region = ["--region", "0,0,0.5,1:a cat on the beach"]
+    code, _, err = run(capsys, *draw, *region)
+    assert code == 0 and "no prompt says <tom>, so tom acts nowhere" in err
+    code, _, err = run(capsys, *draw, *region, "--mode", "merged")
+    assert code == 0 and "no prompt says <tom>: tom changes the whole picture" in err
+    code, _, err = run(capsys, *draw)
+    assert code == 0 and "no prompt says <tom>: tom changes the whole picture" in err
+    for called in (["--region", "0,0,0.5,1:photo of<Tom>"], ["--region", "0,0,0.5,1:a <tom>", "--mode", "merged"]):
+        code, _, err = run(capsys, *draw, *called)
+        assert code == 0 and "no prompt says" not in err
+
+
+def test_a_lora_without_trigger_in_gated_regions_is_told(made, here, capsys):
+    draw = ["sample", "a man on the beach", *DRAW, "--concept", lora_of(made, here)]
+    code, _, err = run(capsys, *draw, "--region", "0,0,0.5,1:a cat on the beach")
+    assert code == 0 and "sketch has no trigger word that could call it, so it acts nowhere" in err
+    assert "--mode merged" in err
+    for acts in (["--region", "0,0,0.5,1:a cat on the beach", "--mode", "merged"], []):
+        code, _, err = run(capsys, *draw, *acts)
+        assert code == 0 and "sketch" not in err
