@@ -21,9 +21,10 @@ from ..modular_concepts.regions.geometry import Region
 from ..modular_concepts.regions.places import Places
 from .clip import encode_prompt, word_positions
 from .gated import HostGate, fitting_stack, with_concepts, with_words
+from .kinds import POSITIVE, kinds_of
 from .layers import architecture_of
 from .layerwise import cross_attention_layers, with_layers
-from .listening import CONDITIONAL, attention, replace_cross_attention
+from .listening import attention, replace_cross_attention
 
 if TYPE_CHECKING:
     from .regions import Sampling
@@ -124,9 +125,10 @@ def _scouting(
 
     def attend(query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor:
         if options[KEY]:
-            each = len(query) // len(options["cond_or_uncond"])
-            for chunk, kind in enumerate(options["cond_or_uncond"]):
-                if kind == CONDITIONAL:
+            kinds = kinds_of(options)
+            each = len(query) // len(kinds)
+            for chunk, kind in enumerate(kinds):
+                if kind == POSITIVE:
                     rows = slice(chunk * each, (chunk + 1) * each)
                     heard.hear(query[rows], key[rows], options["n_heads"])
         return attention(query, key, value, options)

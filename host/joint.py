@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modular_concepts.regions.places import Division, Places
-from .listening import CONDITIONAL, PROGRESS
+from .kinds import kinds_of
+from .listening import PROGRESS
 
 OVERRIDE = "optimized_attention_override"
 
@@ -37,7 +38,7 @@ class JointListening:
         size = tuple(x.shape[-2:])
         rows, columns = (math.ceil(side / patch) for side in size)
         division = self.places.division(rows * columns, size, options[PROGRESS], context)
-        kinds = [int(kind != CONDITIONAL) for kind in options["cond_or_uncond"]]
+        kinds = kinds_of(options)
         heard = [part is not None for part in division.regions]
         lengths = [
             max(own.shape[1] for own in both) if there else 0 for there, both in zip(heard, self.texts, strict=True)

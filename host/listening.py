@@ -15,11 +15,16 @@ import comfy.model_patcher
 import torch
 from torch import Tensor, nn
 
+from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.regions.attention import attend_by_region, with_regions
 from ..modular_concepts.regions.places import Places
-from .layerwise import choose, joined
+from .kinds import POSITIVE, kinds_of
+from .layerwise import PickLayer, choose, joined
 
-CONDITIONAL = 0  # the host's number for rows of the positive prompt in `cond_or_uncond`
+DISPLACED = (
+    "a node behind Regional Concepts (an IP adapter, attention couple or other regions) has taken over the model's "
+    "cross-attention, which regions cannot share; leave one of the two out"
+)
 PROGRESS = "modular_concepts_progress"  # in transformer_options: how far the sampling is, 0..1
 
 
@@ -40,15 +45,20 @@ class Listening:
         """Let a clone's cross-attention listen."""
         model.set_model_attn2_patch(self.append_texts)
         replace_cross_attention(model, self.attend)
+        self.blocks = set(blocks_of(model.model.diffusion_model))
 
     def prepared(self, _network: nn.Module, _x: Tensor, context: Tensor, options: dict) -> tuple[Tensor, dict, list]:
-        """(context, transformer_options, how many tokens each region's text has) for one call of the network."""
+        """(context, transformer_options, how many tokens each region's text has) for one call of the network.
+
+        Raises AdapterError where another node has put itself in the place of what `patch` did.
+        """
+        refuse_displaced(self, options)
         return context, options, self.lengths
 
     def append_texts(self, hidden: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple:
         """Put all regions' texts behind the global one: (rows, T, D) -> (rows, T + all of theirs, D)."""
-        kinds = options["cond_or_uncond"]
-        texts = [choose(self.texts[int(kind != CONDITIONAL)], options).to(context) for kind in kinds]
+        kinds = kinds_of(options)
+        texts = [choose(self.texts[kind], options).to(context) for kind in kinds]
         each = len(context) // len(kinds)
         longer = torch.cat([context, torch.cat([text.expand(each, -1, -1) for text in texts])], dim=1)
         return hidden, longer, longer if value is context else torch.cat([value, longer[:, context.shape[1] :]], dim=1)
@@ -63,11 +73,12 @@ class Listening:
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attention(query, key, value, options)
 
-        if self.own or set(options["cond_or_uncond"]) == {CONDITIONAL}:
+        kinds = kinds_of(options)
+        if self.own or set(kinds) == {POSITIVE}:
             return attend_by_region(attend, query, texts, division)
-        attended, each = attend(query, *texts[0]), len(query) // len(options["cond_or_uncond"])
-        for chunk, kind in enumerate(options["cond_or_uncond"]):
-            if kind == CONDITIONAL:  # in the others the regions would say the same again
+        attended, each = attend(query, *texts[0]), len(query) // len(kinds)
+        for chunk, kind in enumerate(kinds):
+            if kind == POSITIVE:  # in the others the regions would say the same again
                 rows = slice(chunk * each, (chunk + 1) * each)
                 regional = [(k[rows], v[rows]) for k, v in texts[1:]]
                 attended[rows] = with_regions(attend, query[rows], attended[rows], regional, division)
@@ -92,10 +103,39 @@ class Clock:
 
 def replace_cross_attention(model: comfy.model_patcher.ModelPatcher, attend: Callable[..., Tensor]) -> None:
     """Have a clone call `attend` (query, key, value, options) in every cross-attention of its U-Net."""
-    unet = model.model.diffusion_model
-    for name, count in (("input", len(unet.input_blocks)), ("middle", 1), ("output", len(unet.output_blocks))):
-        for number in range(count):
-            model.set_model_attn2_replace(attend, name, number)
+    for name, number in blocks_of(model.model.diffusion_model):
+        model.set_model_attn2_replace(Attending(attend), name, number)
+
+
+def blocks_of(unet: nn.Module) -> list[tuple[str, int]]:
+    """The host's names of the places in a U-Net where a cross-attention can be replaced."""
+    counts = {"input": len(unet.input_blocks), "middle": 1, "output": len(unet.output_blocks)}
+    return [(name, number) for name, count in counts.items() for number in range(count)]
+
+
+class Attending:
+    """Ours in the place of a cross-attention: one object for each, and no room for another node's beside it."""
+
+    def __init__(self, attend: Callable[..., Tensor]):
+        self.attend = attend
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor:
+        return self.attend(query, key, value, options)
+
+    def add(self, *_args: object, **_more: object) -> None:
+        """What some packs call on a replacement that they find; regions cannot share the attention."""
+        raise AdapterError(DISPLACED)
+
+
+def refuse_displaced(heard: Listening, options: Mapping) -> None:
+    """Raise AdapterError where a cross-attention is no longer ours, or another node changes the texts that it hears."""
+    replaced = options.get("patches_replace", {}).get("attn2", {})
+    others = [one for one in replaced.values() if not isinstance(one, Attending)]
+    patches = options.get("patches", {}).get("attn2_patch", ())
+    ours = [patch for patch in patches if isinstance(getattr(patch, "__self__", None), Listening)]
+    strange = [patch for patch in patches if patch not in ours and not isinstance(patch, PickLayer)]
+    if others or strange or len(ours) != 1 or not heard.blocks <= set(replaced):
+        raise AdapterError(DISPLACED)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping) -> Tensor:

@@ -18,6 +18,7 @@ import comfy.model_patcher
 import comfy.sample
 import comfy.sd
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from nodes import common_ksampler  # the host's own
@@ -32,6 +33,7 @@ from .clip import encode_prompt, warnings_of_words
 from .control import weighted
 from .gated import HostGate, check_memory, fitting_stack, with_concepts, with_words
 from .joint import JointListening
+from .kinds import NEGATIVE, POSITIVE, marked, with_kinds
 from .layers import architecture_of
 from .layerwise import LAYERS, cross_attention_layers, with_layers
 from .listening import PROGRESS, Clock, Listening
@@ -41,6 +43,7 @@ from .patching import concepts_in, merged, merged_concepts
 
 MODES = ("merged", "gated")
 REGIONS = "modular_concepts_regions"
+FROM_NOISE = 0.9  # share of the largest sigma from which on a sampling starts from noise alone
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def with_regions(
     model = listening(model, heard, gate)
     if any(rows.dim() == 3 for concept, _ in stack for rows in concept.tokens.values()):
         with_layers(model)
-    return Regional(model, positive, negative)
+    return Regional(model, marked(positive, POSITIVE), marked(negative, NEGATIVE))
 
 
 def listening(
@@ -192,6 +195,8 @@ def listening(
     model = model.clone()
     if isinstance(heard, Listening):
         heard.patch(model)
+    with_kinds(model)
+    with_first_size(model, heard.places)
     clock = Clock(heard.places, model)
 
     def by_region(apply_model, x, sigma, concat=None, context=None, control=None, options=None, **more):
@@ -205,6 +210,25 @@ def listening(
 
     add_wrapper_with_key(WrappersMP.APPLY_MODEL, REGIONS, by_region, model.model_options, is_model_options=True)
     return model
+
+
+def with_first_size(model: comfy.model_patcher.ModelPatcher, places: Places) -> None:
+    """Let a clone's samplings fix regions in pixels to the first picture, so that a larger second pass keeps them.
+
+    A picture from noise alone, in another run of the workflow, is a new first picture.
+    """
+    if not any(region.pixels for region in places.regions):
+        return
+
+    def of_sampling(sample, noise, latent, sampler, sigmas, *args, **more):
+        guider, running = sample.class_obj, get_executing_context()
+        whole = float(guider.model_patcher.get_model_object("model_sampling").sigma_max)
+        fresh = len(sigmas) > 0 and float(sigmas[0]) > FROM_NOISE * whole
+        places.fix(tuple(noise.shape[-2:]), None if running is None else running.prompt_id, fresh)
+        return sample(noise, latent, sampler, sigmas, *args, **more)
+
+    model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, REGIONS)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, REGIONS, of_sampling)
 
 
 def _check(model: comfy.model_patcher.ModelPatcher, regions: Sequence[Region], mode: str) -> None:

@@ -49,12 +49,11 @@ def parts(stack: Stack) -> tuple[list[Concept], list[float]]:
 
 
 def unsaid(stack: Stack, text: str) -> list[str]:
-    """A sentence for the concepts that are connected to a prompt which says none of their words."""
-    spoken = called(stack, text)
-    silent = [concept.name for number, (concept, _) in enumerate(stack) if number not in spoken]
-    if not silent:
+    """A sentence for concepts that are connected to a prompt which says the word of none of them."""
+    if not stack or called(stack, text):
         return []
-    return [f"the prompt says no trigger word of {', '.join(silent)}, so connecting it here changes nothing"]
+    names = ", ".join(concept.name for concept, _ in stack)
+    return [f"the prompt says no trigger word of {names}, so connecting it here changes nothing"]
 
 
 def triggers(stack: Stack) -> str:

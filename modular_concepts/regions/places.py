@@ -65,6 +65,18 @@ class Places:
         refuse_unplaced(self.regions)
         region_weights(self.regions[:0], 1, 1, overlap)  # refuses an overlap that is none
         self._known: dict[tuple, Division] = {}
+        self._fixed: tuple[int, int] | None = None
+        self._run: object = None
+
+    def fix(self, latent_size: tuple[int, int], run: object = None, fresh: bool = False) -> None:
+        """Regions in pixels count those of a picture of this size, (height, width) in the latent, from now on.
+
+        Only the first call counts, unless it is for a `fresh` picture of another run.  Never called, regions in pixels
+        count those of whatever is drawn.
+        """
+        if self._fixed is None or (fresh and run != self._run):
+            self._fixed, self._run = latent_size, run
+            self._known.clear()
 
     def division(self, tokens: int, latent_size: Sequence[int], progress: float, like: Tensor) -> Division:
         """For a layer of `tokens` positions on a latent of (height, width), at `progress` 0..1 of the sampling."""
@@ -75,7 +87,7 @@ class Places:
         return self._known[key]
 
     def _shares(self, grid: tuple[int, int], latent_size: Sequence[int], holding: Sequence[bool]) -> Tensor:
-        height, width = (side * self.scale for side in latent_size)
+        height, width = (side * self.scale for side in self._fixed or latent_size)
         placed = [region.placed(width, height) for region in self.regions]
         shares = torch.zeros(len(placed), grid[0] * grid[1])
         now = [number for number, holds in enumerate(holding) if holds]

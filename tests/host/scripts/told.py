@@ -1,0 +1,144 @@
+"""In the host: what prompts and regions are given is used or said, whatever guider, node or second pass follows."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+
+from in_host import FOLDER, pack_module, start
+
+start()
+
+import comfy.sample
+import comfy.samplers
+import comfy_extras.nodes_custom_sampler as custom
+import torch
+
+import nodes
+
+torch.set_num_threads(1)
+PROMPT, NEGATIVE, INSIDE = "a man on the beach", "tree", "a cat in the snow"
+
+
+def refused(attempt) -> str:
+    try:
+        attempt()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@torch.inference_mode()
+def main() -> None:
+    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
+    node, regional, concepts = pack_module("nodes.regions"), pack_module("host.regions"), pack_module("nodes.concepts")
+    model, clip, _ = pack_module("host.toy").load_toy_base()
+    tom = pack_module("modular_concepts.files").load_concept(FOLDER / "tom.safetensors")
+    lora = dataclasses.replace(tom, name="sketch", tokens={}, recipe=dataclasses.replace(tom.recipe, triggers=()))
+    said, facts = [], {}
+    regional.show_text = concepts.show_text = said.append
+
+    def latent(width: int, height: int) -> dict:
+        empty = nodes.EmptyLatentImage().generate(width, height, 1)[0]
+        space = empty.get("downscale_ratio_spacial")
+        return {"samples": comfy.sample.fix_empty_latent_channels(model, empty["samples"], space)}
+
+    noise = latent(64, 64)
+
+    def region(prompt: str = INSIDE, units: str = "fractions", box=(0.0, 0.0, 0.5, 1.0), names: str = ""):
+        return node.ConceptRegion.execute(prompt, units, *box, 0.0, 1.0, "", None, (), names)[0]
+
+    def with_regions(regions, mode="merged", stack=()):
+        texts = (PROMPT, NEGATIVE, mode, "average")
+        return node.RegionalConcepts.execute(model, clip, regions, *texts, concepts=stack).args
+
+    def draw(parts, latent=noise, denoise=1.0):
+        settings = (5, 2, 3.0, "euler", "normal", parts[1], parts[2])
+        return nodes.common_ksampler(parts[0], *settings, latent, denoise=denoise)[0]["samples"]
+
+    # Concepts that nobody calls.
+    for title, stack, names, mode in (
+        ("lora", ((lora, 1.0),), "", "gated"),
+        ("lora named", ((lora, 1.0),), "sketch", "gated"),
+        ("tom", ((tom, 1.0),), "", "gated"),
+        ("tom merged", ((tom, 1.0),), "tom", "merged"),
+        ("tom at 0", ((tom, 0.0),), "", "gated"),
+    ):
+        said.clear()
+        with_regions(region(names=names), mode, stack)
+        facts[title] = " ".join(said)
+    for title, text in (("called", "photo of<tom>"), ("uncalled", "a man"), ("unknown", "a <tim>, <tom>s hat")):
+        said.clear()
+        concepts.ConceptTextEncode.execute(clip, text, ((tom, 1.0),))
+        facts[f"prompt {title}"] = " ".join(said)
+    spaced, close = (concepts.ConceptTextEncode.execute(clip, t, tom)[0][0][0] for t in ("a <tom> man", "a<Tom>man"))
+    facts["the same with and without spaces"] = torch.equal(spaced, close)
+
+    # Guiders in another order.
+    def guided(guider, set_up, parts):
+        set_up(guider)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 2)
+        start, sampler = comfy.sample.prepare_noise(noise["samples"], 5), comfy.samplers.sampler_object("euler")
+        return guider.sample(start, noise["samples"], sampler, sigmas, disable_pbar=True, seed=5)
+
+    def once(model, positive, negative):
+        guider = comfy.samplers.CFGGuider(model)
+        return guided(guider, lambda g: (g.set_conds(positive, negative), g.set_cfg(3.0)), None)
+
+    def twice(model, positive, negative, middle=None):
+        guider, middle = custom.Guider_DualCFG(model), middle or positive
+        return guided(guider, lambda g: (g.set_conds(positive, middle, negative), g.set_cfg(2.0, 3.0)), None)
+
+    plain = (model, *(nodes.CLIPTextEncode().encode(clip, text)[0] for text in (PROMPT, NEGATIVE)))
+    facts["guiders"], facts["effect"] = {}, {}
+    stack = ((dataclasses.replace(tom, tokens={}), 1.0),)
+    for title, parts in (
+        ("plain", plain),
+        ("merged", with_regions(region())),
+        ("gated", with_regions(region(names="tom"), "gated", stack)),
+    ):
+        facts["guiders"][title] = (once(*parts) - twice(*parts)).abs().max().item()
+        facts["effect"][title] = (once(*parts) - once(*plain)).abs().max().item()
+    parts = with_regions(region())
+    facts["unmarked"] = refused(lambda: twice(*parts, middle=plain[1]))
+    facts["own negative"] = refused(lambda: once(parts[0], parts[1], plain[2]))
+
+    # Another node behind.
+    def replaced(places):
+        other = parts[0].clone()
+        for name, number in places:
+            other.set_model_attn2_replace(lambda q, k, v, options: q, name, number)
+        return other
+
+    def added():
+        attending = next(iter(parts[0].model_options["transformer_options"]["patches_replace"]["attn2"].values()))
+        attending.add(lambda q, k, v, options: q, weight=1.0)
+
+    def patched():
+        other = parts[0].clone()
+        other.set_model_attn2_patch(lambda n, context, value, options: (n, context, value))
+        return other
+
+    every = pack_module("host.listening").blocks_of(model.model.diffusion_model)
+    facts["displaced"] = {
+        "all": refused(lambda: draw((replaced(every), *parts[1:]))),
+        "one": refused(lambda: draw((replaced(every[-1:]), *parts[1:]))),
+        "added": refused(added),
+        "patched": refused(lambda: draw((patched(), *parts[1:]))),
+        "none": refused(lambda: draw(parts)),
+    }
+
+    # A second pass at twice the size, and a new picture of another size from the same MODEL.
+    pixels, fractions = with_regions(region(units="pixels", box=(0.0, 0.0, 32.0, 64.0))), with_regions(region())
+    passes = {}
+    for title, parts in (("pixels", pixels), ("fractions", fractions)):
+        first = draw(parts)
+        larger = {"samples": torch.nn.functional.interpolate(first, scale_factor=2.0, mode="nearest")}
+        passes[title] = first, draw(parts, larger, 0.5)
+    facts["passes"] = [(a - b).abs().max().item() for a, b in zip(*passes.values(), strict=True)]
+    facts["not first"] = (passes["pixels"][1] - draw(plain, larger, 0.5)).abs().max().item()
+    (FOLDER / "facts.json").write_text(json.dumps(facts))
+
+
+main()

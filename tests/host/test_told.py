@@ -1,0 +1,55 @@
+"""In the host nothing is passed over, and regions hold for any guider, second pass and node behind them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from made_concepts import made_concept
+
+from modular_concepts.files import save_concept
+
+SHARED = "has taken over the model's cross-attention, which regions cannot share"
+
+
+@pytest.fixture(scope="module")
+def facts(host, tmp_path_factory):
+    place = tmp_path_factory.mktemp("told")
+    save_concept(made_concept("tom"), place / "tom.safetensors")
+    host.run("told.py", place)
+    return json.loads((place / "facts.json").read_text())
+
+
+def test_concepts_that_nobody_calls_are_told_with_the_way_out(facts):
+    assert "sketch has no trigger word that could call it, so it acts nowhere" in facts["lora"]
+    assert "name it in the concepts of a region" in facts["lora"]
+    assert "no prompt says <tom>, so tom acts nowhere" in facts["tom"]
+    assert "regions name the concepts tom" in facts["tom merged"] and "gated mode alone" in facts["tom merged"]
+    assert facts["lora named"] == facts["tom at 0"] == ""
+
+
+def test_a_prompt_says_which_words_it_hears(facts):
+    assert facts["prompt called"] == "" and facts["the same with and without spaces"]
+    assert facts["prompt uncalled"] == "the prompt says no trigger word of tom, so connecting it here changes nothing"
+    assert "trigger word <tim>" in facts["prompt unknown"] and "<tom>" not in facts["prompt unknown"]
+
+
+@pytest.mark.parametrize("how", ["plain", "merged", "gated"])
+def test_a_guider_in_another_order_draws_the_same(facts, how):
+    assert facts["guiders"][how] < 1e-4
+    assert how == "plain" or facts["effect"][how] > 0.1
+
+
+def test_what_a_prompt_is_that_nobody_marked_is_refused_where_its_place_does_not_tell(facts):
+    assert "AdapterError: this guider asks for 3 prompts" in facts["unmarked"]
+    assert facts["own negative"] == ""
+
+
+@pytest.mark.parametrize("how", ["all", "one", "added", "patched"])
+def test_another_attention_node_behind_is_one_sentence(facts, how):
+    assert facts["displaced"][how].startswith("AdapterError: ") and SHARED in facts["displaced"][how]
+    assert facts["displaced"]["none"] == ""
+
+
+def test_regions_in_pixels_stay_in_place_in_a_second_pass(facts):
+    assert max(facts["passes"]) < 1e-5 and facts["not first"] > 0.1
