@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .base_model import Base
 from .errors import AdapterError
-from .files.safe import read_safetensors, write_safetensors
+from .files.safe import read_safetensors, tensor_bytes, write_safetensors
 
 ALIKE = 1e-2
 PROBE = "probe"
@@ -53,31 +53,45 @@ def latent_masks(
 def kept(base: Base, cache: Path, key: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
     """What `make` gives, or what it gave before for the same key and base, from a file in `cache`.
 
-    A small picture's latent lies beside them: where it comes out otherwise now, they are of another VAE and made anew.
+    A small picture's latent lies beside them: where it comes out otherwise now, they are of another VAE and made anew,
+    as they are where the file says that it is of other pictures, or is not as it was written.
     Raises AdapterError when the folder cannot be written.
     """
-    path = cache / f"latents-{sha256(f'{base.hash} {key}'.encode()).hexdigest()[:32]}.safetensors"
+    of = sha256(f"{base.hash} {key}".encode()).hexdigest()
+    path = cache / f"latents-{of[:32]}.safetensors"
     probe = base.encode(_probe(base.multiple))[0]
-    found = _read(path)
-    if found and PROBE in found and _alike(found.pop(PROBE), probe):
-        return [found[f"{number:06d}"].to(probe.device) for number in range(len(found))]
+    found = _read(path, of)
+    if PROBE in found and _alike(found.pop(PROBE), probe):
+        return [found[name].to(probe.device) for name in sorted(found)]
     latents = make()
     tensors = {f"{number:06d}": latent for number, latent in enumerate(latents)} | {PROBE: probe}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AdapterError(
             f"the folder {cache} cannot be made ({error.strerror}); train without keeping latents"
         ) from error
-    write_safetensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {})
+    write_safetensors(path, tensors, {"of": of, "data": _content(tensors)})
     return latents
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, of: str) -> dict[str, Tensor]:
+    """What was written for these very pictures, bit for bit, or nothing: it can be made again."""
     try:
-        return read_safetensors(path)[0] if path.is_file() else {}
+        tensors, metadata = read_safetensors(path) if path.is_file() else ({}, {})
+        names = {f"{number:06d}" for number in range(len(tensors) - 1)} | {PROBE}
+        whole = metadata.get("of") == of and set(tensors) == names and metadata.get("data") == _content(tensors)
     except AdapterError:
-        return {}  # damaged: what was in it can be made again
+        return {}
+    return tensors if whole else {}
+
+
+def _content(tensors: dict[str, Tensor]) -> str:
+    digest = sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _alike(before: Tensor, now: Tensor) -> bool:
