@@ -19,7 +19,7 @@ from ..modular_concepts.files.embeddings import export_embedding
 from ..modular_concepts.files.kohya import export_kohya
 from ..modular_concepts.files.lora import read_concept
 from ..modular_concepts.files.modelspec import dated, saying, trigger_phrase
-from ..modular_concepts.files.moments import SUFFIX as MOMENTS
+from ..modular_concepts.files.moments import FORMER, is_moments
 from ..modular_concepts.files.safe import safe_child, safe_name
 from ..modular_concepts.merged import merged_concept
 from .folders import names, path_of
@@ -55,8 +55,8 @@ class Saved:
 
 
 def concept_names() -> list[str]:
-    """What models/concepts holds, without what lies there beside a concept."""
-    return [name for name in names("concepts") if not name.endswith(MOMENTS)]
+    """What models/concepts holds, without moments that lie there beside a concept under their former name."""
+    return [name for name in names("concepts") if not (name.endswith(FORMER) and is_moments(path_of("concepts", name)))]
 
 
 def concept_problem(name: str | None) -> str:

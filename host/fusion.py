@@ -1,6 +1,6 @@
 """Gradient fusion in the host: what each concept's layers read is recorded while it is drawn alone, and kept.
 
-Moments lie beside the concept file as NAME.moments.safetensors, so that they are recorded once for a concept's content
+Moments lie beside the concept file as NAME.moments, so that they are recorded once for a concept's content
 and a base; a concept that came straight from a trainer, or was changed since it was loaded, is drawn each time.
 """
 

@@ -64,7 +64,7 @@ def add_merge(commands) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="fusion: what each concept's layers read, one file for each concept (default: NAME.moments.safetensors "
+        help="fusion: what each concept's layers read, one file for each concept (default: NAME.moments "
         "beside it, or recorded and kept there with --base)",
     )
     merge.add_argument(

@@ -1,4 +1,4 @@
-"""Moments beside a concept: NAME.moments.safetensors, with numbers about inputs and no picture in it.
+"""Moments beside a concept, NAME.moments: a safetensors file with numbers about inputs and no picture in it.
 
 They hold for the weights that were drawn with and for no others, so the file says which: a mark of the concept's
 content and one of the base (`fingerprint.py`).
@@ -22,7 +22,9 @@ from ..moments import Moment
 from .safe import read_header, read_safetensors, write_safetensors
 
 FORMAT = "modular-concepts-moments-1"
-SUFFIX = ".moments.safetensors"
+CONCEPT = ".safetensors"
+SUFFIX = ".moments"  # no concept's file ends like this, whatever the concept is called
+FORMER = ".moments.safetensors"  # the concept NAME.moments could have this name as well
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,22 @@ class Recorded:
 
 
 def moments_path(concept: Path | str) -> Path:
-    """Where the moments of a concept file lie: kodo.safetensors -> kodo.moments.safetensors."""
+    """Where the moments of a concept file lie: kodo.safetensors -> kodo.moments.
+
+    Or kodo.moments.safetensors, as they were called once, where only that is there and no concept of this name.
+    """
     concept = Path(concept)
-    return concept.with_name(concept.name.removesuffix(".safetensors") + SUFFIX)
+    stem = concept.name.removesuffix(CONCEPT)
+    path, former = concept.with_name(stem + SUFFIX), concept.with_name(stem + FORMER)
+    return former if not path.exists() and former.is_file() and is_moments(former) else path
+
+
+def is_moments(path: Path | str) -> bool:
+    """Whether a file says that it is one of moments; reads the header alone."""
+    try:
+        return read_header(path).metadata.get("format") == FORMAT
+    except AdapterError:
+        return False
 
 
 def save_moments(moments: Mapping[str, Moment], path: Path | str, origin: Recorded = Recorded()) -> None:

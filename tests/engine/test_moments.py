@@ -13,6 +13,7 @@ from modular_concepts.errors import AdapterError
 from modular_concepts.files import load_concept, save_concept
 from modular_concepts.files.moments import (
     Recorded,
+    is_moments,
     load_moments,
     moments_path,
     recorded_from,
@@ -72,7 +73,7 @@ def test_a_file_brings_them_back(tmp_path):
     moments = {"unet.a.b": Moment.of(rows.mT @ rows * 1e-9, 8), "unet.c": Moment.of(rows.mT @ rows * 1e9, 20)}
     path = moments_path(tmp_path / "kodo.safetensors")
     save_moments(moments, path)
-    assert path.name == "kodo.moments.safetensors"
+    assert path.name == "kodo.moments"
     again = load_moments(path)
     assert set(again) == set(moments)
     for name, moment in moments.items():
@@ -84,7 +85,7 @@ def test_a_file_brings_them_back(tmp_path):
 
 def test_a_file_says_which_concept_and_base_it_is_of(tmp_path):
     concept, base = filled_concept("kodo", 1), untrained_base()
-    path = tmp_path / "kodo.moments.safetensors"
+    path = tmp_path / "kodo.moments"
     save_moments({"unet.a": Moment.of(torch.eye(3))}, path, Recorded(concept_mark(concept), base.mark, "as ever"))
     origin = recorded_from(path)
     assert origin.drawing == "as ever" and why_not(origin, concept) == why_not(origin, concept, base.mark) == ""
@@ -151,3 +152,24 @@ def test_other_files_are_refused(tmp_path):
             load_moments(path)
     with pytest.raises(AdapterError, match="no moments to save"):
         save_moments({}, path)
+
+
+def test_a_concept_called_like_another_ones_moments_keeps_its_file(tmp_path):
+    for name in ("minka", "minka.moments"):
+        save_concept(filled_concept(name, 1), tmp_path / f"{name}.safetensors")
+    whole = (tmp_path / "minka.moments.safetensors").read_bytes()
+    paths = [moments_path(tmp_path / f"{name}.safetensors") for name in ("minka", "minka.moments")]
+    assert [path.name for path in paths] == ["minka.moments", "minka.moments.moments"]
+    for path in paths:
+        save_moments({"unet.a": Moment.of(torch.eye(3))}, path)
+        assert moments_path(path.with_suffix(".safetensors")) == path and is_moments(path)
+    assert (tmp_path / "minka.moments.safetensors").read_bytes() == whole
+    assert not is_moments(tmp_path / "minka.moments.safetensors")
+
+
+def test_moments_under_their_former_name_are_still_read(tmp_path):
+    former = tmp_path / "kodo.moments.safetensors"
+    save_moments({"unet.a": Moment.of(torch.eye(3))}, former)
+    assert moments_path(tmp_path / "kodo.safetensors") == former
+    save_moments({"unet.a": Moment.of(torch.eye(3))}, tmp_path / "kodo.moments")
+    assert moments_path(tmp_path / "kodo.safetensors") == tmp_path / "kodo.moments"

@@ -138,15 +138,13 @@ def test_fusion_is_the_engines_with_what_was_recorded_and_kept(found, concepts):
     moments = [load_moments(moments_path(folder / "concepts" / f"{name}.safetensors")) for name in concepts]
     assert all(set(known) == set(concept.layers) for known, concept in zip(moments, concepts.values(), strict=True))
     check_weights(tensors, plan["layers"], "fusion", wanted(concepts, "fusion", Evidence(moments)), 1e-5)
-    assert facts["second"].splitlines() == [
-        f"{name}: moments read from {name}.moments.safetensors" for name in concepts
-    ]
-    assert facts["anew"] == "tom: moments recorded from 2 pictures, kept in tom.moments.safetensors"
+    assert facts["second"].splitlines() == [f"{name}: moments read from {name}.moments" for name in concepts]
+    assert facts["anew"] == "tom: moments recorded from 2 pictures, kept in tom.moments"
     assert facts["changed"] == "tom: moments recorded from 2 pictures"
 
 
 def test_moments_are_read_for_the_very_concept_and_base_that_they_are_of(found):
-    facts, file = found[1], "tom.moments.safetensors"
+    facts, file = found[1], "tom.moments"
     anew = f"moments recorded from 2 pictures, since {file}"
     assert facts["other base"].startswith(f"tom: {anew} was recorded on another base model")
     assert f"moments read from {file} (recorded with other prompts" in facts["other prompts"]
@@ -165,6 +163,7 @@ def test_the_report_reads_the_moments_that_fusion_left(found):
 def test_moments_are_no_concepts(found):
     assert found[1]["listed"] == found[1]["listed again"]
     assert "tom.safetensors" in found[1]["listed"]
+    assert found[1]["listed at last"] == sorted([*found[1]["listed"], "minka.moments.safetensors"])
 
 
 def test_what_a_cut_costs_is_said(found, concepts):

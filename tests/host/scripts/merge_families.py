@@ -121,6 +121,12 @@ def main() -> None:
     half = loading.ConceptStrength.execute(stacks["tom"], 1.0, "mid=0.5")[0]
     facts["changed"] = fusion.fused(model, clip, half, drawing, plan["ridge"])[2]
     facts["listed again"] = pack_module("host.concepts").concept_names()
+    # A concept called like another one's moments, and moments under their former name.
+    for name, like in {"minka.moments": "tom.safetensors", "rex.moments": "rex.moments"}.items():
+        (FOLDER / "concepts" / f"{name}.safetensors").write_bytes((FOLDER / "concepts" / like).read_bytes())
+    facts["listed at last"] = pack_module("host.concepts").concept_names()
+    for name in ("minka.moments", "rex.moments"):
+        (FOLDER / "concepts" / f"{name}.safetensors").unlink()
     back_to_base()
 
     # What the test exported of each family, in core's own loader.
