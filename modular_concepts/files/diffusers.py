@@ -18,9 +18,10 @@ from ..adapters import LowRank
 from ..concept import Concept
 from ..errors import AdapterError
 from ..layers import canonical_name, check_name
-from .kohya import Imported, Layers, Parse, assemble, imported_concept, require_layers
+from .kohya import READ, Imported, Layers, Parse, assemble, imported_concept, require_layers
 from .modelspec import modelspec
-from .safe import parse_json, read_safetensors, write_safetensors
+from .peft_config import config_beside
+from .safe import parse_json, read_foreign, write_safetensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 _SETTINGS_KEY = "lora_adapter_metadata"
@@ -36,7 +37,8 @@ _FACTORS = (
     ),
     (re.compile(r"(.+?)\.lora_mid\.weight"), "mid"),
     (re.compile(r"(.+?)(?:[._]lora)?\.alpha"), "alpha"),
-    (re.compile(r"(.+?)\.(?:lora_magnitude_vector|lora_B\.bias|dora_scale).*"), "unknown"),
+    (re.compile(r"(.+?)(?:\.lora_[AB](?:\.default)?|[._]lora\.(?:up|down)|\.lora_(?:up|down))\.bias"), "apart"),
+    (re.compile(r"(.+?)\.(?:lora_magnitude_vector|dora_scale).*"), "unknown"),
 )
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -71,10 +73,10 @@ def import_diffusers(path: Path | str, layers: Layers | None = None, name: str |
     layers, unmatched keys and errors: as `kohya.import_kohya`.  alpha comes from the file's alpha keys, else
     from its peft settings (`lora_adapter_metadata`), else is the rank.
     """
-    path = Path(path)
-    tensors, metadata = read_safetensors(path)
-    adapters, unmatched = assemble(path, tensors, parser(layers), layers)
-    explicit = {parser(layers)(key)[0] for key in tensors if key.endswith(".alpha")}
+    path, parse = Path(path), parser(layers)
+    tensors, metadata = read_foreign(path, lambda key: parse(key)[1] in READ)
+    adapters, unmatched = assemble(path, tensors, parse, layers)
+    explicit = {parse(key)[0] for key in tensors if key.endswith(".alpha")}
     adapters = with_peft_alphas(path, adapters, explicit, metadata)
     return Imported(imported_concept(path, name, adapters, "diffusers", metadata), unmatched)
 
@@ -102,12 +104,19 @@ def stem_and_factor(key: str) -> tuple[str | None, str]:
 def with_peft_alphas(
     path: Path, adapters: Mapping[str, LowRank], explicit: Container[str | None], metadata: Mapping[str, str]
 ) -> dict[str, LowRank]:
-    """The adapters with the alpha of the file's peft settings; explicit: layers whose alpha a key of the file says."""
-    if _SETTINGS_KEY not in metadata:
+    """The adapters with the alpha of their peft settings; explicit: layers whose alpha a key of the file says.
+
+    The settings are in the file, or in adapter_config.json beside it where it has peft's own name.
+    """
+    if _SETTINGS_KEY in metadata:
+        settings = parse_json(metadata[_SETTINGS_KEY], f"{path.name}: the peft settings")
+        alphas = {layer: _peft_alpha(path, layer, adapter.rank, settings) for layer, adapter in adapters.items()}
+    elif config := config_beside(path):
+        alphas = {layer: config.alpha(layer, adapter.rank) for layer, adapter in adapters.items()}
+    else:
         return dict(adapters)
-    settings = parse_json(metadata[_SETTINGS_KEY], f"{path.name}: the peft settings")
     return {
-        layer: adapter if layer in explicit else adapter.replace(alpha=_peft_alpha(path, layer, adapter.rank, settings))
+        layer: adapter if layer in explicit else adapter.replace(alpha=alphas[layer])
         for layer, adapter in adapters.items()
     }
 

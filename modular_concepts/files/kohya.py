@@ -16,12 +16,15 @@ from ..errors import AdapterError
 from ..layers import by_level, file_key, name_of_key
 from .concept import layer_tensors, stock_metadata
 from .modelspec import about_of, architecture_said, modelspec, triggers_said
-from .safe import read_safetensors, write_safetensors
+from .safe import DTYPES, FLOATS, check_finite, read_foreign, write_safetensors
 
+READ = ("up", "down", "mid", "alpha")  # factors whose numbers are needed
 Layers = Mapping[str, nn.Module] | Iterable[str]
 Parse = Callable[[str], tuple[str | None, str]]
 MAX_KERNEL = 7
 FACTORS = {"lora_up.weight": "up", "lora_down.weight": "down", "lora_mid.weight": "mid", "alpha": "alpha"}
+# A changed bias stands beside the two factors and changes nothing about them.
+FACTORS |= {name: "apart" for name in ("diff_b", "bias", "lora_up.bias", "lora_down.bias")}
 
 
 class Imported(NamedTuple):
@@ -56,8 +59,9 @@ def import_kohya(path: Path | str, layers: Layers | None = None, name: str | Non
     Raises AdapterError for a damaged file, a wrong shape, or when no key at all matches.
     """
     path = Path(path)
-    tensors, metadata = read_safetensors(path)
-    adapters, unmatched = assemble(path, tensors, parser(layers), layers)
+    parse = parser(layers)
+    tensors, metadata = read_foreign(path, lambda key: parse(key)[1] in READ)
+    adapters, unmatched = assemble(path, tensors, parse, layers)
     return Imported(imported_concept(path, name, adapters, "kohya", metadata), unmatched)
 
 
@@ -83,14 +87,15 @@ def assemble(
 ) -> tuple[dict[str, LowRank], list[str]]:
     """Adapters from foreign keys, and the keys that fit nowhere.
 
-    parse: key -> (canonical name or None, "up" | "down" | "mid" | "alpha" | "unknown").  Missing alpha means alpha =
-    rank.
+    parse: key -> (canonical name or None, "up" | "down" | "mid" | "alpha" | "apart" | "unknown"); a layer with an
+    unknown factor is left out whole, without what stands apart it is read.  Missing alpha means alpha = rank.
+    Tensors that find no place may hold anything.
     """
     parts: dict[str, dict[str, str]] = defaultdict(dict)
     unmatched = []
     for key in sorted(tensors):
         name, factor = parse(key)
-        if name is None:
+        if name is None or factor == "apart":
             unmatched.append(key)
         elif factor in parts[name] and factor != "unknown":
             raise AdapterError(f"{path.name}: {key} and {parts[name][factor]} are the same factor of one layer")
@@ -103,7 +108,7 @@ def assemble(
                 raise AdapterError(f"{path.name}: {min(keys.values())}: only one factor is there; the file is damaged")
             unmatched += keys.values()
             continue
-        factors = {factor: tensors[key] for factor, key in keys.items()}
+        factors = {factor: _numbers(f"{path.name}: {key}", tensors[key]) for factor, key in keys.items()}
         module = layers[name] if isinstance(layers, Mapping) else None
         try:
             adapters[name] = _adapter(name, factors, module)
@@ -140,6 +145,15 @@ def require_layers(concept: Concept) -> None:
     """A LoRA file holds adapters; a concept of learned words alone has none to give."""
     if not concept.layers:
         raise AdapterError(f"{concept.name}: the concept has no adapters; export its learned words as embeddings")
+
+
+def _numbers(what: str, tensor: Tensor) -> Tensor:
+    """A factor as floating numbers: whole ones, and eight-bit ones, read exactly as single precision."""
+    if tensor.numel() == 0 or tensor.is_complex():
+        raise AdapterError(f"{what} is empty, or of a type that is not read; save it in float32 or float16")
+    tensor = tensor if tensor.dtype in (DTYPES[name] for name in FLOATS) else tensor.float()
+    check_finite(what, tensor)
+    return tensor
 
 
 def _adapter(name: str, factors: Mapping[str, Tensor], module: nn.Module | None) -> LowRank:

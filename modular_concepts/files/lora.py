@@ -21,7 +21,7 @@ from ..layers import check_name
 from . import diffusers, kohya
 from .concept import KEY, load_concept
 from .kohya import Imported, assemble, imported_concept
-from .safe import check_finite, read_header, read_safetensors
+from .safe import BITS, read_foreign, read_header
 
 
 class Place(NamedTuple):
@@ -56,7 +56,7 @@ def import_lora(
 ) -> Imported:
     """Read a LoRA file of any form; see `lora_concept`."""
     path = Path(path)
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = read_foreign(path, lambda key: split_key(key)[1] in kohya.READ)
     return lora_concept(path, tensors, metadata, name, places, shapes)
 
 
@@ -76,8 +76,6 @@ def lora_concept(
     Raises AdapterError for a damaged LoRA, or when no key at all matches.
     """
     rows: dict[str, Place] = {}
-    for key, tensor in tensors.items():
-        check_finite(f"{path.name}: {key}", tensor)
 
     def parse(key: str) -> tuple[str | None, str]:
         stem, factor = split_key(key)
@@ -184,6 +182,6 @@ def _joined(
 def read_concept(path: Path | str) -> Imported:
     """A concept file, or any program's LoRA as a concept without learned words."""
     path = Path(path)
-    if KEY in read_header(path).metadata:
+    if KEY in read_header(path, tuple(BITS), empty=True).metadata:
         return Imported(load_concept(path), [])
     return import_lora(path)

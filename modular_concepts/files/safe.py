@@ -16,7 +16,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,9 +26,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..room import free_memory
 
-MAX_HEADER = 4 * 2**20  # parsing costs up to twelve times the header, and memory must stay bounded
+MAX_HEADER = 64 * 2**20  # other programs keep the tags of a data set and pictures in the metadata
+MAX_WRITTEN_HEADER = 4 * 2**20
 MAX_TENSORS = 16384
+MAX_ENTRIES = 32 * MAX_TENSORS  # of JSON: parsed, each costs some hundred bytes
 MAX_DIMENSIONS = 8
 MAX_TENSOR_NAME = 512
 DTYPES = {
@@ -42,7 +45,16 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
+BITS = {  # of every type that the format knows
+    **{name: 64 for name in ("F64", "I64", "U64", "C64")},
+    **{name: 32 for name in ("F32", "I32", "U32")},
+    **{name: 16 for name in ("F16", "BF16", "I16", "U16")},
+    **{name: 8 for name in ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")},
+    **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MORE = ("I16", "I8", "U16", "U32", "U64", "C64", "F8_E4M3", "F8_E5M2")  # torch has these too
+_SMALL = 2**26
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
@@ -65,6 +77,7 @@ def read_safetensors(
     """
     path = Path(path)
     header = read_header(path, dtypes, empty)
+    check_fits(path, sum(_size(*entry) for entry in header.tensors.values()))
     tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -79,6 +92,37 @@ def read_safetensors(
         if tensor.numel() or not empty:
             check_finite(f"{path.name}: {name}", tensor)
     return tensors, dict(header.metadata)
+
+
+def read_foreign(path: Path | str, needed: Callable[[str], bool]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of another program's file, and its metadata: what is not needed is no reason to refuse the file.
+
+    needed: whether a tensor of this name is read.  All others, and those of a type that torch does not have, come as
+    empty tensors; those that are read may be of any type, and hold whatever they hold.
+    Raises AdapterError, in one sentence that names the file, for anything that is not a sound safetensors file.
+    """
+    path = Path(path)
+    header = read_header(path, tuple(BITS), empty=True)
+    wanted = {
+        name for name, (dtype, _) in header.tensors.items() if needed(name) and (dtype in DTYPES or dtype in _MORE)
+    }
+    check_fits(path, sum(_size(*header.tensors[name]) for name in wanted))
+    tensors = {name: torch.empty(0) for name in header.tensors}
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name).clone() for name in sorted(wanted)}
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise AdapterError(f"{path.name}: cannot be read as safetensors ({error}); the file is damaged") from error
+    return tensors, dict(header.metadata)
+
+
+def check_fits(path: Path, size: int) -> None:
+    """Raise AdapterError where so many bytes of a file, which may lie on no disk at all, are more than memory holds."""
+    if size > _SMALL and (free := free_memory()) is not None and size > free:
+        raise AdapterError(
+            f"{path.name}: its tensors take {size / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free; "
+            "close other programs, or take a smaller file"
+        )
 
 
 def read_header(path: Path | str, dtypes: tuple[str, ...] = FLOATS, empty: bool = False) -> Header:
@@ -137,8 +181,11 @@ def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata:
         offset = end
     raw = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("ascii")
     raw += b" " * (-len(raw) % 8)
-    if len(raw) > MAX_HEADER:
-        raise AdapterError(f"{path.name}: the header would be {len(raw)} bytes; at most {MAX_HEADER} can be read back")
+    if len(raw) > MAX_WRITTEN_HEADER:
+        raise AdapterError(
+            f"{path.name}: the header would be {len(raw)} bytes; at most {MAX_WRITTEN_HEADER} are written, so shorten "
+            "what the file says of itself"
+        )
     with replacing(path) as handle:
         handle.write(len(raw).to_bytes(8, "little"))
         handle.write(raw)
@@ -175,8 +222,7 @@ def check_finite(what: str, tensor: Tensor) -> None:
 
 def parse_json(text: str, what: str) -> object:
     """Strict JSON: no duplicate keys, no NaN or Infinity, bounded depth and size."""
-    entries = text.count('"') - text.count('\\"') + sum(map(text.count, "[{,"))
-    if len(text) > MAX_HEADER or entries > 32 * MAX_TENSORS:
+    if len(text) > MAX_HEADER or _entries(text) > MAX_ENTRIES:
         raise AdapterError(f"{what} holds more entries than any adapter needs; the file is damaged or not an adapter")
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -184,6 +230,16 @@ def parse_json(text: str, what: str) -> object:
         raise AdapterError(f"{what} {error}; the file is damaged") from error
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{what} is not sound JSON; the file is damaged") from error
+
+
+def _entries(text: str) -> int:
+    """How many strings, objects, lists and places in them a JSON text has; what a string holds is one thing."""
+    if "\\" in text:
+        text = text.replace("\\\\", "").replace('\\"', "")
+    quotes = text.count('"')
+    if quotes > MAX_ENTRIES:
+        return quotes
+    return quotes + sum(part.count(mark) for part in text.split('"')[::2] for mark in "[{,")
 
 
 @contextlib.contextmanager
@@ -254,9 +310,12 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
                     f"{path.name}: this is a pickle or zip archive, not safetensors; pickles can run programs"
                     " and are never opened here, so convert it to safetensors first"
                 )
-            if len(prefix) < 8 or not 2 <= length <= MAX_HEADER:
+            if len(prefix) < 8 or length < 2 or (length > MAX_HEADER and 8 + length > size):
+                raise AdapterError(f"{path.name}: this is not a safetensors file")
+            if length > MAX_HEADER:
                 raise AdapterError(
-                    f"{path.name}: this is not a safetensors file, or its header exceeds {MAX_HEADER} bytes"
+                    f"{path.name}: its metadata is too long: {length} bytes with the list of tensors, and at most "
+                    f"{MAX_HEADER} are read; save the file again without tags and cover pictures"
                 )
             if 8 + length > size:
                 raise AdapterError(f"{path.name}: the file is cut short: its header alone needs {8 + length} bytes")
@@ -290,9 +349,14 @@ def _entry(what: str, entry: object, dtypes: tuple[str, ...]) -> tuple[str, tupl
     if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS or not _whole_numbers(offsets) or len(offsets) != 2:
         raise AdapterError(f"{what}: shape or offsets are not whole numbers; the file is damaged")
     begin, end = offsets
-    if end - begin != math.prod(shape) * torch.empty(0, dtype=DTYPES[dtype]).element_size():
+    if end - begin != _size(dtype, shape):
         raise AdapterError(f"{what}: shape {shape} does not fit its {end - begin} bytes; the file is damaged")
     return dtype, tuple(shape), begin, end
+
+
+def _size(dtype: str, shape: Sequence[int]) -> float:
+    """Bytes."""
+    return math.prod(shape) * BITS[dtype] / 8
 
 
 def _check_spans(path: Path, spans: list[tuple[int, int, str]], data_size: int) -> None:

@@ -1,6 +1,6 @@
 """What happens to every file that is read when it is damaged, or sound and yet not what it should be.
 
-    from mutations import run            # tests/files and tests/engine must be on the path
+    from mutations import run            # tests/files must be on the path, and the repository's root
     for outcome in run(400, seed=0, folder=Path("an empty folder")):
         print(outcome.line())
         assert not outcome.faults
@@ -22,6 +22,7 @@ import json
 import os
 import random
 import struct
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,7 @@ from modular_concepts.regions.parsing import json_problem, regions_from_json
 from modular_concepts.sampling import SampleSettings, sample
 from modular_concepts.toy.base import load_toy_base
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "engine"))  # for the tiny training
 QUICK = SampleSettings(steps=1, cfg=1.0)
 PROMPT = "a <kodo> on the grass"
 SUFFIX = ".safetensors"

@@ -1,0 +1,230 @@
+"""One odd thing in another program's file does not cost the file: what is not needed may be anything."""
+
+import json
+import math
+
+import pytest
+import torch
+from mutations import peak_memory
+from safetensors.torch import save_file
+
+from modular_concepts.errors import AdapterError
+from modular_concepts.files.diffusers import import_diffusers
+from modular_concepts.files.kohya import import_kohya
+from modular_concepts.files.lora import read_concept
+from modular_concepts.files.safe import MAX_HEADER, parse_json
+
+PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+STEM, LAYER = f"lora_unet_{PATH.replace('.', '_')}", f"unet.{PATH}"
+UP, DOWN = (torch.randn(*shape, generator=torch.Generator().manual_seed(shape[0])) for shape in ((12, 4), (4, 8)))
+
+
+def relative_error(found, wanted):
+    return (found - wanted).norm() / wanted.norm()
+
+
+def kohya(stem=STEM, alpha=2.0):
+    return {f"{stem}.lora_up.weight": UP, f"{stem}.lora_down.weight": DOWN, f"{stem}.alpha": torch.tensor(alpha)}
+
+
+def raw(path, tensors, metadata=None):
+    """A file with types that torch has not.  tensors: name -> tensor, or (type, shape, bytes)."""
+    header, data = {"__metadata__": metadata} if metadata else {}, b""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor):
+            tensor = ("F32", list(tensor.shape), tensor.numpy().tobytes())
+        dtype, shape, numbers = tensor
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(numbers)]}
+        data += numbers
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+ALPHAS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.float8_e4m3fn)
+ALPHAS += (torch.float64, torch.float16, torch.bfloat16, torch.uint32, torch.uint64, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", ALPHAS, ids=str)
+@pytest.mark.parametrize("read", [read_concept, import_kohya])
+def test_alpha_may_be_of_any_type(tmp_path, dtype, read):
+    tensors = kohya()
+    tensors[f"{STEM}.alpha"] = torch.tensor(2).to(dtype)
+    save_file(tensors, tmp_path / "x.safetensors")
+    concept, unmatched = read(tmp_path / "x.safetensors")
+    adapter = concept.layers[LAYER]
+    assert adapter.scale == 0.5 and not unmatched
+    assert relative_error(adapter.delta(), 0.5 * UP @ DOWN) < 1e-6
+
+
+def test_factors_in_eight_bits_read_exactly(tmp_path):
+    eight = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in kohya().items()}
+    save_file(eight, tmp_path / "x.safetensors")
+    adapter = read_concept(tmp_path / "x.safetensors").concept.layers[LAYER]
+    assert torch.equal(adapter.lora_up, eight[f"{STEM}.lora_up.weight"].float()) and adapter.scale == 0.5
+
+
+ODD = {
+    "a type that torch has not": ("F4", [4], b"\1\2"),
+    "a type of eight bits": ("F8_E8M0", [2], b"\1\2"),
+    "whole numbers": ("I16", [2], b"\1\2\3\4"),
+    "truth": ("BOOL", [2], b"\1\0"),
+    "complex numbers": ("C64", [1], bytes(8)),
+    "nothing": ("F32", [0], b""),
+    "no numbers": ("F32", [1], b"\0\0\xc0\x7f"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["something", "bundle_emb.a/b.string_to_param.*", "lora_unet_x.alpha_note", "conds..x"]
+)
+@pytest.mark.parametrize("odd", ODD)
+def test_a_tensor_that_is_not_needed_may_be_anything(tmp_path, odd, name):
+    concept, unmatched = read_concept(raw(tmp_path / "x.safetensors", kohya() | {name: ODD[odd]}))
+    assert torch.equal(concept.layers[LAYER].lora_up, UP) and unmatched == [name]
+
+
+@pytest.mark.parametrize("odd", ["a type that torch has not", "complex numbers", "nothing", "no numbers"])
+def test_a_factor_that_holds_no_numbers_is_refused(tmp_path, odd):
+    with pytest.raises(AdapterError, match=r"x.safetensors: .*alpha.*(not read|NaN)"):
+        read_concept(raw(tmp_path / "x.safetensors", kohya() | {f"{STEM}.alpha": ODD[odd]}))
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../b", "a\\b", "a\nb"])
+def test_a_name_that_climbs_is_refused_all_the_same(tmp_path, name):
+    with pytest.raises(AdapterError, match="not a layer's name"):
+        read_concept(raw(tmp_path / "x.safetensors", kohya() | {name: torch.ones(1)}))
+
+
+BIASES = ("{}.diff_b", "{}.bias", "{}.lora_up.bias")
+OTHER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_a_bias_beside_a_layer_leaves_the_layer(tmp_path, bias):
+    key = bias.format(STEM)
+    save_file(
+        kohya() | {k: v.clone() for k, v in kohya(OTHER).items()} | {key: torch.ones(12)}, tmp_path / "x.safetensors"
+    )
+    concept, unmatched = read_concept(tmp_path / "x.safetensors")
+    assert unmatched == [key] and len(concept.layers) == 2
+    assert relative_error(concept.layers[LAYER].delta(), 0.5 * UP @ DOWN) < 1e-6
+
+
+@pytest.mark.parametrize("bias", ["lora_B.bias", "lora_A.bias", "lora_B.default.bias"])
+@pytest.mark.parametrize("read", [read_concept, import_diffusers])
+def test_pefts_bias_leaves_the_layer(tmp_path, bias, read):
+    key = f"unet.{PATH}.{bias}"
+    tensors = {f"unet.{PATH}.lora_A.weight": DOWN, f"unet.{PATH}.lora_B.weight": UP, key: torch.ones(12)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    concept, unmatched = read(tmp_path / "x.safetensors")
+    assert unmatched == [key] and relative_error(concept.layers[LAYER].delta(), UP @ DOWN) < 1e-6
+
+
+@pytest.mark.parametrize("factor", ["dora_scale", "hada_w1_a", "diff", "w_norm", "set_weight", "reshape_weight"])
+def test_a_factor_that_changes_what_the_others_mean_throws_the_layer_out(tmp_path, factor):
+    odd = kohya(OTHER) | {f"{OTHER}.{factor}": torch.ones(12)}
+    save_file(kohya() | {key: tensor.clone() for key, tensor in odd.items()}, tmp_path / "x.safetensors")
+    concept, unmatched = read_concept(tmp_path / "x.safetensors")
+    assert list(concept.layers) == [LAYER] and unmatched == sorted(odd)
+
+
+def tags(count):
+    return json.dumps({"10_subject": {f"tag number {i}, with": i for i in range(count)}})
+
+
+@pytest.mark.parametrize("count", [160_000, 400_000])
+def test_a_large_header_is_read_in_proportion_to_it(tmp_path, count):
+    path = raw(tmp_path / "x.safetensors", kohya(), {"ss_tag_frequency": tags(count), "modelspec.title": "tom"})
+    size = path.stat().st_size
+    before = peak_memory(reset=True)
+    concept, unmatched = read_concept(path)
+    assert concept.layers[LAYER].scale == 0.5 and not unmatched and concept.about == {"title": "tom"}
+    assert peak_memory() - before < 8 * size + 16 * 2**20
+
+
+def test_metadata_beyond_the_limit_is_named_with_the_way_out(tmp_path):
+    path = raw(tmp_path / "x.safetensors", kohya(), {"note": "x" * MAX_HEADER})
+    with pytest.raises(AdapterError, match="metadata is too long: .* save the file again without tags") as caught:
+        read_concept(path)
+    assert "damaged" not in str(caught.value) and "not a safetensors" not in str(caught.value)
+
+
+def test_what_a_text_holds_is_one_entry(tmp_path):
+    assert parse_json(json.dumps({"a": '[{,\\"' * 400_000}), "x")
+    for many in ('["' + '\\"' * 10 + '"' + ",[]" * 400_000 + "]", '["",' * 300_000, '"' * 2_000_000, "[" * 600_000):
+        with pytest.raises(AdapterError, match="more entries"):
+            parse_json(many, "x")
+
+
+# --- peft's folder ---
+
+
+def peft(folder, config, name="adapter_model.safetensors"):
+    key = f"base_model.model.{PATH}"
+    save_file({f"{key}.lora_A.weight": DOWN, f"{key}.lora_B.weight": UP}, folder / name)
+    if config is not None:
+        text = config if isinstance(config, str) else json.dumps(config)
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    return folder / name
+
+
+SCALES = {
+    "alpha and rank": ({"r": 4, "lora_alpha": 16}, 4.0),
+    "a fraction": ({"r": 4, "lora_alpha": 0.5}, 0.125),
+    "rslora": ({"r": 4, "lora_alpha": 16, "use_rslora": True}, 8.0),
+    "a pattern": ({"r": 4, "lora_alpha": 16, "alpha_pattern": {"attn2.to_k": 2}}, 0.5),
+    "a whole path": ({"r": 4, "lora_alpha": 16, "alpha_pattern": {f"^{PATH}$": 2}}, 0.5),
+    "a pattern for others": ({"r": 4, "lora_alpha": 16, "alpha_pattern": {"n2.to_k": 2, "to_q": 8}}, 4.0),
+    "a rank pattern": ({"r": 8, "lora_alpha": 16, "rank_pattern": {"to_k": 4}}, 4.0),
+    "both": ({"r": 8, "lora_alpha": 16, "rank_pattern": {"to_k": 4}, "alpha_pattern": {"to_k": 1}}, 0.25),
+    "none": (None, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", SCALES)
+@pytest.mark.parametrize("read", [read_concept, import_diffusers])
+def test_the_configuration_beside_pefts_file_says_how_strongly_it_acts(tmp_path, case, read):
+    config, scale = SCALES[case]
+    adapter = read(peft(tmp_path, config)).concept.layers[LAYER]
+    assert math.isclose(adapter.scale, scale, rel_tol=1e-12)
+    assert relative_error(adapter.delta(), scale * UP @ DOWN) < 1e-6
+
+
+def test_the_configuration_is_of_pefts_own_name_and_yields_to_the_file(tmp_path):
+    assert read_concept(peft(tmp_path, {"r": 4, "lora_alpha": 16}, "tom.safetensors")).concept.layers[LAYER].scale == 1
+    key = f"base_model.model.{PATH}"
+    tensors = {f"{key}.lora_A.weight": DOWN, f"{key}.lora_B.weight": UP, f"{key}.alpha": torch.tensor(2.0)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    assert read_concept(tmp_path / "adapter_model.safetensors").concept.layers[LAYER].scale == 0.5
+
+
+BROKEN = {
+    "no JSON": "{",
+    "another rank": {"r": 8, "lora_alpha": 16},
+    "no rank": {"lora_alpha": 16},
+    "no alpha": {"r": 4},
+    "alpha in words": {"r": 4, "lora_alpha": "16"},
+    "alpha without end": '{"r": 4, "lora_alpha": 1e400}',
+    "alpha of nothing": {"r": 4, "lora_alpha": 0},
+    "a list": [1],
+    "an entry twice": '{"r": 4, "r": 4, "lora_alpha": 16}',
+    "a pattern that is an expression": {"r": 4, "lora_alpha": 16, "alpha_pattern": {"(a+)+$": 2}},
+    "a pattern of lists": {"r": 4, "lora_alpha": 16, "alpha_pattern": [1]},
+    "a pattern of words": {"r": 4, "lora_alpha": 16, "alpha_pattern": {"to_k": "2"}},
+    "much": " " * (2**20 + 1),
+    "deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_configuration_that_cannot_be_read_is_said(tmp_path, case):
+    with pytest.raises(AdapterError, match="adapter_config.json beside adapter_model.safetensors.*remove it") as caught:
+        read_concept(peft(tmp_path, BROKEN[case]))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_configuration_that_is_a_folder_is_said(tmp_path):
+    (tmp_path / "adapter_config.json").mkdir()
+    with pytest.raises(AdapterError, match="is no file.*remove it"):
+        read_concept(peft(tmp_path, None))
