@@ -12,9 +12,6 @@ def refuse_an_older_host():
 
 async def comfy_entrypoint():
     """Called by the host once it has started; the nodes, and all that they need, are loaded here."""
-    from .host.floor import check_interface
-
-    check_interface()
     from .nodes import ModularConcepts
 
     return ModularConcepts()

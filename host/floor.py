@@ -27,7 +27,8 @@ SCHEMA += ("outputs", "search_aliases")
 def check_host() -> None:
     """Raise ImportError, one sentence, where the host or its Python is older than the nodes need.
 
-    Outside of any host there is nothing to check.  A host that does not tell its version is judged by what it offers.
+    Outside of any host there is nothing to check.  Whatever version a host has, and be it none, it must offer what the
+    nodes are made of.
     """
     if sys.version_info < PYTHON:
         raise ImportError(
@@ -37,13 +38,11 @@ def check_host() -> None:
     version = host_version()
     if version and numbers(version) < numbers(NEEDED):
         raise ImportError(_sentence(f"this is ComfyUI {version}"))
-    if not version and find_spec("folder_paths"):
-        check_interface()
+    if find_spec("folder_paths"):  # inside a host, which has loaded its interface before any pack
+        _check_interface(version)
 
 
-def check_interface() -> None:
-    """Raise ImportError, one sentence, where the host's comfy_api lacks what the nodes are made of."""
-    version = host_version()
+def _check_interface(version: str | None) -> None:
     this = f"this one, which calls itself {version}," if version else "this one, which does not tell its version,"
     lacking = lacking_interface()
     if lacking:

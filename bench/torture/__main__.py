@@ -33,7 +33,7 @@ def trials(scale: Scale, hosts: dict[str, tuple[Path, Path]], pythons: list[Path
     yield Trial("sneaky", (12,), sneaky.tried)
     yield Trial("versions", (), partial(versions.tried, pythons))
     yield Trial("formats", (2,), partial(formats.tried, scale.golden, scale.one_in))
-    yield Trial("mutations", (1,), partial(files.mutated, scale.mutations, 0))
+    yield Trial("mutations", (1,), partial(files.mutated, scale.mutations, 0, scale.one_in > 1))
     yield Trial("crashes", (2,), partial(files.crashed, scale.crashed, 0))
     yield Trial("kills", (8,), partial(files.killed, scale.killed, 0))
     for seed in range(scale.seeds):
@@ -44,7 +44,8 @@ def trials(scale: Scale, hosts: dict[str, tuple[Path, Path]], pythons: list[Path
         yield Trial(f"queue-{version}", (11,), partial(about, in_host("queue"), path, python, scale.queued))
         yield Trial(f"cancels-{version}", (11,), partial(about, in_host("cancels"), path, python, scale.cancels))
         if scale.host_tests:
-            yield Trial(f"host-{version}", tuple(HOST_LAWS), partial(about, laws_in_host, path, python))
+            tests = partial(about, laws_in_host, path, python, scale.host_files)
+            yield Trial(f"host-{version}", tuple(HOST_LAWS), tests)
 
 
 def with_version(version: str, run: Callable[..., dict], *inputs: object) -> dict:
@@ -89,6 +90,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=OUT, help="the folder of what each trial saw")
     parser.add_argument(
         "--python", type=Path, nargs="*", default=[], help="other interpreters that have torch and pytest"
+    )
+    parser.add_argument(
+        "--host-files", nargs="*", help="of the tests in the host only these, such as host/test_floor.py"
     )
     for name in ("seeds", "mutations", "golden", "cycles", "crashed", "killed", "queued", "cancels"):
         parser.add_argument(f"--{name}", type=int, help=f"instead of {getattr(Scale(), name)}")

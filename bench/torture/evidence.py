@@ -30,6 +30,7 @@ class Scale:
     queued: int = 500
     cancels: int = 50
     host_tests: bool = True
+    host_files: tuple[str, ...] = ()
 
 
 QUICK = Scale(1, 40, 260, 20, 1, 4, 2, 20, 2, False)

@@ -38,15 +38,18 @@ def of_the_tests(module: str):
     return importlib.import_module(module)
 
 
-def mutated(total: int, seed: int) -> dict:
-    """At least `total` mutated files, shared out among all kinds; a process a kind, so that a crash is one kind's."""
+def mutated(total: int, seed: int, together: bool = False) -> dict:
+    """At least `total` mutated files, shared out among all kinds.
+
+    A process for each kind, so that a crash is one kind's; or all in one, which is sooner over.
+    """
     kinds = list(of_the_tests("mutations").KINDS)
     each, outcomes = -(-total // len(kinds)), []
-    for kind in kinds:
+    for some in [kinds] if together else [[kind] for kind in kinds]:
         try:
-            outcomes += of_tests("mutations", "run", each, seed, kinds=[kind])
+            outcomes += of_tests("mutations", "run", each, seed, kinds=some)
         except RuntimeError as error:
-            outcomes.append({"kind": kind, "tried": each, "refused": 0, "accepted": 0, "faults": [str(error)]})
+            outcomes.append({"kind": some[0], "tried": each, "refused": 0, "accepted": 0, "faults": [str(error)]})
     return {"outcomes": outcomes}
 
 
