@@ -21,6 +21,7 @@ from .buckets import bucket, stacked
 from .captions import checked_caption, read_caption
 from .errors import AdapterError
 from .folder import FolderReport, Found, listed, survey
+from .picture_size import check_promise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -296,6 +297,7 @@ def _opened(path: Path) -> tuple[Image, list[str]]:
             with Image.open(path, formats=FORMATS) as probe:
                 if probe.width * probe.height > MAX_PIXELS:
                     raise AdapterError(f"{path}: {probe.width}×{probe.height} pixels are too many; make it smaller")
+                check_promise(path, probe)
                 probe.verify()
             with Image.open(path, formats=FORMATS) as image:
                 moving = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
