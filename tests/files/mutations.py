@@ -326,7 +326,7 @@ def _recast(tensors, name, rng):
 def _reshape(tensors, name, rng):
     old = tensors[name]
     shapes = (
-        lambda t: t.mT,
+        lambda t: t.mT if t.dim() > 1 else t,
         lambda t: t.flatten(),
         lambda t: t[None],
         lambda t: t[..., None],

@@ -77,7 +77,11 @@ def main() -> None:
     facts["automatic problem"] = node.ConceptRegion.validate_inputs("a", "automatic", 0.0, 0.0, 99.0, 1.0)
 
     facts["said"] = {}
-    for title, prompt, own in (("known", f"{LEFT}, a <rex>", stack), ("unknown", "a <bob> and a <rex>", stack), ("bare", LEFT, None)):
+    for title, prompt, own in (
+        ("known", f"{LEFT}, a <rex>", stack),
+        ("unknown", "a <bob> and a <rex>", stack),
+        ("bare", LEFT, None),
+    ):
         spoken = facts["said"][title] = []
         pack_module("host.regions").show_text = spoken.append
         regional = region(prompt, 0.0, 1.0)
