@@ -30,7 +30,7 @@ class JointListening:
 
     def __init__(self, places: Places, contexts: Sequence[Tensor], negatives: Sequence[Tensor]):
         self.places, self.texts = places, list(zip(contexts, negatives, strict=True))
-        self._masks: dict[tuple, Tensor | None] = {}
+        self._masks: dict[tuple, _Mask | None] = {}
 
     def prepared(self, network: nn.Module, x: Tensor, context: Tensor, options: dict) -> tuple[Tensor, dict, list[int]]:
         """(context, transformer_options, how many tokens each region's text has) for one call of the network."""
@@ -50,19 +50,19 @@ class JointListening:
             if there:
                 padded = [F.pad(both[kind], (0, 0, 0, length - both[kind].shape[1])) for kind in kinds]
                 longer.append(torch.cat([own.expand(each, -1, -1) for own in padded]).to(context))
-        mask = self._mask(division, [own_length, *lengths], kinds, each, context)
+        mask = self._mask(division, [own_length, *lengths], kinds, each)
         if mask is not None:
             options = {**options, OVERRIDE: _Masked(mask, options.get(OVERRIDE))}
         return torch.cat(longer, dim=1), options, lengths
 
-    def _mask(self, division: Division, lengths: Sequence[int], kinds: Sequence[int], each: int, like: Tensor):
+    def _mask(self, division: Division, lengths: Sequence[int], kinds: Sequence[int], each: int) -> _Mask | None:
         """(1 or B, 1, all tokens, all tokens) to add to the attention's logits; None where nothing is kept apart."""
         key = (division, *lengths, *kinds, each)
         if key not in self._masks:
             masks = [self._mask_of(division, lengths, kind) for kind in kinds]
             same = all(torch.equal(mask, masks[0]) for mask in masks)
             whole = masks[0][None] if same else torch.stack(masks).repeat_interleave(each, dim=0)
-            self._masks[key] = whole[:, None].to(like) if bool(whole.any()) else None
+            self._masks[key] = _Mask(whole[:, None]) if bool(whole.any()) else None
         return self._masks[key]
 
     def _mask_of(self, division: Division, lengths: Sequence[int], kind: int) -> Tensor:
@@ -81,15 +81,30 @@ class JointListening:
         return mask
 
 
+class _Mask:
+    """A mask where it is needed: a context may still lie on another device, in another precision, than the attention."""
+
+    def __init__(self, values: Tensor):
+        self._values: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.whole, self.tokens = values, values.shape[-1]
+
+    def like(self, query: Tensor) -> Tensor:
+        """On the device and in the dtype of a query, which kernels ask for; moved once."""
+        key = (query.device, query.dtype)
+        if key not in self._values:
+            self._values[key] = self.whole.to(query.device, query.dtype)
+        return self._values[key]
+
+
 class _Masked:
     """The host's attention with a mask, where text and picture are joined."""
 
-    def __init__(self, mask: Tensor, before):
+    def __init__(self, mask: _Mask, before):
         self.mask, self.before = mask, before
 
     def __call__(self, attention, query: Tensor, key: Tensor, value: Tensor, *args, **more):
-        if query.shape[1] == self.mask.shape[-1]:
-            more = {**more, "mask": self.mask}
+        if query.shape[1] == self.mask.tokens:
+            more = {**more, "mask": self.mask.like(query)}
         if self.before is not None:
             return self.before(attention, query, key, value, *args, **more)
         return attention(query, key, value, *args, **more)

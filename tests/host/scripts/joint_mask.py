@@ -1,0 +1,31 @@
+"""In the host: the mask of regions in a joint attention, asked for in several precisions and on another device."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+from in_host import FOLDER, pack_module, start
+
+start()
+
+import torch
+
+joint, listening = pack_module("host.joint"), pack_module("host.listening")
+geometry, places = (pack_module(f"modular_concepts.regions.{name}") for name in ("geometry", "places"))
+
+TEXT, SIDE, WIDTH = 5, 8, 16
+context = torch.randn(2, TEXT, WIDTH, generator=torch.Generator().manual_seed(0))
+regions = places.Places([geometry.Region("left", box=(0.0, 0.0, 0.5, 1.0))], scale=8)
+heard = joint.JointListening(regions, [context[:1]], [context[1:]])
+options = {"cond_or_uncond": [0, 1], listening.PROGRESS: 0.0}
+network = SimpleNamespace(patch_size=2)
+longer, options, _ = heard.prepared(network, torch.zeros(2, 16, SIDE, SIDE), context, options)
+tokens = longer.shape[1] + (SIDE // 2) ** 2
+found = {}
+for device, dtype in (("cpu", "float32"), ("cpu", "bfloat16"), ("meta", "float16"), ("cpu", "float32")):
+    query = torch.zeros(2, tokens, WIDTH, device=device, dtype=getattr(torch, dtype))
+    given = options[joint.OVERRIDE](lambda *_, mask: mask, query, query, query)
+    apart = None if device == "meta" else int(torch.isinf(given).sum())
+    found[f"{device} {dtype}"] = [str(given.device), str(given.dtype), list(given.shape), apart]
+(FOLDER / "found.json").write_text(json.dumps(found))
