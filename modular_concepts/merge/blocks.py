@@ -29,6 +29,11 @@ class MergedBlocks:
     def rank(self) -> int:
         return sum(part.rank for part in self.parts)
 
+    @property
+    def is_zero(self) -> bool:
+        """As `MergedLayer.is_zero`."""
+        return all(part.is_zero for part in self.parts)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MergedBlocks:
         return MergedBlocks(tuple(part.to(device, dtype) for part in self.parts), self.out_features)
 

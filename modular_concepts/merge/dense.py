@@ -25,6 +25,11 @@ class MergedDense:
     def rank(self) -> int:
         return min(len(self.values), self.values[0].numel())
 
+    @property
+    def is_zero(self) -> bool:
+        """As `MergedLayer.is_zero`."""
+        return not bool(self.values.any())
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MergedDense:
         return MergedDense(self.values.to(device=device, dtype=dtype))
 

@@ -57,6 +57,11 @@ class MergedLayer:
             flat[run].addmm_(self.up, down, alpha=strength)
         return weight
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether the delta is exactly zero, so that no weight need be touched for it."""
+        return not bool(self.up.any())
+
     def residual(self, x: Tensor, conv: ConvGeometry | None = None) -> Tensor:
         """What the sum adds to the layer's output, in x.dtype; shapes as `LowRank.residual`."""
         return low_rank_product(x, self.up, self.down, conv, self.rows, self.out_features)
@@ -98,6 +103,11 @@ class MergedSum:
     @property
     def down(self) -> Tensor:
         return self.joined.down
+
+    @property
+    def is_zero(self) -> bool:
+        """As `MergedLayer.is_zero`, by the strengths alone."""
+        return not any(self.strengths)
 
     @property
     def rows(self) -> Tensor | None:

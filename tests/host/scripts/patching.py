@@ -76,6 +76,7 @@ def main() -> None:
         sockets = {f"concept{index}": stacks[name] for index, name in enumerate(names)}
         merged, merged_clip, stack = getattr(merging, node).execute(model, clip, sockets, option).args
         facts.setdefault("patches_per_layer", set()).update(len(p) for p in merged.patches.values())
+        facts.setdefault("patches", {})[title] = len(merged.patches) + len(merged_clip.patcher.patches)
         facts.setdefault("inside", {})[title] = list(patching.concepts_in(merged))
         look(title, merged, merged_clip)
 
