@@ -48,6 +48,9 @@ class Held:
         self.tokens, self._like = weights.shape[1], like.new_empty(0)
         self.parts = tuple(Part.of(own, like) for own in weights)
         self._weights = weights
+        # How each layer adds to these tokens, found once: at every step 160 layers ask, and on a GPU their asking is
+        # what costs.
+        self.ways: dict[Gated, Callable[[Tensor, Tensor], Tensor]] = {}
         self._columns: dict[tuple, Tensor] = {}
         self._rows: dict[tuple[int, int], tuple[Tensor | None, Tensor | None]] = {}
 
@@ -99,21 +102,32 @@ class Gated:
         x: (B, T, in), output: (B, T, out); of a convolution (B, C, H, W), and its tokens are the output's positions.
         May write into `output`, which is the layer's own; tokens that no concept holds keep theirs bit for bit.
         """
+        if self not in held.ways:
+            held.ways[self] = self._way(held, x)
+        return held.ways[self](output, x)
+
+    def _way(self, held: Held, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """What `add` does with an output and an x for tokens that are held so."""
         acting = [number for number, owner in enumerate(self.owners) if held.parts[owner] is not None]
         if not acting:
-            return output
+            return lambda output, _x: output
         if all(held.parts[self.owners[number]].everything for number in acting):
             # The very steps of a merged layer, so that one full region is plain sampling to the last bit.
-            return output + self._merged(tuple(acting)).residual(x, self.conv)
+            merged = self._merged(tuple(acting))
+            return lambda output, x: output + merged.residual(x, self.conv)
         if self.conv is not None:
-            return self._add_to_map(output, x, held, acting)
+            return lambda output, x: self._add_to_map(output, x, held, acting)
         if self._side_by_side(held, x):
-            layer = self._joined(tuple(range(len(self.owners))), x)
-            hidden = F.linear(x, layer.down) * held.columns(self.owners, self.ranks)
-            output = output.contiguous()
-            output.view(-1, output.shape[-1]).addmm_(hidden.flatten(0, -2), layer.up.mT)
-            return output
-        return self._gathered(output.contiguous(), x.flatten(0, -2), held, acting)
+            every, columns = tuple(range(len(self.owners))), held.columns(self.owners, self.ranks)
+            return lambda output, x: self._add_side_by_side(output, x, every, columns)
+        return lambda output, x: self._gathered(output.contiguous(), x.flatten(0, -2), held, acting)
+
+    def _add_side_by_side(self, output: Tensor, x: Tensor, numbers: tuple[int, ...], columns: Tensor) -> Tensor:
+        layer = self._joined(numbers, x)
+        hidden = F.linear(x, layer.down) * columns
+        output = output.contiguous()
+        output.view(-1, output.shape[-1]).addmm_(hidden.flatten(0, -2), layer.up.mT)
+        return output
 
     def _side_by_side(self, held: Held, x: Tensor) -> bool:
         """Whether all concepts in one pair of products cost less than each with its own tokens."""
@@ -187,6 +201,7 @@ class Gate:
         self.speaking: int = 0
         self.lengths: Sequence[int] | None = None
         self._known: dict[object, Held] = {}
+        self._by_moment: dict[tuple, Held] = {}
 
     @contextmanager
     def attached(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -200,8 +215,12 @@ class Gate:
     def _on_positions(self, gated: Gated):
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             tokens = output.shape[-2] if gated.conv is None else output.shape[-2] * output.shape[-1]
-            division = self.places.division(tokens, *self.now, output)
-            return gated.add(output, args[0], self._held(division, lambda: division.texts, output))
+            moment = (tokens, self.now, output.dtype, output.device)
+            held = self._by_moment.get(moment)
+            if held is None:
+                division = self.places.division(tokens, *self.now, output)
+                held = self._by_moment[moment] = self._held(division, lambda: division.texts, output)
+            return gated.add(output, args[0], held)
 
         return hook
 
