@@ -125,9 +125,10 @@ class Checks:
         """Promise 3: merged = activations = W x + sum of strength * up (down x), in float64."""
         compute = self.model.model.manual_cast_dtype or self.model.model_dtype()
         eight_bit = self.case.stored.itemsize < 2
-        # What is added to a weight is rounded as the weight is.
+        # A patched weight is rounded as the weight is stored, and as the host computes patches: in float16 on a GPU.
+        patches = comfy.model_management.lora_compute_dtype(self.model.load_device)
         allowed = {"activations": TOLERANCE[compute]}
-        allowed["weights"] = max(TOLERANCE[compute], TOLERANCE.get(self.case.stored, 0.0))
+        allowed["weights"] = max(TOLERANCE.get(dtype, 0.0) for dtype in (compute, patches, self.case.stored))
         base, inputs = {}, {}
         with self.loaded(self.model) as modules:
             for number, (name, module) in enumerate(modules.items()):
@@ -185,8 +186,9 @@ class Checks:
             return self.drawn(found.model, found[1:])
 
         apart = relative(draw(whole, [], "merged"), self.plain)
-        # The host's joint attention takes another kernel once it gets a mask.
-        self.note("one full region = plain", apart, apart <= (0 if self.case.family != "sd3" else 5e-2))
+        # In float32 a GPU's product of a longer text rounds the shorter one's rows otherwise.
+        exact = self.case.stored != torch.float32 or self.model.load_device.type == "cpu"
+        self.note("one full region = plain", apart, apart <= (0.0 if exact else 1e-5))
         for mode in ("merged", "gated"):
             moved = relative(draw(left, [(concept, 1.0)], mode), self.plain)
             self.note(f"{mode} region moved", moved, math.isfinite(moved) and moved >= 1e-3)
@@ -249,12 +251,12 @@ def low_memory(on: bool) -> Iterator[None]:
 
 
 def prints(model) -> dict[str, int]:
-    """A number for each weight that any changed bit changes."""
+    """A number for each weight, the sum of its bits as whole numbers, which any one changed bit changes."""
     found = {}
     for name, value in model.model.state_dict().items():
-        plain = getattr(value, "_qdata", value).detach().contiguous()
-        words = plain.reshape(-1).view(torch.uint8).to(torch.int64)
-        found[name] = int((words * (torch.arange(len(words), device=words.device) % 65521 + 1)).sum())
+        plain = getattr(value, "_qdata", value).detach().contiguous().reshape(-1)
+        whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[plain.itemsize]
+        found[name] = int(plain.view(whole).sum(dtype=torch.int64))
     return found
 
 

@@ -105,8 +105,16 @@ def resume(family: str = "sd15", size: str = "tiny", steps: int = 6, pixels: int
 
 
 def merge(
-    family: str, size: str, stored: str, counts: list[int], core_counts: list[int], repeats: int, rank: int = 20
+    family: str,
+    size: str,
+    stored: str,
+    counts: list[int],
+    core_counts: list[int],
+    repeats: int,
+    rank: int = 20,
+    blocks: list[int] | None = None,
 ) -> None:
+    """blocks: how many concepts are merged as blocks too; all counts."""
     with torch.inference_mode():
         loaded = host_models.load(family, size, getattr(torch, stored))[:2]
         bench = merge_in_host.Bench(loaded, counts, rank, repeats, False, core_counts)
@@ -115,6 +123,8 @@ def merge(
             work = made_work(bench.adapters, bench.weights, count, bench.rank)
             machine.measure()
             for how, concepts in (("sum", work.sums), ("block", work.blocks)):
+                if how == "block" and blocks is not None and count not in blocks:
+                    continue
                 floor = machine.floor(work, concepts).seconds
                 tell(f"{family} {how} {count}", {"floor_seconds": floor, **bench.pair(how, concepts)["seconds"]})
             del work

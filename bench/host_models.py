@@ -7,9 +7,12 @@ layers: what they cost is no part of what is measured.  Nothing is read from a d
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import comfy.ldm.modules.diffusionmodules.mmdit
 import comfy.ldm.modules.diffusionmodules.openaimodel
+import comfy.memory_management
 import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
@@ -54,13 +57,24 @@ def _model_alone(family: str, size: str, dtype: torch.dtype, disable_dynamic: bo
 
 def model_weights(family: str, size: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Random weights by the host's names.  8-bit ones are Linear layers alone, as such files are."""
-    with torch.device("meta"):
+    with torch.device("meta"), whole_layers():
         network = {"sd3": _sd3}.get(family, _unet)(family, size)
     shapes = {name: value.shape for name, value in network.state_dict().items() if value.is_floating_point()}
     return {
         name: value.to(torch.float16 if dtype.itemsize < 2 and value.dim() != 2 else dtype)
         for name, value in random_weights(shapes).items()
     }
+
+
+@contextmanager
+def whole_layers() -> Iterator[None]:
+    """With dynamic memory the host's layers have no weights until a file gives them some; here they are asked for."""
+    memory = comfy.memory_management
+    before, memory.aimdo_enabled = memory.aimdo_enabled, False
+    try:
+        yield
+    finally:
+        memory.aimdo_enabled = before
 
 
 def _unet(family: str, size: str):
@@ -115,7 +129,7 @@ def clip_of(family: str) -> comfy.sd.CLIP:
         "sdxl": lambda: ClipTarget(comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel),
         "sd3": lambda: ClipTarget(sd3.SD3Tokenizer, sd3.sd3_clip(clip_l=True, clip_g=True, t5=False)),
     }[family]()
-    with torch.device("meta"):
+    with torch.device("meta"), whole_layers():
         empty = target.clip(device="meta", dtype=torch.float16, model_options=TEXT)
     shapes = {name: value.shape for name, value in empty.state_dict().items() if value.is_floating_point()}
     weights = {

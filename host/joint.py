@@ -82,7 +82,7 @@ class JointListening:
 
 
 class _Mask:
-    """A mask where it is needed: a context may still lie on another device, in another precision, than the attention."""
+    """A mask where it is needed: a context may lie on another device, in another precision, than the attention."""
 
     def __init__(self, values: Tensor):
         self._values: dict[tuple[torch.device, torch.dtype], Tensor] = {}

@@ -187,8 +187,8 @@ def merged(
 def _put(found: Mapping[str, Merged], patcher: comfy.model_patcher.ModelPatcher, beside: bool) -> None:
     """Into a clone: merged layers by weight key.
 
-    Layers to which nothing is added are left alone: a GPU's host casts a weight to float16 before it is patched, and one
-    in float32 would come back rounded.
+    Layers to which nothing is added are left alone: on a GPU the host casts a weight to float16 before it is patched,
+    and one in float32 would come back rounded.
     """
     found = {key: own for key, own in found.items() if not own.is_zero}
     if not beside:
