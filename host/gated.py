@@ -24,7 +24,7 @@ from ..modular_concepts.regions.places import Places
 from .clip import class_words_of, learned_words, with_tokens, word_rows
 from .layers import UNET_PREFIX, architecture_of, host_layers
 from .layerwise import cross_attention_layers, refuse_other_layers
-from .patching import MergedWeight, concepts_in
+from .patching import MergedWeight, is_inside
 
 
 class HostGate:
@@ -58,7 +58,7 @@ def fitting_stack(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, 
     Raises AdapterError for concepts that do not fit it, or are in it already and so act everywhere.
     """
     for concept, _ in stack:
-        if concept.name in concepts_in(model):
+        if is_inside(model, concept):
             raise AdapterError(
                 f"{concept.name} is merged into this model already, so it acts everywhere and no region can hold it; "
                 "take the model and the text encoder from before Merge Concepts, or choose the merged mode"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
-from ..modular_concepts.files.lora import Place, by_rule, import_lora, lora_concept
+from ..modular_concepts.files.lora import Place, by_rule, import_lora, lora_concept, told_apart
 from ..modular_concepts.merge.strengths import check_strength
 from .concepts import said_of_unmatched
 from .folders import path_of
@@ -65,7 +65,7 @@ def concepts_of(
         tensors = {key: value for key, value in lora.items() if isinstance(value, Tensor)}
         imported = lora_concept(Path(title), tensors, {}, title, **asked)
         return ((imported.concept, 1.0),), said_of_unmatched(title, imported.unmatched)
-    stack, said = [], []
+    stack, said, paths = [], [], []
     for entry in lora or ():
         file, strength, text_strength = _entry(entry)
         if file in ("", "None"):
@@ -74,6 +74,9 @@ def concepts_of(
         imported = import_lora(path, None, **asked)
         stack.append(with_strengths(imported.concept, strength, text_strength))
         said.append(said_of_unmatched(path.name, imported.unmatched))
+        paths.append(path)
+    called = told_apart([concept.name for concept, _ in stack], paths)
+    stack = [(replace(concept, name=name), own) for (concept, own), name in zip(stack, called, strict=True)]
     return tuple(stack), "\n".join(filter(None, said))
 
 

@@ -17,7 +17,7 @@ from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
 
 from ..modular_concepts.adapters import ConvGeometry, LowRank
-from ..modular_concepts.concept import Concept
+from ..modular_concepts.concept import Concept, same_concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.fitting import fitted
 from ..modular_concepts.merge import (
@@ -151,9 +151,8 @@ def merged(
     if not stack:
         raise AdapterError("there is nothing to merge; connect at least one concept")
     concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
-    before = concepts_in(model)
     for concept in concepts:
-        if concept.name in before:
+        if is_inside(model, concept):
             raise AdapterError(
                 f"{concept.name} is in this model already; take the model from before the first merge, or leave "
                 "the concept out"
@@ -203,6 +202,11 @@ def _put(found: Mapping[str, Merged], patcher: comfy.model_patcher.ModelPatcher,
 def concepts_in(model: comfy.model_patcher.ModelPatcher) -> tuple[str, ...]:
     """Names of the concepts that were merged into a MODEL."""
     return tuple(concept.name for concept in merged_concepts(model))
+
+
+def is_inside(model: comfy.model_patcher.ModelPatcher, concept: Concept) -> bool:
+    """Whether this very concept, and not only one of its name, was merged into a MODEL."""
+    return any(same_concept(concept, own) for own in merged_concepts(model))
 
 
 def merged_concepts(model: comfy.model_patcher.ModelPatcher) -> tuple[Concept, ...]:

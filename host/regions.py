@@ -39,7 +39,7 @@ from .layerwise import LAYERS, cross_attention_layers, with_layers
 from .listening import PROGRESS, Clock, Listening
 from .merging import warnings_here, warnings_of
 from .messages import show_text
-from .patching import concepts_in, merged, merged_concepts
+from .patching import concepts_in, is_inside, merged, merged_concepts
 
 MODES = ("merged", "gated")
 REGIONS = "modular_concepts_regions"
@@ -158,7 +158,7 @@ def with_regions(
         show_text("\n".join(said))
     places = Places(regions, overlap, _scale(model))
     if mode == "merged" or not stack:
-        missing = [pair for pair in stack if pair[0].name not in concepts_in(model)]
+        missing = [pair for pair in stack if not is_inside(model, pair[0])]
         if missing:
             model, clip = merged(model, clip, missing)
         stack, clips = (), [clip] * (1 + len(regions))

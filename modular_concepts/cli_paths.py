@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +28,7 @@ def base_named(name: str):
 
 def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
     """(concepts, strengths, files) of FILE or FILE:STRENGTH each; a LoRA of any program is a concept too."""
+    from .files.lora import told_apart
     from .merge.strengths import check_strength
 
     concepts, strengths, paths = [], [], []
@@ -43,6 +45,8 @@ def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
         paths.append(Path(text if strength is None else path))
         concepts.append(concept_at(paths[-1]))
         strengths.append(1.0 if strength is None else strength)
+    named = told_apart([concept.name for concept in concepts], paths)
+    concepts = [c if c.name == name else replace(c, name=name) for c, name in zip(concepts, named, strict=True)]
     return concepts, strengths, paths
 
 

@@ -82,6 +82,18 @@ class Concept:
     about: Mapping[str, str] = field(default_factory=dict)
 
 
+def same_concept(one: Concept, other: Concept) -> bool:
+    """Whether two are one concept, at whatever strength of its parts: by name, words and factors."""
+    if one is other:
+        return True
+    alike = one.name == other.name and set(one.tokens) == set(other.tokens) and set(one.layers) == set(other.layers)
+    return alike and all(_same(own.lora_up, other.layers[name].lora_up) for name, own in one.layers.items())
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one.detach().cpu() == other.detach().cpu()).all())
+
+
 def check_concept(concept: Concept) -> None:
     """Check a concept at a boundary.  Raises AdapterError that names the layer, word or field."""
     check_text("concept name", concept.name)

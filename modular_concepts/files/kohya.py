@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,10 @@ READ = ("up", "down", "mid", "alpha")  # factors whose numbers are needed
 Layers = Mapping[str, nn.Module] | Iterable[str]
 Parse = Callable[[str], tuple[str | None, str]]
 MAX_KERNEL = 7
+# What diffusers and peft call every file, and folders that hold many of them and name none.
+GENERIC = {"pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model", "pytorch_model"}
+PLACES = {"loras", "lora", "concepts", "models", "output", "downloads"}
+CHECKPOINT = re.compile(r"(checkpoint|step|epoch)[-_]?\d+")
 FACTORS = {"lora_up.weight": "up", "lora_down.weight": "down", "lora_mid.weight": "mid", "alpha": "alpha"}
 # A changed bias stands beside the two factors and changes nothing about them.
 FACTORS |= {name: "apart" for name in ("diff_b", "bias", "lora_up.bias", "lora_down.bias")}
@@ -122,6 +127,16 @@ def assemble(
     return adapters, sorted(unmatched)
 
 
+def name_of_file(path: Path) -> str:
+    """What a LoRA is called: by its file, or by its folder where a program gives all files one name."""
+    folder = path.absolute().parent
+    if path.stem.lower() not in GENERIC or not folder.name or folder.name.lower() in PLACES:
+        return path.stem
+    if CHECKPOINT.fullmatch(folder.name.lower()) and folder.parent.name:
+        return f"{folder.parent.name}_{folder.name}"
+    return folder.name
+
+
 def imported_concept(
     path: Path, name: str | None, adapters: dict[str, LowRank], kind: str, metadata: Mapping[str, str]
 ) -> Concept:
@@ -129,7 +144,7 @@ def imported_concept(
     rank, _ = Counter(adapter.rank for adapter in adapters.values()).most_common(1)[0]
     alpha, _ = Counter(adapter.alpha for adapter in adapters.values()).most_common(1)[0]
     said = {key: metadata[key][:200] for key in ("ss_base_model_version", "ss_sd_model_name") if key in metadata}
-    title = "".join(letter for letter in name or path.stem if letter.isprintable())[:100].strip() or "imported"
+    title = "".join(letter for letter in name or name_of_file(path) if letter.isprintable())[:100].strip() or "imported"
     recipe = Recipe(
         method="lora",
         rank=rank,

@@ -8,7 +8,7 @@ values apart that are one layer in it, and then each is some rows of that layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,6 +97,17 @@ def lora_concept(
     whole = _joined(path, adapters, rows, shapes or {})
     kind = "kohya" if any(key.startswith("lora_") for key in tensors) else "diffusers"
     return Imported(imported_concept(path, name, whole, kind, metadata), unmatched)
+
+
+def told_apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """Names of concepts of one stack: those that files of several folders share have the folder before them."""
+    folders: dict[str, set[Path]] = {}
+    for name, path in zip(names, paths, strict=True):
+        folders.setdefault(name, set()).add(path.absolute().parent)
+    return [
+        f"{path.absolute().parent.name}/{name}" if len(folders[name]) > 1 else name
+        for name, path in zip(names, paths, strict=True)
+    ]
 
 
 def split_key(key: str) -> tuple[str | None, str]:

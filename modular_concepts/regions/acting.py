@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..concept import Concept
+from ..crosstalk import distinct_names
 from ..errors import AdapterError
 from ..triggers import heard
 from .geometry import Region
@@ -20,6 +21,7 @@ def acting(stack: Stack, prompt: str, regions: Sequence[Region]) -> list[tuple[i
     Raises AdapterError for a concept that a region names and the stack lacks.
     """
     check_names(regions, [concept.name for concept, _ in stack])
+    refuse_ambiguous(regions, [concept for concept, _ in stack])
     regional = [_named(stack, region) for region in regions]
     taken = {number for own in regional for number in own}
     return [tuple(number for number in called(stack, prompt) if number not in taken), *regional]
@@ -62,11 +64,27 @@ def unheard(stack: Stack, prompt: str, regions: Sequence[Region], gated: bool, w
     return sentences
 
 
+def refuse_ambiguous(regions: Sequence[Region], concepts: Sequence[Concept]) -> None:
+    """Raise AdapterError for a name of two concepts that a region names, which could not be told apart by it."""
+    names, distinct = [concept.name for concept in concepts], distinct_names(concepts)
+    for name in dict.fromkeys(name for region in regions for name in region.concepts or ()):
+        if names.count(name) > 1:
+            numbered = " or ".join(own for own, plain in zip(distinct, names, strict=True) if plain == name)
+            raise AdapterError(
+                f"{names.count(name)} concepts are called {name!r}; let the region name {numbered}, in the "
+                "stack's order"
+            )
+
+
 def check_names(regions: Sequence[Region], known: Sequence[str]) -> None:
-    """Raise AdapterError for a concept that a region names and that is not known."""
+    """Raise AdapterError for a concept that a region names and that is not known.
+
+    Names that come twice in `known` may be numbered, as `crosstalk.distinct_names` numbers them.
+    """
+    numbered = {f"{name} ({number + 1})" for name in known for number in range(known.count(name))}
     for region in regions:
         for name in region.concepts or ():
-            if name not in known:
+            if name not in known and name not in numbered:
                 raise AdapterError(
                     f"region {region.prompt!r} asks for the concept {name!r}, and there is none of that name; "
                     f"there {'is ' + ', '.join(known) if known else 'are no concepts'}"
@@ -76,4 +94,5 @@ def check_names(regions: Sequence[Region], known: Sequence[str]) -> None:
 def _named(stack: Stack, region: Region) -> tuple[int, ...]:
     if region.concepts is None:
         return called(stack, region.prompt)
-    return tuple(number for number, (concept, _) in enumerate(stack) if concept.name in region.concepts)
+    names = distinct_names([concept for concept, _ in stack])
+    return tuple(number for number, name in enumerate(names) if name in region.concepts)
