@@ -46,19 +46,15 @@ def add_merge(commands) -> None:
     merge.add_argument(
         "--density",
         type=float,
-        default=DEFAULTS.density,
-        help="magnitude, dare, ties: the share of weights that stays (default %(default)s)",
+        help=f"magnitude, dare, ties: the share of weights that stays (default {DEFAULTS.density})",
     )
-    merge.add_argument(
-        "--rank", type=int, default=DEFAULTS.rank, help="svd: the rank that the sum is cut to (default %(default)s)"
-    )
+    merge.add_argument("--rank", type=int, help=f"svd: the rank that the sum is cut to (default {DEFAULTS.rank})")
     merge.add_argument(
         "--seed",
         type=int,
-        default=DEFAULTS.seed,
-        help="dare: which weights are dropped follows from it (default %(default)s)",
+        help=f"dare: which weights are dropped follows from it (default {DEFAULTS.seed})",
     )
-    merge.add_argument("--ridge", type=float, default=DEFAULTS.ridge, help="fusion: damping (default %(default)s)")
+    merge.add_argument("--ridge", type=float, help=f"fusion: damping (default {DEFAULTS.ridge})")
     merge.add_argument(
         "--moments",
         nargs="+",
@@ -116,13 +112,17 @@ def run_merge(args: argparse.Namespace) -> None:
     from .explain import warnings_between, warnings_on_base
     from .files.concept import save_concept
     from .merged import check_together, merged_concept
+    from .unread import MERGE, unread
 
     check_output(args.out, args.overwrite)
-    options = MergeOptions(args.density, args.seed, args.rank, args.ridge)
+    chosen = {name: getattr(args, name) for name in ("density", "seed", "rank", "ridge")}
+    options = MergeOptions(**{name: value for name, value in chosen.items() if value is not None})
     concepts, strengths, paths = concepts_at(args.concepts)
     check_together(concepts)
     base = base_named(args.base) if args.base else None
+    given = [name for name in MERGE if getattr(args, name) not in (None, False, "")]
     for sentence in [
+        *unread(MERGE, given, args.how, called=lambda name: f"--{name}"),
         *warnings_between(concepts),
         *(warnings_on_base(concepts, base.hash, base.sample) if base else []),
     ]:

@@ -33,13 +33,11 @@ def add_sample(commands) -> None:
     sample.add_argument(
         "--units",
         choices=["fractions", "pixels"],
-        default="fractions",
         help="what boxes count: fractions of the picture, from 0 to 1 (default), or its pixels",
     )
     sample.add_argument(
         "--mode",
         choices=["gated", "merged"],
-        default="gated",
         help="with regions: a concept acts in those alone that call it (gated, default), or everywhere (merged)",
     )
     sample.add_argument(
@@ -85,14 +83,16 @@ def run_sample(args: argparse.Namespace) -> None:
     settings = SampleSettings(args.steps, args.cfg, args.height, args.width, args.negative)
     height = base.size[0] if args.height is None else args.height
     width = base.size[1] if args.width is None else args.width
-    regions = [_region(text, args.units, width, height) for text in args.region or []]
+    regions = [_region(text, args.units or "fractions", width, height) for text in args.region or []]
     check_zoom(width, height, args.zoom)
     seeds = [args.seed + number for number in range(args.count)]
     written: list[Path] = []
     bar = Bar("sample", args.steps * -(-args.count // settings.batch))
     texts = [args.prompt, *(region.prompt for region in regions)]
     _warn_unknown(base, texts, [word for concept in concepts for word in concept.tokens])
-    gated = bool(regions) and args.mode == "gated"
+    gated = bool(regions) and args.mode != "merged"
+    for sentence in _unread(args):
+        note(sentence)
     stack = list(zip(concepts, strengths, strict=True))
     for sentence in unheard(stack, args.prompt, regions, gated, "draw with --mode merged, where it acts everywhere"):
         note(sentence)
@@ -112,6 +112,15 @@ def run_sample(args: argparse.Namespace) -> None:
     finally:
         for number, path in enumerate(written):
             print(f"wrote {path} (seed {seeds[number]})")
+
+
+def _unread(args: argparse.Namespace) -> list[str]:
+    """A sentence for each option that was typed and that this drawing does not read."""
+    from .unread import SAMPLE, unread
+
+    given = [name for name in SAMPLE if getattr(args, name) not in (None, "", [])]
+    present = [*(["region"] if args.region else []), *(["guidance (cfg above 1)"] if args.cfg != 1 else [])]
+    return unread(SAMPLE, given, present=present, called=lambda name: f"--{name}")
 
 
 def _write(args: argparse.Namespace, number: int, picture) -> Path:

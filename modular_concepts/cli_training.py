@@ -13,6 +13,9 @@ from .errors import AdapterError
 from .files.safe import safe_name
 
 
+CHECKPOINT_EVERY = 100
+
+
 def add_train(commands) -> None:
     train = commands.add_parser("train", help="a folder of pictures, optional captions and masks -> a concept file")
     train.add_argument("pictures", type=Path, help="folder: NAME.png, optional NAME.txt and NAME.mask.png")
@@ -38,7 +41,7 @@ def add_train(commands) -> None:
     train.add_argument(
         "--checkpoints", type=Path, help="folder for checkpoints (default none: the training cannot be resumed)"
     )
-    train.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="default 100")
+    train.add_argument("--checkpoint-every", type=int, metavar="STEPS", help=f"default {CHECKPOINT_EVERY}")
     train.add_argument("--resume", type=Path, help="a checkpoint, or a folder for its newest")
     train.add_argument(
         "--accept-changes", action="store_true", help="resume although pictures, captions, base or settings changed"
@@ -71,7 +74,7 @@ def run_train(args: argparse.Namespace) -> None:
     preset = chosen_preset(args, usual, lambda own: on_toy_base(own, described=bool(args.description)) if toy else own)
     settings = replace(preset.settings, name=name)
     if args.checkpoints:
-        settings = replace(settings, checkpoint_every=args.checkpoint_every)
+        settings = replace(settings, checkpoint_every=_every(args))
     height, width = args.size or base.size
     if height % base.multiple or width % base.multiple:
         raise AdapterError(
@@ -83,6 +86,8 @@ def run_train(args: argparse.Namespace) -> None:
     data = load_folder(
         args.pictures, (height, width), (trigger,), template=template, buckets=args.buckets, multiple=base.multiple
     )
+    for sentence in _unread(args, settings.method, preset, base):
+        note(sentence)
     print(data.report.summary())
     for remark in data.report.remarks():
         note(remark)
@@ -142,6 +147,27 @@ def run_train(args: argparse.Namespace) -> None:
         raise AdapterError(f"{fault}{place}{rates}") from fault
     if not result.finished:
         raise KeyboardInterrupt
+
+
+def _every(args: argparse.Namespace) -> int:
+    return CHECKPOINT_EVERY if args.checkpoint_every is None else args.checkpoint_every
+
+
+def _unread(args: argparse.Namespace, method: str, preset, base) -> list[str]:
+    """A sentence for each option that was typed and that this training does not read."""
+    from .unread import TRAIN, unread
+
+    given = [name for name in TRAIN if getattr(args, name, None) not in (None, False, "")]
+    alone = len(base.word_rows(args.description or args.class_word)) == 1
+    there = {
+        "text_encoder": bool(preset.text_encoder_targets),
+        "prior": preset.prior > 0,
+        "checkpoints": args.checkpoints is not None,
+        "resume": args.resume is not None,
+        "a word that starts from one row": alone and preset.settings.token_start == "words",
+    }
+    present = [name for name, is_there in there.items() if is_there]
+    return unread(TRAIN, given, method, present, lambda name: f"--{name.replace('_', '-')}")
 
 
 def _announce(estimate) -> None:

@@ -126,3 +126,77 @@ def test_a_lora_without_trigger_in_gated_regions_is_told(made, here, capsys):
     for acts in (["--region", "0,0,0.5,1:a cat on the beach", "--mode", "merged"], []):
         code, _, err = run(capsys, *draw, *acts)
         assert code == 0 and "sketch" not in err
+
+
+# --- options that nothing reads -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--method", "lora", "--slot", "3"], "--slot changes nothing: lora does not read it, but orthogonal, block"),
+        (["--method", "lora", "--blocks", "3"], "--blocks changes nothing"),
+        (["--layout", "strided"], "--layout changes nothing: orthogonal does not read it"),
+        (["--method", "words", "--rank", "3"], "--rank changes nothing: words"),
+        (["--method", "words", "--adapter-lr", "0.1"], "--adapter-lr changes nothing"),
+        (["--method", "words", "--targets", "attention"], "--targets changes nothing"),
+        (
+            ["--method", "custom_diffusion", "--alpha", "3", "--targets", "cross_attention_kv"],
+            "--alpha changes nothing",
+        ),
+        (["--text-encoder-lr", "0.1"], "--text-encoder-lr changes nothing without --text-encoder"),
+        (["--prior-weight", "2"], "--prior-weight changes nothing without --prior"),
+        (["--checkpoint-every", "2"], "--checkpoint-every changes nothing without --checkpoints"),
+        (["--keep-checkpoints", "2"], "--keep-checkpoints changes nothing without --checkpoints"),
+        (["--accept-changes"], "--accept-changes changes nothing without --resume"),
+        (["--token-noise", "1", "--token-start", "random + class"], "--token-noise changes nothing without a word"),
+    ],
+)
+def test_a_training_says_which_options_it_does_not_read(made, here, capsys, more, words):
+    train = ["train", made / "pictures/tom", "--name", "tom", "--class-word", "man", "--steps", "1", "--batch", "1"]
+    code, _, err = run(capsys, *train, *more)
+    assert code == 0 and f"note: {words}" in err, err
+    assert err.count("changes nothing") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--density", "0.5"], "--density changes nothing: sum does not read it, but magnitude, dare, ties would"),
+        (["--rank", "3", "--how", "average"], "--rank changes nothing: average"),
+        (["--seed", "3", "--how", "ties"], "--seed changes nothing: ties"),
+        (["--ridge", "3"], "--ridge changes nothing"),
+        (["--moments", "a", "b"], "--moments changes nothing"),
+        (["--density", "0.5", "--how", "ties"], ""),
+    ],
+)
+def test_a_merge_says_which_options_it_does_not_read(made, here, capsys, more, words):
+    code, _, err = run(capsys, "merge", concept(made), concept(made, "tim"), "--out", "sum.safetensors", *more)
+    assert code == 0, err
+    assert f"note: {words}" in err if words else "changes nothing" not in err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--mode", "merged"], "--mode changes nothing without --region"),
+        (["--mode", "gated"], "--mode changes nothing without --region"),
+        (["--units", "pixels"], "--units changes nothing without --region"),
+        (["--negative", "a tree"], "--negative changes nothing without guidance"),
+    ],
+)
+def test_a_drawing_says_which_options_it_does_not_read(here, capsys, more, words):
+    code, _, err = run(capsys, "sample", "a man on the beach", *DRAW, *more)
+    assert code == 0 and f"note: {words}" in err
+
+
+def test_the_table_knows_every_option_of_every_command():
+    import argparse
+
+    from modular_concepts import cli
+    from modular_concepts.unread import MERGE, SAMPLE, TRAIN
+
+    commands = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    for name, table in (("train", TRAIN), ("merge", MERGE), ("sample", SAMPLE)):
+        assert {action.dest for action in commands[name]._actions} - {"help"} == set(table), name
+        assert all(read.needs == "" or read.needs in table or " " in read.needs for read in table.values())
