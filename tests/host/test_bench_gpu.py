@@ -1,4 +1,4 @@
-"""The measurement for a GPU runs in small on the CPU, part by part, so that it works where a GPU is at hand for minutes."""
+"""The measurement for a GPU runs in small on the CPU, part by part, so that it works where a GPU is at hand."""
 
 from __future__ import annotations
 
