@@ -135,7 +135,7 @@ def _scouting(
 
     def call(apply_model, x, sigma, concat=None, context=None, control=None, options=None, **more):
         late = bool(sigma.flatten()[0] <= options["sample_sigmas"][first])
-        with gate.attached(apply_model.class_obj.diffusion_model, tuple(x.shape[-2:]), 0.0, ()):
+        with gate.attached(apply_model.class_obj.diffusion_model, tuple(x.shape[-2:]), 0.0, (), options):
             return apply_model(x, sigma, concat, context, control, {**options, KEY: late}, **more)
 
     replace_cross_attention(model, attend)

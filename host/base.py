@@ -29,6 +29,7 @@ from ..modular_concepts.training import Cancelled, FlowSchedule, NoiseSchedule
 from ..modular_concepts.training.attention_regularisation import CrossAttention, cross_attentions_of
 from ..modular_concepts.training.frozen import frozen_forward, own_weights
 from ..modular_concepts.training.losses import Schedule
+from .called import uncompiled
 from .clip import trigger_positions, word_rows
 from .layers import architecture_of, base_hash, base_sample, host_layers, text_encoders_of
 from .layerwise import LAYERS, PickLayer, cross_attention_layers, stacked, with_layers
@@ -109,7 +110,7 @@ class HostBase:
         comfy.model_management.load_models_gpu([self.model, self.clip.patcher], force_full_load=True)
         texts = (encoder.transformer for encoder in text_encoders_of(self.clip).values())
         networks = (self.model.model.diffusion_model, *texts)
-        with torch.inference_mode(False), frozen_forward(networks, cast_weights):
+        with torch.inference_mode(False), uncompiled(), frozen_forward(networks, cast_weights):
             yield
 
     def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, nn.Module]:

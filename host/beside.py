@@ -9,14 +9,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 
+import comfy.model_base
 import comfy.model_patcher
 import torch
-from comfy.patcher_extension import PatcherInjection
+from comfy.patcher_extension import PatcherInjection, WrappersMP
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..modular_concepts.adapters import ConvGeometry
 from ..modular_concepts.merge import Merged, MergedSum
+from .called import Called, uncompiled
 
 NAME = "modular_concepts"
 
@@ -32,9 +34,10 @@ class Beside:
         self.merged = merged
         self._ready: Merged | None = None
         self._for: tuple[torch.device, torch.dtype] | None = None
+        self.called = False
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
+        x, self.called = inputs[0], True
         if self._ready is None or self._for != (x.device, x.dtype):
             sum_of_factors = isinstance(self.merged, MergedSum)
             self._ready = self.merged if sum_of_factors else self.merged.to(x.device, x.dtype)
@@ -72,3 +75,22 @@ def set_beside(patcher: comfy.model_patcher.ModelPatcher, layers: Mapping[str, S
                 part.forget()
 
     patcher.set_injections(NAME, [PatcherInjection(inject=inject, eject=eject)])
+    if isinstance(patcher.model, comfy.model_base.BaseModel):
+        patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, NAME)
+        patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, NAME, _heard(own))
+
+
+def _heard(layers: Mapping[str, Sequence[Beside]]):
+    """Around each call of the network: hooks are heard, and what goes around them is told of."""
+    watch = Called("concepts as activations", "set apply to weights")
+
+    def apply(apply_model, x, sigma, concat=None, context=None, control=None, options=None, **more):
+        watch.look_at(apply_model.class_obj.diffusion_model, options)
+        for part in (part for parts in layers.values() for part in parts):
+            part.called = False
+        with uncompiled():
+            result = apply_model(x, sigma, concat, context, control, {} if options is None else options, **more)
+        watch.count([path for path, parts in layers.items() if not all(part.called for part in parts)], len(layers))
+        return result
+
+    return apply

@@ -30,6 +30,7 @@ from ..modular_concepts.files.moments import (
 from ..modular_concepts.fingerprint import concept_mark
 from ..modular_concepts.merge import Evidence, MergeOptions
 from ..modular_concepts.moments import Moment, recording
+from .called import uncompiled
 from .clip import encode_prompt
 from .concepts import file_of
 from .layers import host_layers, mark_of
@@ -138,7 +139,8 @@ def recorded(
     form = model.get_model_object("latent_format")
     side = max(1, drawing.size // form.spacial_downscale_ratio)
     shape = (1, form.latent_channels, side, side)
-    with recording({name: everything[name].module for name in concept.layers}) as recorder:
+    modules = {name: everything[name].module for name in concept.layers}
+    with recording(modules) as recorder, uncompiled():
         for number in range(drawing.pictures):
             said = encode_prompt(alone_clip, texts[number % len(texts)])
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(drawing.seed + number))

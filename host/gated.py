@@ -7,7 +7,8 @@ return.  Each text is encoded by a CLIP with its own concepts alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import comfy.model_management
@@ -21,6 +22,7 @@ from ..modular_concepts.fitting import faded_words, fitted, fitting_concepts
 from ..modular_concepts.regions.acting import Stack
 from ..modular_concepts.regions.gated import Gate
 from ..modular_concepts.regions.places import Places
+from .called import Called, uncompiled
 from .clip import class_words_of, learned_words, with_tokens, word_rows
 from .layers import UNET_PREFIX, architecture_of, host_layers
 from .layerwise import cross_attention_layers, refuse_other_layers
@@ -42,14 +44,29 @@ class HostGate:
             name: layer.key.removeprefix(UNET_PREFIX).removesuffix(".weight") for name, layer in layers.items()
         }
         self.gate = Gate(stack, texts, places, {name: layer.module for name, layer in layers.items()})
+        self.watch = Called("gated concepts", "choose the merged mode")
 
-    def attached(self, network: nn.Module, latent_size: tuple[int, int], progress: float, lengths: Sequence[int]):
+    @contextmanager
+    def attached(
+        self,
+        network: nn.Module,
+        latent_size: tuple[int, int],
+        progress: float,
+        lengths: Sequence[int],
+        options: Mapping | None,
+    ) -> Iterator[None]:
         """A block in which a network, the model's own or a copy on another device, has the concepts' residuals.
 
         lengths: how many tokens of the context each region's text has, behind the global one's.
+        options: the call's transformer_options, which say whether the network was compiled.
         """
+        self.watch.look_at(network, options)
         self.gate.now, self.gate.lengths = (latent_size, progress), lengths
-        return self.gate.attached({name: network.get_submodule(self.paths[name]) for name in self.gate.gated})
+        self.gate.called.clear()
+        modules = {name: network.get_submodule(self.paths[name]) for name in self.gate.gated}
+        with self.gate.attached(modules), uncompiled():
+            yield
+        self.watch.count([name for name in self.gate.gated if name not in self.gate.called], len(self.gate.gated))
 
 
 def fitting_stack(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, stack: Stack) -> Stack:

@@ -205,7 +205,7 @@ def listening(
         context, options, lengths = heard.prepared(network, x, context, options)
         size = tuple(x.shape[-2:])
         control = weighted(control, heard.places, size, progress)
-        with gate.attached(network, size, progress, lengths) if gate is not None else nullcontext():
+        with gate.attached(network, size, progress, lengths, options) if gate is not None else nullcontext():
             return apply_model(x, sigma, concat, context, control, options, **more)
 
     add_wrapper_with_key(WrappersMP.APPLY_MODEL, REGIONS, by_region, model.model_options, is_model_options=True)

@@ -202,6 +202,7 @@ class Gate:
         self.lengths: Sequence[int] | None = None
         self._known: dict[object, Held] = {}
         self._by_moment: dict[tuple, Held] = {}
+        self.called: set[str] = set()  # names of the layers that were called since someone emptied it
 
     @contextmanager
     def attached(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -209,8 +210,15 @@ class Gate:
         with ExitStack() as stack:
             for name, gated in self.gated.items():
                 hook = self._on_texts(gated) if tokens_of(name) == TEXTS else self._on_positions(gated)
-                stack.callback(layers[name].register_forward_hook(hook).remove)
+                stack.callback(layers[name].register_forward_hook(self._noting(name, hook)).remove)
             yield
+
+    def _noting(self, name: str, hook: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noted(*given) -> Tensor:
+            self.called.add(name)
+            return hook(*given)
+
+        return noted
 
     def _on_positions(self, gated: Gated):
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

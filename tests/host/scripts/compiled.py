@@ -1,0 +1,104 @@
+"""In the host: concepts by hooks on a MODEL that was compiled, before or after, and where a kernel is fused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from dataclasses import replace
+
+from in_host import FOLDER, pack_module, start
+
+warnings = start()
+
+import torch
+import torch.nn.functional as F
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from safetensors.torch import save_file
+
+import nodes
+
+torch.set_num_threads(1)
+
+
+@torch.inference_mode()
+def main() -> None:
+    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
+    patching, regions, fusion = (pack_module(f"host.{name}") for name in ("patching", "regions", "fusion"))
+    Region = pack_module("modular_concepts.regions.geometry").Region
+    encode = pack_module("host.clip").encode_prompt
+    model, clip, _ = pack_module("host.toy").load_toy_base()
+    concept = pack_module("modular_concepts.files").load_concept(FOLDER / "tom.safetensors")
+    layers = {name: own for name, own in concept.layers.items() if name.startswith("unet.")}
+    concept = replace(concept, tokens={}, layers=layers)
+    latent = {"samples": torch.zeros(1, 12, 16, 16)}
+    texts = [encode(clip, text) for text in ("a man on the beach", "tree")]
+    found, said = {}, {}
+
+    def draw(model) -> torch.Tensor:
+        return nodes.common_ksampler(model, 5, 1, 3.0, "euler", "normal", *texts, latent)[0]["samples"].clone()
+
+    def compiled(model):
+        model = model.clone()
+        set_torch_compile_wrapper(model, backend="eager")
+        return model
+
+    def activations(model, strength=1.0):
+        return patching.merged(model, clip, [(concept, strength)], beside=True)[0]
+
+    def gated(model):
+        region = Region("a man on the beach", (0.0, 0.0, 0.5, 1.0), concepts=("tom",))
+        prompts = ("a man on the beach", "tree")
+        ready = regions.with_regions(model, clip, [(concept, 1.0)], [region], prompts, "gated")
+        return nodes.common_ksampler(ready.model, 5, 1, 3.0, "euler", "normal", *ready[1:], latent)[0]["samples"]
+
+    def note(title: str, attempt) -> None:
+        before = len(warnings)
+        found[title] = attempt()
+        said[title] = [line for line in warnings[before:] if "layer" in line]
+
+    note("base", lambda: draw(model))
+    for strength in (1.0, 0.3):
+        note(f"plain|{strength}", lambda strength=strength: draw(activations(model, strength)))
+    note("plain|gated", lambda: gated(model))
+    traced = compiled(model)
+    note("compiled|base", lambda: draw(traced))
+    for strength in (1.0, 0.3):
+        note(f"compiled|{strength}", lambda strength=strength: draw(activations(traced, strength)))
+    note("compiled|gated", lambda: gated(traced))
+    note("compiled|base afterwards", lambda: draw(traced))
+    later = compiled(activations(model))
+    note("compiled later|1.0", lambda: draw(later))
+    note("compiled later|again", lambda: draw(later))
+    asked = fusion.Drawing(["a man"], 1, 1, 32)
+    said["recorded"] = sorted(fusion.recorded(traced, clip, concept, asked)) == sorted(layers)
+
+    block = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1
+    block.compile(backend="eager")
+    note("in place|base", lambda: draw(model))
+    note("in place|1.0", lambda: draw(activations(model)))
+    note("in place|gated", lambda: gated(model))
+    block._compiled_call_impl = None
+
+    plain = block.to_q
+    block.to_q = FusedKernel(plain)
+    for title, way in (("activations", lambda: draw(activations(model))), ("gated", lambda: gated(model))):
+        note(f"fused|{title}", way)
+    block.to_q = plain
+    logging.getLogger().handlers.clear()
+    save_file({title: value.contiguous().clone() for title, value in found.items()}, FOLDER / "found.safetensors")
+    (FOLDER / "said.json").write_text(json.dumps(said))
+
+
+class FusedKernel(torch.nn.Linear):
+    """A layer whose products are made without it being called, as a kernel that joins several layers does."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x), self.bias)
+
+
+main()
