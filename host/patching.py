@@ -104,8 +104,7 @@ class MergedWeight(WeightAdapterBase):
         merged = self.merged().to(weight.device)
         if function(weight) is weight:
             return merged.add_to(weight, strength)
-        weight += function((strength * merged.delta().reshape(weight.shape)).to(weight.dtype))
-        return weight
+        return weight.add_(function(strength * merged.delta().reshape(weight.shape)))
 
     def h(self, x: Tensor, base_out: Tensor) -> Tensor:
         """What bypass adds to a layer's output; the host tells of convolutions in attributes."""

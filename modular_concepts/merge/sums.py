@@ -45,10 +45,11 @@ class MergedLayer:
         """weight + strength delta, written into `weight` and nowhere else: one product, and of its own rows only.
 
         weight: weight-shaped, on the factors' device; the one function here that changes what it is given.
-        Only a weight in less than the factors' precision, or one that does not lie in order, costs a delta beside it.
+        Only a weight in less than the factors' precision, or one that does not lie in order, costs a delta beside it;
+        the sum is formed in the factors' precision and rounded once.
         """
         if weight.dtype != self.up.dtype or self.down.dtype != self.up.dtype or not weight.is_contiguous():
-            return weight.add_(self.delta().reshape(weight.shape).to(weight.dtype), alpha=strength)
+            return weight.add_(self.delta().reshape(weight.shape), alpha=strength)
         flat, down = weight.flatten(1), self.down.flatten(1)
         run = slice(None) if self.rows is None else _run(self.rows)
         if run is None:

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 from test_patching import relative_error
 
-KINDS = ["float32", "fp8", "mixed"]
+KINDS = ["float32", "fp8", "mixed", "int8"]
+FEW_BITS = KINDS[1:]
+HALF = (torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +24,8 @@ def found(host, tmp_path_factory):
 def error(found, kind: str, way: str) -> float:
     """Of the change that the merge makes to the network's output, relative to the change."""
     tensors = found[0]
+    if kind not in found[1]["kinds"]:
+        pytest.skip(f"this host knows no {kind} weights")
     changed = tensors[f"{kind}|wanted"] - tensors[f"{kind}|base"]
     # What the host's own quantised arithmetic loses is the base's, and not the merge's.
     return float((tensors[f"{kind}|{way}"] - tensors[f"{kind}|its base"] - changed).norm() / changed.norm())
@@ -43,15 +47,39 @@ def test_quantised_weights_take_a_merge_exactly_as_activations_or_offloaded(foun
         assert error(found, kind, way) < 1e-3, way
 
 
-@pytest.mark.parametrize("kind", ["fp8", "mixed"])
+@pytest.mark.parametrize("kind", FEW_BITS)
 def test_quantised_weights_round_a_merge_and_the_node_says_so(found, kind):
     """Added to weights of few bits, a small change goes under: what rounding adds is 1.6 and 1.0 times its size."""
     assert 0.1 < error(found, kind, "weights") < 5
     assert "set apply to activations" in found[1]["warned"][kind][0] and found[1]["warned"]["float32"] == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_add_to_a_layer_exactly_what_the_concepts_are(found, kind):
+    """Also where the host rounds what a layer reads, as of int8 weights, so that whole networks cannot be compared."""
+    if kind not in found[1]["kinds"]:
+        pytest.skip(f"this host knows no {kind} weights")
+    assert relative_error(found[0][f"{kind}|layer"], found[0][f"{kind}|layer wanted"]) < 1e-5
+
+
+@pytest.mark.parametrize("title", [f"{dtype}{way}" for dtype in HALF for way in ("", ", changed")])
+def test_weights_in_half_precision_are_rounded_once(found, title):
+    assert found[0][f"rounded {title}"] <= 1.01 * found[0][f"rounding {title}"]
+
+
+def test_every_hook_is_called_whatever_the_weights_are(found):
+    tensors, facts = found
+    assert facts["silent"] == []
+    for kind, (called, layers, held) in facts["called"].items():
+        assert called == layers == held > 50, kind
+        base, gated, wanted = (tensors[f"{kind}|{title}"] for title in ("its base", "gated", "gated wanted"))
+        if kind == "int8":  # whose layers round what they read
+            continue
+        assert relative_error(gated - base, wanted - base) < 1e-3, kind
+
+
 def test_the_loaded_weights_are_untouched(found):
-    assert all(found[1]["untouched"][kind] for kind in KINDS)
+    assert all(found[1]["untouched"][kind] for kind in found[1]["kinds"])
 
 
 def test_a_model_saved_by_cores_node_holds_the_merge(found):

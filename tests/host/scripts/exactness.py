@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 from in_host import FOLDER, pack_module, start
 
-start()
+warnings = start()
 
 import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
 import comfy.ldm.modules.diffusionmodules.openaimodel as unets
 import comfy.model_management
 import comfy.ops
+import comfy.quant_ops
 import comfy.sd
 import comfy.utils
 import tiny_models
@@ -42,14 +44,16 @@ def loaded(weights: dict[str, torch.Tensor], dtype: torch.dtype | None = None):
     return comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options=options)
 
 
-def quantised(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(weights in the host's mixed precision: Linear layers of the attentions in fp8, what they stand for)."""
-    form = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+def quantised(
+    weights: dict[str, torch.Tensor], form: str, dtype: torch.dtype, largest: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(weights in the host's mixed precision: Linear layers of the attentions in few bits, what they stand for)."""
+    form = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
     stored, meant = dict(weights), dict(weights)
     for key, value in weights.items():
         if ".transformer_blocks." in key and key.endswith("weight") and value.dim() == 2:
-            scale = value.abs().max() / 400
-            stored[key] = (value / scale).to(FP8)
+            scale = value.abs().max() / largest
+            stored[key] = (value / scale).round().to(dtype) if dtype == torch.int8 else (value / scale).to(dtype)
             stored[f"{key}_scale"], stored[key.replace(".weight", ".comfy_quant")] = scale, form
             meant[key] = stored[key].float() * scale
     return stored, meant
@@ -97,9 +101,12 @@ def fused_keys(patching, clip, found: dict, facts: dict, output) -> None:
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
     toy, patching, layers, merging = (pack_module(f"host.{name}") for name in ("toy", "patching", "layers", "merging"))
+    regions, gating = pack_module("modular_concepts.regions.geometry"), pack_module("host.gated")
+    tokens_of = pack_module("modular_concepts.regions.gated").tokens_of
+    Places = pack_module("modular_concepts.regions.places").Places
     adapters, concept_of = pack_module("modular_concepts.adapters"), pack_module("modular_concepts.concept")
     clip, weights = toy.load_toy_base()[1], random_weights()
-    found, facts = {}, {"untouched": {}, "names": {}, "warned": {}}
+    found, facts = {}, {"untouched": {}, "names": {}, "warned": {}, "called": {}}
     latent, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([2.0])
     context = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(4))
 
@@ -139,17 +146,22 @@ def main() -> None:
         else:
             comfy.model_management.load_models_gpu([patcher], force_full_load=True)
         patcher.inject_model()
-        result = patcher.model.apply_model(*inputs[0], **inputs[1]).float()
+        options = patcher.model_options["transformer_options"]
+        result = patcher.model.apply_model(*inputs[0], **inputs[1], transformer_options=options).float()
         patcher.eject_model()
         if offloaded:
             patcher.unpatch_model(CPU)
         comfy.model_management.unload_all_models()
         return result
 
-    stored, meant = quantised(weights)
+    stored, meant = quantised(weights, "float8_e4m3fn", FP8, 400)
     rounded = {key: value.to(FP8).float() if value.dim() > 1 else value for key, value in weights.items()}
     kinds = {"float32": (lambda: plain, weights), "fp8": (lambda: loaded(rounded, FP8), None)}
     kinds["mixed"] = (lambda: loaded(stored), meant)
+    if "int8_tensorwise" in comfy.quant_ops.QUANT_ALGOS:
+        few, few_meant = quantised(weights, "int8_tensorwise", torch.int8, 127)
+        kinds["int8"] = (lambda: loaded(few), few_meant)
+    facts["kinds"] = list(kinds)
     for kind, (make, own) in kinds.items():
         base = make()
         before = {key: value.clone() for key, value in base.model.state_dict().items()}
@@ -161,10 +173,32 @@ def main() -> None:
             output(loaded(w, torch.float32)) for w in (own, with_delta(own))
         )
         found[f"{kind}|its base"] = output(base)
+        # One region has the whole picture, and the whole context is its text.
+        whole = regions.Region("", (0.0, 0.0, 1.0, 1.0), concepts=("one", "two"))
+        held = [(replace(own, layers={n: a for n, a in own.layers.items() if tokens_of(n)}), s) for own, s in concepts]
+        gate = gating.HostGate(base, held, [(), (0, 1)], Places([whole]))
+        comfy.model_management.load_models_gpu([base], force_full_load=True)
+        with gate.attached(base.model.diffusion_model, (8, 8), 0.0, (77,), {}):
+            found[f"{kind}|gated"] = base.model.apply_model(*usual[0], **usual[1]).float()
+        comfy.model_management.unload_all_models()
+        facts["called"][kind] = [len(gate.gate.called), len(gate.gate.gated), len(held[0][0].layers)]
+        found[f"{kind}|gated wanted"] = output(patching.merged(base, clip, held, beside=True)[0])
         for apply in ("weights", "activations"):
             changed = patching.merged(base, clip, concepts, beside=apply == "activations")[0]
             for place in ("", " offloaded"):
                 found[f"{kind}|{apply}{place}"] = output(changed, bool(place))
+        # `changed` adds as activations now.  One layer alone, on the same input with and without.
+        name = next(name for name in made if name.endswith("attn1.to_q"))
+        layer, x = layers.host_layers(base, None)[name].module, torch.randn(1, 64, made[name].weight_shape[1])
+        comfy.model_management.load_models_gpu([changed], force_full_load=True)
+        changed.eject_model()
+        without = layer(x)
+        changed.inject_model()
+        found[f"{kind}|layer"] = layer(x).double() - without.double()
+        changed.eject_model()
+        comfy.model_management.unload_all_models()
+        delta = sum(strength * own.layers[name].delta().double() for own, strength in concepts)
+        found[f"{kind}|layer wanted"] = x.double() @ delta.mT
         after = base.model.state_dict()
         same = [torch.equal(bits(before[key]), bits(after[key])) for key in before]
         facts["untouched"][kind] = all(same) and not any(m._forward_hooks for m in base.model.modules())
@@ -184,6 +218,16 @@ def main() -> None:
         max(float((wanted[key] - value).norm() / value.norm()) for key, value in weights.items()),
     ]  # fmt: skip
     found["float32|saved"] = output(loaded(saved, torch.float32))
+    # What a device in half precision gives the host's patching.
+    own = pack_module("modular_concepts.merge").merge_concepts(*map(list, zip(*concepts, strict=True)))[name]
+    for dtype in (torch.float16, torch.bfloat16):
+        weight = plain.model.state_dict()[keys[name]].to(dtype)
+        exact = weight.double() + own.delta().double()
+        for title, function in {"": lambda value: value, ", changed": torch.clone}.items():
+            added = patching.MergedWeight.of(own).calculate_weight(weight.clone(), "", 1.0, 1.0, None, function)
+            found[f"rounded {dtype}{title}"] = (added.double() - exact).abs().max() / exact.abs().max()
+            found[f"rounding {dtype}{title}"] = (exact.to(dtype).double() - exact).abs().max() / exact.abs().max()
+    facts["silent"] = [line for line in warnings if "without being called" in line]
     save_file({key: value.contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
     (FOLDER / "found.json").write_text(json.dumps(facts))
 
