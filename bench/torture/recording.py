@@ -56,4 +56,4 @@ class Recording:
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Recording(config.getoption("--recording")))
     # A passed comparison is told of with its operands, and big tensors take longer to print than to compare.
-    torch.Tensor.__repr__ = lambda self, **_: f"tensor{tuple(self.shape)}"
+    torch.Tensor.__repr__ = lambda self, **_: f"tensor{tuple(self.shape)}" if self.dim() else repr(self.item())
