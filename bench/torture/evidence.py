@@ -47,7 +47,7 @@ class Trial:
 
 def carried_out(trial: Trial, folder: Path) -> dict:
     """Run a trial and keep what it saw.  A trial that fails is evidence too: {"fault": ...}."""
-    start, processor = time.monotonic(), processor_time()
+    start = time.monotonic()
     try:
         facts = trial.run()
     except Exception as error:  # what is wrong with one promise must not hide the others
@@ -58,7 +58,6 @@ def carried_out(trial: Trial, folder: Path) -> dict:
         "when": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
         "seconds": round(time.monotonic() - start, 1),
-        "processor": round(processor_time() - processor, 1),
         **facts,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,16 +71,14 @@ def gathered(folder: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-def processor_time() -> float:
-    """Seconds of this process and of those that it started and that have ended."""
-    return sum(os.times()[:4])
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> str:
     """In plain words, without anything that names this very machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (
-        f"{cores} core{'s' * (cores != 1)} ({processor_name()}), {memory()}no GPU, {platform.system()}, "
+        f"{cores()} core{'s' * (cores() != 1)} ({processor_name()}), {memory()}no GPU, {platform.system()}, "
         f"Python {platform.python_version()}, torch {torch.__version__.partition('+')[0]}"
     )
 
