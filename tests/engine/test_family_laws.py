@@ -169,7 +169,7 @@ def test_strength_0_leaves_weights_bit_for_bit_and_1_alone_is_the_concept(family
     """Families that drop or cut are asked to drop nothing; Custom Diffusion promises it for the concept's words."""
     layer = "unet.conv_in" if kernel else LAYER
     concepts = concepts_of("block" if family == "block" else "lora", (24, 16, kernel), layer=layer)[:1]
-    options = MergeOptions(density=1.0, rank=1000, ridge=1e-9)
+    options = MergeOptions(density=1.0, rank=1000, ridge=1e-12)
     own, evidence = concepts[0].layers[layer].delta(), evidence_for(concepts, layer=layer)
     silent = merge_concepts(concepts, [0.0], family, options=options, evidence=evidence)[layer]
     base = torch.randn(own.shape, generator=seeded(3))
