@@ -11,7 +11,7 @@ import base64
 import binascii
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 
@@ -64,7 +64,8 @@ def modelspec(concept: Concept, tensors: Mapping[str, Tensor], form: str = "lora
         said["resolution"] = f"{side}x{side}"
     if words := trigger_phrase(concept):
         said["trigger_phrase"] = words
-    if parts := recipe.origin.get("parts"):
+    parts = recipe.origin.get("parts")
+    if isinstance(parts, Sequence) and parts:
         names = [str(part["name"]) for part in parts if isinstance(part, Mapping) and "name" in part]
         said["merged_from"] = ", ".join(names)
     found = {PREFIX + key: value for key, value in (said | about).items()} | {"sshs_model_hash": digest}
