@@ -117,12 +117,35 @@ def read_foreign(path: Path | str, needed: Callable[[str], bool]) -> tuple[dict[
 
 
 def check_fits(path: Path, size: int) -> None:
-    """Raise AdapterError where so many bytes of a file, which may lie on no disk at all, are more than memory holds."""
-    if size > _SMALL and (free := free_memory()) is not None and size > free:
+    """Raise AdapterError where so many bytes of a file are more than memory holds, or lie on no disk at all."""
+    if size <= _SMALL:
+        return
+    if _is_sparse(path):
         raise AdapterError(
-            f"{path.name}: its tensors take {size / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free; "
+            f"{path.name}: nearly all of its bytes were never written; the copy broke off, so make it again"
+        )
+    if (free := free_memory()) is not None and size > free:
+        raise AdapterError(
+            f"{path.name}: reading it takes {size / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free; "
             "close other programs, or take a smaller file"
         )
+
+
+def _is_sparse(path: Path) -> bool:
+    """Whether less than a sixty-fourth of a large file is there; the rest reads as zeros, of which no disk tells."""
+    if not hasattr(os, "SEEK_DATA"):
+        return False
+    try:
+        with open(path, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            there = position = 0
+            while size > _SMALL and position < size and 64 * there < size:
+                begin = os.lseek(handle.fileno(), position, os.SEEK_DATA)
+                position = os.lseek(handle.fileno(), begin, os.SEEK_HOLE)
+                there += position - begin
+    except OSError as error:
+        return error.errno == errno.ENXIO  # no more data behind what was found
+    return size > _SMALL and 64 * there < size
 
 
 def read_header(path: Path | str, dtypes: tuple[str, ...] = FLOATS, empty: bool = False) -> Header:

@@ -258,3 +258,47 @@ def test_layers_of_one_name_and_two_shapes_have_no_crosstalk():
     one, other = concept(wide), concept(narrow)
     assert crosstalk_table([one, other])["pairs"] == {}
     assert crosstalk_table([one, one])["pairs"]
+
+
+def sparse(path, tensors, size):
+    """A file of 4 KiB on the disk, whose header says `size` bytes of tensors that were never written."""
+    header, begin = {}, 0
+    for name, shape in tensors.items():
+        end = begin + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + begin)
+    assert begin == size
+    return path
+
+
+def test_a_file_that_was_never_written_is_not_read(tmp_path):
+    from modular_concepts.bases import load_basis
+    from modular_concepts.files.embeddings import import_embedding
+    from modular_concepts.files.moments import load_moments
+
+    stem = "lora_unet_mid_block_attentions_0_proj_in.lora_"
+    shapes = {f"{stem}up.weight": [2**26, 8], f"{stem}down.weight": [8, 2**26]}
+    path = sparse(tmp_path / "x.safetensors", shapes, 2**32)
+    square = sparse(tmp_path / "y.safetensors", {"m": [32768, 32768]}, 2**32)
+    for read, file in ((read_concept, path), (load_moments, path), (import_embedding, square), (load_basis, square)):
+        before = peak_memory(reset=True)
+        with pytest.raises(AdapterError, match="never written; the copy broke off"):
+            read(file)
+        assert peak_memory() - before < 16 * MIB
+
+
+def test_a_file_larger_than_memory_says_so(tmp_path, monkeypatch):
+    from modular_concepts.files import safe
+
+    adapter = LowRank(torch.ones(2**21, 8), torch.ones(8, 8), 1.0, "lora", None, 2**21)
+    save_concept(concept(adapter), tmp_path / "x.safetensors")
+    monkeypatch.setattr(safe, "_SMALL", 2**20)
+    monkeypatch.setattr(safe, "free_memory", lambda: 2**24)
+    with pytest.raises(AdapterError, match="reading it takes 0.1 GiB of memory, and 0.0 GiB are free; close"):
+        read_concept(tmp_path / "x.safetensors")
+    monkeypatch.setattr(safe, "free_memory", lambda: None)
+    assert read_concept(tmp_path / "x.safetensors").concept.layers
