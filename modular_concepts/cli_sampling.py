@@ -69,6 +69,7 @@ def run_sample(args: argparse.Namespace) -> None:
     from .budget import check_zoom
     from .customisation import customised
     from .explain import warnings_on_base
+    from .prompts import unheard_of
     from .regions.acting import unheard
     from .sampling import SampleSettings, sample
 
@@ -89,7 +90,10 @@ def run_sample(args: argparse.Namespace) -> None:
     written: list[Path] = []
     bar = Bar("sample", args.steps * -(-args.count // settings.batch))
     texts = [args.prompt, *(region.prompt for region in regions)]
-    _warn_unknown(base, texts, [word for concept in concepts for word in concept.tokens])
+    learned = {word: rows.shape[-2] for concept in concepts for word, rows in concept.tokens.items()}
+    _warn_unknown(base, texts, list(learned))
+    for sentence in unheard_of(base, [*texts, *([args.negative] if args.negative else [])], learned):
+        note(sentence)
     gated = bool(regions) and args.mode != "merged"
     for sentence in _unread(args):
         note(sentence)
@@ -116,10 +120,10 @@ def run_sample(args: argparse.Namespace) -> None:
 
 def _unread(args: argparse.Namespace) -> list[str]:
     """A sentence for each option that was typed and that this drawing does not read."""
-    from .unread import SAMPLE, unread
+    from .unread import GUIDANCE, SAMPLE, unread
 
     given = [name for name in SAMPLE if getattr(args, name) not in (None, "", [])]
-    present = [*(["region"] if args.region else []), *(["guidance (cfg above 1)"] if args.cfg != 1 else [])]
+    present = [*(["region"] if args.region else []), *([GUIDANCE] if args.cfg != 1 else [])]
     return unread(SAMPLE, given, present=present, called=lambda name: f"--{name}")
 
 

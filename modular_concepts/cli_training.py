@@ -55,6 +55,7 @@ def run_train(args: argparse.Namespace) -> None:
     from .customisation import Subject, Targets, check_training, concept_from, train_concept, trigger_of
     from .dataset import filled_in, load_folder, refuse_single
     from .files.concept import save_concept
+    from .prompts import unheard_of
     from .files.modelspec import dated
     from .toy.demo import SETTINGS, UNDESCRIBED
     from .toy.presets import on_toy_base
@@ -87,6 +88,10 @@ def run_train(args: argparse.Namespace) -> None:
         args.pictures, (height, width), (trigger,), template=template, buckets=args.buckets, multiple=base.multiple
     )
     for sentence in _unread(args, settings.method, preset, base):
+    for sentence in unheard_of(
+        base, filled_in(data, (trigger,)).captions, {trigger: settings.token_vectors}, "caption"
+    ):
+        note(sentence)
         note(sentence)
     print(data.report.summary())
     for remark in data.report.remarks():

@@ -7,7 +7,7 @@ from test_cli import DRAW, concept, files, here, made, run, weights  # noqa: F40
 
 from modular_concepts.files import load_concept
 
-pytest.importorskip("PIL.Image")
+Image = pytest.importorskip("PIL.Image")
 
 
 # --- strengths ----------------------------------------------------------------------------------------------
@@ -200,3 +200,20 @@ def test_the_table_knows_every_option_of_every_command():
     for name, table in (("train", TRAIN), ("merge", MERGE), ("sample", SAMPLE)):
         assert {action.dest for action in commands[name]._actions} - {"help"} == set(table), name
         assert all(read.needs == "" or read.needs in table or " " in read.needs for read in table.values())
+
+
+# --- text that is not heard ---------------------------------------------------------------------------------
+
+
+def test_a_prompt_and_captions_say_what_falls_off_and_what_weighs_nothing(made, here, capsys):
+    long = "man " * 40 + "in the snow"
+    code, _, err = run(capsys, "sample", long, *DRAW, "--negative", "a (red:1.3) dog", "--cfg", "2")
+    assert code == 0 and "falls off 'man man in the snow'" in err and "read as text: (red:1.3)" in err
+    folder = here / "set"
+    folder.mkdir()
+    for number in range(2):
+        Image.open(made / f"pictures/tom/{number:02d}.png").save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a {{concept}} (red:1.3) {long}")
+    train = ["train", folder, "--name", "tom", "--class-word", "man", "--steps", "1", "--batch", "1"]
+    code, _, err = run(capsys, *train)
+    assert code == 0 and "reads 40 tokens of a caption" in err and "weigh no words here" in err
