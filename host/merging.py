@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import comfy.model_patcher
 import comfy.sd
@@ -11,6 +12,7 @@ from ..modular_concepts.concept import Concept
 from ..modular_concepts.explain import warnings_between, warnings_on_base
 from ..modular_concepts.merge import NOTHING, MergeOptions, merge_concepts
 from ..modular_concepts.merge.truncation import share_kept
+from ..modular_concepts.unread import MERGE, unread
 from .layers import base_sample, known_hash, quantised
 from .messages import show_text
 from .patching import merged
@@ -34,7 +36,8 @@ def merged_by(
     """
     evidence = spoken_evidence(model, clip, stack) if family == "custom_diffusion" else NOTHING
     result = merged(model, clip, stack, family, literal, options, evidence, apply == "activations")
-    said = warnings_of(model, clip, stack, apply)
+    given = [name for name, value in asdict(options).items() if value != getattr(MergeOptions(), name)]
+    said = [*unread(MERGE, given, family), *warnings_of(model, clip, stack, apply)]
     if family == "svd":
         said.append(kept_by_cut(stack, options))
     if said:

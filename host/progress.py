@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -48,10 +48,13 @@ class Previews:
 
 
 class Watch:
-    """Told of each step: moves the bar, says on the node how it goes, draws previews, sees an interrupt."""
+    """Told of each step: moves the bar, says on the node how it goes, draws previews, sees an interrupt.
 
-    def __init__(self, steps: int, previews: Previews, draw: Callable[..., Tensor]):
-        self.previews, self.draw = previews, draw
+    notes: what stays to be read above it.
+    """
+
+    def __init__(self, steps: int, previews: Previews, draw: Callable[..., Tensor], notes: Sequence[str] = ()):
+        self.previews, self.draw, self.notes = previews, draw, notes
         self.bar = comfy.utils.ProgressBar(steps)
         self.first: Progress | None = None
         self.said = 0.0
@@ -72,7 +75,7 @@ class Watch:
             return
         self.said = time.monotonic()
         a_step = (at.seconds - first.seconds) / (at.step - first.step) if at.step > first.step else None
-        show_text(told(at, a_step))
+        show_text("\n".join([*self.notes, told(at, a_step)]))
 
 
 def told(at: Progress, seconds_per_step: float | None) -> str:

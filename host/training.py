@@ -8,7 +8,7 @@ models/concepts/                 what a cancelled training had learned by then
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,12 +46,21 @@ from ..modular_concepts.training import (
     Unfinished,
     newest_checkpoint,
 )
+from ..modular_concepts.training.losses import FlowSchedule
 from ..modular_concepts.training.memory import memory_advice, ran_out_of_memory
 from ..modular_concepts.training.ownership import PATTERN
+from ..modular_concepts.unread import NOISE, TRAIN, unread
 from .base import HostBase, draw
 from .messages import show_text
 from .progress import Previews, Watch
 
+# What the nodes call what the engine calls otherwise.
+NODE_NAMES = {
+    "prior": "prior_pictures",
+    "text_encoder_lr": "text_encoder_learning_rate",
+    "accept_changes": "on_change",
+    "batch": "batch_size",
+}
 PRIOR_SEED = 1000
 PRIOR_STEPS = 12
 
@@ -64,6 +73,8 @@ class Plan:
     preview_every, preview_prompts: see `progress.Previews`.
     resume: go on from the newest checkpoint of this name, where there is one; accept_changes: with other settings too.
     keep_latents: keep the pictures' latents on disk, for the next training on them.
+    given: settings that a person chose, of which the node says those that this training does not read.
+    notes: what else is to be said on the node all along.
     """
 
     subject: Subject
@@ -76,6 +87,8 @@ class Plan:
     resume: bool = False
     accept_changes: bool = False
     keep_latents: bool = False
+    given: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -147,7 +160,7 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
     subject = plan.subject
     base = replace(base, class_words={subject.trigger: subject.class_word})
     check_training(base, subject, plan.settings, plan.targets)
-    folder = checkpoint_folder(subject.name)
+    folder, notes = checkpoint_folder(subject.name), _notes(base, plan)
     with base.trainable(), _interruptible(), _enough_memory(plan.settings):
         prior = _prior(base, plan)
         resume = _resume(folder, plan)
@@ -158,13 +171,13 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
                 plan.settings,
                 plan.targets,
                 plan.basis,
-                Watch(plan.settings.steps, plan.previews, partial(draw, base)),
+                Watch(plan.settings.steps, plan.previews, partial(draw, base), notes),
                 folder,
                 resume,
                 prior,
                 accept_changes=plan.accept_changes,
                 cache=latents_folder() if plan.keep_latents else None,
-                estimate=partial(_announce, plan),
+                estimate=partial(_announce, plan, notes),
             )
         except Changed as error:
             raise AdapterError(f"{error}; on_change set to go on resumes all the same") from error
@@ -179,10 +192,26 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
     return concept, result
 
 
-def _announce(plan: Plan, estimate: Estimate) -> None:
-    """Time and memory, before the first step."""
+def _announce(plan: Plan, notes: Sequence[str], estimate: Estimate) -> None:
+    """Time and memory, before the first step, and what was chosen and is not read."""
     logging.info("%s: %s", plan.subject.name, estimate)
-    show_text(str(estimate))
+    for sentence in notes:
+        logging.warning("%s: %s", plan.subject.name, sentence)
+    show_text("\n".join([*notes, str(estimate)]))
+
+
+def _notes(base: HostBase, plan: Plan) -> list[str]:
+    there = {
+        "text_encoder": plan.targets.text_encoder is not None,
+        "prior": plan.prior_pictures > 0,
+        "checkpoints": True,
+        "resume": plan.resume,
+        NOISE: not isinstance(base.schedule, FlowSchedule),
+    }
+    present = [name for name, is_there in there.items() if is_there]
+    given = [name for name in plan.given if name in TRAIN]
+    given += ["accept_changes"] if plan.accept_changes else []
+    return [*plan.notes, *unread(TRAIN, given, plan.settings.method, present, lambda name: NODE_NAMES.get(name, name))]
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from .cli_settings import add_training_options, chosen_preset
 from .errors import AdapterError
 from .files.safe import safe_name
 
-
 CHECKPOINT_EVERY = 100
 
 
@@ -55,8 +54,8 @@ def run_train(args: argparse.Namespace) -> None:
     from .customisation import Subject, Targets, check_training, concept_from, train_concept, trigger_of
     from .dataset import filled_in, load_folder, refuse_single
     from .files.concept import save_concept
-    from .prompts import unheard_of
     from .files.modelspec import dated
+    from .prompts import unheard_of
     from .toy.demo import SETTINGS, UNDESCRIBED
     from .toy.presets import on_toy_base
     from .training import Changed, Diverged, TrainSettings, Unfinished, check_checkpoint
@@ -88,10 +87,10 @@ def run_train(args: argparse.Namespace) -> None:
         args.pictures, (height, width), (trigger,), template=template, buckets=args.buckets, multiple=base.multiple
     )
     for sentence in _unread(args, settings.method, preset, base):
+        note(sentence)
     for sentence in unheard_of(
         base, filled_in(data, (trigger,)).captions, {trigger: settings.token_vectors}, "caption"
     ):
-        note(sentence)
         note(sentence)
     print(data.report.summary())
     for remark in data.report.remarks():
@@ -160,7 +159,8 @@ def _every(args: argparse.Namespace) -> int:
 
 def _unread(args: argparse.Namespace, method: str, preset, base) -> list[str]:
     """A sentence for each option that was typed and that this training does not read."""
-    from .unread import TRAIN, unread
+    from .training.settings import TOKEN_STARTS
+    from .unread import NOISE, ONE_ROW, TRAIN, unread
 
     given = [name for name in TRAIN if getattr(args, name, None) not in (None, False, "")]
     alone = len(base.word_rows(args.description or args.class_word)) == 1
@@ -169,7 +169,8 @@ def _unread(args: argparse.Namespace, method: str, preset, base) -> list[str]:
         "prior": preset.prior > 0,
         "checkpoints": args.checkpoints is not None,
         "resume": args.resume is not None,
-        "a word that starts from one row": alone and preset.settings.token_start == "words",
+        NOISE: True,
+        ONE_ROW: alone and preset.settings.token_start == TOKEN_STARTS[0],
     }
     present = [name for name, is_there in there.items() if is_there]
     return unread(TRAIN, given, method, present, lambda name: f"--{name.replace('_', '-')}")

@@ -20,6 +20,9 @@ class Read:
 
 
 _ALWAYS = Read()
+NOISE = "a noise schedule, which flow models lack"
+ONE_ROW = "a word that starts from one row"
+GUIDANCE = "guidance (cfg above 1)"
 
 TRAIN: Mapping[str, Read] = MappingProxyType(
     {
@@ -27,7 +30,7 @@ TRAIN: Mapping[str, Read] = MappingProxyType(
         **dict.fromkeys(("preset", "list_presets", "method", "prior", "size", "buckets", "cache", "compact"), _ALWAYS),
         **dict.fromkeys(("checkpoints", "resume", "steps", "batch", "seed", "token_lr", "token_vectors"), _ALWAYS),
         **dict.fromkeys(("token_start", "token_norm", "warmup", "schedule", "clip_norm", "noise_offset"), _ALWAYS),
-        **dict.fromkeys(("min_snr", "attention_regularisation", "caption_dropout", "optimizer", "precision"), _ALWAYS),
+        **dict.fromkeys(("attention_regularisation", "caption_dropout", "optimizer", "precision"), _ALWAYS),
         **dict.fromkeys(("layerwise", "shuffle_tags", "flip", "gradient_checkpointing"), _ALWAYS),
         "slot": Read(("orthogonal", *_BLOCKS)),
         "blocks": Read(_BLOCKS),
@@ -40,8 +43,9 @@ TRAIN: Mapping[str, Read] = MappingProxyType(
         "adapter_lr": Read(_LAYERED),
         "text_encoder_lr": Read(_LAYERED, "text_encoder"),
         "weight_decay": Read(_LAYERED),
-        "token_noise": Read(None, "a word that starts from one row"),
+        "token_noise": Read(None, ONE_ROW),
         "prior_weight": Read(None, "prior"),
+        "min_snr": Read(None, NOISE),
         "checkpoint_every": Read(None, "checkpoints"),
         "keep_checkpoints": Read(None, "checkpoints"),
         "accept_changes": Read(None, "resume"),
@@ -65,7 +69,7 @@ SAMPLE: Mapping[str, Read] = MappingProxyType(
         **dict.fromkeys(("cfg", "seed", "count", "zoom"), _ALWAYS),
         "units": Read(None, "region"),
         "mode": Read(None, "region"),
-        "negative": Read(None, "guidance (cfg above 1)"),
+        "negative": Read(None, GUIDANCE),
     }
 )
 

@@ -8,6 +8,8 @@ from ..modular_concepts.errors import AdapterError
 from .bases import ORTHO_BASIS, OrthoChoice
 from .training_form import Form, Trainer, Way, inputs, outputs, rank_input, train
 
+HASHED = "slot changes nothing: the basis is set to take the columns from the concept's name"
+
 
 def _slot(tooltip: str) -> io.Input:
     return io.Int.Input("slot", default=0, min=0, max=10_000, tooltip=tooltip)
@@ -40,7 +42,8 @@ class OrthoLoRATrainer(Trainer):
                 f"the basis is for method {ortho_basis.method}; set it to orthogonal, or use Train Block Concept"
             )
         own = slot if ortho_basis.slot_policy == "slot" else None
-        way = Way("orthogonal", ortho_basis.rank, ortho_basis.basis, settings={"slot": own})
+        notes = () if own is not None or not slot else (HASHED,)
+        way = Way("orthogonal", ortho_basis.rank, ortho_basis.basis, settings={"slot": own}, notes=notes)
         return train(common, way)
 
 

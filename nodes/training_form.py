@@ -208,13 +208,17 @@ def rank_input(tooltip: str, default: int = 16) -> io.Input:
 
 @dataclass(frozen=True)
 class Way:
-    """A method as a trainer means it.  settings: the engine's, those that differ from ours for all trainers."""
+    """A method as a trainer means it.  settings: the engine's, those that differ from ours for all trainers.
+
+    notes: what the trainer has to say of its own widgets.
+    """
 
     method: str
     rank: int = 1
     basis: OrthogonalBasis | None = None
     targets: Targets | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def train(common: dict, way: Way) -> io.NodeOutput:
@@ -250,6 +254,8 @@ def train(common: dict, way: Way) -> io.NodeOutput:
         common["resume"],
         common.get("on_change") == CHANGES[1],
         keep_latents,
+        tuple(options),
+        way.notes,
     )
     concept, result = train_in_host(base, plan)
     learned = [lora_of(concept)] if concept.layers else []

@@ -53,3 +53,21 @@ def test_another_attention_node_behind_is_one_sentence(facts, how):
 
 def test_regions_in_pixels_stay_in_place_in_a_second_pass(facts):
     assert max(facts["passes"]) < 1e-5 and facts["not first"] > 0.1
+
+
+def test_widgets_that_a_method_does_not_read_are_told(facts):
+    assert facts["density in sum"] == "density changes nothing: sum does not read it, but magnitude, dare, ties would"
+    assert facts["density in ties"] == ""
+    first, *others = facts["training"]
+    assert first == "slot changes nothing" and len(others) == 4
+    for sentence, words in zip(
+        others,
+        (
+            "weight_decay changes nothing: words",
+            "prior_weight changes nothing without prior_pictures",
+            "text_encoder_learning_rate changes nothing: words",
+            "on_change changes nothing without resume",
+        ),
+        strict=True,
+    ):
+        assert sentence.startswith(words)

@@ -75,6 +75,27 @@ def main() -> None:
     spaced, close = (concepts.ConceptTextEncode.execute(clip, t, tom)[0][0][0] for t in ("a <tom> man", "a<Tom>man"))
     facts["the same with and without spaces"] = torch.equal(spaced, close)
 
+    # Options that nothing reads.
+    merging, options = pack_module("host.merging"), pack_module("modular_concepts.merge").MergeOptions
+    merging.show_text = said.append
+    for method in ("sum", "ties"):
+        said.clear()
+        merging.merged_by(model, clip, ((tom, 1.0),), method, options(density=0.3))
+        facts[f"density in {method}"] = " ".join(said)
+    training, custom_plan = pack_module("host.training"), pack_module("modular_concepts.customisation")
+    base = pack_module("host.base").host_base(model, clip, pack_module("host.toy").load_toy_base()[2])
+    settings = pack_module("modular_concepts.training").TrainSettings(method="words")
+    plan = training.Plan(
+        None,
+        settings,
+        custom_plan.Targets(),
+        None,
+        given=("weight_decay", "prior_weight", "text_encoder_lr", "min_snr", "keep_checkpoints"),
+        accept_changes=True,
+        notes=("slot changes nothing",),
+    )
+    facts["training"] = training._notes(base, plan)
+
     # Guiders in another order.
     def guided(guider, set_up, parts):
         set_up(guider)
