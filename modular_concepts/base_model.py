@@ -141,7 +141,7 @@ class BaseModel:
     def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """context: (B, T, D), or (B, L, T, D) with one for each cross-attention layer."""
         with routed(self.unet, context) if context.dim() == 4 else nullcontext():
-            return self.unet(noisy, timesteps, context, return_dict=False)[0]
+            return self.unet(noisy.to(self.unet.dtype), timesteps, context, return_dict=False)[0].to(noisy.dtype)
 
     @property
     def denoiser(self) -> nn.Module:

@@ -91,10 +91,11 @@ class XLBaseModel(BaseModel):
     def predict(self, noisy: Tensor, timesteps: Tensor, context: PooledContext) -> Tensor:
         """The U-Net is told that pictures are whole and were of this size."""
         height, width = (self.downscale * side for side in noisy.shape[2:])
+        asked, noisy = noisy.dtype, noisy.to(self.unet.dtype)
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=noisy.dtype, device=noisy.device)
         told = {"text_embeds": context.pooled, "time_ids": sizes.expand(len(noisy), -1)}
         with routed(self.unet, context.text) if context.text.dim() == 4 else nullcontext():
-            return self.unet(noisy, timesteps, context.text, added_cond_kwargs=told, return_dict=False)[0]
+            return self.unet(noisy, timesteps, context.text, added_cond_kwargs=told, return_dict=False)[0].to(asked)
 
     def word_rows(self, words: str) -> Tensor:
         """(k, width) rows of both token tables for some words, side by side."""

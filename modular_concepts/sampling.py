@@ -108,7 +108,7 @@ def sample(
         drawn = _sample_batch(
             speaking, [prompts[n] for n in numbers], [seeds[n] for n in numbers], settings, (height, width), step_done
         )
-        pictures.update(zip(numbers, base.decode(drawn).cpu(), strict=True))
+        pictures.update(zip(numbers, base.decode(drawn).float().cpu(), strict=True))
     return torch.stack([pictures[number] for number in range(len(prompts))])
 
 

@@ -5,15 +5,27 @@ from dataclasses import replace
 
 import pytest
 import torch
+from laws import EFFECT, TOLERANCE, filled_adapter, relative_error, seeded
 from safetensors.torch import load_file
+from test_training import planted_problem
 from tiny_problem import RESUME_SETTINGS, learned, tiny_basis, tiny_problem
+from tiny_sd import write_tiny_sd
+from untrained_toy import QUICK, filled_concept, write_untrained
 
+from modular_concepts.concept import Concept, Recipe
+from modular_concepts.customisation import Subject, Targets, customised, train_concept
+from modular_concepts.diffusers_base import load_diffusers_base
 from modular_concepts.errors import AdapterError
+from modular_concepts.merge import MergeOptions, merge_concepts
+from modular_concepts.regions.geometry import Region
+from modular_concepts.sampling import sample
+from modular_concepts.toy.base import load_toy_base
 from modular_concepts.training import Diverged, TrainSettings, newest_checkpoint, train
 from modular_concepts.training.precision import LossScale
 from modular_concepts.training.run import Run
 from modular_concepts.training.step import on_base
 
+HALF = (torch.float16, torch.bfloat16)
 SETTINGS = TrainSettings(rank=2, slot=1, steps=8, batch=3, adapter_lr=1e-2, token_lr=1e-2)
 
 
@@ -140,3 +152,104 @@ def test_eight_bit_moments_are_resumed_exactly(tmp_path):
     plain = run(replace(settings, optimizer="adamw"), problem)
     assert not torch.equal(plain.layers["unet.wide"].lora_up, straight.layers["unet.wide"].lora_up)
     assert straight.losses[-1] == pytest.approx(plain.losses[-1], rel=0.1)
+
+
+# --- weights in half precision, concepts in float32 ---
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("family", ["sum", "mean", "block", "svd", "magnitude", "dare", "ties"])
+@pytest.mark.parametrize("strength", [-1.0, 0.0, 0.3, 1.0, 2.0])
+def test_a_merge_into_weights_in_half_precision_is_rounded_once(dtype, family, strength):
+    kind = "block" if family == "block" else "lora"
+    for kernel in (None, (3, 3)):
+        adapters = [filled_adapter(kind, 24, 16, 4, slot, kernel) for slot in range(3)]
+        concepts = [Concept(f"c{number}", {"layer": own}, {}, Recipe()) for number, own in enumerate(adapters)]
+        merged = merge_concepts(concepts, [strength] * 3, family, options=MergeOptions(rank=8, density=0.5))["layer"]
+        weight = torch.randn(adapters[0].weight_shape, generator=seeded(1)).to(dtype)
+        exact = weight.double() + merged.delta().double()
+        found = merged.add_to(weight.clone())
+        assert found.dtype == dtype
+        assert (found.double() - exact).abs().max() <= 1.01 * (exact.to(dtype).double() - exact).abs().max()
+        assert relative_error(found, exact.to(dtype)) < 1e-2 * TOLERANCE[dtype]
+        assert torch.equal(found, weight) if strength == 0 else relative_error(found, weight) > EFFECT
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_many_concepts_that_each_move_less_than_a_weight_can_show_move_it_together(dtype):
+    step = torch.finfo(dtype).eps / 8
+    one = filled_adapter("lora", 8, 8, 1)
+    one = one.replace(lora_up=torch.full((8, 1), step), lora_down=torch.ones(1, 8), alpha=1.0)
+    merged = merge_concepts([Concept(f"c{n}", {"layer": one}, {}, Recipe()) for n in range(16)], [1.0] * 16)["layer"]
+    weight = torch.ones(8, 8, dtype=dtype)
+    assert torch.equal(weight + one.delta().to(dtype), weight)
+    assert torch.equal(merged.add_to(weight.clone()), torch.full((8, 8), 1 + 16 * step, dtype=dtype))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, *HALF])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("method", ["orthogonal", "lora", "block"])
+def test_a_planted_target_is_learned_in_half_precision(method, precision, stored):
+    if precision == "fp32" and stored == torch.float32:
+        return  # test_training.py has it
+    problem, settings, planted = planted_problem(method, 0)
+    for module in problem.modules:
+        module.to(stored)
+    target = torch.eye(len(planted)) - problem.modules[0].weight.detach().float()
+    problem = replace(problem, lean=stored != torch.float32)
+    result = run(replace(settings, precision=precision), problem)
+    adapter = result.layers["layer"]
+    assert adapter.lora_up.dtype == adapter.lora_down.dtype == torch.float32
+    assert max(result.losses[-5:]) <= 1e-3 * result.losses[0]
+    assert relative_error(adapter.delta(), target) < 0.03
+
+
+@pytest.mark.parametrize("stored", HALF)
+def test_small_steps_are_not_eaten_by_the_weights_precision(stored):
+    problem = tiny_problem()
+    for module in problem.modules:
+        module.to(stored)
+    encode, rows = problem.encode, {"<x>": problem.triggers["<x>"].to(stored)}
+    problem = replace(problem, lean=True, triggers=rows, encode=lambda *given: encode(*given).float())
+    settings = replace(SETTINGS, method="lora", steps=4, adapter_lr=1e-4, token_lr=1e-4, weight_decay=0.0)
+    before = Run(problem, settings, tiny_basis())
+    after = run(settings, problem)
+    for name, own in before.adapters.items():
+        start, now = own.lora_down.detach(), after.layers[name].lora_down
+        assert now.dtype == torch.float32 and 0 < (now - start).abs().max() < 1e-3, name
+    rows = before.tokens["<x>"].detach()
+    assert after.tokens["<x>"].dtype == torch.float32 and 0 < (after.tokens["<x>"] - rows).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_base_in_half_precision_draws_and_learns_near_one_in_float32(dtype, tmp_path):
+    region = [Region("a <tom> at night", (0.0, 0.0, 0.5, 1.0))]
+    found = {}
+    for stored in (torch.float32, dtype):
+        base = load_toy_base(write_untrained(tmp_path))
+        for network in base.modules:
+            network.to(stored)
+        concept = filled_concept("tom", 1)
+        with customised(base, [concept], [0.7]) as tokens:
+            merged = sample(base, ["a <tom> man"], [0], tokens, QUICK)
+        gated = sample(base, ["a man"], [0], None, QUICK, region, mode="gated", stack=[(concept, 0.7)])
+        plain = sample(base, ["a man"], [0], None, QUICK)
+        pictures = torch.rand(2, 3, *base.size, generator=seeded(3))
+        settings = TrainSettings("lora", 2, steps=2, batch=2)
+        learned_now, result = train_concept(
+            base, Subject("x", pictures, ["a <x>"] * 2, "man"), settings, Targets(("attention",))
+        )
+        assert all(own.lora_up.dtype == torch.float32 for own in learned_now.layers.values())
+        found[stored] = merged, gated, plain, torch.tensor(result.losses)
+    for half, whole in zip(found[dtype], found[torch.float32], strict=True):
+        assert half.dtype == torch.float32 and relative_error(half, whole) < 5 * TOLERANCE[dtype]
+    assert relative_error(found[dtype][0], found[dtype][2]) > EFFECT
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_folder_s_networks_may_be_in_half_precision(dtype, tmp_path):
+    base = load_diffusers_base(write_tiny_sd(tmp_path / "sd"))
+    whole = sample(base, ["a photo of a dog"], [0], None, QUICK)
+    for network in base.modules:
+        network.to(dtype)
+    assert relative_error(sample(base, ["a photo of a dog"], [0], None, QUICK), whole) < 5 * TOLERANCE[dtype]
