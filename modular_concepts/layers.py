@@ -48,16 +48,36 @@ _COMPOUND = (
     "conv_shortcut|time_emb_proj|time_embedding|add_embedding|linear_1|linear_2|text_model|self_attn|q_proj|k_proj|"
     "v_proj|out_proj|text_projection|joint_blocks|x_block|context_block|adaLN_modulation"
 )
-# kohya's trainers count the blocks of SDXL's U-Net as Stability's code does, three to a level; these are attentions.
+# kohya's trainers and LyCORIS count the blocks of SDXL's U-Net through as Stability's code does, three to a level.
+_RESNET = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+_RESNET_PART = f"({'|'.join(_RESNET)})"
 _COUNTED = (
-    (
-        re.compile(r"input_blocks_(\d+)_1_"),
-        lambda block: f"down_blocks_{(block - 1) // 3}_attentions_{(block - 1) % 3}_",
-    ),
-    (re.compile(r"middle_block_(1)_"), lambda block: "mid_block_attentions_0_"),
-    (re.compile(r"output_blocks_(\d+)_1_"), lambda block: f"up_blocks_{block // 3}_attentions_{block % 3}_"),
+    (re.compile(r"input_blocks_(\d+)_1_"), lambda found: "{}_attentions_{}_".format(*_down(found))),
+    (re.compile(r"middle_block_(1)_"), lambda found: "mid_block_attentions_0_"),
+    (re.compile(r"output_blocks_(\d+)_1_"), lambda found: "{}_attentions_{}_".format(*_up(found))),
 )
-_COUNTED_THROUGH = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
+_BESIDE_ATTENTIONS = (
+    (re.compile(r"input_blocks_0_0"), lambda found: "conv_in"),
+    (re.compile(r"out_2"), lambda found: "conv_out"),
+    (re.compile(r"time_embed_([02])"), lambda found: f"time_embedding.linear_{1 + int(found[1]) // 2}"),
+    (re.compile(r"label_emb_0_([02])"), lambda found: f"add_embedding.linear_{1 + int(found[1]) // 2}"),
+    (re.compile(r"input_blocks_(\d+)_0_op"), lambda found: f"{_dotted(_down(found)[0])}.downsamplers.0.conv"),
+    (re.compile(r"output_blocks_(\d+)_[12]_conv"), lambda found: f"{_dotted(_up(found)[0])}.upsamplers.0.conv"),
+    (re.compile(rf"input_blocks_(\d+)_0_{_RESNET_PART}"), lambda found: _resnet(*_down(found), found[2])),
+    (
+        re.compile(rf"middle_block_([02])_{_RESNET_PART}"),
+        lambda found: _resnet("mid_block", int(found[1]) // 2, found[2]),
+    ),
+    (re.compile(rf"output_blocks_(\d+)_0_{_RESNET_PART}"), lambda found: _resnet(*_up(found), found[2])),
+)
+_COUNTED_THROUGH = tuple(
+    f"lora_unet_{part}_" for part in ("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out")
+)
 _WORD = re.compile(rf"({_COMPOUND}|[A-Za-z0-9]+)(?:_|$)")
 
 
@@ -173,8 +193,37 @@ def by_level(key: str) -> str:
     """A key whose blocks are counted through, as kohya's trainers write SDXL's, in the words of diffusers' levels."""
     for pattern, words in _COUNTED:
         if match := pattern.match(key, len("lora_unet_")):
-            return f"lora_unet_{words(int(match[1]))}{key[match.end() :]}"
+            return f"lora_unet_{words(match)}{key[match.end() :]}"
     return key
+
+
+def name_of_counted(key: str) -> str | None:
+    """The canonical name of a kohya key whose blocks are counted through, of a layer beside the attentions, or None."""
+    path = key.removeprefix("lora_unet_")
+    for pattern, words in _BESIDE_ATTENTIONS if path != key else ():
+        if match := pattern.fullmatch(path):
+            name = f"unet.{words(match)}"
+            return name if len(name) <= MAX_NAME and _NAME.fullmatch(name) else None
+    return None
+
+
+def _down(found: re.Match) -> tuple[str, int]:
+    """(level, place in it) of an input block."""
+    level, place = divmod(int(found[1]) - 1, 3)
+    return f"down_blocks_{level}", place
+
+
+def _up(found: re.Match) -> tuple[str, int]:
+    level, place = divmod(int(found[1]), 3)
+    return f"up_blocks_{level}", place
+
+
+def _dotted(level: str) -> str:
+    return level.replace("blocks_", "blocks.")
+
+
+def _resnet(level: str, place: int, part: str) -> str:
+    return f"{_dotted(level)}.resnets.{place}.{_RESNET[part]}"
 
 
 def block_of(name: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..adapters import LowRank, check_adapter, shaped_for
 from ..errors import AdapterError
-from ..layers import check_name
+from ..layers import check_name, name_of_counted, name_of_key
 from . import diffusers, kohya
 from .concept import KEY, load_concept
 from .kohya import Imported, assemble, imported_concept
@@ -131,7 +131,7 @@ def _by_rule(stem: str) -> str | None:
     if "." not in stem:
         if stem.startswith("lycoris_"):
             stem = f"lora_unet_{stem.removeprefix('lycoris_')}"
-        return kohya.name_of_key(stem)
+        return name_of_counted(stem) or name_of_key(stem)
     if stem.startswith("diffusion_model."):
         path = _by_level(stem.removeprefix("diffusion_model."))
         return f"unet.{path}" if path else None
