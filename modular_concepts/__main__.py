@@ -1,8 +1,23 @@
 """`python -m modular_concepts`: see cli.py."""
 
+import os
+import signal
 import sys
 
-from .cli import main
+
+def main() -> int:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stopped)
+    from .cli import main
+
+    return main()
+
+
+def _stopped(*_: object) -> None:
+    """Ctrl-C while everything is imported, of which some libraries would make a fault of their own."""
+    os.write(2, b"stopped\n")
+    os._exit(130)
+
 
 if __name__ == "__main__":
     sys.exit(main())

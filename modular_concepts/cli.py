@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import io
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import NoReturn
 from . import __version__
 from .cli_merging import add_export, add_inspect, add_merge
 from .cli_paths import add_overwrite, base_named, folder, refuse_existing
-from .cli_progress import Bar
+from .cli_progress import Bar, Interrupts, close_bars
 from .cli_sampling import add_sample
 from .cli_training import add_train
 from .errors import AdapterError
@@ -27,6 +29,24 @@ EXTRA = ("diffusers", "transformers", "tqdm", "matplotlib", "PIL")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0, 2 for a fault that a person can mend, 130 when interrupted."""
+    with Interrupts() as interrupts:
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt:
+            return _stopped()
+        except Exception:
+            if interrupts.asked:  # a library's own words for what Ctrl-C did to it
+                return _stopped()
+            raise
+
+
+def _stopped() -> int:
+    close_bars()
+    print("stopped", file=sys.stderr)
+    return 130
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
@@ -40,14 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        return _fault(f"{place}{error.strerror or error}; check the path, and that the disk has room")
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        way_out = (
+            "give a shorter one" if error.errno == errno.ENAMETOOLONG else "check the path, and that the disk has room"
+        )
+        return _fault(f"{place}{error.strerror or error}; {way_out}")
     return 0
 
 
 def _fault(sentence: str) -> int:
+    sentence = re.sub(r"\S{250,}", lambda word: f"{word[0][:60]}…", sentence)
     print(f"error: {sentence}", file=sys.stderr)
     return 2
 
@@ -59,14 +80,28 @@ def _demo(args: argparse.Namespace) -> None:
     from .toy.demo import Steps, run_demo
     from .toy.judges import load_judges
 
+    if not args.overwrite:
+        _keep_persons_files(args.out)
     out = folder(args.out)
     report = run_demo(base_named("toy"), load_judges(), out, Steps(print, Bar))
     print((out / "report.md").read_text(encoding="utf-8"))
     print(f"pictures and figures are in {out} ({report['seconds']:.0f} s)")
 
 
+def _keep_persons_files(out: Path) -> None:
+    """Refuse to replace what no demo has written; one that was broken off has begun its report."""
+    from .toy.demo import OUTPUTS
+    from .toy.report import HEADING
+
+    report = out / "report.md"
+    if report.is_file() and report.read_bytes().startswith(HEADING.encode()):
+        return
+    if there := [out / name for name in OUTPUTS if (out / name).exists()]:
+        refuse_existing(there[0])
+
+
 def _pictures(args: argparse.Namespace) -> None:
-    from .files.safe import replacing
+    from .files.safe import all_or_none, write_atomically
     from .toy.report import to_image
     from .toy.standard import BY_NAME, lesson_of
 
@@ -78,12 +113,22 @@ def _pictures(args: argparse.Namespace) -> None:
         to_image(picture).save(png := io.BytesIO(), "PNG")
         files |= {out / f"{number:02d}.png": png.getvalue(), out / f"{number:02d}.txt": caption.encode()}
     for path, data in files.items():
-        if not args.overwrite and path.is_file() and path.read_bytes() != data:
+        if not args.overwrite and path.exists() and not (path.is_file() and path.read_bytes() == data):
             refuse_existing(path)
+    others = (
+        sorted(path.name for path in out.iterdir() if path not in files and not path.name.startswith("."))
+        if out.is_dir()
+        else []
+    )
+    if others and not args.overwrite:
+        raise AdapterError(
+            f"{out} holds other files ({', '.join(others[:3])}), among which a training would find these pictures; "
+            "choose another --out, or write there all the same with --overwrite"
+        )
     folder(out)
-    for path, data in files.items():
-        with replacing(path) as file:
-            file.write(data)
+    with all_or_none():
+        for path, data in files.items():
+            write_atomically(path, data)
     print(f"wrote {len(lesson.pictures)} pictures with captions to {out}; train on them with")
     told = f' --description "{lesson.description}"' if lesson.description else ""
     train = f"train {out} --name {args.concept} --class-word {lesson.class_word}"
@@ -130,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="three concepts trained, summed, drawn and judged on the toy base")
     demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder (default demo_output)")
+    add_overwrite(demo)
     demo.set_defaults(run=_demo)
 
     pictures = commands.add_parser("pictures", help="write the 16 pictures of a standard toy concept, to train on")

@@ -9,7 +9,16 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .cli_paths import add_overwrite, base_named, check_output, concepts_at, folder, note, refuse_existing
+from .cli_paths import (
+    add_overwrite,
+    base_named,
+    check_concept_output,
+    concepts_at,
+    folder,
+    named,
+    note,
+    refuse_existing,
+)
 from .errors import AdapterError
 from .files.safe import safe_name
 from .merge import FAMILIES, Evidence, MergeOptions
@@ -114,7 +123,8 @@ def run_merge(args: argparse.Namespace) -> None:
     from .merged import check_together, merged_concept
     from .unread import MERGE, unread
 
-    check_output(args.out, args.overwrite)
+    check_concept_output(args.out, args.overwrite)
+    name = named(args.out.stem, "the concept's name")
     chosen = {name: getattr(args, name) for name in ("density", "seed", "rank", "ridge")}
     options = MergeOptions(**{name: value for name, value in chosen.items() if value is not None})
     concepts, strengths, paths = concepts_at(args.concepts)
@@ -128,7 +138,6 @@ def run_merge(args: argparse.Namespace) -> None:
     ]:
         note(sentence)
     evidence = _evidence(args, concepts, paths, base)
-    name = safe_name(args.out.stem)
     merged = _said(args, merged_concept(name, concepts, strengths, args.how, args.literal, options, evidence))
     folder(args.out.parent)
     save_concept(merged, args.out)
@@ -142,7 +151,7 @@ def _evidence(args: argparse.Namespace, concepts: Sequence, paths: Sequence[Path
     if args.how == "fusion":
         files = _moment_files(args, paths)
         found = [_moments(*one, base, args.moments is not None) for one in zip(concepts, files, strict=True)]
-        _check_one_base(files)
+        _check_one_base([file for file in files if file.is_file()])
         return Evidence(found)
     if args.how != "custom_diffusion":
         return Evidence()
@@ -195,7 +204,12 @@ def _record(concept, path: Path, base) -> Mapping:
     from .files.moments import Recorded, load_moments, save_moments
     from .fingerprint import concept_mark
 
-    save_moments(recorded(base, concept).moments(), path, Recorded(concept_mark(concept), base.mark, str(PROMPTS)))
+    moments = recorded(base, concept).moments()
+    try:
+        save_moments(moments, path, Recorded(concept_mark(concept), base.mark, str(PROMPTS)))
+    except AdapterError as error:
+        note(f"what the layers of {concept.name} read is used, but not kept: {error}")
+        return moments
     print(f"wrote {path}: what the layers of {concept.name} read")
     # As it will be read the next time, so that both times give the same merge.
     return load_moments(path)
@@ -282,50 +296,59 @@ def _in_words(value: object) -> str:
 def run_export(args: argparse.Namespace) -> None:
     from .files.concept import save_concept
     from .files.diffusers import export_diffusers
-    from .files.embeddings import embedding_files, export_embeddings
+    from .files.embeddings import embedding_files, export_embedding
     from .files.kohya import export_kohya
+    from .files.safe import all_or_none
 
     (concept,), _, (own,) = concepts_at([args.concept])
     concept = _said(args, concept)
     out = args.out or Path("exports") / f"{safe_name(concept.name)}_{args.format}.safetensors"
-    check_output(out)
+    check_concept_output(out)
     own, words = own.resolve(), out.parent / "embeddings"
     whole = args.format in ("concept", "compact")
     if own == out.resolve() or (own.parent == words.resolve() and not whole):
         raise AdapterError(f"the export would replace {args.concept} itself; choose another --out")
-    check_output(out, args.overwrite)
+    if whole or concept.layers:
+        check_concept_output(out, args.overwrite)
     if whole:
         folder(out.parent)
         save_concept(concept, out, compact=args.format == "compact")
         print(f"wrote {out}")
         return
-    # Words first: what cannot be exported at all is found before anything is written.
+    files = embedding_files(concept, words)
+    there = [] if args.overwrite else [path for path, word in files.items() if _has_word(concept, path, word)]
     if concept.tokens:
-        if not args.overwrite:
-            _keep_other_words(concept, embedding_files(concept, words))
-        for path in export_embeddings(concept, folder(words)):
-            print(f"wrote {words / path.name}: the learned word, for the embeddings folder")
-        if any(rows.dim() == 3 for rows in concept.tokens.values()):
-            print("note: the word has rows for each layer, which other programs cannot use; the file has their mean")
+        folder(words)
+    folder(out.parent)
+    with all_or_none():
+        # Words first: what cannot be exported at all is found before anything is written.
+        for path, word in files.items():
+            if path not in there:
+                export_embedding(concept, word, path)
+        if concept.layers:
+            (export_kohya if args.format == "kohya" else export_diffusers)(concept, out)
+    for path in files:
+        wrote = "has the learned word already" if path in there else "the learned word, for the embeddings folder"
+        print(f"{'kept' if path in there else 'wrote'} {words / path.name}: {wrote}")
+    if any(rows.dim() == 3 for rows in concept.tokens.values()):
+        print("note: the word has rows for each layer, which other programs cannot use; the file has their mean")
     if concept.layers:
-        folder(out.parent)
-        export = export_kohya if args.format == "kohya" else export_diffusers
-        export(concept, out)
         print(f"wrote {out}")
 
 
-def _keep_other_words(concept, files: Mapping[Path, str]) -> None:
-    """Refuse to replace a file that does not hold the very word; the export before, in another format, may have."""
+def _has_word(concept, path: Path, word: str) -> bool:
+    """Whether a file holds the very word, as after an export in another format; refuses to replace any other."""
     from .files.embeddings import import_embedding, stock_rows
 
-    for path, word in files.items():
-        if path.exists():
-            try:
-                same = import_embedding(path)[1].equal(stock_rows(concept.tokens[word]).float())
-            except AdapterError:
-                same = False
-            if not same:
-                refuse_existing(Path(os.path.relpath(path)))
+    if not path.exists():
+        return False
+    try:
+        same = import_embedding(path)[1].equal(stock_rows(concept.tokens[word]).float())
+    except AdapterError:
+        same = False
+    if not same:
+        refuse_existing(Path(os.path.relpath(path)))
+    return True
 
 
 def _said(args: argparse.Namespace, concept):

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import AdapterError
+from .files.names import check_new_path
+from .files.safe import safe_name
+
+ENDINGS = (".safetensors", ".st")  # of a concept
 
 
 def base_named(name: str):
@@ -61,6 +65,8 @@ def concept_at(path: Path):
 
 
 def folder(path: Path, option: str = "--out") -> Path:
+    """Made where it is not there yet."""
+    check_new_path(path, option)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,8 +78,16 @@ def add_overwrite(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace what is there under the same name")
 
 
+def check_concept_output(path: Path, overwrite: bool = True) -> None:
+    """`check_output` of a file that other programs know a concept by."""
+    if not path.is_dir() and path.suffix.lower() not in ENDINGS:
+        raise AdapterError(f"{path}: a concept is written as {ENDINGS[0]}; give --out such an ending")
+    check_output(path, overwrite)
+
+
 def check_output(path: Path, overwrite: bool = True) -> None:
     """Refuse before the work begins what could not be written after it, or would replace something unasked."""
+    check_new_path(path)
     if path.is_dir():
         raise AdapterError(f"{path} is a folder; give --out a file name")
     parent = next((folder for folder in path.absolute().parents if folder.exists()), None)
@@ -87,6 +101,15 @@ def check_output(path: Path, overwrite: bool = True) -> None:
 
 def refuse_existing(path: Path) -> NoReturn:
     raise AdapterError(f"{path} is there already; choose another --out, or replace it with --overwrite")
+
+
+def named(typed: str, option: str = "--name") -> str:
+    """The name that a file and a trigger word can have; said where it is not the one that was typed."""
+    name = safe_name(typed)
+    if name != typed:
+        shown = typed if len(typed) < 60 else f"{typed[:50]}…"
+        note(f"{option} {shown!r} is not a name that every file and prompt can have; it is {name!r} here")
+    return name
 
 
 def note(sentence: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from .cli_paths import base_named, check_output, concepts_at, folder, note
+from .cli_paths import add_overwrite, base_named, check_output, concepts_at, folder, note, refuse_existing
 from .cli_progress import Bar
 from .errors import AdapterError
 
@@ -43,10 +44,10 @@ def add_sample(commands) -> None:
     sample.add_argument(
         "--out",
         type=Path,
-        default=Path("sample.png"),
-        help=f"the picture's file (default sample.png, replaced each time), ending in {', '.join(FORMATS)}; "
-        "several are numbered",
+        help=f"the picture's file (default sample.png, or the first of sample-2.png, sample-3.png, ... that is free), "
+        f"ending in {', '.join(FORMATS)}; several are numbered",
     )
+    add_overwrite(sample)
     sample.add_argument("--base", default="toy", help="toy (default), or the folder of a diffusers model")
     sample.add_argument("--negative", default="", metavar="PROMPT", help="what not to draw (default nothing)")
     sample.add_argument("--width", type=int, metavar="PIXELS", help="default the base's own, 32 for toy")
@@ -73,10 +74,7 @@ def run_sample(args: argparse.Namespace) -> None:
     from .regions.acting import unheard
     from .sampling import SampleSettings, sample
 
-    ending = args.out.suffix.lower()
-    if ending not in FORMATS:
-        raise AdapterError(f"{args.out}: a picture is written as {', '.join(FORMATS)}; give --out such an ending")
-    check_output(args.out)
+    paths = _outputs(args)
     base = base_named(args.base)
     concepts, strengths, _ = concepts_at(args.concept or [])
     for sentence in warnings_on_base(concepts, base.hash, base.sample):
@@ -112,7 +110,7 @@ def run_sample(args: argparse.Namespace) -> None:
 
                 drawn = sample(base, [args.prompt] * len(some), some, tokens, settings, regions, step_done, **how)
                 for number, picture in enumerate(drawn, first):
-                    written.append(_write(args, number, picture))
+                    written.append(_write(paths[number], args.zoom, picture))
     finally:
         for number, path in enumerate(written):
             print(f"wrote {path} (seed {seeds[number]})")
@@ -127,17 +125,34 @@ def _unread(args: argparse.Namespace) -> list[str]:
     return unread(SAMPLE, given, present=present, called=lambda name: f"--{name}")
 
 
-def _write(args: argparse.Namespace, number: int, picture) -> Path:
+def _outputs(args: argparse.Namespace) -> list[Path]:
+    """The files of all pictures, none of which is there, unless it may be replaced."""
+    out = args.out or Path("sample.png")
+    if out.suffix.lower() not in FORMATS:
+        raise AdapterError(f"{out}: a picture is written as {', '.join(FORMATS)}; give --out such an ending")
+    check_output(out)
+    for number in itertools.count(1):
+        stem = out.stem if number == 1 else f"{out.stem}-{number}"
+        stems = [stem] if args.count == 1 else [f"{stem}-{place:02d}" for place in range(args.count)]
+        paths = [out.with_stem(each) for each in stems]
+        there = [] if args.overwrite else [path for path in paths if path.exists()]
+        if there and args.out is not None:
+            refuse_existing(there[0])
+        if not there:
+            return paths
+    raise AssertionError
+
+
+def _write(path: Path, zoom: int, picture) -> Path:
     from .files.safe import replacing
     from .toy.report import to_image
 
-    path = args.out if args.count == 1 else args.out.with_stem(f"{args.out.stem}-{number:02d}")
     image = to_image(picture)
-    if args.zoom > 1:
-        image = image.resize((image.width * args.zoom, image.height * args.zoom), 0)
-    folder(args.out.parent)
+    if zoom > 1:
+        image = image.resize((image.width * zoom, image.height * zoom), 0)
+    folder(path.parent)
     with replacing(path) as file:
-        image.save(file, FORMATS[args.out.suffix.lower()])
+        image.save(file, FORMATS[path.suffix.lower()])
     return path
 
 

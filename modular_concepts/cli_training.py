@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .cli_paths import add_overwrite, base_named, check_output, folder, note, refuse_existing
+from .cli_paths import add_overwrite, base_named, check_concept_output, folder, named, note, refuse_existing
 from .cli_progress import Bar, Interruption
 from .cli_settings import add_training_options, chosen_preset
 from .errors import AdapterError
-from .files.safe import safe_name
+
+if TYPE_CHECKING:
+    from .files.keeping import Kept
+    from .training import Estimate, TrainResult, TrainSettings
 
 CHECKPOINT_EVERY = 100
 
@@ -53,26 +58,31 @@ def run_train(args: argparse.Namespace) -> None:
     from .budget import check_pictures
     from .customisation import Subject, Targets, check_training, concept_from, train_concept, trigger_of
     from .dataset import filled_in, load_folder, refuse_single
-    from .files.concept import save_concept
     from .files.modelspec import dated
     from .prompts import unheard_of
     from .toy.demo import SETTINGS, UNDESCRIBED
     from .toy.presets import on_toy_base
-    from .training import Changed, Diverged, TrainSettings, Unfinished, check_checkpoint
+    from .training import Changed, Occupied, TrainSettings, Unfinished, check_checkpoint
 
-    name = safe_name(args.name)
+    name = named(args.name)
     out = args.out or Path("concepts") / f"{name}.safetensors"
     # Whether it holds the training that is resumed can be told once the pictures are read.
-    check_output(out, args.overwrite or args.resume is not None)
+    check_concept_output(out, args.overwrite or args.resume is not None)
     if args.resume:
         check_checkpoint(args.resume)
     if args.checkpoints:
-        folder(args.checkpoints, "--checkpoints")
+        _check_checkpoints(args)
+    if args.cache:
+        folder(args.cache, "--cache")
     base = base_named(args.base)
     toy = base.architecture == "toy"
     usual = (SETTINGS if args.description else UNDESCRIBED) if toy else TrainSettings()
     preset = chosen_preset(args, usual, lambda own: on_toy_base(own, described=bool(args.description)) if toy else own)
     settings = replace(preset.settings, name=name)
+    if args.compact and settings.method in ("lora", "words"):
+        raise AdapterError(
+            f"--compact leaves out what is frozen, and method {settings.method} freezes nothing; leave it"
+        )
     if args.checkpoints:
         settings = replace(settings, checkpoint_every=_every(args))
     height, width = args.size or base.size
@@ -112,14 +122,15 @@ def run_train(args: argparse.Namespace) -> None:
     if args.resume and out.exists() and not args.overwrite and not _of_this_training(out, args.resume, subject, base):
         refuse_existing(out)
     prior, basis = _prior(base, args.class_word, preset.prior, height, width), OrthogonalBasis()
+    told: list[TrainResult] = []
     fault = None
-    try:
-        with Bar(f"train {name} ({settings.method})", settings.steps) as advance, Interruption() as interrupted:
+    with Bar(f"train {name} ({settings.method})", settings.steps) as advance, Interruption() as interrupted:
 
-            def after_step(at) -> bool:
-                advance(at.step)
-                return interrupted()
+        def after_step(at) -> bool:
+            advance(at.step)
+            return interrupted()
 
+        try:
             concept, result = train_concept(
                 base,
                 subject,
@@ -131,24 +142,55 @@ def run_train(args: argparse.Namespace) -> None:
                 args.resume,
                 prior,
                 accept_changes=args.accept_changes,
+                set_aside=args.overwrite,
                 cache=args.cache,
-                estimate=_announce,
+                estimate=partial(_announce, args, out, settings),
+                on_fault=told.append,
             )
-    except Changed as error:
-        raise AdapterError(f"{error}; --accept-changes resumes all the same") from error
-    except Unfinished as error:
-        fault, result = error, error.result
-        concept = concept_from(base, subject, result, basis, targets)
+        except Changed as error:
+            raise AdapterError(f"{error}; --accept-changes resumes all the same") from error
+        except Occupied as error:
+            raise _occupied(error, args.checkpoints) from error
+        except Unfinished as error:
+            fault, result = error, error.result
+        except Exception as error:
+            if not told:
+                raise
+            (result,) = told
+            fault = _unexpected(error, result)
+        interrupted.hold()
+        if fault is not None:
+            concept = concept_from(base, subject, result, basis, targets)
+        kept = _keep(args, dated(concept), result, out) if result.step else None
+    _end(args, result, kept, fault)
+
+
+def _keep(args: argparse.Namespace, concept, result: TrainResult, out: Path) -> Kept:
+    """Write what was learned: where it was to be, or, if that fails, wherever it can be."""
+    from .files.concept import save_concept
+    from .files.keeping import keep, last_places
+
     if not result.finished:
         out = _free(out.with_name(f"{out.stem}-step{result.step}.safetensors"), args.overwrite)
-    if result.step:
-        folder(out.parent)
-        save_concept(dated(concept), out, compact=args.compact)
-        print(f"wrote {out}: {_what_learned(concept)}, last loss {result.losses[-1]:.4f}")
+    places = [*filter(None, [args.checkpoints]), *last_places()]
+    kept = keep(lambda path: save_concept(concept, path, compact=args.compact), out, places)
+    print(f"wrote {kept.path}: {_what_learned(concept)}, last loss {result.losses[-1]:.4f}")
+    return kept
+
+
+def _end(args: argparse.Namespace, result: TrainResult, kept: Kept | None, fault: AdapterError | None) -> None:
+    """Raise what there is to say of a training that did not end as it should."""
+    from .training import Diverged
+
+    elsewhere = (
+        "" if kept is None or kept.fault is None else f"{kept.fault}. What was learned is in {kept.path} instead"
+    )
     if fault is not None:
-        place = f" in {out}" if result.step else ""
+        place = f" in {kept.path}" if kept else ""
         rates = ". The learning rates are --adapter-lr and --token-lr" if isinstance(fault, Diverged) else ""
-        raise AdapterError(f"{fault}{place}{rates}") from fault
+        raise AdapterError(f"{fault}{place}{rates}{f', for {kept.fault}' if elsewhere else ''}") from fault
+    if elsewhere:
+        raise AdapterError(f"{kept.fault}. What was learned is in {kept.path} instead") from kept.fault
     if not result.finished:
         raise KeyboardInterrupt
 
@@ -176,9 +218,44 @@ def _unread(args: argparse.Namespace, method: str, preset, base) -> list[str]:
     return unread(TRAIN, given, method, present, lambda name: f"--{name.replace('_', '-')}")
 
 
-def _announce(estimate) -> None:
+def _unexpected(error: Exception, result: TrainResult) -> AdapterError:
+    said = " ".join(str(error).split())[:300]
+    kind = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return AdapterError(
+        f"an unexpected fault after step {result.step} ({kind}). What was learned up to step {result.step} is kept"
+    )
+
+
+def _occupied(error, checkpoints: Path) -> AdapterError:
+    """With the ways out that the shell has."""
+    if not error.movable:
+        return AdapterError(str(error))
+    return AdapterError(
+        f"{error}: --resume {checkpoints}, another --checkpoints, or --overwrite, which moves them to "
+        f"{checkpoints / 'before'}"
+    )
+
+
+def _check_checkpoints(args: argparse.Namespace) -> None:
+    """Refuse another training's folder before the base is loaded; say what will be moved."""
+    from .training import Occupied
+    from .training.ownership import check_folder
+
+    folder(args.checkpoints, "--checkpoints")
+    try:
+        check_folder(args.checkpoints, args.resume)
+    except Occupied as error:
+        if not (args.overwrite and error.movable):
+            raise _occupied(error, args.checkpoints) from error
+        there = str(error).partition(";")[0]
+        note(f"{there}; they move to {args.checkpoints / 'before'}")
+
+
+def _announce(args: argparse.Namespace, out: Path, settings: TrainSettings, estimate: Estimate) -> None:
     """Say what the training will take, and refuse what this machine does not have."""
     from .budget import machine_memory
+    from .files.keeping import check_room
+    from .training.ownership import checkpoints_to_come
 
     room = machine_memory()
     if room is not None and estimate.memory_bytes > room:
@@ -186,6 +263,11 @@ def _announce(estimate) -> None:
             f"this training would take about {estimate.memory_bytes / 2**30:.3g} GiB of memory beside the model, and "
             f"this machine has {room / 2**30:.3g} GiB; lower --batch or --size, or add --gradient-checkpointing"
         )
+    needs = [(out.parent, estimate.concept_bytes)]
+    if args.checkpoints:
+        count = checkpoints_to_come(args.checkpoints, settings, estimate.done)
+        needs.append((args.checkpoints, count * estimate.checkpoint_bytes))
+    check_room(needs)
     print(estimate)
 
 

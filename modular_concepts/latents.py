@@ -63,15 +63,15 @@ def kept(base: Base, cache: Path, key: str, make: Callable[[], list[Tensor]]) ->
     found = _read(path, of)
     if PROBE in found and _alike(found.pop(PROBE), probe):
         return [found[name].to(probe.device) for name in sorted(found)]
-    latents = make()
-    tensors = {f"{number:06d}": latent for number, latent in enumerate(latents)} | {PROBE: probe}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AdapterError(
             f"the folder {cache} cannot be made ({error.strerror}); train without keeping latents"
         ) from error
+    latents = make()
+    tensors = {f"{number:06d}": latent for number, latent in enumerate(latents)} | {PROBE: probe}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_safetensors(path, tensors, {"of": of, "data": _content(tensors)})
     return latents
 

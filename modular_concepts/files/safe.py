@@ -16,7 +16,9 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..room import free_memory
+from .names import LONGEST_PATH, RESERVED, bytes_of
 
 MAX_HEADER = 64 * 2**20  # other programs keep the tags of a data set and pictures in the metadata
 MAX_WRITTEN_HEADER = 4 * 2**20
@@ -56,7 +59,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MORE = ("I16", "I8", "U16", "U32", "U64", "C64", "F8_E4M3", "F8_E5M2")  # torch has these too
 _SMALL = 2**26
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+# Of `all_or_none`: temporary files and the names that they will take.
+_WAITING: ContextVar[list[tuple[Path, Path]] | None] = ContextVar("waiting", default=None)
 
 
 @dataclass(frozen=True)
@@ -270,22 +276,88 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
     """Write `path` whole or not at all: temporary file in the same folder, fsync, rename.
 
     If the body raises, or the disk is full, the old file stays as it was and the temporary one is removed.
+    Inside `all_or_none` the rename waits for its end.
     Raises AdapterError, in words, for what the system refuses.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+    path, waiting = Path(path), _WAITING.get()
+    temporary = _beside(path)
     try:
         with open(temporary, "xb") as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
+        if waiting is not None:
+            waiting.append((temporary, path))
+            return
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise AdapterError(f"{path}: cannot be written: {_reason(error)}") from error
+        raise AdapterError(f"{path}: cannot be written: {reason(error)}") from error
     finally:
+        if waiting is None or (temporary, path) not in waiting:
+            _remove([temporary])
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """All files that `replacing` writes within the block, or none of them: they take their names at its end.
+
+    A file that cannot take its name brings back those before it.  Only a process that is killed between two renames
+    leaves some new and some old files, each of them whole.
+    """
+    waiting: list[tuple[Path, Path]] = []
+    token = _WAITING.set(waiting)
+    try:
+        try:
+            yield
+        finally:
+            _WAITING.reset(token)
+        _take_names(waiting)
+    finally:
+        _remove([temporary for temporary, _ in waiting])
+
+
+def _take_names(waiting: Sequence[tuple[Path, Path]]) -> None:
+    done: list[tuple[Path, Path | None]] = []
+    try:
+        for temporary, path in waiting:
+            before = _second_name(path) if path.exists() else None
+            done.append((path, before))
+            os.replace(temporary, path)
+        for folder in dict.fromkeys(path.parent for path, _ in done):
+            sync_folder(folder)
+    except BaseException as error:
+        for (path, before), (temporary, _) in zip(done, waiting, strict=False):
+            if before is not None:
+                with contextlib.suppress(OSError):  # what cannot be brought back keeps its second name
+                    os.replace(before, path)
+                    _remove([before])  # which a rename to another name of the same file leaves
+            elif not temporary.exists():
+                _remove([path])
+        if isinstance(error, OSError):
+            raise AdapterError(f"{path}: cannot be written: {reason(error)}") from error
+        raise
+    _remove([before for _, before in done if before is not None])
+
+
+def _second_name(path: Path) -> Path:
+    """Under which a file stays when its name goes to another."""
+    before = _beside(path)
+    try:
+        os.link(path, before)
+    except OSError:  # a file system without links
+        shutil.copy2(path, before)
+    return before
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            path.unlink()
 
 
 def write_atomically(path: Path | str, data: bytes) -> None:
@@ -304,7 +376,7 @@ def safe_name(name: str) -> str:
     cleaned = re.sub(r"\s+", "_", cleaned.strip(" .")).encode()[:120].decode(errors="ignore").strip("._ ")
     if not cleaned:
         raise AdapterError(f"name {ascii(name)[:60]}: a name needs at least one letter or digit")
-    return f"_{cleaned}" if _RESERVED.fullmatch(cleaned) else cleaned
+    return f"_{cleaned}" if RESERVED.fullmatch(cleaned) else cleaned
 
 
 def safe_child(folder: Path | str, name: str) -> Path:
@@ -313,6 +385,8 @@ def safe_child(folder: Path | str, name: str) -> Path:
     relative = str(name).replace("\\", "/")
     if not relative.isprintable() or not relative.strip() or re.match(r"[A-Za-z]:", relative):
         raise AdapterError(f"{ascii(name)[:80]} is not a file name")
+    if len(bytes_of(relative)) > LONGEST_PATH or any(len(bytes_of(part)) > 255 for part in relative.split("/")):
+        raise AdapterError(f"{ascii(name)[:40]}… is too long for a file name; choose a shorter one")
     child = (root / relative).resolve()
     if child == root or not child.is_relative_to(root):
         raise AdapterError(f"{ascii(name)[:80]} leads outside the folder {root.name}; choose a name inside it")
@@ -346,7 +420,8 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
     except (OSError, ValueError) as error:
         if isinstance(error, AdapterError):
             raise
-        raise AdapterError(f"{ascii(str(path))[:200]}: cannot be read ({error})") from error
+        why = reason(error) if isinstance(error, OSError) else error
+        raise AdapterError(f"{ascii(str(path))[:200]}: cannot be read ({why})") from error
 
 
 def _metadata(path: Path, metadata: object) -> dict[str, str]:
@@ -421,7 +496,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
     reasons = {
         errno.ENOSPC: "the disk is full",
         errno.EFBIG: "the file would be larger than the system allows",

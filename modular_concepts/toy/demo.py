@@ -20,13 +20,13 @@ from ..concept import Concept
 from ..crosstalk import crosstalk_table
 from ..customisation import Subject, Targets, customised, train_concept
 from ..files.concept import save_concept
-from ..files.safe import replacing
+from ..files.safe import write_atomically
 from ..merge import merge_concepts
 from ..regions.geometry import Region
 from ..sampling import SampleSettings, sample
 from ..training import TrainSettings
 from .judges import Judges
-from .report import contact_sheet, heat_map, joint_sheet, report_text
+from .report import HEADING, contact_sheet, heat_map, joint_sheet, report_text
 from .standard import BY_NAME, StandardConcept, pictures_of
 from .vocabulary import CLASSES, SCENE_PHRASES, SCENES
 from .world import TILE
@@ -50,6 +50,10 @@ SETTINGS = TrainSettings(
 UNDESCRIBED = replace(SETTINGS, steps=400, token_lr=3e-2, token_vectors=8)
 SAMPLING = SampleSettings(steps=20, cfg=4.0, batch=24)
 PICTURES_EACH = 24
+OUTPUTS = (
+    *(f"concepts/{name}_{method}.safetensors" for method in METHODS for name in TRIO),
+    *("contact_sheet.png", "joint.png", "crosstalk.png", "report.json", "report.md"),
+)
 JOINT_SCENES = ("beach", "snow", "forest", "city")
 
 
@@ -66,6 +70,8 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
     started = time.monotonic()
     folder = out / "concepts"
     folder.mkdir(parents=True, exist_ok=True)
+    if not (out / "report.md").exists():
+        write_atomically(out / "report.md", f"{HEADING}\n\nNothing yet: the demo has not come to its end.\n".encode())
     concepts = [BY_NAME[name] for name in TRIO]
     references = {concept.name: pictures_of(concept) for concept in concepts}
     baseline = _prior_pictures(base, concepts, steps)
@@ -104,8 +110,7 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
         ("report.json", json.dumps(report, indent=1) + "\n"),
         ("report.md", report_text(report)),
     ):
-        with replacing(out / name) as file:
-            file.write(text.encode())
+        write_atomically(out / name, text.encode())
     return report
 
 

@@ -12,6 +12,7 @@ from ..files.safe import replacing
 
 INK, PAPER, FAINT = (32, 34, 40), (255, 255, 255), (120, 124, 132)
 TITLES = {"lora": "plain LoRA", "orthogonal": "orthogonal"}
+HEADING = "# What the demo measured"
 ZOOM = 3  # screen pixels per pixel of a toy picture
 
 
@@ -122,7 +123,7 @@ def pair_matrix(names: Sequence[str], table: Mapping) -> Tensor:
 def report_text(report: Mapping) -> str:
     """report.md: the figures of report.json as two tables, and what they mean."""
     lines = [
-        "# What the demo measured",
+        HEADING,
         "",
         "Toy results: 32-pixel pictures of a procedural world, drawn by the small base model that comes with the pack.",
         "Identity is the share of pictures that the identity judge accepts, image the mean cosine to the references,",

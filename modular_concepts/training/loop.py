@@ -19,13 +19,14 @@ from torch import Tensor
 
 from ..bases import OrthogonalBasis
 from ..errors import AdapterError
+from ..files.keeping import check_room
 from ..tokens import bounded
 from .checkpoint import checkpoint_step, restore_checkpoint, save_checkpoint
 from .last_step import LastStep
 from .memory import memory_advice, ran_out_of_memory
-from .ownership import claimed
+from .ownership import checkpoints_to_come, claimed
 from .problem import Problem
-from .rehearsal import Estimate, rehearse
+from .rehearsal import Estimate, checkpoint_bytes, rehearse
 from .run import Run, TrainResult
 from .settings import TrainSettings, learning_rate_factor
 from .step import Step, on_base
@@ -107,16 +108,20 @@ def train(
         run = Run(problem, settings, basis)
         if resume is not None:
             restore_checkpoint(resume, run, accept_changes)
+        if checkpoints is not None:
+            check_room(
+                [(Path(checkpoints), checkpoints_to_come(checkpoints, settings, run.step) * checkpoint_bytes(run))]
+            )
         try:
             with on_base(problem, run) as step:
                 finished = _steps(step, lambda: _after_step(run, callback, checkpoints, started))
+            if checkpoints is not None:
+                _save(checkpoints, run, finished)
         except BaseException as fault:
             _save_after(fault, checkpoints, run)
             if on_fault is not None and run.step and not isinstance(fault, AdapterError | KeyboardInterrupt):
                 on_fault(run.result(run.step == settings.steps))
             raise
-        if checkpoints is not None:
-            _save(checkpoints, run, finished)
         return run.result(finished)
 
 

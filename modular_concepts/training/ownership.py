@@ -17,6 +17,7 @@ from pathlib import Path
 from ..errors import AdapterError
 from ..files.safe import FLOATS, read_header, sync_folder
 from .checkpoint_checks import read_origin
+from .settings import TrainSettings
 
 PATTERN = re.compile(r"step-(\d{8})\.safetensors")
 TORN = re.compile(r"\.step-\d{8}\.safetensors\.part")
@@ -72,6 +73,13 @@ def prune(folder: Path, run: str, keep: int) -> None:
     ours = [path for path in checkpoints_in(folder) if (owner := owner_of(path)) is not None and owner.run == run]
     for old in ours[:-keep]:
         old.unlink(missing_ok=True)
+
+
+def checkpoints_to_come(folder: Path | str, settings: TrainSettings, done: int = 0) -> int:
+    """How many more files than now a training will have there at once: those it keeps, and the one it writes."""
+    every = settings.checkpoint_every
+    written = 1 + ((settings.steps - 1) // every - done // every if every else 0)
+    return max(1, min(written, settings.keep_checkpoints + 1 - len(checkpoints_in(Path(folder)))))
 
 
 def refuse_two_runs(folder: Path) -> None:

@@ -20,6 +20,7 @@ from .settings import TrainSettings
 from .step import Step, on_base
 
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0}  # bytes for each trained number
+HEADER = 512  # bytes that a file says of a tensor, at most
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,15 @@ class Estimate:
     """seconds_per_step, and memory_bytes at the peak beside the base itself; `steps` is for how many.
 
     done: how many a checkpoint has behind it already.
+    concept_bytes, checkpoint_bytes: of the concept's file, and of one checkpoint.
     """
 
     seconds_per_step: float
     memory_bytes: int
     steps: int
     done: int = 0
+    concept_bytes: int = 0
+    checkpoint_bytes: int = 0
 
     def __str__(self) -> str:
         whole = self.seconds_per_step * self.steps
@@ -75,7 +79,21 @@ def rehearse(
     # Factors and moments, and a copy of both as they were after the last step; gradients are in the peak.
     kept = round(2 * (factors + numbers * MOMENTS[settings.optimizer]))
     memory, left = one + more * (settings.batch - 1) + kept, max(0, settings.steps - done)
-    return Estimate(seconds * settings.batch, memory, left, done)
+    return Estimate(seconds * settings.batch, memory, left, done, concept_bytes(run), checkpoint_bytes(run))
+
+
+def concept_bytes(run: Run) -> int:
+    """At most, with the recipe: the file of a concept whose adapters and words these are."""
+    adapters = run.adapters.values()
+    factors = sum(own.out_features * own.rank + own.lora_down.numel() + HEADER // 4 for own in adapters)
+    return 4 * (factors + sum(rows.numel() for rows in run.tokens.values())) + 64 * HEADER
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """At most: learned tensors, moments and losses."""
+    numbers = [parameter.numel() for parameter in run.parameters().values()]
+    each = 4 + MOMENTS[run.settings.optimizer]
+    return round(sum(numbers) * each) + 4 * HEADER * len(numbers) + 8 * run.settings.steps + 64 * HEADER
 
 
 def _peak(step: Step) -> int:

@@ -33,8 +33,10 @@ from modular_concepts.adapters import LowRank
 from modular_concepts.concept import Concept, Recipe
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import save_concept
+from modular_concepts.files.embeddings import export_embedding
+from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.moments import save_moments
-from modular_concepts.files.safe import replacing
+from modular_concepts.files.safe import all_or_none, replacing
 from modular_concepts.moments import Moment
 from modular_concepts.training import newest_checkpoint, train
 
@@ -158,10 +160,18 @@ def _write_checkpoints(folder: Path, version: int) -> None:
         train(tiny_problem(), settings, lambda at: at.step >= version, resume, basis=tiny_basis(), checkpoints=folder)
 
 
+def _write_export(folder: Path, version: int) -> None:
+    """Two files that belong together."""
+    with all_or_none():
+        export_embedding(_concept(version), "<x>", folder / "word.safetensors")
+        export_kohya(_concept(version), folder / "layers.safetensors")
+
+
 WRITERS = {
     "concept": _write_concept,
     "moments": _write_moments,
     "text": _write_text,
+    "export": _write_export,
     "checkpoint": _write_checkpoints,
 }
 
@@ -222,6 +232,8 @@ def _missing(torn: Path, trial: _Write, old: Mapping[str, bytes], new: Mapping[s
         for name, data in now.items()
         if not any(name in before and _alike({name: data}, {name: before[name]}) for before in (old, new))
     ]
+    if trial.writer == "export" and trial.way != "kill" and now not in (old, new):
+        cut.append(f"one of {sorted(now)}")
     gone = set() if trial.writer == "checkpoint" and now else set(old) - set(now)
     return [f"{name} is neither the old nor the new one" for name in cut] + [f"{name} is gone" for name in gone]
 

@@ -160,3 +160,19 @@ def test_a_full_disk_after_a_fault_takes_nothing_from_what_the_fault_says(tmp_pa
         train(make_problem(), ONCE, basis=tiny_basis(), checkpoints=tmp_path)
     said = str(caught.value)
     assert "memory ran out at step 7" in said and "No space left on device" in said and caught.value.result.step == 6
+
+
+def test_a_second_ctrl_c_in_the_last_checkpoint_has_it_written_all_the_same(tmp_path, monkeypatch, straight):
+    real, synced = os.fsync, []
+
+    def interrupted(descriptor):
+        synced.append(descriptor)
+        if len(synced) == 1:
+            raise KeyboardInterrupt
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_problem(), ONCE, basis=tiny_basis(), checkpoints=tmp_path)
+    assert newest_step(tmp_path) == ONCE.steps
+    assert_same(load_file(newest_checkpoint(tmp_path)), straight[1])

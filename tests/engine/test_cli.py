@@ -509,7 +509,7 @@ def writers(made: Path) -> dict[str, list]:
         "pictures": ["pictures", "tom"],
         "train": train_on(made / "pictures/tom", "--name", "tom"),
         "merge": ["merge", concept(made), "--out", "old.safetensors", "--overwrite"],
-        "sample": ["sample", "a man", *DRAW, "--out", "old.png"],
+        "sample": ["sample", "a man", *DRAW, "--out", "old.png", "--overwrite"],
         "export": ["export", concept(made), "--out", "old.safetensors", "--overwrite"],
     }
 
