@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..modular_concepts.files.kohya import export_kohya
 from ..modular_concepts.files.lora import read_concept
 from ..modular_concepts.files.modelspec import dated, saying, trigger_phrase
 from ..modular_concepts.files.moments import FORMER, is_moments
-from ..modular_concepts.files.safe import safe_child, safe_name
+from ..modular_concepts.files.safe import all_or_none, safe_child, safe_name
 from ..modular_concepts.merged import merged_concept
 from .folders import names, path_of
 from .messages import show_text
@@ -134,7 +135,7 @@ def save(
     folder, path = _target("concepts", typed or concept.name)
     path = path if replace else _free(path)
     save_concept(concept, path, compact=form is Format.COMPACT)
-    return _saved(folder, path, f"trigger words: {trigger_phrase(concept) or 'none'}")
+    return _saved(folder, path, typed, f"trigger words: {trigger_phrase(concept) or 'none'}")
 
 
 def _save_lora(concept: Concept, typed: str, replace: bool, export: Callable[[Concept, Path], Path]) -> Saved:
@@ -152,25 +153,47 @@ def _save_lora(concept: Concept, typed: str, replace: bool, export: Callable[[Co
     called = " ".join(f"{w} is embedding:{f.stem}" for w, f in zip(words, written, strict=True))
     if called and "usage_hint" not in concept.about:
         concept = saying(concept, usage_hint=f"in ComfyUI's prompts {called}")
-    if concept.layers:
-        export(concept, path)
-    else:
-        path = written[0]
-    for word, file in zip(words, written, strict=True):
-        export_embedding(concept, word, file)
-    return _saved(folder, path, called)
+    with all_or_none():
+        for word, file in zip(words, written, strict=True):
+            export_embedding(concept, word, file)
+        if concept.layers:
+            export(concept, path)
+        else:
+            path = written[0]
+    return _saved(folder, path, typed, called)
+
+
+def name_problem(filename: str) -> str:
+    """Why a concept cannot be saved under what a person typed, in a sentence; empty if it can."""
+    try:
+        typed = filename.strip().replace("\\", "/").removesuffix(SUFFIX)
+        if typed:
+            _place(Path(folder_paths.get_folder_paths("concepts")[0]).resolve(), typed)
+    except AdapterError as error:
+        return str(error)
+    return ""
 
 
 def _target(kind: str, typed: str) -> tuple[Path, Path]:
     """(the kind's folder, a file in it that may be written); folders of the name are made."""
     folder = Path(folder_paths.get_folder_paths(kind)[0]).resolve()
-    path = safe_child(folder, typed)
-    path = path.with_name(safe_name(path.name) + SUFFIX)
+    path = _place(folder, typed)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AdapterError(f"{path.parent}: the folder cannot be made ({error.strerror})") from error
     return folder, path
+
+
+def _place(folder: Path, typed: str) -> Path:
+    """A file in the folder, each part of whose name every system takes; folders that are there keep theirs."""
+    *above, name = safe_child(folder, typed).relative_to(folder).parts
+    place = folder
+    for part in above:
+        # Spaces inside a folder's name are as good as underscores.
+        clean = part if safe_name(part) == "_".join(part.split()) else safe_name(part)
+        place = place / (part if (place / part).is_dir() else clean)
+    return place / (safe_name(name) + SUFFIX)
 
 
 def _free(path: Path, taken=lambda path: False) -> Path:
@@ -182,6 +205,10 @@ def _free(path: Path, taken=lambda path: False) -> Path:
     return free
 
 
-def _saved(folder: Path, path: Path, more: str) -> Saved:
+def _saved(folder: Path, path: Path, typed: str, more: str) -> Saved:
+    """typed: by a person; a name that some system could not take has become another, which is said."""
     name = path.relative_to(folder).as_posix()
-    return Saved(name, f"{folder.name}/{name}\n{more}".strip())
+    stem = name.removesuffix(SUFFIX)
+    changed = typed and stem != typed and not re.fullmatch(re.escape(typed) + r"_\d+", stem)
+    why = f" ({typed!r} is no name that every system takes)" if changed else ""
+    return Saved(name, f"{folder.name}/{name}{why}\n{more}".strip())

@@ -106,7 +106,10 @@ def _moments(
         return found, text
     if beside.is_file() and reason:
         text += f", since {beside.name} {reason}"
-    save_moments(found, beside, Recorded(concept_mark(concept), mark_of(model, clip), drawing.said()))
+    try:
+        save_moments(found, beside, Recorded(concept_mark(concept), mark_of(model, clip), drawing.said()))
+    except AdapterError as error:  # what was drawn for is used all the same
+        return found, f"{text}, but not kept: {error}"
     # As they will be read, so that the second time gives the same picture as the first.
     return load_moments(beside), f"{text}, kept in {beside.name}"
 

@@ -1,6 +1,6 @@
 """One concept's training inside the host: its progress bar, previews and cancel, checkpoints and kept files.
 
-output/modular_concepts/NAME/    checkpoints; those of the training before in before/
+output/modular_concepts/NAME/    checkpoints; those of trainings before in before/, before-2/, ...
 output/modular_concepts_latents  pictures as the VAE encodes them, where that is asked for
 models/concepts/                 what a cancelled training had learned by then
 """
@@ -33,6 +33,7 @@ from ..modular_concepts.customisation import (
 from ..modular_concepts.dataset import Dataset, filled_in
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.files.concept import layer_tensors, save_concept
+from ..modular_concepts.files.keeping import check_room, free_name, keep, last_places
 from ..modular_concepts.files.safe import safe_name
 from ..modular_concepts.layers import file_key
 from ..modular_concepts.sampling import SampleSettings
@@ -48,7 +49,7 @@ from ..modular_concepts.training import (
 )
 from ..modular_concepts.training.losses import FlowSchedule
 from ..modular_concepts.training.memory import memory_advice, ran_out_of_memory
-from ..modular_concepts.training.ownership import PATTERN
+from ..modular_concepts.training.ownership import checkpoints_in, checkpoints_to_come
 from ..modular_concepts.unread import NOISE, TRAIN, unread
 from .base import HostBase, draw
 from .messages import show_text
@@ -161,6 +162,10 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
     base = replace(base, class_words={subject.trigger: subject.class_word})
     check_training(base, subject, plan.settings, plan.targets)
     folder, notes = checkpoint_folder(subject.name), _notes(base, plan)
+
+    def keep_learned(result: TrainResult) -> Path | None:
+        return keep_unfinished(concept_from(base, subject, result, plan.basis, plan.targets), result)
+
     with base.trainable(), _interruptible(), _enough_memory(plan.settings):
         prior = _prior(base, plan)
         resume = _resume(folder, plan)
@@ -176,13 +181,15 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
                 resume,
                 prior,
                 accept_changes=plan.accept_changes,
+                set_aside=not plan.resume,
                 cache=latents_folder() if plan.keep_latents else None,
                 estimate=partial(_announce, plan, notes),
+                on_fault=keep_learned,
             )
         except Changed as error:
             raise AdapterError(f"{error}; on_change set to go on resumes all the same") from error
         except Unfinished as error:
-            kept = keep_unfinished(concept_from(base, subject, error.result, plan.basis, plan.targets), error.result)
+            kept = keep_learned(error.result)
             raise AdapterError(f"{error} in {kept}" if kept else str(error)) from error
     if not result.finished:
         keep_unfinished(concept, result)
@@ -193,7 +200,13 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
 
 
 def _announce(plan: Plan, notes: Sequence[str], estimate: Estimate) -> None:
-    """Time and memory, before the first step, and what was chosen and is not read."""
+    """Time and memory, before the first step, and what was chosen and is not read.
+
+    Raises AdapterError where there is no room for what will be written.
+    """
+    folder = checkpoint_folder(plan.subject.name)
+    count = checkpoints_to_come(folder, plan.settings, estimate.done)
+    check_room([(_concepts_folder(), estimate.concept_bytes), (folder, count * estimate.checkpoint_bytes)])
     logging.info("%s: %s", plan.subject.name, estimate)
     for sentence in notes:
         logging.warning("%s: %s", plan.subject.name, sentence)
@@ -244,16 +257,29 @@ def latents_folder() -> Path:
 
 
 def keep_unfinished(concept: Concept, result: TrainResult) -> Path | None:
-    """Save what was learned as models/concepts/NAME-cancelled-stepN.safetensors; nothing after no step."""
+    """Save what was learned as models/concepts/NAME-cancelled-stepN.safetensors, or, where that fails, elsewhere.
+
+    None after no step, and where nothing can be written at all, which is said: the checkpoint may still be there.
+    """
     if not result.step:
         return None
-    path = Path(folder_paths.get_folder_paths("concepts")[0])
-    path.mkdir(parents=True, exist_ok=True)
-    path = path / f"{safe_name(concept.name)}-cancelled-step{result.step}.safetensors"
-    save_concept(concept, path)
-    logging.info("%s: stopped after %d steps; what was learned is in %s", concept.name, result.step, path)
-    show_text(f"stopped after {result.step} steps; what was learned is in models/concepts/{path.name}")
-    return path
+    path = free_name(_concepts_folder() / f"{safe_name(concept.name)}-cancelled-step{result.step}.safetensors")
+    try:
+        kept = keep(partial(save_concept, concept), path, [checkpoint_folder(concept.name), *last_places()])
+    except AdapterError as error:
+        said = f"stopped after {result.step} steps; what was learned could not be written: {error}"
+        logging.warning("%s: %s", concept.name, said)
+        show_text(said)
+        return None
+    why = "" if kept.fault is None else f", since {kept.fault}"
+    logging.info("%s: stopped after %d steps; what was learned is in %s%s", concept.name, result.step, kept.path, why)
+    place = f"models/concepts/{kept.path.name}" if kept.fault is None else kept.path
+    show_text(f"stopped after {result.step} steps; what was learned is in {place}{why}")
+    return kept.path
+
+
+def _concepts_folder() -> Path:
+    return Path(folder_paths.get_folder_paths("concepts")[0])
 
 
 def lora_of(concept: Concept) -> dict[str, Tensor]:
@@ -284,20 +310,5 @@ def _prior(base: HostBase, plan: Plan) -> Examples | None:
 
 
 def _resume(folder: Path, plan: Plan) -> Path | None:
-    """The checkpoint to go on from; a training from the start puts those of the one before aside first.
-
-    Checkpoints are told apart by their step alone, so a longer training's would outlive the new one's.
-    """
-    found = sorted(path for path in folder.iterdir() if PATTERN.fullmatch(path.name)) if folder.is_dir() else []
-    if not found:
-        return None
-    if plan.resume:
-        return newest_checkpoint(folder)
-    before = folder / "before"
-    before.mkdir(exist_ok=True)
-    for old in before.iterdir():
-        if PATTERN.fullmatch(old.name):
-            old.unlink()
-    for path in found:
-        path.replace(before / path.name)
-    return None
+    """The checkpoint to go on from; the training itself puts aside what is another's."""
+    return newest_checkpoint(folder) if plan.resume and checkpoints_in(folder) else None

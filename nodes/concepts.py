@@ -191,6 +191,11 @@ class ConceptSave(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename: str | None = None) -> bool | str:
+        """Before anything is trained for it.  None: not known yet."""
+        return (files.name_problem(filename) if filename else "") or True
+
+    @classmethod
     def execute(
         cls,
         concept,

@@ -40,6 +40,17 @@ STOPPED = {
     "preview_every": 1,
     "stop_at": 5,
 }
+TYPED = {
+    "plain": "concepts/plain.safetensors",
+    "my folder/plain": "concepts/my folder/plain.safetensors",
+    "aux/plain": "concepts/aux/plain.safetensors",  # which is there already
+    "a b": "concepts/a_b.safetensors ('a b' is no name that every system takes)",
+    "CON/nul.x/com1": "concepts/_CON/_nul.x/_com1.safetensors ('CON/nul.x/com1' is no name",
+    "dots./x .": "concepts/dots/x.safetensors ('dots./x .' is no name",
+    "a\0b": "AdapterError: 'a\\x00b' is not a file name",
+    "../out": "AdapterError: '../out' leads outside the folder",
+    "x" * 300: "AdapterError: 'xxx",
+}
 SD_CASES = [
     {
         "name": "ortho",
@@ -96,7 +107,9 @@ def found(host, base, pictures, tmp_path_factory):
     place = tmp_path_factory.mktemp("training")
     drawn, masks, captions = pictures
     save_file({"pictures": drawn, "masks": masks}, place / "asked.safetensors")
-    (place / "asked.json").write_text(json.dumps({"captions": captions, "cases": CASES, "stopped": STOPPED}))
+    (place / "asked.json").write_text(
+        json.dumps({"captions": captions, "cases": CASES, "stopped": STOPPED, "typed": list(TYPED)})
+    )
     settings = TrainSettings(**STOPPED["settings"], name="headless", adapter_lr=1e-3, token_lr=3e-2)
     concept, _ = headless(base, pictures, {"name": "headless"}, settings)
     save_concept(concept, place / "headless.safetensors")
@@ -182,8 +195,23 @@ def test_a_new_start_puts_old_checkpoints_aside_and_resume_refuses_other_setting
 
 def test_faults_in_mid_training_leave_the_model_as_it_was(found):
     assert found[1]["broken"] == ["ZeroDivisionError: a fault of somebody else's", True]
+    assert found[1]["left_by_the_broken"] == ["step-00000001.safetensors", "broken-cancelled-step1.safetensors"]
     message, as_before = found[1]["diverged"]
     assert message.startswith("AdapterError: the loss is no longer a finite number") and as_before
+
+
+def test_what_was_learned_takes_no_others_place_and_finds_one_where_its_folder_is_gone(found):
+    assert found[1]["kept_unfinished"] == [
+        "ortho-cancelled-step3.safetensors",
+        "ortho-cancelled-step3-2.safetensors",
+        "output/modular_concepts/ortho/ortho-cancelled-step3.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(("typed", "written"), TYPED.items(), ids=lambda value: value[:8].replace("\0", "0"))
+def test_names_that_some_system_cannot_take_are_said_or_refused_in_every_part(found, typed, written):
+    assert found[1]["saved"][typed].startswith(written)
+    assert bool(found[1]["problems"][typed]) == written.startswith("AdapterError")
 
 
 @pytest.mark.parametrize("direction", ["host to headless", "headless to host"])

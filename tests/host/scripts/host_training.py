@@ -183,6 +183,8 @@ def break_it(loaded) -> None:
     facts["broken"] = [outcome(lambda: training.train_in_host(base, lesson({**plan["stopped"], "name": "broken"})))]
     handle.remove()
     facts["broken"] += [traces(*loaded[:2]) == before]
+    facts["left_by_the_broken"] = [path.name for path in training.checkpoint_folder("broken").iterdir()]
+    facts["left_by_the_broken"] += [path.name for path in (FOLDER / "concepts").glob("broken*")]
     wild = {**plan["stopped"], "name": "wild", "learning_rate": 1.0, "token_learning_rate": 1.0}
     wild["settings"] = {**wild["settings"], "clip_norm": 0.0, "alpha": 1e30}
     facts["diverged"] = [outcome(lambda: training.train_in_host(base, lesson(wild))), traces(*loaded[:2]) == before]
@@ -267,6 +269,31 @@ def outcome(attempt) -> str:
 
 
 @torch.inference_mode()
+def keep_and_save() -> None:
+    """Cancelled concepts beside those before, and where their folder is none; names in every part of a path."""
+    concept = files.load_concept(FOLDER / "ortho.safetensors")
+    result = types.SimpleNamespace(step=3)
+    kept = [training.keep_unfinished(concept, result).name for _ in range(2)]
+    place = FOLDER / "concepts"
+    place.rename(FOLDER / "aside")
+    place.write_text("no folder")
+    (FOLDER / "output/modular_concepts/ortho").mkdir(parents=True, exist_ok=True)
+    kept.append(str(training.keep_unfinished(concept, result).relative_to(FOLDER)))
+    place.unlink()
+    (FOLDER / "aside").rename(place)
+    facts["kept_unfinished"] = kept
+    (place / "aux").mkdir()
+    saving, saved = pack_module("host.concepts"), {}
+    for typed in plan["typed"]:
+        saved[typed] = outcome(lambda typed=typed: facts.update(said=saving.save([concept], [1.0], typed, *AS_IT_IS)))
+        saved[typed] = facts.pop("said").message.splitlines()[0] if saved[typed] == "worked" else saved[typed]
+    facts["saved"] = saved
+    facts["problems"] = {typed: saving.name_problem(typed) for typed in plan["typed"]}
+
+
+AS_IT_IS = (pack_module("host.concepts").Format.CONCEPT, True)
+
+
 def main() -> None:
     if "cases" in plan:
         loaded = pack_module("host.toy").load_toy_base()
@@ -275,6 +302,7 @@ def main() -> None:
         stop_and_resume(loaded)
         break_it(loaded)
         refusals(loaded)
+        keep_and_save()
         headless = files.load_concept(FOLDER / "headless.safetensors")
         base = host_base.host_base(*loaded)
         facts["headless"] = [
