@@ -220,15 +220,31 @@ def file_name(values: dict, own: str) -> str:
 
 
 def keep(folder: Path, name: str, picture: bytes, about: dict) -> None:
-    """Write a picture, over no other one, and a line about it into index.jsonl."""
+    """Write a picture whole, over no other one, and a line about it into index.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     path, number = folder / name, 1
     while path.exists() and path.read_bytes() != picture:
         number += 1
         path = folder / f"{Path(name).stem}_{number}{Path(name).suffix}"
-    path.write_bytes(picture)
-    with (folder / "index.jsonl").open("a", encoding="utf-8") as index:
-        index.write(json.dumps({"file": path.name, **about}, ensure_ascii=False) + "\n")
+    if not path.exists():
+        part = path.with_name(f".{uuid.uuid4().hex}.part")
+        try:
+            with part.open("xb") as file:
+                file.write(picture)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    line = json.dumps({"file": path.name, **about}, ensure_ascii=False).encode() + b"\n"
+    with (folder / "index.jsonl").open("a+b") as index:
+        if index.tell():
+            index.seek(-1, os.SEEK_END)
+            # What broke off in the middle of a line keeps a line of its own.
+            line = line if index.read() == b"\n" else b"\n" + line
+        index.write(line)
+        index.flush()
+        os.fsync(index.fileno())
 
 
 def _text(value: object) -> str:
@@ -323,10 +339,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     prompts = list(variants(workflow, chosen.set))
     try:
+        if chosen.save is not None:
+            chosen.save.mkdir(parents=True, exist_ok=True)
         return min(run_all(Server(chosen.server), prompts, chosen.save), 1)
-    except (ConnectionError, urllib.error.URLError) as error:
+    except (ConnectionError, TimeoutError, urllib.error.URLError) as error:
         _say(f"no ComfyUI answers at {chosen.server}: {error}")
         return 1
+    except (OSError, ValueError) as error:
+        _say(f"{str(chosen.save)[:200]!r} cannot be written to: {getattr(error, 'strerror', None) or error}")
+        return 1
+    except KeyboardInterrupt:
+        _say("\nstopped; what is queued goes on in ComfyUI")
+        return 130
 
 
 if __name__ == "__main__":
