@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 
+from . import before_torch  # noqa: F401 - sets what torch reads when `cli` imports it
+
 
 def main() -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
