@@ -57,8 +57,6 @@ TRAINED = {
 }
 COLUMNS = ("family", "merge, s", "energy lost", "disturbed", "identity", "bleed", "mistaken", "image", "moved")
 GROUPS = {"lora": "LoRA", "orthogonal": "orthogonal", "block": "block", "custom_diffusion": "Custom Diffusion"}
-WORDS = ("man", "woman", "dog", "cat")
-ORDINARY = tuple(f"a {word} {place}" for word in WORDS for place in ("on the beach", "in the city", "at night"))
 
 
 @dataclass(frozen=True)
@@ -196,7 +194,7 @@ def evidence_of(base: BaseModel, row: Family, concepts: Sequence[Concept], folde
         return Evidence([load_moments(moments_path(folder / row.trained / f"{c.name}.safetensors")) for c in concepts])
     if row.how == "custom_diffusion":
         texts = [text_features(base, concept, ("a {concept}",)) for concept in concepts]
-        return Evidence(texts=texts, usual=usual_text(base, ORDINARY))
+        return Evidence(texts=texts, usual=usual_text(base))
     if row.how == "descent":
         return [recorded_inputs(base, concept) for concept in concepts]
     return NOTHING

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import comfy.model_patcher
 import comfy.sd
 import torch
+from torch import Tensor, nn
 
 from ..modular_concepts.concept import Concept
-from ..modular_concepts.evidence import ORDINARY, PROMPTS, refuse_layerwise, rows_of_word, trigger_of
+from ..modular_concepts.evidence import (
+    PROMPTS,
+    length_of,
+    refuse_layerwise,
+    rows_of_word,
+    trigger_of,
+    usual_rows,
+)
 from ..modular_concepts.merge import Evidence
+from ..modular_concepts.ordinary import CAPTIONS
+from ..modular_concepts.toy.captions import ordinary_captions
 from .clip import encode_prompt
+from .layers import architecture_of
 from .patching import merged
+
+_USUAL: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor]] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -33,5 +47,22 @@ def spoken_evidence(
         )
         vectors = sum(len(rows) for rows in concept.tokens.values())
         texts.append(rows_of_word(contexts, bare, vectors).float().cpu())
-    rows = torch.cat([encode_prompt(clip, text)[0][0][0] for text in ORDINARY]).double().cpu()
-    return Evidence(texts=texts, usual=rows.mT @ rows / len(rows))
+    return Evidence(texts=texts, usual=_usual(model, clip))
+
+
+def _usual(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP) -> Tensor:
+    """Second moments of ordinary captions as this CLIP reads them; read once for a CLIP, its patches and its layer."""
+    state = (clip.patcher.patches_uuid, clip.layer_idx)
+    known = _USUAL.get(clip.cond_stage_model)
+    if known is None or known[0] != state:
+        captions = ordinary_captions() if architecture_of(model) == "toy" else CAPTIONS
+        end = _ids(clip, "")[1]
+        contexts = [encode_prompt(clip, text)[0][0][0] for text in captions]
+        lengths = [length_of(_ids(clip, text), end) for text in captions]
+        known = _USUAL[clip.cond_stage_model] = (state, usual_rows(contexts, lengths))
+    return known[1]
+
+
+def _ids(clip: comfy.sd.CLIP, text: str) -> list[int]:
+    """What the first of its text encoders reads, with start, end and padding."""
+    return [token[0] for chunk in next(iter(clip.tokenize(text).values())) for token in chunk]

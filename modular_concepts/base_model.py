@@ -21,6 +21,7 @@ from .errors import AdapterError
 from .fingerprint import base_mark, weights_sample
 from .layers import find_layers
 from .layerwise import cross_attention_transformers, routed
+from .ordinary import CAPTIONS
 from .tokens import check_layer_count, layer_count, token_ids
 from .training.attention_regularisation import CrossAttention, cross_attentions_of, first_positions
 from .training.losses import NoiseSchedule
@@ -76,6 +77,7 @@ class BaseModel:
     multiple: pictures' height and width must be multiples of it; size: (height, width) it was trained on.
     prior_prompts(class word, count): what the base is asked for by itself to keep its prior while a concept is learned.
     betas: what diffusers' schedulers need to know of the noise schedule.
+    ordinary: captions as people write them for it, without any concept.
     """
 
     architecture: str
@@ -93,6 +95,7 @@ class BaseModel:
     hash: str
     prior_prompts: Callable[[str, int], list[str]] = lambda word, count: [f"a photo of a {word}"] * count
     unknown_words: Callable[[str, Sequence[str]], list[str]] = lambda prompt, triggers: []
+    ordinary: Sequence[str] = CAPTIONS
 
     @property
     def modules(self) -> tuple[nn.Module, nn.Module]:

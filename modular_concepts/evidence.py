@@ -20,18 +20,8 @@ from .moments import Recorder, recording
 from .sampling import SampleSettings, sample
 
 PROMPTS = ("a photo of a {concept}", "a {concept}", "{concept}")
-ORDINARY = (
-    "a photo",
-    "a man",
-    "a woman",
-    "a dog",
-    "a cat",
-    "a house",
-    "a car",
-    "a beach",
-    "the sky",
-    "a picture of a city",
-)
+PADDING = 4  # rows of a caption that all its padding counts as; a caption has three to twelve of its own
+BATCH = 32
 DRAWING = SampleSettings(steps=12, cfg=1.0, batch=8)
 
 
@@ -97,10 +87,38 @@ def rows_of_word(contexts: Sequence[Tensor], bare: Sequence[Tensor], vectors: in
 
 
 @torch.no_grad()
-def usual_text(base: BaseModel, prompts: Sequence[str] = ORDINARY) -> Tensor:
-    """(width, width), on the CPU: second moments of ordinary captions' text features, without any concept."""
-    rows = text_of(base.context(list(prompts), {})).flatten(0, 1).cpu().double()
-    return rows.mT @ rows / len(rows)
+def usual_text(base: BaseModel, prompts: Sequence[str] | None = None) -> Tensor:
+    """(width, width) second moments of ordinary captions' text features, without any concept: see `usual_rows`.
+
+    prompts: the base's own ordinary captions unless given.
+    """
+    texts = list(base.ordinary if prompts is None else prompts)
+    end = int(base.tokenize([""], {})[0][1])
+    contexts, lengths = [], []
+    for start in range(0, len(texts), BATCH):
+        batch = texts[start : start + BATCH]
+        contexts += list(text_of(base.context(batch, {})))
+        lengths += [length_of(ids, end) for ids in base.tokenize(batch, {}).tolist()]
+    return usual_rows(contexts, lengths)
+
+
+def usual_rows(contexts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """(width, width) float64 second moments of captions' rows on the CPU, from the start to the end mark each.
+
+    contexts: (T, width) each; lengths: how many rows come before the padding.  What follows is most of a context, and
+    nearly the same in all: it counts as `PADDING` rows of a caption, for the layers read it too, and no more.
+    """
+    total, weight = 0.0, 0.0
+    for context, length in zip(contexts, lengths, strict=True):
+        rows, rest = context.double().cpu().split([length, len(context) - length])
+        share = min(1.0, PADDING / max(1, len(rest)))
+        total, weight = total + rows.mT @ rows + share * (rest.mT @ rest), weight + length + share * len(rest)
+    return total / weight
+
+
+def length_of(ids: Sequence[int], end: int) -> int:
+    """How many ids a caption has from its start to its end mark; all where it was cut off."""
+    return next((place + 1 for place, number in enumerate(ids) if place and number == end), len(ids))
 
 
 def trigger_of(concept: Concept) -> str:

@@ -1,7 +1,11 @@
-"""Custom Diffusion's constrained merge of key and value layers: new words answered exactly, all else moved least.
+"""Custom Diffusion's constrained merge of key and value layers: new words answered exactly, ordinary text moved least.
 
 W = argmin |(W - W0) C_reg^T|^2  subject to  W c = W_i c for every text feature c of concept i.
 With d = C (C_reg^T C_reg)^-1:  W = W0 + V (d C^T)^-1 d,  V = [delta_i C_i^T].  Source: Kumari et al. 2023, Eq. 4-6.
+
+Text that is not among C_reg moves least only as far as C_reg is like it: directions in which those captions hardly vary
+would be moved at any price, so C_reg^T C_reg is damped.  Held-out captions of the toy base, how far their keys and
+values move as a share of a concept's own answer (`python -m bench.ordinary_text`): see docs/merging.md.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from ..adapters import LowRank
 from ..errors import AdapterError
 from .sums import MergedLayer
 
-RIDGE = 1e-6
+RIDGE = 1e-2  # of C_reg^T C_reg, relative to its mean eigenvalue
+ALIKE = 1e-6  # of d C^T, likewise: features of two prompts with one word can be almost alike
 
 
 @torch.no_grad()
@@ -43,8 +48,7 @@ def constrained_factors(
     damped = usual + RIDGE * usual.diagonal().mean() * torch.eye(len(usual)).to(usual)
     down = torch.linalg.solve(damped, rows.mT).mT
     between = down @ rows.mT
-    # Features of two prompts with one word can be almost alike.
-    between = between + RIDGE * between.diagonal().mean() * torch.eye(len(between)).to(between)
+    between = between + ALIKE * between.diagonal().mean() * torch.eye(len(between)).to(between)
     up = torch.linalg.solve(between, wanted.mT).mT
     # Features that are almost alike make large factors that cancel, which half precision would not survive.
     basis, mixing = torch.linalg.qr(down.mT)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from ..base_model import BaseModel, weights_hash
 from ..training.losses import NoiseSchedule
 from . import model
-from .captions import prior_prompts, tokenize, unknown_words
+from .captions import ordinary_captions, prior_prompts, tokenize, unknown_words
 from .world import TILE
 
 
@@ -38,4 +38,5 @@ def load_toy_base(weights: Path | None = None) -> BaseModel:
         hash=weights_hash(unet, text_encoder),
         prior_prompts=prior_prompts,
         unknown_words=unknown_words,
+        ordinary=ordinary_captions(),
     )

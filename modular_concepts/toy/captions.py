@@ -110,6 +110,11 @@ def captions(
     return texts
 
 
+def ordinary_captions(count: int = 192) -> list[str]:
+    """Captions of anything in the toy world, always the same."""
+    return prior_prompts("", count)
+
+
 def prior_prompts(class_word: str, count: int) -> list[str]:
     """Captions for prior preservation: half of the class itself where it is a subject's, half of anything."""
     generator = torch.Generator().manual_seed(len(class_word) + 1)

@@ -24,6 +24,7 @@ from modular_concepts.crosstalk import sign_conflicts
 from modular_concepts.files.diffusers import export_diffusers, import_diffusers
 from modular_concepts.files.kohya import export_kohya, import_kohya
 from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, merge_concepts
+from modular_concepts.merge.custom_diffusion import RIDGE
 from modular_concepts.seeds import seeded as seeded_by
 
 STRENGTHS = [-1.0, 0.3, 1.0, 2.0]
@@ -91,10 +92,10 @@ def by_hand(family, concepts, strengths, evidence, options=OPTIONS):
         return sum(scaled) / sum(strengths)
     if family == "fusion":
         grams = [next(iter(known.values())) for known in evidence.moments]
-        answer = sum(d @ gram for d, gram in zip(scaled, grams, strict=True))
-        return answer @ torch.linalg.inv(damped(sum(grams), options.ridge))
+        grams = [damped(gram, options.ridge) for gram in grams]
+        return sum(d @ gram for d, gram in zip(scaled, grams, strict=True)) @ torch.linalg.inv(sum(grams))
     if family == "custom_diffusion":
-        rows, gram = torch.cat(list(evidence.texts)), damped(evidence.usual, 1e-6)
+        rows, gram = torch.cat(list(evidence.texts)), damped(evidence.usual, RIDGE)
         wanted = torch.cat([own @ d.mT for d, own in zip(scaled, evidence.texts, strict=True)])
         read = rows @ torch.linalg.inv(gram)
         return wanted.mT @ torch.linalg.inv(damped(read @ rows.mT, 1e-6)) @ read
