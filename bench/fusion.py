@@ -1,4 +1,4 @@
-"""Gradient fusion on the toy base: closed form beside the papers' descent, and what the damping does.
+"""Fusion on the toy base: damped least squares beside the papers' descent, and what the damping does.
 
     python -m bench.fusion --concepts bench_output/families/concepts/lora
 
@@ -39,7 +39,7 @@ from modular_concepts.training.attach import attached
 SAID = ("a {concept}", "a {concept} on the beach", "a {concept} in the snow", "a {concept} in the city")
 NEW = ("a {concept} in the forest", "a {concept} at night", "a {concept} in the desert", "{concept}")
 WITHOUT = tuple(f"a {word} {place}" for word in CLASSES for place in ("on the beach", "in the forest"))
-RIDGES = (1e-6, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)
+RIDGES = (1e-6, 1e-2, 0.03, 0.1, 0.3, 1.0)
 DRAWN = replace(DRAWING, cfg=4.0)
 Inputs = Mapping[str, Tensor]
 

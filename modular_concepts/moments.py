@@ -1,7 +1,8 @@
 """Second moments of what a concept's layers read while it is drawn or trained: all that fusion needs of them.
 
 No picture can be had back from them, and they are recorded once: beside the concept file, or when asked for.
-A file keeps each layer's largest directions and the mean of the rest: C = F^T F + rest I.
+A file keeps each layer's largest directions, as many as hold nearly all energy, and the mean of the rest:
+C = F^T F + rest I.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from .seeds import seeded
 
-DIRECTIONS = 128
+ENERGY = 0.999  # share of the inputs' energy tr C that the kept directions hold
+FEWEST, MOST = 128, 1024  # directions of one layer, whatever the energy asks
 EXACT = 1024  # widths up to which all directions are computed
 
 
@@ -39,19 +41,45 @@ class Moment:
         return Moment(self.factor.to(device), self.rest)
 
     @classmethod
-    def of(cls, matrix: Tensor, directions: int = DIRECTIONS) -> Moment:
-        """The nearest of its kind to a symmetric positive (n, n); for wide ones nearly so."""
+    def of(cls, matrix: Tensor, directions: int | None = None) -> Moment:
+        """The nearest of its kind to a symmetric positive (n, n); for wide ones nearly so.
+
+        directions: how many; None: as many as hold `ENERGY` of the trace, from 128 to 1024.  Where a spectrum is flat,
+        few directions and the mean of the rest would be another matrix, and half of a fused weight another with it.
+        """
         matrix = matrix.double()
-        width, count = len(matrix), min(directions, len(matrix))
-        values, vectors = torch.linalg.eigh(matrix) if width <= EXACT else _largest(matrix, count)
-        values, vectors = values.clamp(min=0).flip(0)[:count], vectors.flip(1)[:, :count]
+        width, count = len(matrix), min(directions or MOST, len(matrix))
+        if width <= EXACT:
+            values, vectors = torch.linalg.eigh(matrix)
+            values, vectors = values.clamp(min=0).flip(0)[:count], vectors.flip(1)[:, :count]
+        else:
+            values, vectors = _largest(matrix, count) if directions else _enough(matrix, count)
+        if directions is None:
+            count = _asked(values, matrix.trace())
+            values, vectors = values[:count], vectors[:, :count]
         rest = max(0.0, (matrix.trace() - values.sum()).item() / (width - count)) if count < width else 0.0
         factor = (vectors * (values - rest).clamp(min=0).sqrt()).mT
         return cls(factor.float().contiguous(), rest)
 
 
+def _asked(values: Tensor, trace: Tensor) -> int:
+    """How many of falling eigenvalues hold `ENERGY` of the trace; at least `FEWEST`, and all where they do not."""
+    short = int((values.cumsum(0) < ENERGY * trace).sum())
+    return min(len(values), max(FEWEST, short + 1))
+
+
+def _enough(matrix: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Twice as many directions until they hold the energy that is asked, or are the most."""
+    count = FEWEST
+    while True:
+        values, vectors = _largest(matrix, count)
+        if count >= most or _asked(values, matrix.trace()) < count:
+            return values, vectors
+        count = min(most, 2 * count)
+
+
 def _largest(matrix: Tensor, count: int, rounds: int = 6) -> tuple[Tensor, Tensor]:
-    """(values, vectors) of the largest directions, ascending as eigh gives them, by subspace iteration from a seed.
+    """(values, vectors) of the largest directions, falling, by subspace iteration from a seed.
 
     Source: Halko, Martinsson and Tropp 2011, section 4.5; all of a width of 5120 would take minutes.
     """
@@ -60,7 +88,7 @@ def _largest(matrix: Tensor, count: int, rounds: int = 6) -> tuple[Tensor, Tenso
     for _ in range(rounds):
         basis = torch.linalg.qr(matrix @ basis)[0]
     values, inner = torch.linalg.eigh(basis.mT @ matrix @ basis)
-    return values[-count:], (basis @ inner)[:, -count:]
+    return values[-count:].clamp(min=0).flip(0), (basis @ inner)[:, -count:].flip(1)
 
 
 class Recorder:
@@ -83,7 +111,8 @@ class Recorder:
         """Layer -> (n, n) float64 on the CPU: the mean over rows, so that concepts weigh alike."""
         return {name: total.double().cpu() / self.rows[name] for name, total in self.sums.items()}
 
-    def moments(self, directions: int = DIRECTIONS) -> dict[str, Moment]:
+    def moments(self, directions: int | None = None) -> dict[str, Moment]:
+        """Layer -> moment; directions: see `Moment.of`."""
         return {name: Moment.of(total.cpu() / self.rows[name], directions) for name, total in self.sums.items()}
 
 

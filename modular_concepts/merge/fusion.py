@@ -1,13 +1,19 @@
-"""Gradient fusion in closed form: the weight that answers each concept's own inputs as that concept alone would.
+"""Fusion by damped least squares: a weight that answers each concept's own inputs nearly as that concept alone would.
 
-Mix-of-Show (Gu et al. 2023, section 3.2) minimises sum_i |W X_i - (W0 + strength_i delta_i) X_i|^2 from W0 by
-L-BFGS over recorded inputs.  The targets are exact, so the minimum is known:
+Mix-of-Show's gradient fusion (Gu et al. 2023, section 3.2) minimises sum_i |W X_i - W_i X_i|^2, W_i = W0 + s_i delta_i,
+from W0 by L-BFGS over recorded inputs, and stops early.  The targets are linear, so the minimum has a closed form, of
+which only the second moments C_i = X_i X_i^T are needed, and which damping keeps from fitting what was hardly recorded:
 
-    W = W0 + (sum_i strength_i delta_i C_i) (sum_i C_i + mu I)^-1,    C_i = X_i X_i^T.
+    W = argmin_W  sum_i |(W - W_i) X_i|^2 + mu_i |W - W_i|^2
+      = W0 + (sum_i s_i delta_i (C_i + mu_i I)) (sum_i C_i + mu_i I)^-1.
 
-Only second moments of the inputs are needed, no inputs; the answer has the rank of the sum; mu takes the place
-of stopping early.  Moments in few directions, C_i = F_i^T F_i + r_i I, are never written out: with all F_i stacked
-and t = mu + sum r_i, (F^T F + t I)^-1 = (I - F^T (t I + F F^T)^-1 F) / t.
+This is RegMean's form (Jin et al. 2023) with its shrinking of C_i towards the mean of its spectrum, mu_i = ridge tr C_i
+/ n.  Each concept is damped towards its own weight and not towards W0: one alone stays itself to rounding, whatever the
+ridge, and directions that nobody read get the mean of all.  The excess over the optimum is at most about ridge / 4 of
+what the concepts answer by themselves, less where spectra are flat; with `EXACT` it is the optimum.
+
+Moments in few directions, C_i = F_i^T F_i + r_i I, are never written out: with all F_i stacked and t = sum r_i + mu_i,
+(F^T F + t I)^-1 = (I - F^T (t I + F F^T)^-1 F) / t.
 """
 
 from __future__ import annotations
@@ -19,62 +25,60 @@ from torch import Tensor
 
 from ..adapters import LowRank
 from ..moments import Moment
-from .sums import MergedLayer
+from .sums import MergedLayer, merged_factors
 
-# mu relative to the mean variance of an input.  Directions in which the recorded inputs hardly vary are answered at
-# any price if it is small, and prompts that were not recorded vary there.  Five toy LoRAs, energy of their own answers
-# that is missed on recorded inputs and on new prompts, and how far pictures by new prompts move from each one alone
-# (of 255): 0.11, 1.38, 11 with 1e-6; 0.11, 0.90, 8.7 with 1e-3; 0.19, 0.26, 6.8 with 0.1; 0.23, 0.27, 7.1 with 0.3;
-# the plain sum 3.9, 3.9, 18.  Pictures without a concept move less the larger mu is, so 0.3 (`python -m bench.fusion`).
-RIDGE = 0.3
+RIDGE = 0.1
+EXACT = 1e-6
 
 
 @torch.no_grad()
 def fused_factors(
     adapters: Sequence[LowRank], strengths: Sequence[float], moments: Sequence[Tensor | Moment], ridge: float = RIDGE
 ) -> MergedLayer:
-    """up = [s1 U1 | s2 U2 | ...], down = [D1 C1; D2 C2; ...] (sum C + mu I)^-1.
+    """up = [s1 U1 | s2 U2 | ...], down = [D1 (C1 + mu1 I); D2 (C2 + mu2 I); ...] (sum C + mu I)^-1.
 
     moments: (n, n) each, n = in * kh * kw, symmetric, positive; of any common scale; or as `Moment`; on any device.
     Solved in float64; returned in float32, or float64 if the factors are.
     """
+    if len(adapters) == 1:
+        return merged_factors(adapters, strengths)
     first = adapters[0]
-    moments = [moment.to(first.lora_up.device) for moment in moments]
+    damped = [_damped(moment.to(first.lora_up.device), ridge) for moment in moments]
     ups = [adapter.full_up().double() * (s * adapter.scale) for adapter, s in zip(adapters, strengths, strict=True)]
-    read = torch.cat([_read(a.lora_down.flatten(1).double(), c) for a, c in zip(adapters, moments, strict=True)])
-    if all(isinstance(moment, Moment) for moment in moments) and sum(len(m.factor) for m in moments) < read.shape[1]:
-        down = _solved_by_directions(read, moments, ridge)
+    read = torch.cat([_read(a.lora_down.flatten(1).double(), c) for a, c in zip(adapters, damped, strict=True)])
+    if all(isinstance(moment, Moment) for moment in damped) and sum(len(m.factor) for m in damped) < read.shape[1]:
+        down = _solved_by_directions(read, damped)
     else:
-        down = _solved(read, sum(m.matrix() if isinstance(m, Moment) else m.double() for m in moments), ridge)
+        total = sum(m.matrix() if isinstance(m, Moment) else m for m in damped)
+        down = torch.linalg.solve(total, read.mT).mT
     dtype = torch.promote_types(first.lora_up.dtype, torch.float32)
     down = down.reshape(-1, *first.lora_down.shape[1:])
     return MergedLayer(torch.cat(ups, dim=1).to(dtype), down.to(dtype), None, first.out_features)
 
 
+def _damped(moment: Tensor | Moment, ridge: float) -> Tensor | Moment:
+    """C + mu I, mu relative to the mean of C's eigenvalues.  Inputs that never varied leave the identity."""
+    if isinstance(moment, Moment):
+        size = float(moment.factor.double().square().sum()) / moment.factor.shape[1] + moment.rest
+        return Moment(moment.factor, moment.rest + (ridge * size if size > 0 else 1.0))
+    moment = moment.double()
+    size = float(moment.diagonal().mean())
+    return moment + (ridge * size if size > 0 else 1.0) * torch.eye(len(moment)).to(moment)
+
+
 def _read(down: Tensor, moment: Tensor | Moment) -> Tensor:
     """down C, float64."""
     if not isinstance(moment, Moment):
-        return down @ moment.double()
+        return down @ moment
     factor = moment.factor.double()
     return (down @ factor.mT) @ factor + moment.rest * down
 
 
-def _solved(read: Tensor, total: Tensor, ridge: float) -> Tensor:
-    """read (total + mu I)^-1."""
-    damped = total + _mu(total.diagonal().mean(), ridge) * torch.eye(len(total)).to(total)
-    return torch.linalg.solve(damped, read.mT).mT
-
-
-def _solved_by_directions(read: Tensor, moments: Sequence[Moment], ridge: float) -> Tensor:
+def _solved_by_directions(read: Tensor, moments: Sequence[Moment]) -> Tensor:
+    """read (F^T F + t I)^-1, F all directions and t all rests."""
     stacked, rest = torch.cat([moment.factor.double() for moment in moments]), sum(moment.rest for moment in moments)
-    damping = rest + _mu(stacked.square().sum() / stacked.shape[1] + rest, ridge)
-    inner = stacked @ stacked.mT + damping * torch.eye(len(stacked)).to(stacked)
-    return (read - torch.linalg.solve(inner, stacked @ read.mT).mT @ stacked) / damping
-
-
-def _mu(size: Tensor, ridge: float) -> Tensor | float:
-    """The damping for inputs of this mean variance.  Inputs that never varied leave the identity."""
-    return ridge * size if size > 0 else 1.0
+    inner = stacked @ stacked.mT + rest * torch.eye(len(stacked)).to(stacked)
+    return (read - torch.linalg.solve(inner, stacked @ read.mT).mT @ stacked) / rest
 
 
 def fused_by_descent(deltas: Sequence[Tensor], inputs: Sequence[Tensor], iterations: int = 500) -> Tensor:

@@ -11,7 +11,7 @@ from modular_concepts.concept import Concept, Recipe, check_concept
 from modular_concepts.crosstalk import crosstalk
 from modular_concepts.errors import AdapterError
 from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, add_concepts, merge_concepts, merged_factors
-from modular_concepts.merge.fusion import fused_by_descent, fused_factors
+from modular_concepts.merge.fusion import EXACT, RIDGE, fused_by_descent, fused_factors
 from modular_concepts.merge.orthogonalize import orthogonal_concepts, orthogonalised
 from modular_concepts.merge.sparse import trimmed
 from modular_concepts.merge.truncation import share_kept, truncated
@@ -52,9 +52,8 @@ def by_hand(family, concepts, options, evidence):
         return flat.sum(0) / sum(STRENGTHS)
     if family == "fusion":
         grams = [known[LAYER] for known in evidence.moments]
-        total = sum(grams)
-        damped = total + options.ridge * total.diagonal().mean() * torch.eye(len(total), dtype=torch.float64)
-        return sum(d.flatten(1) @ g for d, g in zip(flat, grams, strict=True)) @ torch.linalg.inv(damped)
+        damped = [g + options.ridge * g.diagonal().mean() * torch.eye(len(g), dtype=torch.float64) for g in grams]
+        return sum(d.flatten(1) @ g for d, g in zip(flat, damped, strict=True)) @ torch.linalg.inv(sum(damped))
     if family == "svd":
         u, values, v = torch.linalg.svd(flat.sum(0))
         return (u[:, : options.rank] * values[: options.rank]) @ v[: options.rank]
@@ -194,6 +193,71 @@ def test_fusion_by_directions_is_fusion_by_whole_moments(directions):
     whole = fused_factors(adapters, STRENGTHS, [m.matrix() for m in kept]).delta()
     assert relative_error(found, whole) < 1e-5
     assert relative_error(found, merged_factors(adapters, STRENGTHS).delta()) > EFFECT
+
+
+def objective(delta, adapters, grams):
+    """sum_i |(D - delta_i) X_i|^2, float64."""
+    off = [(delta.double() - adapter.delta().double(), gram) for adapter, gram in zip(adapters, grams, strict=True)]
+    return float(sum(((wrong @ gram) * wrong).sum() for wrong, gram in off))
+
+
+def wide_inputs(kind, width=256, rows=900):
+    """Second moments of three concepts' inputs that have half of their energy in common.  kind: of the spectrum."""
+    slope = {"flat": 0.0, "falling": 2.0, "steep": 5.0}[kind]
+    found = []
+    for seed in range(4):
+        turn = torch.linalg.qr(torch.randn(width, width, generator=seeded(seed), dtype=torch.float64))[0]
+        size = torch.logspace(0, -slope / 2, width, dtype=torch.float64)
+        x = torch.randn(rows, width, generator=seeded(40 + seed), dtype=torch.float64) * size @ turn
+        found.append(x.mT @ x / rows)
+    return [0.5 * (found[0] + own) for own in found[1:]]
+
+
+@pytest.mark.parametrize("ridge", [RIDGE, 1.0, EXACT])
+@pytest.mark.parametrize("few", [False, True])
+def test_one_concept_fused_alone_is_itself(few, ridge):
+    """Among others too, where only it has the layer; and almost, where the others are answered with nothing."""
+    for kind in ("flat", "steep"):
+        gram = wide_inputs(kind)[0]
+        adapter, silent = (filled_adapter("lora", OUT, 256, RANK, slot) for slot in range(2))
+        gram = Moment.of(gram, 20) if few else gram
+        alone = fused_factors([adapter], [0.7], [gram], ridge).delta()
+        assert relative_error(alone, 0.7 * adapter.delta()) < 1e-6
+        twice = fused_factors([adapter, adapter], [0.7, 0.7], [gram, gram], ridge).delta()
+        assert relative_error(twice, 0.7 * adapter.delta()) < 1e-6
+        unread = Moment(torch.zeros(1, 256), 1e-9) if few else 1e-9 * torch.eye(256, dtype=torch.float64)
+        beside = fused_factors([adapter, silent], [1.0, 0.0], [gram, unread], ridge).delta()
+        assert relative_error(beside, adapter.delta()) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["flat", "falling", "steep"])
+def test_fusion_is_near_the_optimum_whatever_the_spectrum_and_exact_where_asked(kind):
+    grams = wide_inputs(kind)
+    adapters = [filled_adapter("lora", OUT, 256, RANK, slot) for slot in range(3)]
+    ones = [1.0] * 3
+    least = sum(a.delta().double() @ g for a, g in zip(adapters, grams, strict=True)) @ torch.linalg.pinv(sum(grams))
+    best = objective(least, adapters, grams)
+    whole = sum(objective(torch.zeros(OUT, 256), [a], [g]) for a, g in zip(adapters, grams, strict=True))
+    usual, exact = (objective(fused_factors(adapters, ones, grams, r).delta(), adapters, grams) for r in (RIDGE, EXACT))
+    assert exact == pytest.approx(best, rel=1e-4)
+    assert best < usual * (1 + 1e-6) and usual - best < RIDGE / 4 * whole
+    assert usual / best - 1 < {"flat": 0.002, "falling": 0.01, "steep": 0.05}[kind]
+    summed = merged_factors(adapters, ones).delta()
+    assert usual < 0.6 * objective(summed, adapters, grams)
+
+
+@pytest.mark.parametrize("kind", ["flat", "falling", "steep"])
+def test_as_many_directions_are_kept_as_a_spectrum_asks(kind):
+    grams = wide_inputs(kind, width=512, rows=300)
+    kept = [Moment.of(gram) for gram in grams]
+    adapters = [filled_adapter("lora", OUT, 512, RANK, slot) for slot in range(3)]
+    ones = [1.0] * 3
+    whole, own, few = (
+        fused_factors(adapters, ones, each).delta() for each in (grams, kept, [Moment.of(g, 128) for g in grams])
+    )
+    assert relative_error(own, whole) < 0.05
+    assert relative_error(few, whole) > 2 * relative_error(own, whole)
+    assert all(128 < len(moment.factor) < 512 for moment in kept)
 
 
 def test_fusion_of_concepts_that_read_different_inputs_keeps_each_whole():
