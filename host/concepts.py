@@ -80,7 +80,7 @@ def file_fingerprint(name: str) -> str:
 
 
 def load_concept_named(name: str) -> Concept:
-    """A concept file of models/concepts; any program's LoRA there becomes a concept without learned words.
+    """A concept file of models/concepts; a LoRA there with keys that we know becomes a concept without learned words.
 
     Kept until it changes on the disk, so that a strength that is changed reads nothing again.
     """

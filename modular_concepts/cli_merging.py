@@ -22,6 +22,7 @@ from .cli_paths import (
 from .errors import AdapterError
 from .files.safe import safe_name
 from .merge import FAMILIES, Evidence, MergeOptions
+from .merge.fusion import EXACT
 
 FORMATS = ("kohya", "diffusers", "concept", "compact")
 SAID = {
@@ -43,8 +44,9 @@ def add_merge(commands) -> None:
         "merge",
         help="several concepts into one file, by any family",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Merge concepts, or any program's LoRAs, into one file that stock loaders read too: exactly, as "
-        "one LoRA\nwhose rank is the sum of theirs, strengths inside.",
+        description="Merge concepts, or LoRAs with kohya's or diffusers' keys, into one file that stock loaders read "
+        "too.\nKeys that find no place are named. A sum is exact: one LoRA whose rank is the sum of theirs, strengths\n"
+        "inside; what the other families do is said below.",
         epilog=f"families:\n{families}",
     )
     merge.add_argument("concepts", nargs="+", help="FILE or FILE:STRENGTH")
@@ -63,7 +65,17 @@ def add_merge(commands) -> None:
         type=int,
         help=f"dare: which weights are dropped follows from it (default {DEFAULTS.seed})",
     )
-    merge.add_argument("--ridge", type=float, help=f"fusion: damping (default {DEFAULTS.ridge})")
+    merge.add_argument(
+        "--ridge",
+        type=float,
+        help="fusion: damping towards each concept's own weight, relative to the mean of its moments' spectrum "
+        f"(default {DEFAULTS.ridge})",
+    )
+    merge.add_argument(
+        "--exact",
+        action="store_true",
+        help="fusion: the least-squares optimum of what was recorded, without damping; what was not recorded suffers",
+    )
     merge.add_argument(
         "--moments",
         nargs="+",
@@ -83,7 +95,9 @@ def add_merge(commands) -> None:
 
 def add_inspect(commands) -> None:
     inspect = commands.add_parser("inspect", help="what is in concept files, and the crosstalk of several")
-    inspect.add_argument("concepts", nargs="+", metavar="FILE", help="concepts, or any program's LoRAs")
+    inspect.add_argument(
+        "concepts", nargs="+", metavar="FILE", help="concepts, or LoRAs with kohya's or diffusers' keys"
+    )
     inspect.add_argument("-v", "--verbose", action="store_true", help="with the training's settings")
     inspect.set_defaults(run=run_inspect)
 
@@ -125,7 +139,10 @@ def run_merge(args: argparse.Namespace) -> None:
 
     check_concept_output(args.out, args.overwrite)
     name = named(args.out.stem, "the concept's name")
+    if args.exact and args.ridge is not None:
+        raise AdapterError("--exact is fusion without damping, and --ridge is the damping; give one of them")
     chosen = {name: getattr(args, name) for name in ("density", "seed", "rank", "ridge")}
+    chosen["ridge"] = EXACT if args.exact else args.ridge
     options = MergeOptions(**{name: value for name, value in chosen.items() if value is not None})
     concepts, strengths, paths = concepts_at(args.concepts)
     check_together(concepts)

@@ -1,4 +1,4 @@
-"""What the commands read and write: bases, concept files of any program, and paths that can be written."""
+"""What the commands read and write: bases, concept files and other programs' LoRAs, and paths that can be written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def base_named(name: str):
 
 
 def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
-    """(concepts, strengths, files) of FILE or FILE:STRENGTH each; a LoRA of any program is a concept too."""
+    """(concepts, strengths, files) of FILE or FILE:STRENGTH each; also of a LoRA with kohya's or diffusers' keys."""
     from .files.lora import told_apart
     from .merge.strengths import check_strength
 
@@ -55,7 +55,7 @@ def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
 
 
 def concept_at(path: Path):
-    """A concept file, or any program's LoRA; what finds no place in it is said key by key."""
+    """A concept file, or a LoRA with kohya's or diffusers' keys; what finds no place in it is said key by key."""
     from .files.lora import read_concept
 
     concept, unmatched = read_concept(path)

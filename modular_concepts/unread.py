@@ -60,6 +60,7 @@ MERGE: Mapping[str, Read] = MappingProxyType(
         "rank": Read(("svd",)),
         "seed": Read(("dare",)),
         "ridge": Read(("fusion",)),
+        "exact": Read(("fusion",)),
         "moments": Read(("fusion",)),
     }
 )

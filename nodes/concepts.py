@@ -22,8 +22,9 @@ class ConceptLoader(io.ComfyNode):
             node_id="ConceptLoader",
             display_name="Load Concept",
             category="modular concepts",
-            description="Takes a concept from models/concepts and sets how strongly it acts. LoRA files of any program "
-            "work there too. Connect it to Merge Concepts, Concept Prompt or the regional sampler.",
+            description="Takes a concept from models/concepts and sets how strongly it acts. LoRA files with "
+            "kohya's or diffusers' keys work there too; keys that find no place are named. Connect it to Merge "
+            "Concepts, Concept Prompt or the regional sampler.",
             search_aliases=["load lora", "lora loader", "lora strength", "character lora", "dreambooth", "concept"],
             inputs=[
                 io.Combo.Input(

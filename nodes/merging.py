@@ -144,9 +144,9 @@ class ConceptFusion(io.ComfyNode):
             node_id="ConceptFusion",
             display_name="Fuse Concepts",
             category="modular concepts",
-            description="Mix-of-Show's gradient fusion, solved exactly in seconds: each layer answers every concept's "
-            "own inputs as that concept alone would. For LoRAs that were not trained to be summed; each is drawn a few "
-            "times first, once.",
+            description="Mix-of-Show's gradient fusion as damped least squares, solved in seconds: each layer answers "
+            "every concept's own inputs nearly as that concept alone would. For LoRAs that were not trained to be "
+            "summed; each is drawn a few times first, once.",
             search_aliases=["gradient fusion", "mix of show", "regmean", "lora merge", "merge loras", "ed-lora"],
             inputs=[
                 io.Model.Input("model", tooltip="The base that the concepts were trained on"),
@@ -169,8 +169,9 @@ class ConceptFusion(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     round=1e-6,
-                    tooltip="Damping: larger changes the base less where the concepts were not seen; far below 0.1 "
-                    "the merge only fits the prompts that were recorded",
+                    tooltip="Damping towards each concept's own weight; larger is nearer to the mean of all where the "
+                    "concepts were not seen; far below 0.1 the merge only fits the prompts that were recorded, and "
+                    "0.000001 is the exact optimum for them",
                 ),
                 io.Int.Input("steps", default=12, min=1, max=200, advanced=True, tooltip="Sampling steps of a picture"),
                 io.Int.Input(

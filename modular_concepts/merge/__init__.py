@@ -49,10 +49,10 @@ FAMILIES = {
     "mean": "the sum over the number of concepts (FedAvg): each acts at a fraction of its strength",
     "average": "the sum with strengths scaled to add up to 1: each acts at a fraction of its strength",
     "block": "block concepts side by side, each in its own rows, exactly as trained",
-    "fusion": "each layer answers every concept's own inputs as that concept alone would, as nearly as one weight can; "
-    "needs their moments, and destroys orthogonality",
-    "custom_diffusion": "key and value layers answer the concepts' words exactly and move least for all other text; "
-    "other layers are summed",
+    "fusion": "damped least squares (RegMean's form): each layer answers every concept's recorded inputs nearly as "
+    "that concept alone would, and one alone stays itself; needs their moments, and destroys orthogonality",
+    "custom_diffusion": "key and value layers answer the concepts' words as trained and move least for a list of "
+    "ordinary captions; other layers are summed",
     "magnitude": "only the largest weights of each concept, summed; destroys orthogonality",
     "dare": "random weights of each concept, enlarged, summed; destroys orthogonality",
     "ties": "the weights that agree with the majority's sign, averaged; destroys orthogonality",

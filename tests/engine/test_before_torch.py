@@ -39,6 +39,6 @@ def test_the_wait_policy_is_set_before_torch_and_a_persons_own_is_kept(said, wan
 @pytest.mark.skipif(sys.platform != "linux", reason="OpenMP says its settings where GNU's is loaded")
 def test_torchs_openmp_sees_it():
     """As `python -m modular_concepts` and the installed command import it: OpenMP itself says how it waits."""
-    said = run("import modular_concepts.__main__; import torch", OMP_DISPLAY_ENV="TRUE")[1]
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in said
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" not in run("import torch", OMP_DISPLAY_ENV="TRUE")[1]
+    said = run("import modular_concepts.__main__; import torch", OMP_DISPLAY_ENV="VERBOSE")[1]
+    assert "GOMP_SPINCOUNT = '0'" in said
+    assert "GOMP_SPINCOUNT = '0'" not in run("import torch", OMP_DISPLAY_ENV="VERBOSE")[1]

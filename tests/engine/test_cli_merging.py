@@ -132,6 +132,13 @@ def test_fusion_reads_moments_from_files_or_says_how_to_have_them(capsys):
     assert code == 2 and "1 files of moments for 2 concepts" in err
     code, _, err = merge(capsys, "custom_diffusion")
     assert code == 2 and "give --base" in err
+    code, _, err = merge(capsys, "fusion", "--moments", *files, "--exact")
+    assert code == 2 and "--exact is fusion without damping, and --ridge is the damping" in err
+    both = ["tom.safetensors", "rex.safetensors", "--how", "fusion", "--moments", *files]
+    assert run(capsys, "merge", *both, "--exact", "--out", "exact.safetensors")[0] == 0
+    assert run(capsys, "merge", *both, "--ridge", "1e-6", "--out", "least.safetensors")[0] == 0
+    one, other = (load_concept(f"{name}.safetensors").layers for name in ("exact", "least"))
+    assert all(torch.equal(adapter.delta(), other[name].delta()) for name, adapter in one.items())
 
 
 def test_moments_hold_for_the_weights_and_the_base_that_they_were_recorded_with(capsys, here, monkeypatch):
