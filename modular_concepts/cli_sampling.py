@@ -23,7 +23,8 @@ def add_sample(commands) -> None:
         "--concept",
         action="append",
         metavar="FILE[:STRENGTH]",
-        help="a concept or a LoRA (kohya's or diffusers' keys) at a strength from -100 to 100 (default 1); once for each",
+        help="a concept or a LoRA (kohya's or diffusers' keys), at a strength from -100 to 100 (default 1); once for "
+        "each",
     )
     sample.add_argument(
         "--region",
