@@ -11,7 +11,7 @@ from made_concepts import made_concept, toy_base
 from safetensors.torch import load_file, save_file
 from test_patching import CONVOLUTIONS, relative_error, wide_concept
 
-from modular_concepts.evidence import text_features
+from modular_concepts.evidence import text_features, usual_text
 from modular_concepts.files import save_concept
 from modular_concepts.files.diffusers import export_diffusers
 from modular_concepts.files.kohya import export_kohya
@@ -121,6 +121,7 @@ def test_custom_diffusions_merge_is_the_engines_with_the_hosts_words(found, conc
     evidence = Evidence(texts=[tensors["evidence|0"], tensors["evidence|1"]], usual=tensors["evidence|usual"])
     for name, rows in (("tom", tensors["evidence|0"]), ("rex", tensors["evidence|1"])):
         assert relative_error(rows, text_features(toy_base(), concepts[name])) < 1e-4
+    assert relative_error(evidence.usual, usual_text(toy_base())) < 1e-4
     pair = [concepts["tom"], concepts["rex"]]
     merged = merge_concepts(pair, [0.7, 1.0], "custom_diffusion", evidence=evidence)
     for layer in layers:
