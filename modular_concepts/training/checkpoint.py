@@ -21,7 +21,7 @@ from ..errors import AdapterError
 from ..files.safe import read_header, read_safetensors, sync_folder
 from .checkpoint_checks import Origin, check_state, optimizer_parts, read_origin
 from .optimizers import optimizer_state, set_optimizer_state
-from .ownership import DTYPES, checkpoints_in, prune, refuse_two_runs
+from .ownership import DTYPES, checkpoints_in, prune, refuse_two_runs, remove_if_possible
 from .run import Run
 from .settings import changes
 
@@ -216,7 +216,7 @@ def _write_whole(path: Path, data: bytes) -> None:
         beside.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        remove_if_possible([beside])
         raise AdapterError(
             f"{path} could not be written ({error.strerror}); the checkpoint before it is kept"
         ) from error

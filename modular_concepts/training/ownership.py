@@ -6,10 +6,11 @@ on its folder is locked, by the system and not by a file that would outlive a ki
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +70,19 @@ def owner_of(path: Path) -> Owner | None:
 
 
 def prune(folder: Path, run: str, keep: int) -> None:
-    """Remove a run's checkpoints but for the newest `keep`; whatever else lies in the folder stays."""
+    """Remove a run's checkpoints but for the newest `keep`; whatever else lies in the folder stays.
+
+    One that cannot be removed, as a program may hold it open, costs room and nothing else: the next time it may go.
+    """
     ours = [path for path in checkpoints_in(folder) if (owner := owner_of(path)) is not None and owner.run == run]
-    for old in ours[:-keep]:
-        old.unlink(missing_ok=True)
+    remove_if_possible(ours[:-keep])
+
+
+def remove_if_possible(paths: Iterable[Path]) -> None:
+    """Remove files that nobody needs; what cannot be removed stays."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def checkpoints_to_come(folder: Path | str, settings: TrainSettings, done: int = 0) -> int:
@@ -120,9 +130,8 @@ def claimed(folder: Path | str, resume: Path | str | None = None, set_aside: boo
             _move(folder, others)
         else:
             _refuse(folder, others, run)
-        for torn in folder.iterdir() if alone else ():
-            if TORN.fullmatch(torn.name):
-                torn.unlink(missing_ok=True)
+        if alone:
+            remove_if_possible([torn for torn in folder.iterdir() if TORN.fullmatch(torn.name)])
         yield
 
 
@@ -158,10 +167,16 @@ def _move(folder: Path, others: Mapping[Path, Owner | None]) -> None:
         number += 1
         place = folder / f"{BEFORE}-{number}"
     _make(place)
-    for old in checkpoints_in(place):
-        old.unlink()
-    for path in others:
-        path.replace(place / path.name)
+    try:
+        for old in checkpoints_in(place):
+            old.unlink()
+        for path in others:
+            path.replace(place / path.name)
+    except OSError as error:
+        raise AdapterError(
+            f"the checkpoints in {folder} cannot be put aside into {place.name} ({error.strerror}); "
+            "choose another folder for checkpoints"
+        ) from error
     sync_folder(place)
     sync_folder(folder)
 

@@ -186,3 +186,25 @@ def test_a_checkpoint_names_its_run_and_a_new_training_is_a_new_one(tmp_path):
             names.append(file.metadata()["run"])
             assert json.loads(file.metadata()["identity"])["settings"]["name"] == "ann"
     assert names[0] != names[1] and all(re.fullmatch(r"[0-9a-f]{32}", name) for name in names)
+
+
+def cannot(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stays_and_the_training_goes_on(tmp_path, monkeypatch):
+    """As on Windows, where another program has it open."""
+    monkeypatch.setattr(Path, "unlink", cannot)
+    assert run(tmp_path, settings=replace(SETTINGS, keep_checkpoints=1), stop=3).step == 3
+    assert len(list(tmp_path.glob("step-*"))) == 3
+    monkeypatch.undo()
+    run(tmp_path, settings=replace(SETTINGS, keep_checkpoints=1), resume=tmp_path, stop=4)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000004.safetensors"]
+
+
+def test_checkpoints_that_cannot_be_put_aside_are_one_sentence(anns, monkeypatch):
+    before = sorted(path.name for path in anns.glob("step-*"))
+    monkeypatch.setattr(Path, "replace", cannot)
+    with pytest.raises(AdapterError, match="put aside into before .Permission denied.; choose another folder"):
+        run(anns, settings=OTHER, set_aside=True)
+    assert sorted(path.name for path in anns.glob("step-*")) == before
