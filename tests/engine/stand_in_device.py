@@ -105,7 +105,13 @@ def run(function: Any, args: tuple, kwargs: dict) -> Any:
     packet = function.overloadpacket
     if packet is aten._fused_sdp_choice:
         return 0  # by plain products: the CPU's kernels are not this device's
+    if packet in (aten.to, aten.type_as):  # these come as they are where autograd is off for good
+        return _moved(function, *args, **kwargs)
+    if packet is aten._has_compatible_shallow_copy_type:
+        return isinstance(args[0], Elsewhere) == isinstance(args[1], Elsewhere)
     tensors = _tensors((args, kwargs))
+    if packet.__name__.startswith("_foreach_") and len({tensor.device for tensor in tensors if tensor.dim()}) > 1:
+        return _one_by_one(function, args, kwargs)
     told = kwargs.get("device")
     there = any(isinstance(tensor, Elsewhere) for tensor in tensors)
     if told is None and not there:
@@ -124,6 +130,31 @@ def run(function: Any, args: tuple, kwargs: dict) -> Any:
         return result
     result = _mapped(result, Tensor, _wrapped)
     return return_and_correct_aliasing(function, args, kwargs, result) if _aliases(function) else result
+
+
+def _moved(function: Any, tensor: Tensor, *args, **kwargs) -> Tensor:
+    given = {argument.name: value for argument, value in zip(function._schema.arguments[1:], args, strict=False)}
+    given |= kwargs
+    like = given.get("other", tensor)
+    device = like.device if given.get("device") is None else torch.device(given["device"])
+    dtype = like.dtype if given.get("dtype") is None else given["dtype"]
+    same = device.type == tensor.device.type and dtype == tensor.dtype
+    if same and not given.get("copy"):
+        return tensor
+    return run(aten._to_copy.default, (tensor,), {"device": device, "dtype": dtype})
+
+
+def _one_by_one(function: Any, args: tuple, kwargs: dict) -> list | None:
+    """An operation on lists, which may hold tensors of both devices: each element by itself."""
+
+    def element(value: Any, number: int) -> Any:
+        return [value[number]] if isinstance(value, list | tuple) else value
+
+    results = [
+        run(function, tuple(element(arg, n) for arg in args), {key: element(arg, n) for key, arg in kwargs.items()})
+        for n in range(len(args[0]))
+    ]
+    return None if results[0] is None else [result[0] for result in results]
 
 
 def _check(function: Any, packet: Any, args: tuple, kwargs: dict, tensors: list[Tensor]) -> None:

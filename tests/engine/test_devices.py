@@ -109,6 +109,8 @@ def test_the_stand_in_computes_and_allows_what_a_gpu_allows(device):
     ):
         assert made.device == device
     assert torch.equal((2 * there).cpu(), 2 * here) and there.sum().item() == here.sum().item()
+    for made, own in zip(torch._foreach_mul([here, there], 2.0), (here, there), strict=True):
+        assert made.device == own.device and torch.equal(made.cpu(), 2 * here)
     assert here.copy_(there).device.type == "cpu" and there.copy_(here).device == device
     module = nn.Linear(4, 4).to(device)
     module(there).sum().backward()
