@@ -15,6 +15,11 @@ from .types import CONCEPT_STACK, LORA_STACK, blocks_input, concepts_input, stre
 FORMATS = ("concept", "concept, compact", "LoRA for stock loaders", "LoRA in diffusers' keys")
 
 
+def _tell(sentences: list[str]) -> None:
+    if sentences:
+        show_text("\n".join(sentences))
+
+
 class ConceptLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -56,7 +61,9 @@ class ConceptLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept: str, strength: float, blocks: str = "") -> io.NodeOutput:
-        stack = stacks.scaled(files.load_concept_named(concept), strength, blocks)
+        loaded = files.load_concept_named(concept)
+        stack = stacks.scaled(loaded, strength, blocks)
+        _tell(stacks.unmet_blocks(loaded, blocks))
         return io.NodeOutput(stack, stacks.triggers(stack))
 
 
@@ -127,6 +134,7 @@ class ConceptStrength(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept, strength: float, blocks: str = "") -> io.NodeOutput:
+        _tell(stacks.unmet_blocks(concept, blocks))
         return io.NodeOutput(stacks.scaled(concept, strength, blocks))
 
 
@@ -246,6 +254,5 @@ class ConceptTextEncode(io.ComfyNode):
     def execute(cls, clip, text: str, concepts=None) -> io.NodeOutput:
         stack = stacks.as_stack(concepts)
         warnings = [*warnings_of_words(clip, [text], [concept for concept, _ in stack]), *stacks.unsaid(stack, text)]
-        if warnings:
-            show_text("\n".join(warnings))
+        _tell(warnings)
         return io.NodeOutput(encode_prompt(clip, text, stack))

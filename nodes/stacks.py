@@ -43,6 +43,15 @@ def scaled(value: Concept | Stack, strength: float, blocks: str = "") -> Stack:
     return tuple((concept, own * strength) for concept, own in stack)
 
 
+def unmet_blocks(value: Concept | Stack, blocks: str) -> list[str]:
+    """A sentence for the parts that `blocks` names and that no concept of the stack changes."""
+    layers = [layer for concept, _ in as_stack(value) for layer in concept.layers]
+    unmet = BlockStrengths.parse(blocks).unmet(layers)
+    return (
+        [f"no layer that is changed here lies in {', '.join(unmet)}, so that strength changes nothing"] if unmet else []
+    )
+
+
 def parts(stack: Stack) -> tuple[list[Concept], list[float]]:
     """(concepts, strengths), as the engine takes them."""
     return [concept for concept, _ in stack], [strength for _, strength in stack]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..adapters import LowRank
@@ -63,6 +63,11 @@ class BlockStrengths:
             if name in (block, block.split(" ")[0]):
                 factor = value
         return factor
+
+    def unmet(self, layers: Iterable[str]) -> list[str]:
+        """The blocks that are named and of which there is no layer, by its canonical name."""
+        blocks = {part for layer in layers for block in (block_of(layer),) for part in (block, block.split(" ")[0])}
+        return [name for name in dict.fromkeys(name for name, _ in self.entries) if name not in blocks]
 
     def on(self, layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
         """The adapters times their blocks' factors; those of factor 0 are left out."""

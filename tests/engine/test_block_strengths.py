@@ -43,3 +43,9 @@ def test_adapters_take_their_blocks_factor_once():
     assert NAMES["up 1"] not in scaled and len(scaled) == len(layers) - 1
     assert relative_error(scaled[NAMES["mid"]].delta(), 0.5 * layers[NAMES["mid"]].delta()) < 1e-6
     assert relative_error(scaled[NAMES["other"]].delta(), layers[NAMES["other"]].delta()) == 0
+
+
+def test_blocks_that_no_layer_lies_in_are_named():
+    strengths = BlockStrengths.parse("down 7=5, mid=0, text=0.5, up 1=1, down 7=2")
+    assert strengths.unmet([NAMES["mid"], NAMES["up 1"]]) == ["down 7", "text"]
+    assert strengths.unmet(NAMES.values()) == ["down 7"] and BlockStrengths.parse("").unmet([]) == []
