@@ -75,9 +75,11 @@ def rehearse(
                 f"{memory_advice(run.settings)}"
             ) from error
     numbers = sum(parameter.numel() for parameter in step.parameters)
-    factors = sum(parameter.numel() * parameter.element_size() for parameter in step.parameters)
+    factors = sum(map(_bytes, step.parameters))
     # Factors and moments, and a copy of both as they were after the last step; gradients are in the peak.
     kept = round(2 * (factors + numbers * MOMENTS[settings.optimizer]))
+    # The identity of whole weights is as large as the square of a layer's width.
+    kept += sum(_bytes(getattr(adapter, part)) for adapter in run.adapters.values() for part in adapter.frozen)
     memory, left = one + more * (settings.batch - 1) + kept, max(0, settings.steps - done)
     return Estimate(seconds * settings.batch, memory, left, done, concept_bytes(run), checkpoint_bytes(run))
 
@@ -94,6 +96,10 @@ def checkpoint_bytes(run: Run) -> int:
     numbers = [parameter.numel() for parameter in run.parameters().values()]
     each = 4 + MOMENTS[run.settings.optimizer]
     return round(sum(numbers) * each) + 4 * HEADER * len(numbers) + 8 * run.settings.steps + 64 * HEADER
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _peak(step: Step) -> int:

@@ -20,8 +20,6 @@ from modular_concepts.errors import AdapterError
 from modular_concepts.training import OutOfMemory, TrainSettings, rehearse, train
 from modular_concepts.training.memory import memory_advice, ran_out_of_memory
 from modular_concepts.training.rehearsal import Estimate, LiveMemory
-from modular_concepts.training.run import Run
-from modular_concepts.training.step import on_base
 
 SETTINGS = TrainSettings(rank=2, slot=1, steps=8, batch=3, adapter_lr=1e-2, token_lr=1e-2)
 
@@ -94,19 +92,15 @@ def test_a_rehearsal_moves_nothing_of_the_training():
     assert torch.equal(torch.get_rng_state(), state) and hook_count(problem) == 0
 
 
-@pytest.mark.parametrize("changed", [{}, {"gradient_checkpointing": True}, {"precision": "bf16"}])
-def test_the_estimate_is_near_what_a_step_takes(changed):
-    problem, settings = toy_problem(), replace(SETTINGS, method="lora", batch=4, **changed)
+@pytest.mark.parametrize("changed", [{}, {"gradient_checkpointing": True}, {"method": "custom_diffusion", "batch": 1}])
+def test_the_estimate_is_within_15_percent_of_what_a_training_takes(changed):
+    """All that a training makes, its adapters and their copies too, measured while it runs."""
+    problem = toy_problem()
+    settings = replace(SETTINGS, **{"method": "lora", "batch": 4, "steps": 2, **changed})
     estimate = rehearse(problem, settings)
     with LiveMemory() as live:
-        run = Run(problem, settings)
-        good = [parameter.detach().clone() for parameter in run.parameters().values()]
-        with on_base(problem, run) as step:
-            for _ in range(2):
-                step.gradients()
-                run.optimizer.step()
-    assert len(good) == len(step.parameters)
-    assert 0.9 * live.peak < estimate.memory_bytes < 1.2 * live.peak
+        train(problem, settings)
+    assert 0.85 * live.peak < estimate.memory_bytes < 1.15 * live.peak
 
 
 def test_the_estimate_grows_with_batch_and_pictures_and_shrinks_with_checkpointing():
