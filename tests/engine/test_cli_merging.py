@@ -23,6 +23,7 @@ from modular_concepts.toy import model
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.training import TrainResult, TrainSettings
 from modular_concepts.training.methods import new_adapters, seeded
+from modular_concepts.unread import MERGE
 
 Image = pytest.importorskip("PIL.Image")
 STRENGTHS = {"tom": 0.7, "rex": 1.0}
@@ -67,7 +68,8 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
 def merge(capsys, how: str, *more, names=STRENGTHS) -> tuple[int, str, str]:
     files = [f"{name}.safetensors:{strength}" for name, strength in names.items()]
-    options = [text for name, value in OPTIONS.items() for text in (f"--{name}", value)]
+    # Those that this family reads: of any other it is said that it changes nothing.
+    options = [text for name, value in OPTIONS.items() if how in MERGE[name].by for text in (f"--{name}", value)]
     return run(capsys, "merge", *files, "--out", f"{how}.safetensors", "--how", how, "--overwrite", *options, *more)
 
 
