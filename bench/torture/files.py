@@ -50,6 +50,7 @@ def mutated(total: int, seed: int, together: bool = False) -> dict:
             outcomes += of_tests("mutations", "run", each, seed, kinds=some)
         except RuntimeError as error:
             outcomes.append({"kind": some[0], "tried": each, "refused": 0, "accepted": 0, "faults": [str(error)]})
+        print("  " + "; ".join(f"{kind['kind']}: {kind['tried']}" for kind in outcomes[-len(some) :]), flush=True)
     return {"outcomes": outcomes}
 
 

@@ -3,7 +3,7 @@
     pytest -p bench.torture.recording -o enable_assertion_pass_hook=true --recording OUT.jsonl
 
 One JSON object a test: {"test": nodeid, "outcome": passed | failed | skipped, "seconds": ..., "text": of a failure,
-"compared": {bound: [how many, largest value below it]}}; bounds of 1 and more are no tolerances and are left out.
+"compared": {bound: [how many, largest value below it]}}; bounds beyond LARGEST are no tolerances and are left out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+LARGEST = 1e-2
 BELOW = re.compile(r"^(-?[\d.]+(?:e[+-]?\d+)?) <=? ([\d.]+(?:e[+-]?\d+)?)\b")
 
 
@@ -38,7 +39,7 @@ class Recording:
 
     def pytest_assertion_pass(self, expl: str) -> None:
         seen = BELOW.match(expl)
-        if seen and 0 < float(seen[2]) < 1:
+        if seen and 0 < float(seen[2]) <= LARGEST:
             count, largest = self.compared.get(seen[2], (0, 0.0))
             self.compared[seen[2]] = [count + 1, max(largest, abs(float(seen[1])))]
 

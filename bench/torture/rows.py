@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from bench.torture.files import GROWTH, SLOWEST
+from bench.torture.recording import LARGEST
 
 PROMISES = {
     1: "Hostile files cannot hurt",
@@ -155,6 +156,7 @@ def nearest(tallies: list[dict]) -> str:
         for bound, (count, largest) in tally["compared"].items():
             before, most = bounds.get(bound, (0, 0.0))
             bounds[bound] = [before + count, max(most, largest)]
+    bounds = {bound: seen for bound, seen in bounds.items() if float(bound) <= LARGEST}
     common = sorted(bounds, key=lambda bound: -bounds[bound][0])[:3]
     told = [f"{bounds[bound][1]:.1e} of {float(bound):.0e}" for bound in sorted(common, key=float)]
     total = sum(count for count, _ in bounds.values())
@@ -180,8 +182,8 @@ def add_host_tests(rows: dict[int, Row], seen: dict) -> None:
             rows[int(promise)].saw(
                 seen,
                 f"the tests of it in ComfyUI {seen['version']}",
-                f"{total} tests",
-                f"{tally['held']} hold",
+                f"{total} test{'s' * (total != 1)}",
+                f"{tally['held']} hold{'s' * (tally['held'] == 1)}",
                 tally["failed"],
             )
 

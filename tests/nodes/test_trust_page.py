@@ -100,13 +100,14 @@ def test_tests_are_counted_by_promise_and_those_that_prove_nothing_apart():
 
 def test_comparisons_are_recorded_with_their_bounds(tmp_path):
     (tmp_path / "test_it.py").write_text(
-        "def test_it():\n    assert 0.25 < 0.5\n    assert 1e-7 <= 1e-5\n    assert 3 < 4\n    assert 0.5 > 0.25\n"
+        "def test_it():\n    assert 0.25 < 0.5\n    assert 0.001 < 0.002\n    assert 1e-7 <= 1e-5\n"
+        "    assert 3 < 4\n    assert 0.5 > 0.25\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.torture.recording", "--recording", "out.jsonl"]
     command += ["-o", "enable_assertion_pass_hook=true", "-p", "no:cacheprovider", "test_it.py"]
     subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)  # noqa: S603
     (record,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
-    assert record["outcome"] == "passed" and record["compared"] == {"0.5": [1, 0.25], "1e-05": [1, 1e-07]}
+    assert record["outcome"] == "passed" and record["compared"] == {"0.002": [1, 0.001], "1e-05": [1, 1e-07]}
 
 
 @pytest.mark.parametrize(
