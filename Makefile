@@ -36,7 +36,7 @@ help:
 	@echo "make bench-merge  measure merging beside ComfyUI's LoRA loaders and peft"
 	@echo "make bench-regions  measure regional sampling beside ComfyUI's masks and LoRA hooks (half an hour, 12 GB)"
 	@echo "make bench-families  merge toy concepts by every family and judge them (three quarters of an hour on two cores)"
-	@echo "make gpu        prove and measure everything on a machine with an NVIDIA GPU (eight minutes; installs nothing)"
+	@echo "make gpu        prove and measure on a machine with an NVIDIA GPU what at most eight minutes hold (installs nothing)"
 	@echo "make gpu-dry    the same in small on the CPU (two minutes)"
 	@echo "make torture    try the twelve promises in full and write docs/trust.md (an hour on two cores; TORTURE_FLAGS=--quick)"
 	@echo "make check      format, lint and the fast tests"
