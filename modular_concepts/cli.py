@@ -22,7 +22,7 @@ from .cli_paths import add_overwrite, base_named, folder, refuse_existing
 from .cli_progress import Bar, Interrupts, close_bars
 from .cli_sampling import add_sample
 from .cli_training import add_train
-from .errors import AdapterError
+from .errors import AdapterError, in_one_line
 
 EXTRA = ("diffusers", "transformers", "tqdm", "matplotlib", "PIL")
 
@@ -69,7 +69,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _fault(sentence: str) -> int:
     sentence = re.sub(r"\S{250,}", lambda word: f"{word[0][:60]}…", sentence)
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {in_one_line(sentence)}", file=sys.stderr)
     return 2
 
 

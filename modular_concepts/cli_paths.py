@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import AdapterError
+from .errors import AdapterError, in_one_line
 from .files.names import check_new_path
 from .files.safe import safe_name
 
@@ -114,4 +114,4 @@ def named(typed: str, option: str = "--name") -> str:
 
 def note(sentence: str) -> None:
     """Something to know that is no fault, on the error stream."""
-    print(f"note: {sentence}", file=sys.stderr)
+    print(f"note: {in_one_line(sentence)}", file=sys.stderr)

@@ -254,7 +254,7 @@ def parse_json(text: str, what: str) -> object:
     if len(text) > MAX_HEADER or _entries(text) > MAX_ENTRIES:
         raise AdapterError(f"{what} holds more entries than any adapter needs; the file is damaged or not an adapter")
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
     except AdapterError as error:
         raise AdapterError(f"{what} {error}; the file is damaged") from error
     except (ValueError, RecursionError) as error:
@@ -484,6 +484,13 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _refuse_constant(constant: str) -> None:
     raise AdapterError(f"holds {constant}")
+
+
+def _finite(text: str) -> float:
+    """A number such as 1e999 is infinity too, by another name."""
+    if not math.isfinite(number := float(text)):
+        _refuse_constant(text[:20])
+    return number
 
 
 def sync_folder(folder: Path) -> None:

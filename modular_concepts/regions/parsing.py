@@ -9,6 +9,7 @@ A box is left, top, right, bottom.  A region needs a prompt and a box or mask; `
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -211,7 +212,7 @@ def _flat(value: object) -> list:
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) != len(pairs):
-        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise AdapterError(f"the regions' JSON has the entry {clip(twice)} twice in one object; keep one")
     return found
 

@@ -1,0 +1,47 @@
+"""A file's name and what it holds may be anything; what is said of it stays one line that does nothing else."""
+
+import time
+
+import pytest
+from mutations import in_shell
+
+from modular_concepts.cli import main
+from modular_concepts.errors import AdapterError
+from modular_concepts.files.lora import read_concept
+from modular_concepts.files.safe import parse_json
+from modular_concepts.regions.parsing import regions_from_json
+
+NAMES = ("a\nerror: b", "a\x1b[2J", "a\u202eb", "a\u2028b", "a\tb")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_breaks_no_line_and_moves_no_cursor(tmp_path, name, capsys):
+    path = tmp_path / f"{name}.safetensors"
+    path.write_bytes(b"no file of tensors")
+    with pytest.raises(AdapterError) as caught:
+        read_concept(path)
+    assert str(caught.value).isprintable() and "this is not a safetensors file" in str(caught.value)
+    in_shell("inspect", str(path))
+    assert main(["inspect", str(path)]) == 2
+    assert capsys.readouterr().err.removesuffix("\n").isprintable()
+
+
+def test_a_name_that_people_read_is_said_as_it_is(tmp_path):
+    path = tmp_path / "Мой\u3000concept é.safetensors"
+    path.write_bytes(b"no file of tensors")
+    with pytest.raises(AdapterError, match="Мой\u3000concept é.safetensors: this is not"):
+        read_concept(path)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1e999}', '{"a": [-1e400]}', '{"a": NaN}'])
+def test_infinity_by_another_name_is_no_json(text):
+    with pytest.raises(AdapterError, match="x holds .*; the file is damaged"):
+        parse_json(text, "x")
+
+
+def test_an_entry_twice_among_many_is_found_at_once():
+    many = ",".join(f'"a{number}":1' for number in range(60_000))
+    started = time.process_time()
+    with pytest.raises(AdapterError, match="the entry 'a59999' twice"):
+        regions_from_json(f'[{{{many},"a59999":1}}]')
+    assert time.process_time() - started < 5
