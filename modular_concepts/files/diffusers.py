@@ -6,21 +6,19 @@ lora_B.
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 import torch
 
-from ..adapters import LowRank
+from ..adapters import LowRank, check_size
 from ..concept import Concept
 from ..errors import AdapterError
 from ..layers import canonical_name, check_name
 from .kohya import READ, Imported, Layers, Parse, assemble, imported_concept, require_layers
 from .modelspec import modelspec
-from .peft_config import config_beside
+from .peft_config import PeftConfig, config_beside, config_of
 from .safe import parse_json, read_foreign, write_safetensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -38,7 +36,7 @@ _FACTORS = (
     (re.compile(r"(.+?)\.lora_mid\.weight"), "mid"),
     (re.compile(r"(.+?)(?:[._]lora)?\.alpha"), "alpha"),
     (re.compile(r"(.+?)(?:\.lora_[AB](?:\.default)?|[._]lora\.(?:up|down)|\.lora_(?:up|down))\.bias"), "apart"),
-    (re.compile(r"(.+?)\.(?:lora_magnitude_vector|dora_scale).*"), "unknown"),
+    (re.compile(r"(.+?)\.(?:lora_magnitude_vector|dora_scale|lora_E|lora_ranknum).*"), "unknown"),
 )
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -109,16 +107,18 @@ def with_peft_alphas(
     The settings are in the file, or in adapter_config.json beside it where it has peft's own name.
     """
     if _SETTINGS_KEY in metadata:
-        settings = parse_json(metadata[_SETTINGS_KEY], f"{path.name}: the peft settings")
-        alphas = {layer: _peft_alpha(path, layer, adapter.rank, settings) for layer, adapter in adapters.items()}
+        strength = _embedded(path, metadata[_SETTINGS_KEY])
     elif config := config_beside(path):
-        alphas = {layer: config.alpha(layer, adapter.rank) for layer, adapter in adapters.items()}
+        strength = config.alpha
     else:
         return dict(adapters)
-    return {
-        layer: adapter if layer in explicit else adapter.replace(alpha=alphas[layer])
+    found = {
+        layer: adapter if layer in explicit else adapter.replace(alpha=strength(layer, adapter.rank))
         for layer, adapter in adapters.items()
     }
+    for layer, adapter in found.items():
+        check_size(f"{path.name}: {layer}", adapter)
+    return found
 
 
 def _refuse_joint_blocks(concept: Concept) -> None:
@@ -151,18 +151,17 @@ def name_of_path(path: str) -> str | None:
         return None
 
 
-def _peft_alpha(path: Path, layer: str, rank: int, settings: object) -> float:
-    """alpha, where scale = alpha / rank, from peft's settings; rslora scales by lora_alpha / sqrt(rank)."""
-    part, rest = layer.split(".", 1)
-    if not isinstance(settings, Mapping):
-        raise AdapterError(f"{path.name}: the peft settings are not a JSON object; the file is damaged")
-    if part == "unet" and "transformer.lora_alpha" in settings:
-        part = "transformer"
-    patterns = settings.get(f"{part}.alpha_pattern") or {}
-    alpha = settings.get(f"{part}.lora_alpha", rank)
-    if isinstance(patterns, Mapping):
-        rest_forms = (rest, rest.removeprefix("text_model."))
-        alpha = next((patterns[form] for form in rest_forms if form in patterns), alpha)
-    if type(alpha) not in (int, float) or not abs(alpha) < 1e12:
-        raise AdapterError(f"{path.name}: lora_alpha {json.dumps(alpha)[:40]} is not a finite number")
-    return float(alpha) * (math.sqrt(rank) if settings.get(f"{part}.use_rslora") is True else 1.0)
+def _embedded(path: Path, text: str) -> Callable[[str, int], float]:
+    """(layer, rank) -> alpha, from the settings of each part of a model that diffusers keeps in the file itself."""
+    where = f"{path.name}: the peft settings"
+    settings = parse_json(text, where)
+    if not isinstance(settings, dict):
+        raise AdapterError(f"{where} are not a JSON object; the file is damaged")
+
+    def of_part(part: str) -> PeftConfig:
+        return config_of(where, {key.removeprefix(part): own for key, own in settings.items() if key.startswith(part)})
+
+    configs = {part: of_part(f"{part}.") for part in ("transformer", "unet", *TEXT_PARTS)}
+    if "transformer.lora_alpha" in settings:
+        configs["unet"] = configs["transformer"]
+    return lambda layer, rank: configs[layer.partition(".")[0]].alpha(layer, rank)

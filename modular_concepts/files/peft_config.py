@@ -14,6 +14,7 @@ from .safe import parse_json
 MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MAX_CONFIG = 2**20
 MAX_ALPHA = 1e12
+ON_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq")  # take from the base weights what they put into the factors
 _PATTERN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.")
 
 
@@ -21,12 +22,13 @@ _PATTERN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345
 class PeftConfig:
     """What a configuration says of strength: alpha and rank of all layers and of some, by the end of their names.
 
+    None where it does not say: alpha is the rank then, and the rank that of the factors.
     rslora: the scale is alpha / sqrt(rank), and not alpha / rank.  where: names the file in messages.
     """
 
     where: str
-    lora_alpha: float
-    rank: int
+    lora_alpha: float | None
+    rank: float | None
     alphas: Mapping[str, float]
     ranks: Mapping[str, float]
     rslora: bool
@@ -36,13 +38,14 @@ class PeftConfig:
 
         Raises AdapterError where the configuration speaks of another rank than the file has.
         """
-        said = _of(self.ranks, layer, self.rank)
+        said = _of(self.ranks, layer, rank if self.rank is None else self.rank)
         if said != rank:
             raise AdapterError(
                 f"{self.where} says rank {said:g} of {layer}, whose factors have {rank}; it is of another file, so "
                 "remove it, or put the right one there"
             )
-        return _of(self.alphas, layer, self.lora_alpha) * (math.sqrt(rank) if self.rslora else 1.0)
+        alpha = float(rank) if self.lora_alpha is None else self.lora_alpha
+        return _of(self.alphas, layer, alpha) * (math.sqrt(rank) if self.rslora else 1.0)
 
 
 def config_beside(path: Path) -> PeftConfig | None:
@@ -56,18 +59,42 @@ def config_beside(path: Path) -> PeftConfig | None:
     where = f"{CONFIG} beside {path.name}"
     try:
         data = _read(config, where)
-        return PeftConfig(
-            where,
-            _number(where, "lora_alpha", data.get("lora_alpha")),
-            int(_number(where, "r", data.get("r"))),
-            _patterns(where, data, "alpha_pattern"),
-            _patterns(where, data, "rank_pattern"),
-            data.get("use_rslora") is True,
-        )
+        for name in ("lora_alpha", "r"):
+            _number(where, name, data.get(name))
+        return config_of(where, data)
     except AdapterError as error:
         raise AdapterError(
             f"{error}; it says how strongly the LoRA acts, so mend it, or remove it to have alpha = rank"
         ) from error
+
+
+def config_of(where: str, data: Mapping) -> PeftConfig:
+    """A configuration's entries, each of which may be missing.
+
+    Raises AdapterError for what is no strength, and for methods by which factors alone are not the whole change.
+    """
+    for name in ("use_rslora", "use_dora"):
+        if data.get(name) is not None and type(data[name]) is not bool:
+            raise AdapterError(f"{where}: {name} is {clip(data[name])}, and not true or false")
+    _refuse_other_methods(where, data)
+    rank, alpha = (_number(where, name, data[name]) if name in data else None for name in ("r", "lora_alpha"))
+    patterns = [_patterns(where, data, name) for name in ("alpha_pattern", "rank_pattern")]
+    return PeftConfig(where, alpha, rank, *patterns, data.get("use_rslora") is True)
+
+
+def _refuse_other_methods(where: str, data: Mapping) -> None:
+    method, start = data.get("peft_type", "LORA"), data.get("init_lora_weights", True)
+    if not isinstance(method, str) or method.upper() != "LORA":
+        raise AdapterError(f"{where}: peft_type is {clip(method)}, and only LORA is read")
+    if data.get("use_dora"):
+        raise AdapterError(
+            f"{where}: use_dora is true, and lengths of DoRA are not read; its factors alone are another change"
+        )
+    if isinstance(start, str) and start.lower().startswith(ON_ANOTHER_BASE):
+        raise AdapterError(
+            f"{where}: init_lora_weights is {clip(start)}, so it was trained beside base weights that peft changed; "
+            "save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        )
 
 
 def _read(config: Path, where: str) -> Mapping:

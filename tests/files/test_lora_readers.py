@@ -212,6 +212,13 @@ BROKEN = {
     "a pattern that is an expression": {"r": 4, "lora_alpha": 16, "alpha_pattern": {"(a+)+$": 2}},
     "a pattern of lists": {"r": 4, "lora_alpha": 16, "alpha_pattern": [1]},
     "a pattern of words": {"r": 4, "lora_alpha": 16, "alpha_pattern": {"to_k": "2"}},
+    "rslora in words": {"r": 4, "lora_alpha": 16, "use_rslora": "true"},
+    "rslora as a number": {"r": 4, "lora_alpha": 16, "use_rslora": 1},
+    "a rank between": {"r": 4.5, "lora_alpha": 16},
+    "lengths that are not there": {"r": 4, "lora_alpha": 16, "use_dora": True},
+    "another method": {"r": 4, "lora_alpha": 16, "peft_type": "ADALORA"},
+    "a method of numbers": {"r": 4, "lora_alpha": 16, "peft_type": [1]},
+    "another base's weights": {"r": 4, "lora_alpha": 16, "init_lora_weights": "pissa_niter_16"},
     "much": " " * (2**20 + 1),
     "deep": "[" * 100_000,
 }
@@ -222,6 +229,34 @@ def test_a_configuration_that_cannot_be_read_is_said(tmp_path, case):
     with pytest.raises(AdapterError, match="adapter_config.json beside adapter_model.safetensors.*remove it") as caught:
         read_concept(peft(tmp_path, BROKEN[case]))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+EMBEDDED = {
+    "rslora in words": {"unet.use_rslora": "yes"},
+    "a list of patterns": {"unet.alpha_pattern": ["to_k"]},
+    "another rank": {"unet.r": 64, "unet.lora_alpha": 64},
+    "lengths that are not there": {"unet.use_dora": True},
+    "another base's weights": {"unet.init_lora_weights": "olora"},
+    "a strength beyond all": {"unet.lora_alpha": 9e11},
+}
+
+
+@pytest.mark.parametrize("case", EMBEDDED)
+def test_settings_in_the_file_are_held_to_the_same(tmp_path, case):
+    tensors = {f"{PATH}.lora_A.weight": 100 * DOWN, f"{PATH}.lora_B.weight": 100 * UP}
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(EMBEDDED[case])})
+    with pytest.raises(AdapterError, match="^x.safetensors: "):
+        read_concept(tmp_path / "x.safetensors")
+
+
+def test_factors_with_a_third_beside_them_are_left_out(tmp_path):
+    other = PATH.replace("to_k", "to_q")
+    tensors = {
+        f"{path}.lora_{side}.weight": own.clone() for path in (PATH, other) for side, own in (("A", DOWN), ("B", UP))
+    }
+    save_file(tensors | {f"{other}.lora_E": torch.ones(4, 1)}, tmp_path / "x.safetensors")
+    concept, unmatched = read_concept(tmp_path / "x.safetensors")
+    assert set(concept.layers) == {LAYER} and f"{other}.lora_E" in unmatched and len(unmatched) == 3
 
 
 def test_a_configuration_that_is_a_folder_is_said(tmp_path):
