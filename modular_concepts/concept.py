@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 
 from torch import Tensor
 
-from .adapters import LowRank, check_adapter
+from .adapters import MAX_SIZE, LowRank, check_adapter
 from .errors import AdapterError
 
 MAX_TEXT = 400
@@ -116,6 +116,16 @@ def check_token(word: str, shape: tuple[int, ...]) -> None:
         raise AdapterError(
             f"trigger word {word!r}: learned vectors have shape {tuple(shape)}; we need (vectors, width) or "
             "(layers, vectors, width)"
+        )
+
+
+def check_rows(word: str, vectors: Tensor) -> None:
+    """Raise AdapterError where a learned word from a file has numbers whose squares overflow."""
+    largest = vectors.abs().max().item()
+    if not largest <= MAX_SIZE:
+        raise AdapterError(
+            f"trigger word {clip(word)}: its numbers reach {largest:.1e}, which no text encoder survives; the training "
+            "diverged or the file is damaged"
         )
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..adapters import LowRank, check_adapter, check_size
 from ..bases import OrthogonalBasis, hashed_indices, printed, slot_indices, work_of
-from ..concept import Concept, Recipe, check_concept, check_token, clip
+from ..concept import Concept, Recipe, check_concept, check_rows, check_token, clip
 from ..errors import AdapterError
 from ..layers import check_name, file_key
 from .modelspec import about_of, modelspec
@@ -456,4 +456,5 @@ def _token(word: str, entry: object) -> Tensor:
         raise AdapterError(f"trigger word {clip(word)}: {len(data)} bytes do not fill shape {shape}")
     vectors = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(shape)
     check_finite(f"trigger word {clip(word)}", vectors)
+    check_rows(word, vectors)
     return vectors

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..concept import Concept, check_token
+from ..concept import Concept, check_rows, check_token
 from ..errors import AdapterError
 from .modelspec import modelspec
 from .safe import read_safetensors, safe_child, safe_name, write_safetensors
@@ -85,6 +85,7 @@ def import_embedding(path: Path | str, word: str | None = None) -> tuple[str, Te
     vectors = vectors.float()[None] if vectors.dim() == 1 else vectors.float()
     try:
         check_token(word, vectors.shape)
+        check_rows(word, vectors)
     except AdapterError as error:
         raise AdapterError(f"{path.name}: {error}") from error
     if vectors.dim() != 2:

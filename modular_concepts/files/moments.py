@@ -106,7 +106,7 @@ def load_moments(path: Path | str) -> dict[str, Moment]:
         if not max(size * float(factor.abs().max()), math.sqrt(rest)) <= MAX_SIZE:
             raise AdapterError(f"{path.name}: {ascii(key)[:80]} is too large; the file is damaged")
         try:
-            moments[check_name(name)] = Moment(factor.float() * size, rest)
+            moments[check_name(name)] = Moment((factor.double() * size).float(), rest)
         except AdapterError as error:
             raise AdapterError(f"{path.name}: {error}") from error
     if len(tensors) != 2 * len(moments):
