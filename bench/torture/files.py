@@ -20,8 +20,10 @@ GROWTH = 64 * 2**20  # bytes that the peak may rise by
 def of_tests(module: str, function: str, *inputs: object, **named: object):
     """Call MODULE.FUNCTION(*inputs, folder, **named) of the tests in a process of its own, which may crash."""
     with tempfile.TemporaryDirectory() as place, ProcessPoolExecutor(1, get_context("spawn")) as one:
+        inside = Path(place) / "around" / "folder"  # what others write to the folder for temporary files is not seen
+        inside.mkdir(parents=True)
         try:
-            return one.submit(_call, module, function, inputs, named, place).result()
+            return one.submit(_call, module, function, inputs, named, str(inside)).result()
         except BrokenProcessPool as error:
             raise RuntimeError(f"{function} {inputs} {named}: the process crashed") from error
 
