@@ -141,10 +141,15 @@ class BaseModel:
         """Where the networks are."""
         return self.embedding.weight.device
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Of the denoiser's weights: not every network says it of itself, as diffusers' do."""
+        return next(self.unet.parameters()).dtype
+
     def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """context: (B, T, D), or (B, L, T, D) with one for each cross-attention layer."""
         with routed(self.unet, context) if context.dim() == 4 else nullcontext():
-            return self.unet(noisy.to(self.unet.dtype), timesteps, context, return_dict=False)[0].to(noisy.dtype)
+            return self.unet(noisy.to(self.precision), timesteps, context, return_dict=False)[0].to(noisy.dtype)
 
     @property
     def denoiser(self) -> nn.Module:

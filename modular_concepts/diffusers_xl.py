@@ -91,7 +91,7 @@ class XLBaseModel(BaseModel):
     def predict(self, noisy: Tensor, timesteps: Tensor, context: PooledContext) -> Tensor:
         """The U-Net is told that pictures are whole and were of this size."""
         height, width = (self.downscale * side for side in noisy.shape[2:])
-        asked, noisy = noisy.dtype, noisy.to(self.unet.dtype)
+        asked, noisy = noisy.dtype, noisy.to(self.precision)
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=noisy.dtype, device=noisy.device)
         told = {"text_embeds": context.pooled, "time_ids": sizes.expand(len(noisy), -1)}
         with routed(self.unet, context.text) if context.text.dim() == 4 else nullcontext():

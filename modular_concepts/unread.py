@@ -67,7 +67,7 @@ MERGE: Mapping[str, Read] = MappingProxyType(
 SAMPLE: Mapping[str, Read] = MappingProxyType(
     {
         **dict.fromkeys(("prompt", "concept", "region", "out", "base", "width", "height", "steps"), _ALWAYS),
-        **dict.fromkeys(("cfg", "seed", "count", "zoom"), _ALWAYS),
+        **dict.fromkeys(("cfg", "seed", "count", "zoom", "overwrite"), _ALWAYS),
         "units": Read(None, "region"),
         "mode": Read(None, "region"),
         "negative": Read(None, GUIDANCE),

@@ -68,9 +68,17 @@ class Server:
         )
 
     def queue(self, prompt: dict) -> str:
-        """Put a prompt into the queue; its id.  Raises Refused when the server finds fault with it."""
+        """Put a prompt into the queue; its id.
+
+        Raises Refused when the server finds fault with it, also with a part of it alone: the server would run the
+        rest, and nobody would miss what was asked for.
+        """
         try:
-            return json.loads(self.post("/prompt", {"prompt": prompt, "client_id": self.client}))["prompt_id"]
+            answer = json.loads(self.post("/prompt", {"prompt": prompt, "client_id": self.client}))
+            if answer.get("node_errors"):
+                self.post("/queue", {"delete": [answer["prompt_id"]]})
+                raise Refused(answer)
+            return answer["prompt_id"]
         except urllib.error.HTTPError as error:
             answer = error.read()
             raise Refused(

@@ -268,11 +268,12 @@ def test_export_never_replaces_the_concept_itself(made, here, capsys):
 
 
 def refused(capsys, folder: Path, arguments, *words: str) -> None:
-    """Exit code 2, one sentence that holds `words`, and every file as it was."""
+    """Exit code 2, one sentence that holds `words`, behind notes at most, and every file as it was."""
     before = files(folder)
     code, _, err = run(capsys, *arguments)
     assert code == 2, err
-    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    *notes, error = err.splitlines()
+    assert error.startswith("error: ") and err.endswith("\n") and all(line.startswith("note: ") for line in notes), err
     for word in words:
         assert word in err, err
     assert files(folder) == before

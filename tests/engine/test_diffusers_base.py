@@ -270,7 +270,7 @@ def test_the_command_line_trains_and_draws_on_a_folder(folder, tmp_path, capsys)
     assert Image.open(drawn).size == (16, 16)
     assert main(["export", str(concept), "--out", str(tmp_path / "kohya.safetensors")]) == 0
     capsys.readouterr()
-    assert main([*prompt, "--base", str(tmp_path / "nowhere"), "--out", str(drawn)]) == 2
+    assert main([*prompt, "--base", str(tmp_path / "nowhere"), "--out", str(tmp_path / "none.png")]) == 2
     assert "nowhere" in capsys.readouterr().err
 
 
