@@ -101,8 +101,8 @@ def add_files(rows: dict[int, Row], sound: Mapping[str, dict]) -> None:
         "Seeded mutations of the bytes, the header, the JSON and the tensors of " + listed(k["kind"] for k in outcomes),
         f"{tried:,} files",
         f"{refused:,} refused in one sentence, {tried - refused:,} accepted and then used (merged, exported, "
-        f"inspected, drawn, resumed); slowest reading {slowest['slowest']:.2f} s ({slowest['kind']}), most memory "
-        f"+{largest['growth'] / 2**20:.0f} MiB ({largest['kind']})",
+        f"inspected, drawn, resumed); slowest reading {slowest.get('slowest', 0.0):.2f} s ({slowest['kind']}), most "
+        f"memory +{largest.get('growth', 0) / 2**20:.0f} MiB ({largest['kind']})",
         faults,
     )
 
