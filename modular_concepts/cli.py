@@ -10,6 +10,7 @@ import argparse
 import difflib
 import errno
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import NoReturn
 
 from . import __version__
 from .cli_merging import add_export, add_inspect, add_merge
-from .cli_paths import add_overwrite, base_named, folder, refuse_existing
+from .cli_paths import add_overwrite, base_named, folder, note_repeated, refuse_existing, typed_path
 from .cli_progress import Bar, Interrupts, close_bars
 from .cli_sampling import add_sample
 from .cli_training import add_train
@@ -68,9 +69,12 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _fault(sentence: str) -> int:
-    sentence = re.sub(r"\S{250,}", lambda word: f"{word[0][:60]}…", sentence)
-    print(f"error: {in_one_line(sentence)}", file=sys.stderr)
+    print(f"error: {in_one_line(_shortened(sentence))}", file=sys.stderr)
     return 2
+
+
+def _shortened(sentence: str) -> str:
+    return re.sub(r"\S{250,}", lambda word: f"{word[0][:60]}…", sentence)
 
 
 # --- commands -----------------------------------------------------------------------------------------------
@@ -82,6 +86,7 @@ def _demo(args: argparse.Namespace) -> None:
 
     if not args.overwrite:
         _keep_persons_files(args.out)
+    note_repeated(args)
     out = folder(args.out)
     report = run_demo(base_named("toy"), load_judges(), out, Steps(print, Bar))
     print((out / "report.md").read_text(encoding="utf-8"))
@@ -96,7 +101,7 @@ def _keep_persons_files(out: Path) -> None:
     report = out / "report.md"
     if report.is_file() and report.read_bytes().startswith(HEADING.encode()):
         return
-    if there := [out / name for name in OUTPUTS if (out / name).exists()]:
+    if there := [out / name for name in OUTPUTS if os.path.lexists(out / name)]:
         refuse_existing(there[0])
 
 
@@ -113,7 +118,7 @@ def _pictures(args: argparse.Namespace) -> None:
         to_image(picture).save(png := io.BytesIO(), "PNG")
         files |= {out / f"{number:02d}.png": png.getvalue(), out / f"{number:02d}.txt": caption.encode()}
     for path, data in files.items():
-        if not args.overwrite and path.exists() and not (path.is_file() and path.read_bytes() == data):
+        if not args.overwrite and os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
             refuse_existing(path)
     others = (
         sorted(path.name for path in out.iterdir() if path not in files and not path.name.startswith("."))
@@ -125,6 +130,7 @@ def _pictures(args: argparse.Namespace) -> None:
             f"{out} holds other files ({', '.join(others[:3])}), among which a training would find these pictures; "
             "choose another --out, or write there all the same with --overwrite"
         )
+    note_repeated(args)
     folder(out)
     with all_or_none():
         for path, data in files.items():
@@ -139,12 +145,20 @@ def _pictures(args: argparse.Namespace) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with faults in one sentence, which names every option that there is not."""
+    """argparse, with faults in one sentence, which names every option that there is not, or that is there twice."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        for name in (None, "store"):
+            self.register("action", name, _Once)
+        self.register("type", int, _whole)
+        self.register("type", float, _number)
 
     def parse_known_args(self, args=None, namespace=None):
         self.unknown = [
             text.partition("=")[0] for text in args or () if text.startswith("--") and self._is_unknown(text)
         ]
+        self.seen: dict[str, object] = {}
         namespace, left = super().parse_known_args(args, namespace)
         if left and self._subparsers is None:  # here and not in the parser above, whose --help says less
             self.error("" if self.unknown else f"nothing is meant by {' '.join(left)}")
@@ -152,7 +166,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = [f"there is no option {name}{self._meant(name)}" for name in self.unknown]
-        self.exit(2, f"error: {'; '.join([*unknown, *filter(None, [message])])}; see {self.prog} --help\n")
+        sentence = _shortened("; ".join([*unknown, *filter(None, [message])]))
+        self.exit(2, f"error: {sentence}; see {self.prog} --help\n")
 
     def _is_unknown(self, text: str) -> bool:
         name = text.partition("=")[0]
@@ -162,6 +177,34 @@ class _Parser(argparse.ArgumentParser):
     def _meant(self, name: str) -> str:
         near = difflib.get_close_matches(name, self._option_string_actions, 1)
         return f", perhaps {near[0]}" if near else ""
+
+
+class _Once(argparse._StoreAction):
+    """Stores a value; a second, other one is said before the work, and a second list refused: both may be meant."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = parser.seen.get(self.dest, values)
+        if option_string and before != values:
+            if self.nargs == "+":
+                raise argparse.ArgumentError(self, f"is there twice; give all of them after one {option_string}")
+            sentence = f"{option_string} is there twice; the last counts, {values!s:.60}, and not {before!s:.60}"
+            namespace.repeated = [*getattr(namespace, "repeated", ()), sentence]
+        parser.seen[self.dest] = values
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,13 +217,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="three concepts trained, summed, drawn and judged on the toy base")
-    demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder (default demo_output)")
+    demo.add_argument("--out", type=typed_path, default=Path("demo_output"), help="folder (default demo_output)")
     add_overwrite(demo)
     demo.set_defaults(run=_demo)
 
     pictures = commands.add_parser("pictures", help="write the 16 pictures of a standard toy concept, to train on")
     pictures.add_argument("concept", metavar="CONCEPT", help=f"one of {', '.join(BY_NAME)}")
-    pictures.add_argument("--out", type=Path, help="folder (default pictures/CONCEPT)")
+    pictures.add_argument("--out", type=typed_path, help="folder (default pictures/CONCEPT)")
     add_overwrite(pictures)
     pictures.set_defaults(run=_pictures)
 

@@ -13,11 +13,14 @@ from .cli_paths import (
     add_overwrite,
     base_named,
     check_concept_output,
+    concepts_alone,
     concepts_at,
     folder,
     named,
     note,
+    note_repeated,
     refuse_existing,
+    typed_path,
 )
 from .errors import AdapterError
 from .files.safe import safe_name
@@ -50,7 +53,7 @@ def add_merge(commands) -> None:
         epilog=f"families:\n{families}",
     )
     merge.add_argument("concepts", nargs="+", help="FILE or FILE:STRENGTH")
-    merge.add_argument("--out", type=Path, required=True, help="the concept file to write")
+    merge.add_argument("--out", type=typed_path, required=True, help="the concept file to write")
     add_overwrite(merge)
     merge.add_argument("--how", choices=tuple(FAMILIES), default="sum", metavar="FAMILY", help="see below (sum)")
     merge.add_argument("--literal", action="store_true", help="block: strengths scaled to add up to 1, as in the paper")
@@ -79,7 +82,7 @@ def add_merge(commands) -> None:
     merge.add_argument(
         "--moments",
         nargs="+",
-        type=Path,
+        type=typed_path,
         metavar="FILE",
         help="fusion: what each concept's layers read, one file for each concept (default: NAME.moments "
         "beside it, or recorded and kept there with --base)",
@@ -111,7 +114,7 @@ def add_export(commands) -> None:
     export.add_argument("--format", choices=FORMATS, default="kohya", help="default kohya")
     export.add_argument(
         "--out",
-        type=Path,
+        type=typed_path,
         help="default exports/NAME_FORMAT.safetensors; learned words go into a folder embeddings beside it",
     )
     add_overwrite(export)
@@ -124,7 +127,7 @@ def _add_said(command: argparse.ArgumentParser) -> None:
     for name, meaning in SAID.items():
         said.add_argument(f"--{name}", default="", metavar="TEXT", help=meaning)
     said.add_argument(
-        "--thumbnail", type=Path, metavar="PICTURE", help="a picture that shows it; kept small in the file"
+        "--thumbnail", type=typed_path, metavar="PICTURE", help="a picture that shows it; kept small in the file"
     )
 
 
@@ -144,9 +147,11 @@ def run_merge(args: argparse.Namespace) -> None:
     chosen = {name: getattr(args, name) for name in ("density", "seed", "rank", "ridge")}
     chosen["ridge"] = EXACT if args.exact else args.ridge
     options = MergeOptions(**{name: value for name, value in chosen.items() if value is not None})
+    note_repeated(args)
+    about = _about(args)
     concepts, strengths, paths = concepts_at(args.concepts)
     check_together(concepts)
-    base = base_named(args.base) if args.base else None
+    base = base_named(args.base) if args.base is not None else None
     given = [name for name in MERGE if getattr(args, name) not in (None, False, "")]
     for sentence in [
         *unread(MERGE, given, args.how, called=lambda name: f"--{name}"),
@@ -155,7 +160,7 @@ def run_merge(args: argparse.Namespace) -> None:
     ]:
         note(sentence)
     evidence = _evidence(args, concepts, paths, base)
-    merged = _said(args, merged_concept(name, concepts, strengths, args.how, args.literal, options, evidence))
+    merged = _said(about, merged_concept(name, concepts, strengths, args.how, args.literal, options, evidence))
     folder(args.out.parent)
     save_concept(merged, args.out)
     print(f"wrote {args.out}: {' + '.join(c.name for c in concepts)}; triggers {' '.join(merged.tokens) or 'none'}")
@@ -274,7 +279,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     from .layers import block_of
     from .merged import SAMPLE
 
-    concepts, _, _ = concepts_at(args.concepts)
+    concepts, _ = concepts_alone(args.concepts, "inspect")
     for path, concept in zip(args.concepts, concepts, strict=True):
         recipe = concept.recipe
         made = {key: value for key, value in recipe.to_json().items() if value not in (None, "", [], {})}
@@ -317,8 +322,9 @@ def run_export(args: argparse.Namespace) -> None:
     from .files.kohya import export_kohya
     from .files.safe import all_or_none
 
-    (concept,), _, (own,) = concepts_at([args.concept])
-    concept = _said(args, concept)
+    (concept,), (own,) = concepts_alone([args.concept], "export")
+    note_repeated(args)
+    concept = _said(_about(args), concept)
     out = args.out or Path("exports") / f"{safe_name(concept.name)}_{args.format}.safetensors"
     check_concept_output(out)
     own, words = own.resolve(), out.parent / "embeddings"
@@ -334,6 +340,8 @@ def run_export(args: argparse.Namespace) -> None:
         return
     files = embedding_files(concept, words)
     there = [] if args.overwrite else [path for path, word in files.items() if _has_word(concept, path, word)]
+    if args.out is not None and not concept.layers:
+        note(f"{concept.name} is words alone, so {out} is not written: a learned word goes into {words}")
     if concept.tokens:
         folder(words)
     folder(out.parent)
@@ -357,7 +365,7 @@ def _has_word(concept, path: Path, word: str) -> bool:
     """Whether a file holds the very word, as after an export in another format; refuses to replace any other."""
     from .files.embeddings import import_embedding, stock_rows
 
-    if not path.exists():
+    if not os.path.lexists(path):
         return False
     try:
         same = import_embedding(path)[1].equal(stock_rows(concept.tokens[word]).float())
@@ -368,15 +376,24 @@ def _has_word(concept, path: Path, word: str) -> bool:
     return True
 
 
-def _said(args: argparse.Namespace, concept):
-    """The concept with what was typed about it, and a date."""
-    from .files.modelspec import check_about, dated, saying, thumbnail
+def _about(args: argparse.Namespace) -> dict[str, str]:
+    """What was typed for the file to say of itself, sound, before there is anything that could say it."""
+    from .concept import Concept, Recipe
+    from .files.modelspec import check_about, saying, thumbnail
 
-    said = {name: getattr(args, name) for name in SAID}
+    about = {name: getattr(args, name) for name in SAID}
     if args.thumbnail is not None:
         from .dataset import load_picture
 
-        said["thumbnail"] = thumbnail(load_picture(args.thumbnail))
-    concept = dated(saying(concept, **said))
+        about["thumbnail"] = thumbnail(load_picture(args.thumbnail))
+    check_about(saying(Concept("the file", {}, {}, Recipe()), **about))
+    return about
+
+
+def _said(about: Mapping[str, str], concept):
+    """The concept with what was typed about it, and a date."""
+    from .files.modelspec import check_about, dated, saying
+
+    concept = dated(saying(concept, **about))
     check_about(concept)
     return concept

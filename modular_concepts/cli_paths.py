@@ -17,13 +17,21 @@ from .files.safe import safe_name
 ENDINGS = (".safetensors", ".st")  # of a concept
 
 
+def typed_path(text: str) -> Path:
+    """An option's path: not empty, which would mean the folder one is in, and ~ is one's home as shells have it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a path, or leave it out")
+    return Path(os.path.expanduser(text))
+
+
 def base_named(name: str):
     """toy, or the folder of a diffusers model, as a base."""
+    name = os.path.expanduser(name)
     if name == "toy":
         from .toy.base import load_toy_base
 
         return load_toy_base()
-    if not Path(name).is_dir():
+    if not name.strip() or not Path(name).is_dir():
         raise AdapterError(f"there is no base {name!r}; give toy, or the folder of a diffusers model")
     from .diffusers_base import load_diffusers_base
 
@@ -36,8 +44,10 @@ def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
     from .merge.strengths import check_strength
 
     concepts, strengths, paths = [], [], []
-    for text in texts:
-        path, colon, number = str(text).rpartition(":")
+    for text in map(os.path.expanduser, map(str, texts)):
+        path, colon, number = text.rpartition(":")
+        if not text.strip() or (colon and not path.strip()):
+            raise AdapterError(f"a concept is given as {text!r}, which names no file; give FILE or FILE:STRENGTH")
         try:
             strength = float(number) if colon and not Path(text).exists() else None
         except ValueError as error:
@@ -52,6 +62,18 @@ def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
     named = told_apart([concept.name for concept in concepts], paths)
     concepts = [c if c.name == name else replace(c, name=name) for c, name in zip(concepts, named, strict=True)]
     return concepts, strengths, paths
+
+
+def concepts_alone(texts: Sequence[str], command: str) -> tuple[list, list[Path]]:
+    """(concepts, files) for a command that takes them as they are; refuses a strength, which it would not use."""
+    concepts, _, paths = concepts_at(texts)
+    for text, path in zip(texts, paths, strict=True):
+        if path != Path(os.path.expanduser(text)):
+            raise AdapterError(
+                f"{text}: {command} takes a concept as it is, without a strength; give {path}, or write it at that "
+                f"strength first: merge {text} --out FILE"
+            )
+    return concepts, paths
 
 
 def concept_at(path: Path):
@@ -95,11 +117,13 @@ def check_output(path: Path, overwrite: bool = True) -> None:
         raise AdapterError(f"{path} cannot be written: {parent} is not a folder; choose another --out")
     if not os.access(parent, os.W_OK):
         raise AdapterError(f"{path} cannot be written: you have no permission in {parent}; choose another --out")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         refuse_existing(path)
 
 
 def refuse_existing(path: Path) -> NoReturn:
+    if path.is_symlink() and not path.exists():
+        raise AdapterError(f"{path} is a link to nothing; choose another --out, or replace the link with --overwrite")
     raise AdapterError(f"{path} is there already; choose another --out, or replace it with --overwrite")
 
 
@@ -110,6 +134,12 @@ def named(typed: str, option: str = "--name") -> str:
         shown = typed if len(typed) < 60 else f"{typed[:50]}…"
         note(f"{option} {shown!r} is not a name that every file and prompt can have; it is {name!r} here")
     return name
+
+
+def note_repeated(args: argparse.Namespace) -> None:
+    """Say which options were typed twice, and which of their values count."""
+    for sentence in getattr(args, "repeated", ()):
+        note(sentence)
 
 
 def note(sentence: str) -> None:

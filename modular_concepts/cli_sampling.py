@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from .cli_paths import add_overwrite, base_named, check_output, concepts_at, folder, note, refuse_existing
+from .cli_paths import (
+    add_overwrite,
+    base_named,
+    check_output,
+    concepts_at,
+    folder,
+    note,
+    note_repeated,
+    refuse_existing,
+    typed_path,
+)
 from .cli_progress import Bar
 from .errors import AdapterError
 
@@ -44,7 +55,7 @@ def add_sample(commands) -> None:
     )
     sample.add_argument(
         "--out",
-        type=Path,
+        type=typed_path,
         help=f"the picture's file (default sample.png, or the first of sample-2.png, sample-3.png, ... that is free), "
         f"ending in {', '.join(FORMATS)}; several are numbered",
     )
@@ -94,6 +105,7 @@ def run_sample(args: argparse.Namespace) -> None:
     for sentence in unheard_of(base, [*texts, *([args.negative] if args.negative else [])], learned):
         note(sentence)
     gated = bool(regions) and args.mode != "merged"
+    note_repeated(args)
     for sentence in _unread(args):
         note(sentence)
     stack = list(zip(concepts, strengths, strict=True))
@@ -136,7 +148,9 @@ def _outputs(args: argparse.Namespace) -> list[Path]:
         stem = out.stem if number == 1 else f"{out.stem}-{number}"
         stems = [stem] if args.count == 1 else [f"{stem}-{place:02d}" for place in range(args.count)]
         paths = [out.with_stem(each) for each in stems]
-        there = [] if args.overwrite else [path for path in paths if path.exists()]
+        if args.overwrite and (folders := [path for path in paths if path.is_dir()]):
+            raise AdapterError(f"{folders[0]} is a folder, which no picture replaces; choose another --out")
+        there = [] if args.overwrite else [path for path in paths if os.path.lexists(path)]
         if there and args.out is not None:
             refuse_existing(there[0])
         if not there:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli_paths import add_overwrite, base_named, check_concept_output, folder, named, note, refuse_existing
+from .cli_paths import (
+    add_overwrite,
+    base_named,
+    check_concept_output,
+    folder,
+    named,
+    note,
+    note_repeated,
+    refuse_existing,
+    typed_path,
+)
 from .cli_progress import Bar, Interruption
 from .cli_settings import add_training_options, chosen_preset
 from .errors import AdapterError
@@ -22,7 +33,7 @@ CHECKPOINT_EVERY = 100
 
 def add_train(commands) -> None:
     train = commands.add_parser("train", help="a folder of pictures, optional captions and masks -> a concept file")
-    train.add_argument("pictures", type=Path, help="folder: NAME.png, optional NAME.txt and NAME.mask.png")
+    train.add_argument("pictures", type=typed_path, help="folder: NAME.png, optional NAME.txt and NAME.mask.png")
     train.add_argument("--name", required=True, help="the concept's name; its trigger word is <NAME>")
     train.add_argument("--class-word", required=True, help="what the base calls it: man, dog, ...")
     train.add_argument(
@@ -32,7 +43,7 @@ def add_train(commands) -> None:
         help="what it looks like, in words that the base knows, such as 'man red shirt brown hair': the learned word "
         "starts there (default: from the class word)",
     )
-    train.add_argument("--out", type=Path, help="concept file (default concepts/NAME.safetensors)")
+    train.add_argument("--out", type=typed_path, help="concept file (default concepts/NAME.safetensors)")
     add_overwrite(train)
     train.add_argument("--base", default="toy", help="toy (default), or a diffusers folder")
     add_training_options(train)
@@ -40,13 +51,13 @@ def add_train(commands) -> None:
     train.add_argument(
         "--buckets", action="store_true", help="keep each picture's aspect, at sizes of about the same area"
     )
-    train.add_argument("--cache", type=Path, metavar="DIR", help="folder to keep the pictures' latents in")
+    train.add_argument("--cache", type=typed_path, metavar="DIR", help="folder to keep the pictures' latents in")
     train.add_argument("--compact", action="store_true", help="leave the frozen factors out of the file")
     train.add_argument(
-        "--checkpoints", type=Path, help="folder for checkpoints (default none: the training cannot be resumed)"
+        "--checkpoints", type=typed_path, help="folder for checkpoints (default none: the training cannot be resumed)"
     )
     train.add_argument("--checkpoint-every", type=int, metavar="STEPS", help=f"default {CHECKPOINT_EVERY}")
-    train.add_argument("--resume", type=Path, help="a checkpoint, or a folder for its newest")
+    train.add_argument("--resume", type=typed_path, help="a checkpoint, or a folder for its newest")
     train.add_argument(
         "--accept-changes", action="store_true", help="resume although pictures, captions, base or settings changed"
     )
@@ -96,6 +107,7 @@ def run_train(args: argparse.Namespace) -> None:
     data = load_folder(
         args.pictures, (height, width), (trigger,), template=template, buckets=args.buckets, multiple=base.multiple
     )
+    note_repeated(args)
     for sentence in _unread(args, settings.method, preset, base):
         note(sentence)
     for sentence in unheard_of(
@@ -288,7 +300,7 @@ def _of_this_training(out: Path, checkpoint: Path, subject, base) -> bool:
 def _free(path: Path, overwrite: bool) -> Path:
     """The path, or with a number where a file is there already: what was learned must find a place."""
     number, free = 1, path
-    while free.exists() and not overwrite:
+    while os.path.lexists(free) and not overwrite:
         number += 1
         free = path.with_stem(f"{path.stem}-{number}")
     return free

@@ -20,6 +20,7 @@ from torch import Tensor
 from .buckets import bucket, stacked
 from .captions import checked_caption, read_caption
 from .errors import AdapterError
+from .files.safe import not_a_file
 from .folder import FolderReport, Found, listed, survey
 from .picture_size import check_promise
 
@@ -277,6 +278,8 @@ def _is_black_and_white(image: Image) -> bool:
 
 def load_picture(path: Path) -> Tensor:
     """(H, W, 3) in 0..1 of one picture file, upright and without transparency."""
+    if not path.is_file():
+        raise AdapterError(f"{path}: {not_a_file(path)}")
     return torch.from_numpy(np.array(_open(path).convert("RGB"))).float() / 255
 
 

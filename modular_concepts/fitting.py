@@ -115,14 +115,20 @@ def check_architecture(concept: Concept, architecture: str) -> None:
 
 def refuse_shared_triggers(concepts: Sequence[Concept]) -> None:
     """Raise AdapterError when two concepts answer to one word."""
-    owners: dict[str, str] = {}
+    owners: dict[str, Concept] = {}
     for concept in concepts:
-        for word in concept.tokens:
+        for word, rows in concept.tokens.items():
             if word in owners:
-                raise AdapterError(
-                    f"{owners[word]} and {concept.name} both answer to {word}; train one of them under another name"
-                )
-            owners[word] = concept.name
+                raise AdapterError(_shared(word, owners[word], concept, rows.equal(owners[word].tokens[word])))
+            owners[word] = concept
+
+
+def _shared(word: str, one: Concept, other: Concept, same: bool) -> str:
+    if one.name != other.name:
+        return f"{one.name} and {other.name} both answer to {word}; train one of them under another name"
+    if same:
+        return f"{one.name} is there twice, and both answer to {word}; leave one away and set the strength of the other"
+    return f"two concepts called {one.name} both answer to {word}; train one of them under another name"
 
 
 def refuse_other_basis(concepts: Sequence[Concept]) -> None:

@@ -393,11 +393,22 @@ def safe_child(folder: Path | str, name: str) -> Path:
     return child
 
 
+def not_a_file(path: Path) -> str:
+    """Why a path cannot be read as a file, in words."""
+    if path.is_dir():
+        return "this is a folder; give a file in it"
+    if path.exists():
+        return "this is a device or a pipe; give a plain file"
+    if path.is_symlink():
+        return f"this is a link to {os.readlink(path)}, which is not there"
+    return "there is no such file"
+
+
 def _raw_header(path: Path) -> tuple[bytes, int]:
     """Header bytes and the size of the data behind them."""
     try:
         if not path.is_file():
-            raise AdapterError(f"{path}: there is no such file")
+            raise AdapterError(f"{path}: {not_a_file(path)}")
         with open(path, "rb") as handle:
             size = os.fstat(handle.fileno()).st_size
             prefix = handle.read(8)
