@@ -84,7 +84,7 @@ def run_sample(args: argparse.Namespace) -> None:
     from .explain import warnings_on_base
     from .prompts import unheard_of
     from .regions.acting import unheard
-    from .sampling import SampleSettings, sample
+    from .sampling import SampleSettings, check_drawing, sample
 
     paths = _outputs(args)
     base = base_named(args.base)
@@ -97,6 +97,7 @@ def run_sample(args: argparse.Namespace) -> None:
     regions = [_region(text, args.units or "fractions", width, height) for text in args.region or []]
     check_zoom(width, height, args.zoom)
     seeds = [args.seed + number for number in range(args.count)]
+    check_drawing(base, seeds, settings)
     written: list[Path] = []
     bar = Bar("sample", args.steps * -(-args.count // settings.batch))
     texts = [args.prompt, *(region.prompt for region in regions)]

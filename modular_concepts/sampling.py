@@ -45,6 +45,27 @@ class SampleSettings:
             raise AdapterError(f"cfg is {self.cfg}; it must be a finite number, 1 for no guidance")
 
 
+def check_drawing(base: BaseModel, seeds: Sequence[int], settings: SampleSettings) -> tuple[int, int]:
+    """(height, width) that is drawn; raises AdapterError for sizes, steps or seeds that this base cannot take."""
+    height, width = (
+        own if chosen is None else chosen
+        for chosen, own in zip((settings.height, settings.width), base.size, strict=True)
+    )
+    if height % base.multiple or width % base.multiple or min(height, width) < base.multiple:
+        raise AdapterError(
+            f"pictures of {width} x {height} pixels do not fit this base; choose multiples of {base.multiple}"
+        )
+    check_pictures(base, width, height, min(settings.batch, len(seeds)))
+    if settings.steps > len(base.schedule):
+        raise AdapterError(
+            f"steps is {settings.steps}; this base has {len(base.schedule)} noise levels, choose no more"
+        )
+    outside = [seed for seed in seeds if not 0 <= seed < 2**63]
+    if outside:
+        raise AdapterError(f"seed {outside[0]} is not a whole number from 0 to 2^63 - 1; choose another seed")
+    return height, width
+
+
 @torch.no_grad()
 def sample(
     base: BaseModel,
@@ -71,26 +92,11 @@ def sample(
         raise AdapterError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
     if stack and mode == "merged":
         raise AdapterError("merged mode draws with the base as it is; merge the concepts into it, or choose gated")
-    height, width = (
-        own if chosen is None else chosen
-        for chosen, own in zip((settings.height, settings.width), base.size, strict=True)
-    )
-    if height % base.multiple or width % base.multiple or min(height, width) < base.multiple:
-        raise AdapterError(
-            f"pictures of {width} x {height} pixels do not fit this base; choose multiples of {base.multiple}"
-        )
-    check_pictures(base, width, height, min(settings.batch, len(prompts)))
-    if settings.steps > len(base.schedule):
-        raise AdapterError(
-            f"steps is {settings.steps}; this base has {len(base.schedule)} noise levels, choose no more"
-        )
     if len(prompts) != len(seeds):
         raise AdapterError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed for each prompt")
     if not len(prompts):
         raise AdapterError("there is no prompt to draw; give at least one")
-    outside = [seed for seed in seeds if not 0 <= seed < 2**63]
-    if outside:
-        raise AdapterError(f"seed {outside[0]} is not a whole number from 0 to 2^63 - 1; choose another seed")
+    height, width = check_drawing(base, seeds, settings)
     places = Places([region.placed(width, height) for region in regions], overlap)
     batches = []
     for acts, numbers in _by_concepts(stack, prompts, regions).items():

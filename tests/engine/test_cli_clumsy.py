@@ -157,3 +157,9 @@ def test_one_concept_twice_is_called_so(made, here, capsys):
 def test_what_is_no_number_is_a_short_sentence(here, capsys, more, words):
     code, _, err = run(capsys, "sample", "a man", *more)
     assert code == 2 and words in err and len(err) < 300, err
+
+
+def test_a_seed_too_large_for_a_later_picture_is_found_before_the_first(here, capsys, monkeypatch):
+    monkeypatch.setattr("modular_concepts.sampling.sample", lambda *_, **__: pytest.fail("drawn"))
+    code, _, err = run(capsys, "sample", "a man", *DRAW, "--count", "100", "--seed", str(2**63 - 99))
+    assert code == 2 and f"seed {2**63} is not" in err and err.count("\n") == 1 and files(here) == {}
