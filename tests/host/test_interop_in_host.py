@@ -169,8 +169,10 @@ def test_what_does_not_belong_together_is_said_on_the_node(found):
     said = "\n".join(found[1]["warnings"])
     assert "rex was trained on another checkpoint of this family" in said
     assert "tom was trained on another" not in said and found[1]["no warnings"] == []
-    assert len(found[1]["regional warnings"]) == 2  # once in each mode
-    for said in found[1]["regional warnings"]:
+    # Beside what is told of concepts that no prompt calls.
+    about_bases = [text for text in found[1]["regional warnings"] if "trained on" in text]
+    assert len(about_bases) == 2  # once in each mode
+    for said in about_bases:
         assert "rex was trained on another checkpoint" in said and "tom was trained on another" not in said
 
 
