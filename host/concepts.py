@@ -80,7 +80,7 @@ def file_fingerprint(name: str) -> str:
 
 
 def load_concept_named(name: str) -> Concept:
-    """A concept file of models/concepts; a LoRA there with keys that we know becomes a concept without learned words.
+    """A concept file of models/concepts, or a LoRA there as a concept, with the learned words that came in its file.
 
     Kept until it changes on the disk, so that a strength that is changed reads nothing again.
     """
@@ -88,9 +88,9 @@ def load_concept_named(name: str) -> Concept:
     found = path.stat()
     key = (path, found.st_mtime_ns, found.st_size)
     if key not in _KEPT:
-        concept, unmatched = read_concept(path)
-        _FILES[concept] = path
-        _KEPT[key] = (concept, said_of_unmatched(path.name, unmatched))
+        imported = read_concept(path)
+        _FILES[imported.concept] = path
+        _KEPT[key] = (imported.concept, "\n".join(imported.notes(path.name)))
         while len(_KEPT) > 1 and sum(size for _, _, size in _KEPT) > KEEP_BYTES:
             del _KEPT[next(iter(_KEPT))]
     _KEPT[key] = _KEPT.pop(key)
@@ -99,11 +99,6 @@ def load_concept_named(name: str) -> Concept:
         logging.warning("%s", said)
         show_text(said)
     return concept
-
-
-def said_of_unmatched(file: str, unmatched: Sequence[str]) -> str:
-    """Each key of a LoRA that found no place, in a sentence; empty if all did."""
-    return f"{file}: no place for {len(unmatched)} keys: {', '.join(unmatched)}" if unmatched else ""
 
 
 def file_of(concept: Concept) -> Path | None:

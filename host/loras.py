@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.files.bundled import with_plain_words
 from ..modular_concepts.files.lora import Place, by_rule, import_lora, lora_concept, told_apart
 from ..modular_concepts.merge.strengths import check_strength
-from .concepts import said_of_unmatched
 from .folders import path_of
 from .layers import host_layers
 
@@ -64,7 +64,7 @@ def concepts_of(
         title = name.strip() or "lora"
         tensors = {key: value for key, value in lora.items() if isinstance(value, Tensor)}
         imported = lora_concept(Path(title), tensors, {}, title, **asked)
-        return ((imported.concept, 1.0),), said_of_unmatched(title, imported.unmatched)
+        return ((imported.concept, 1.0),), "\n".join(imported.notes(title))
     stack, said, paths = [], [], []
     for entry in lora or ():
         file, strength, text_strength = _entry(entry)
@@ -73,11 +73,11 @@ def concepts_of(
         path = path_of("loras", file)
         imported = import_lora(path, None, **asked)
         stack.append(with_strengths(imported.concept, strength, text_strength))
-        said.append(said_of_unmatched(path.name, imported.unmatched))
+        said += imported.notes(path.name)
         paths.append(path)
     called = told_apart([concept.name for concept, _ in stack], paths)
     stack = [(replace(concept, name=name), own) for (concept, own), name in zip(stack, called, strict=True)]
-    return tuple(stack), "\n".join(filter(None, said))
+    return tuple(stack), "\n".join(said)
 
 
 def with_strengths(concept: Concept, strength: float, text_strength: float) -> tuple[Concept, float]:
@@ -87,14 +87,19 @@ def with_strengths(concept: Concept, strength: float, text_strength: float) -> t
     """
     if strength == text_strength:
         return concept, strength
-    own = strength or 1.0
-    factors = {name: (text_strength if name.startswith("text_encoder") else strength) / own for name in concept.layers}
+    # Learned words are the text encoder's, and follow the one strength that a concept has.
+    common = (text_strength if concept.tokens else 0.0) or strength or 1.0
+    parts = {name: text_strength if name.startswith("text_encoder") else strength for name in concept.layers}
     layers = {
-        name: adapter.replace(alpha=adapter.alpha * factors[name])
+        name: adapter.replace(alpha=adapter.alpha * (parts[name] / common))
         for name, adapter in concept.layers.items()
-        if factors[name] != 0
+        if parts[name] != 0
     }
-    return replace(concept, layers=layers or concept.layers), own if layers else 0.0
+    if concept.tokens and text_strength == 0:
+        concept = with_plain_words(concept)
+    if not layers and not (concept.tokens and text_strength):
+        return concept, 0.0
+    return replace(concept, layers=layers), common
 
 
 def _entry(entry: object) -> tuple[str, float, float]:

@@ -80,10 +80,10 @@ def concept_at(path: Path):
     """A concept file, or a LoRA with kohya's or diffusers' keys; what finds no place in it is said key by key."""
     from .files.lora import read_concept
 
-    concept, unmatched = read_concept(path)
-    if unmatched:
-        note(f"{path.name}: no place for {len(unmatched)} keys: {', '.join(unmatched)}")
-    return concept
+    imported = read_concept(path)
+    for sentence in imported.notes(path.name):
+        note(sentence)
+    return imported.concept
 
 
 def folder(path: Path, option: str = "--out") -> Path:

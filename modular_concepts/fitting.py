@@ -125,10 +125,10 @@ def refuse_shared_triggers(concepts: Sequence[Concept]) -> None:
 
 def _shared(word: str, one: Concept, other: Concept, same: bool) -> str:
     if one.name != other.name:
-        return f"{one.name} and {other.name} both answer to {word}; train one of them under another name"
+        return f"{one.name} and {other.name} both answer to {word}; use one of them, or train one under another name"
     if same:
         return f"{one.name} is there twice, and both answer to {word}; leave one away and set the strength of the other"
-    return f"two concepts called {one.name} both answer to {word}; train one of them under another name"
+    return f"two concepts called {one.name} both answer to {word}; use one of them, or train one under another name"
 
 
 def refuse_other_basis(concepts: Sequence[Concept]) -> None:

@@ -103,8 +103,10 @@ class LoRAToConcept(io.ComfyNode):
     @classmethod
     def execute(cls, lora, name: str = "lora", model=None, clip=None) -> io.NodeOutput:
         stack, unused = concepts_of(lora, name, model, clip)
-        if unused:
-            show_text(unused)
+        words = [
+            f"{concept.name} brings its words: {' '.join(concept.tokens)}" for concept, _ in stack if concept.tokens
+        ]
+        _tell([unused, *words] if unused else words)
         return io.NodeOutput(stack, unused)
 
 

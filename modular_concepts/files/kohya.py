@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ..errors import AdapterError
 from ..layers import by_level, file_key, name_of_counted, name_of_key
 from .concept import layer_tensors, stock_metadata
 from .modelspec import about_of, architecture_said, modelspec, triggers_said
-from .safe import DTYPES, FLOATS, check_finite, read_foreign, write_safetensors
+from .safe import DTYPES, FLOATS, check_finite, printed, read_foreign, write_safetensors
 
 READ = ("up", "down", "mid", "alpha")  # factors whose numbers are needed
 Layers = Mapping[str, nn.Module] | Iterable[str]
@@ -32,11 +32,27 @@ FACTORS = {"lora_up.weight": "up", "lora_down.weight": "down", "lora_mid.weight"
 FACTORS |= {name: "apart" for name in ("diff_b", "bias", "lora_up.bias", "lora_down.bias")}
 
 
-class Imported(NamedTuple):
-    """A concept from another program's file, and every key of the file that found no place in it."""
+@dataclass(frozen=True)
+class Imported:
+    """A concept from another program's file, and every key of the file that found no place in it.
+
+    sentences: of learned words that came in the file; explained: unmatched keys that they are about.  Unpacks to
+    (concept, unmatched).
+    """
 
     concept: Concept
     unmatched: list[str]
+    sentences: Sequence[str] = ()
+    explained: Collection[str] = ()
+
+    def __getitem__(self, place: int) -> Concept | list[str]:
+        return (self.concept, self.unmatched)[place]
+
+    def notes(self, file: str) -> list[str]:
+        """What of the file is not used, in sentences for a person: learned words first, then keys one by one."""
+        rest = [key for key in self.unmatched if key not in self.explained]
+        keys = [f"no place for {len(rest)} keys: {', '.join(map(printed, rest))}"] if rest else []
+        return [f"{file}: {sentence}" for sentence in (*self.sentences, *keys)]
 
 
 def export_kohya(concept: Concept, path: Path | str, dtype: torch.dtype | None = None) -> Path:

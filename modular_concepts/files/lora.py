@@ -19,6 +19,7 @@ from ..adapters import LowRank, check_adapter, shaped_for
 from ..errors import AdapterError
 from ..layers import check_name, name_of_counted, name_of_key
 from . import diffusers, kohya
+from .bundled import bundled_words, is_needed, shapes_of, text_width, with_words
 from .concept import KEY, load_concept
 from .kohya import Imported, assemble, imported_concept
 from .safe import BITS, read_foreign, read_header
@@ -56,7 +57,7 @@ def import_lora(
 ) -> Imported:
     """Read a LoRA file of any form; see `lora_concept`."""
     path = Path(path)
-    tensors, metadata = read_foreign(path, lambda key: split_key(key)[1] in kohya.READ)
+    tensors, metadata = read_foreign(path, lambda key: split_key(key)[1] in kohya.READ or is_needed(key))
     return lora_concept(path, tensors, metadata, name, places, shapes)
 
 
@@ -68,7 +69,7 @@ def lora_concept(
     places: Places | None = None,
     shapes: Mapping | None = None,
 ) -> Imported:
-    """A concept of kind "lora" from a LoRA's tensors, and every key that found no place in it.
+    """A concept of kind "lora" from a LoRA's tensors with the words they bring, and every key that found no place.
 
     path: names the LoRA in messages, and the concept unless `name` does.
     places: foreign module path -> where it is in the model at hand; without one, paths are read by rule, which works
@@ -96,7 +97,11 @@ def lora_concept(
     adapters = diffusers.with_peft_alphas(path, adapters, explicit, metadata)
     whole = _joined(path, adapters, rows, shapes or {})
     kind = "kohya" if any(key.startswith("lora_") for key in tensors) else "diffusers"
-    return Imported(imported_concept(path, name, whole, kind, metadata), unmatched)
+    concept = imported_concept(path, name, whole, kind, metadata)
+    width = text_width(shapes or shapes_of(whole))
+    bundled = bundled_words(tensors, concept.recipe.architecture, width, bool(shapes))
+    unmatched = [key for key in unmatched if key not in bundled.keys]
+    return Imported(with_words(concept, bundled.rows), unmatched, bundled.sentences, bundled.explained)
 
 
 def told_apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
@@ -191,7 +196,7 @@ def _joined(
 
 
 def read_concept(path: Path | str) -> Imported:
-    """A concept file, or any program's LoRA as a concept without learned words."""
+    """A concept file, or any program's LoRA as a concept with the learned words that came in its file."""
     path = Path(path)
     if KEY in read_header(path, tuple(BITS), empty=True).metadata:
         return Imported(load_concept(path), [])

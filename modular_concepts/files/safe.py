@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ BITS = {  # of every type that the format knows
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MORE = ("I16", "I8", "U16", "U32", "U64", "C64", "F8_E4M3", "F8_E5M2")  # torch has these too
+BUNDLED = "bundle_emb."  # before a word that people chose, in other programs' files
 _SMALL = 2**26
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 
@@ -175,10 +177,10 @@ def read_header(path: Path | str, dtypes: tuple[str, ...] = FLOATS, empty: bool 
     spans, tensors = [], {}
     for name, entry in entries.items():
         _check_tensor_name(path.name, name)
-        dtype, shape, begin, end = _entry(f"{path.name}: {name}", entry, dtypes)
+        dtype, shape, begin, end = _entry(f"{path.name}: {printed(name)}", entry, dtypes)
         if begin == end and not empty:
             raise AdapterError(
-                f"{path.name}: {name}: shape {list(shape)} does not fit its 0 bytes; the file is damaged"
+                f"{path.name}: {printed(name)}: shape {list(shape)} does not fit its 0 bytes; the file is damaged"
             )
         tensors[name] = (dtype, shape)
         spans.append((begin, end, name))
@@ -441,11 +443,21 @@ def _metadata(path: Path, metadata: object) -> dict[str, str]:
     return metadata
 
 
+def printed(name: str) -> str:
+    """A name from a file as it may stand in a sentence: with signs that a screen would not show written out."""
+    return name if name.isprintable() else ascii(name)
+
+
 def _check_tensor_name(file: str, name: str) -> None:
     """Words that people choose are in names, so a slash or two dots may be; what would climb as a path may not."""
-    bad = not name or len(name) > MAX_TENSOR_NAME or not name.isprintable()
-    if bad or name.startswith("/") or "\\" in name or ".." in name.split("/"):
+    word = name.startswith(BUNDLED)  # then nothing but a word, which is looked at where words are
+    bad = not name or len(name) > MAX_TENSOR_NAME or not (_has_no_controls(name) if word else name.isprintable())
+    if bad or (not word and (name.startswith("/") or "\\" in name or ".." in name.split("/"))):
         raise AdapterError(f"{file}: tensor name {ascii(name)[:80]} is not a layer's name; the file is damaged")
+
+
+def _has_no_controls(text: str) -> bool:
+    return not any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in text)
 
 
 def _entry(what: str, entry: object, dtypes: tuple[str, ...]) -> tuple[str, tuple[int, ...], int, int]:
@@ -474,7 +486,7 @@ def _check_spans(path: Path, spans: list[tuple[int, int, str]], data_size: int) 
     for begin, end, name in spans:
         if begin != position:
             kind = "overlaps another tensor" if begin < position else "leaves a hole before it"
-            raise AdapterError(f"{path.name}: {name} {kind}; the file is damaged or was tampered with")
+            raise AdapterError(f"{path.name}: {printed(name)} {kind}; the file is damaged or was tampered with")
         position = end
     if position > data_size:
         raise AdapterError(f"{path.name}: the file is cut short: {position - data_size} bytes of tensors are missing")

@@ -22,6 +22,7 @@ from modular_concepts.training.methods import seeded
 
 FILES = ["kohya.safetensors", "peft.safetensors", "locon.safetensors", "own.safetensors"]
 WAYS = ["weights", "activations"]
+WORD = torch.randn(1, 128, generator=seeded(5, "word")) * 0.3
 STRANGE = {"lora_unet_nowhere.alpha", "encoder.diff", "lora_te_text_model_final_layer_norm.w_norm"}
 
 
@@ -65,7 +66,10 @@ def found(host, concepts, tmp_path_factory):
         export_kohya(both, folder / f"loras/people/{name}.safetensors")
     plain = load_file(folder / "loras/kohya.safetensors") | {key: torch.ones(2, 2) for key in STRANGE}
     save_file(plain, folder / "concepts/strange.safetensors")
+    words = {"bundle_emb.buddy.string_to_param.*": WORD, "bundle_emb.old/tom.string_to_param.*": WORD.clone()}
+    save_file(load_file(folder / "loras/kohya.safetensors") | words, folder / "loras/bundled.safetensors")
     plan = {
+        "prompt": "a photo of buddy on the beach",
         "files": FILES,
         "twins": {"peft.safetensors": "kohya.safetensors"},
         "ways": WAYS,
@@ -101,6 +105,24 @@ def test_a_lora_model_is_the_same_as_its_file(found):
 def test_a_lora_stack_keeps_both_strengths_and_either_slash(found):
     same_weights(found, "ours stack", "core stack")
     assert found[1]["stack"] == [["tom", 0.7], ["rex", 1.0]]
+
+
+def test_words_that_come_in_a_lora_are_said_and_follow_the_text_encoders_strength(found):
+    tensors, facts, _ = found
+    same_weights(found, "ours bundled", "core bundled")
+    context = {title: tensors[f"words|{title}"] for title in ("loud", "two", "silent", "off", "plain")}
+    assert torch.equal(context["silent"], context["plain"]) and torch.equal(context["off"], context["plain"])
+    assert relative_error(context["loud"], context["plain"]) > relative_error(context["two"], context["plain"]) > 1e-2
+    assert relative_error(tensors["words|merged"], tensors["words|merged without"]) > 1e-2
+
+
+def test_words_that_come_in_a_lora_are_shown_saved_and_named_where_left_out(found):
+    triggers, (shown,) = found[1]["bundled"]
+    assert triggers == ["buddy"] and "buddy" in shown
+    left_out = "bundled.safetensors: the learned word old/tom is left out: it has a slash"
+    assert left_out in shown and left_out in found[1]["unused"]["loud"] and "buddy" not in found[1]["unused"]["loud"]
+    concept, lora = found[1]["bundled saved"]
+    assert "trigger words: buddy" in concept and "buddy is embedding:bundled" in lora
 
 
 def test_what_is_in_a_model_comes_out_as_one_exact_concept(found):

@@ -107,6 +107,32 @@ def main() -> None:
     look("ours stack", *merging.ConceptMerge.execute(model, clip, {"a": stack}, "sum").args[:2])
     facts["stack"] = [[concept.name, strength] for concept, strength in stack]
 
+    # LoRAs that bring the words they were trained with.
+    telling = pack_module("host.clip")
+    core = nodes.LoraLoader().load_lora(model, clip, "bundled.safetensors", 0.7, 0.3)
+    look("core bundled", *core)
+    for title, strengths in {"loud": (1.0, 1.0), "two": (0.7, 0.3), "silent": (1.0, 0.0), "off": (0.0, 0.0)}.items():
+        row = ("bundled.safetensors", *strengths)
+        stack, facts["unused"][title] = loading.LoRAToConcept.execute([row], "", model, clip).args
+        found[f"words|{title}"] = telling.encode_prompt(clip, plan["prompt"], stack)[0][0]
+        if title == "two":
+            look("ours bundled", *merging.ConceptMerge.execute(model, clip, {"a": stack}, "sum").args[:2])
+    found["words|plain"] = telling.encode_prompt(clip, plan["prompt"])[0][0]
+    shown = []
+    loading.show_text = shown.append
+    stack, _ = loading.LoRAToConcept.execute([("bundled.safetensors", 1.0, 1.0)], "", None, None).args
+    facts["bundled"] = [stack[0][0].recipe.triggers, list(shown)]
+    merged = merging.ConceptMerge.execute(model, clip, {"a": stack, "b": concepts["tom"]}, "sum").args
+    found["words|merged"] = telling.encode_prompt(merged[1], plan["prompt"])[0][0]
+    wordless = {"a": [(replace(stack[0][0], tokens={}), 1.0)], "b": concepts["tom"]}
+    merged = merging.ConceptMerge.execute(model, clip, wordless, "sum").args
+    found["words|merged without"] = telling.encode_prompt(merged[1], plan["prompt"])[0][0]
+    save = pack_module("nodes.concepts").ConceptSave.execute
+    facts["bundled saved"] = [
+        save(stack, "bundled", form, True).ui.as_dict()["text"][0] for form in loading.FORMATS[::2]
+    ]
+    back_to_base()
+
     # Two merges of two families, one on top of the other, taken out as one concept.
     first = merging.ConceptMerge.execute(
         model, clip, {"a": concepts["tom"], "b": (concepts["rex"], 0.5)[0]}, "ties", density=0.6

@@ -1,0 +1,205 @@
+"""Learned words that come in a LoRA's own file: `bundle_emb.WORD.PART`, as A1111's bundles and OneTrainer write them.
+
+Pivotal tuning trains a word and a LoRA together, and without the word such a LoRA does little.  PART is A1111's
+`string_to_param.*` or `emb_params`, one tensor of rows, or one tensor for each text encoder: `clip_l` and `clip_g`
+together (SDXL, Stable Diffusion 3), `clip_l` or `clip_h` alone (1.x, 2.x).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapters import MAX_SIZE, LowRank
+from ..concept import Concept, check_text, clip
+from ..errors import AdapterError
+from ..triggers import heard
+
+CLIP_L, CLIP_H, CLIP_G = 768, 1024, 1280
+MOST_ROWS = 75  # as many tokens as a text encoder hears at once
+WIDTHS = {"sd15": CLIP_L, "sd2": CLIP_H, "sdxl": CLIP_L + CLIP_G, "sd3": CLIP_L + CLIP_G}
+_ONE = ("string_to_param", "emb_params")
+_READ = (*_ONE, "clip_l", "clip_h", "clip_g")
+_KEY = re.compile(
+    r"bundle_emb\.(.*)\.((string_to_param)\.[^.]+?|emb_params|clip_[lgh]|t5xxl|t5|t5_xxl)(_out)?", re.DOTALL
+)
+_UNSAYABLE = {
+    "/": "a slash, which would be a folder in the names of files",
+    "\\": "a backslash, which would be a folder in the names of files",
+    "(": "a bracket, which prompts take for a weight",
+    ")": "a bracket, which prompts take for a weight",
+}
+
+
+class Part(NamedTuple):
+    """Some rows of a bundled word: of which word, in whose layout, and whether they are for an encoder's output."""
+
+    word: str
+    name: str
+    output: bool
+
+
+class Bundled(NamedTuple):
+    """rows: word -> (vectors, width) float32.  keys: those that they are of.
+
+    sentences: what is left out and why, or is taken for what; explained: the keys that they are about.
+    """
+
+    rows: dict[str, Tensor]
+    keys: set[str]
+    sentences: list[str]
+    explained: set[str]
+
+
+def part_of(key: str) -> Part | None:
+    """What a key of a bundle holds; None for any other key."""
+    match = _KEY.fullmatch(key)
+    return match and Part(match[1], match[3] or match[2], bool(match[4]))
+
+
+def is_needed(key: str) -> bool:
+    """Whether this key's rows can be a word of ours."""
+    part = part_of(key)
+    return part is not None and part.name in _READ and not part.output
+
+
+def bundled_words(tensors: Mapping[str, Tensor], architecture: str, width: int | None, model: bool) -> Bundled:
+    """The learned words among a LoRA's tensors; one that cannot be a word of ours is left out, and said why.
+
+    architecture: the family that the file names, or "".  width: of the texts that its layers read, or None where none
+    of them reads a text; model: whether that is a model's at hand, which knows better than the file.
+    """
+    words: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    bundled = Bundled({}, set(), [], set())
+    for key in sorted(tensors):
+        if is_needed(key):
+            part = part_of(key)
+            words[part.word][part.name].append(key)
+        elif part := part_of(key):
+            bundled.sentences.append(
+                f"{_rows_for(part)} of the learned word {_name(part.word)} have no place in a concept"
+            )
+            bundled.explained.add(key)
+    expected = width if model else WIDTHS.get(architecture)
+    for word, parts in words.items():
+        keys = {key for of_part in parts.values() for key in of_part}
+        try:
+            _check_word(word, bundled.rows)
+            rows = _rows({name: (of_part, tensors[of_part[0]]) for name, of_part in parts.items()}, expected, width)
+            _check_numbers(rows)
+        except AdapterError as error:
+            bundled.sentences.append(f"the learned word {_name(word)} is left out: {error}")
+            bundled.explained.update(keys)
+            continue
+        bundled.rows[word] = rows.float().contiguous()
+        bundled.keys.update(keys)
+        if set(parts) == {"clip_l"}:
+            bundled.sentences.append(
+                f"the learned word {_name(word)} has rows for clip_l alone, so for one text encoder"
+            )
+    return bundled
+
+
+def text_width(layers: Mapping[str, tuple[int, ...]]) -> int | None:
+    """How wide the texts are that cross-attentions of these layers read (name -> weight's shape), if that is one."""
+    if any(".joint_blocks." in name for name in layers):
+        return WIDTHS["sd3"]
+    widths = {shape[1] for name, shape in layers.items() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
+    return widths.pop() if len(widths) == 1 else None
+
+
+def shapes_of(adapters: Mapping[str, LowRank]) -> dict[str, tuple[int, ...]]:
+    """Layer -> (out, in) of the weight that each adapter is for."""
+    return {name: (adapter.out_features, adapter.lora_down[0].numel()) for name, adapter in adapters.items()}
+
+
+def with_words(concept: Concept, rows: Mapping[str, Tensor]) -> Concept:
+    """The concept with learned words beside its layers: among its triggers, and going back to plain text at strength 0.
+
+    Other programs know no class word, so what the base makes of the same letters stands for it.
+    """
+    if not rows:
+        return concept
+    triggers = list(concept.recipe.triggers)
+    triggers += [word for word in rows if not any(heard(trigger, [word]) for trigger in triggers)]
+    recipe = replace(concept.recipe, triggers=tuple(triggers))
+    return _back_to_text(replace(concept, tokens={**concept.tokens, **rows}, recipe=recipe), 1.0)
+
+
+def with_plain_words(concept: Concept) -> Concept:
+    """The same concept, whose learned words are read as plain text at any strength."""
+    return _back_to_text(concept, 0.0)
+
+
+def _back_to_text(concept: Concept, strength: float) -> Concept:
+    """Noted as a saved merge notes it of its words: `fitting.voice_of`."""
+    words = {word: {"class_word": word, "strength": strength} for word in concept.tokens}
+    return replace(concept, recipe=replace(concept.recipe, origin={**concept.recipe.origin, "words": words}))
+
+
+def _check_word(word: str, others: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError for a word that no prompt could say, or that another word of the file is."""
+    if not word or any(letter.isspace() for letter in word):
+        raise AdapterError("a trigger is one word without spaces")
+    for sign, why in _UNSAYABLE.items():
+        if sign in word:
+            raise AdapterError(f"it has {why}")
+    if twin := next((other for other in others if other.lower() == word.lower()), None):
+        raise AdapterError(f"upper and lower case are the same in prompts, and {_name(twin)} is there too")
+    check_text("a trigger", word)
+
+
+def _rows(parts: Mapping[str, tuple[list[str], Tensor]], expected: int | None, width: int | None) -> Tensor:
+    """One word's rows as the text encoders have them side by side, of any dtype.  Raises AdapterError."""
+    names = set(parts)
+    if len(names & set(_ONE)) + bool(names - set(_ONE)) > 1 or any(len(keys) > 1 for keys, _ in parts.values()):
+        raise AdapterError(
+            f"it is there twice, as {' and '.join(sorted(k for keys, _ in parts.values() for k in keys))}"
+        )
+    tensors = {name: _of_rows(name, tensor) for name, (_, tensor) in parts.items()}
+    if names == {"clip_l", "clip_g"}:
+        left, right = tensors["clip_l"], tensors["clip_g"]
+        if len(left) != len(right):
+            raise AdapterError(f"clip_l has {len(left)} rows and clip_g {len(right)}, which are not those of one word")
+        wanted, rows = expected or CLIP_L + CLIP_G, torch.cat([left.float(), right.float()], dim=1)
+    elif names <= set(_ONE) or (names == {"clip_l"} and (expected or width) == CLIP_L):
+        (rows,), wanted = tensors.values(), expected or width
+    elif names == {"clip_h"}:
+        rows, wanted = tensors["clip_h"], expected or width or CLIP_H
+    else:
+        missing = ({"clip_l", "clip_g"} - names) or names - {"clip_l", "clip_g"}
+        why = "missing" if missing - names else "of another model"
+        raise AdapterError(f"it has rows for {' and '.join(sorted(names))}, and {min(missing)} is {why}")
+    if wanted and rows.shape[1] != wanted:
+        raise AdapterError(f"its rows are {rows.shape[1]} wide, and the texts that the LoRA's model reads {wanted}")
+    return rows
+
+
+def _of_rows(name: str, tensor: Tensor) -> Tensor:
+    tensor = tensor[None] if tensor.dim() == 1 else tensor
+    if tensor.numel() == 0 or tensor.dim() != 2 or tensor.is_complex():
+        raise AdapterError(f"its {name} is empty, or no rows of numbers: shape {tuple(tensor.shape)}")
+    if len(tensor) > MOST_ROWS:
+        raise AdapterError(f"it has {len(tensor)} rows, and a text encoder hears {MOST_ROWS} at once")
+    return tensor
+
+
+def _check_numbers(rows: Tensor) -> None:
+    largest = rows.float().abs().max().item()
+    if not largest <= MAX_SIZE:
+        raise AdapterError(f"its numbers reach {largest:.1e}, so the training diverged or the file is damaged")
+
+
+def _rows_for(part: Part) -> str:
+    where = "the one text encoder" if part.name in _ONE else part.name
+    return f"rows for {where}'s output" if part.output else f"rows for {where}"
+
+
+def _name(word: str) -> str:
+    return word if word.isprintable() and 0 < len(word) <= 60 and not any(map(str.isspace, word)) else clip(word)
