@@ -8,15 +8,34 @@ Only safetensors are read, nothing is fetched, and what such a folder says is no
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .base_model import BaseModel, weights_hash
+from .diffusers_configs import (
+    SCHEDULER,
+    TEXT_ENCODER,
+    UNET,
+    VAE,
+    Fact,
+    check_depth,
+    check_facts,
+    check_plain,
+    check_tokenizer,
+    check_words,
+    is_there,
+    read_json,
+    why,
+)
+from .diffusers_trial import check_draws, read_words
 from .errors import AdapterError
-from .files.safe import FLOATS, parse_json, read_safetensors, safe_child
+from .files.safe import FLOATS, check_finite, check_fits, read_header, read_safetensors
 from .tokens import spelled
 from .training.losses import NoiseSchedule
 
@@ -29,6 +48,7 @@ PARTS = {
 }
 XL_PARTS = PARTS | {"text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer_2": PARTS["tokenizer"]}
 ARCHITECTURES = {768: "sd15", 1024: "sd2"}
+_DTYPES = (*FLOATS, "I64")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 CONVERT = (
     "convert a model that you trust with diffusers: "
@@ -58,15 +78,21 @@ def load_diffusers_base(folder: Path | str) -> BaseModel:
         return load_xl(folder)
     schedule, betas = read_schedule(folder / "scheduler" / "scheduler_config.json")
     tokenizer = read_tokenizer(folder / "tokenizer")
-    unet = read_network(folder / "unet", "diffusion_pytorch_model", build_unet)
-    text_encoder = read_network(folder / "text_encoder", "model", build_text_encoder)
-    vae = read_network(folder / "vae", "diffusion_pytorch_model", build_vae)
+    opened = (
+        open_network(folder / "unet", "diffusion_pytorch_model", UNET, build_unet),
+        open_network(folder / "text_encoder", "model", TEXT_ENCODER, build_text_encoder),
+        open_network(folder / "vae", "diffusion_pytorch_model", VAE, build_vae),
+    )
+    unet, text_encoder, vae = (each.network for each in opened)
     check_fit(folder, unet, vae, {"tokenizer": (text_encoder, tokenizer)})
-    downscale = 2 ** (len(vae.config.block_out_channels) - 1)
+    size = size_in_pixels(folder / "unet" / "config.json", unet.config.sample_size, downscale_of(vae))
+    for each in opened:
+        each.read()
+    downscale = downscale_of(vae)
     multiple = downscale * 2 ** (len(unet.config.block_out_channels) - 1)
     length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     width = unet.config.cross_attention_dim
-    return BaseModel(
+    base = BaseModel(
         architecture=ARCHITECTURES.get(width, f"sd-{width}"),
         unet=unet,
         text_encoder=text_encoder,
@@ -78,9 +104,11 @@ def load_diffusers_base(folder: Path | str) -> BaseModel:
         latent_channels=vae.config.latent_channels,
         downscale=downscale,
         multiple=multiple,
-        size=size_in_pixels(folder / "unet" / "config.json", unet.config.sample_size, downscale),
+        size=size,
         hash=weights_hash(unet, text_encoder),
     )
+    check_draws(folder, base, read_words(base))
+    return base
 
 
 # --- what the networks do -----------------------------------------------------------------------------------
@@ -145,7 +173,7 @@ def check_index(folder: Path) -> str:
             f"{folder}: there is no model_index.json in it, so it is not a model in diffusers' layout; "
             "give the folder that holds unet, text_encoder, vae, tokenizer and scheduler"
         )
-    index = _json(path)
+    index = read_json(path)
     found = index.get("_class_name")
     if found not in (PIPELINE, XL_PIPELINE):
         raise AdapterError(
@@ -160,46 +188,38 @@ def check_index(folder: Path) -> str:
     return found
 
 
-def _json(path: Path) -> dict:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "is missing or cannot be read" if isinstance(error, OSError) else "is not UTF-8 text"
-        raise AdapterError(f"{path}: {reason}; the model's folder is incomplete or damaged") from error
-    content = parse_json(text, str(path))
-    if not isinstance(content, dict):
-        raise AdapterError(f"{path}: this is not a JSON object; the file is damaged")
-    return content
-
-
 def read_schedule(path: Path) -> tuple[NoiseSchedule, dict]:
     from diffusers import DPMSolverMultistepScheduler
 
-    config = _json(path)
+    config = read_json(path)
     betas = {key: config[key] for key in _BETAS if config.get(key) is not None}
     if "trained_betas" not in betas and not {"beta_start", "beta_end", "beta_schedule"} <= set(betas):
         raise AdapterError(
             f"{path}: {ascii(config.get('_class_name'))[:80]} has no betas; "
             "we need beta_start, beta_end and beta_schedule, as Stable Diffusion 1.x and 2.x have them"
         )
+    check_facts(path, config, SCHEDULER)
     try:
         alphas_cumprod = DPMSolverMultistepScheduler(**betas).alphas_cumprod
-        return NoiseSchedule(alphas_cumprod, betas.get("prediction_type", "epsilon")), betas
-    except (AdapterError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise AdapterError(f"{path}: {error}") from error
+        schedule = NoiseSchedule(alphas_cumprod, betas.get("prediction_type", "epsilon"))
+    except Exception as error:  # an entry that is wrong in a way of its own meets any line of the scheduler
+        raise AdapterError(f"{path}: {why(error)}") from error
+    length = betas.get("num_train_timesteps", 1000)
+    if len(alphas_cumprod) != length or not bool(((alphas_cumprod > 0) & (alphas_cumprod < 1)).all()):
+        raise AdapterError(
+            f"{path}: its betas do not make {length} noise levels between picture and noise; the file is damaged"
+        )
+    return schedule, betas
 
 
 def read_tokenizer(folder: Path):
     from transformers import CLIPTokenizer
 
-    names = ("vocab.json", "merges.txt")
-    missing = [folder / name for name in names if not (folder / name).is_file()]
-    if missing and not (folder / "tokenizer.json").is_file():
-        raise AdapterError(f"{missing[0]}: is missing; the model's folder is incomplete")
+    check_tokenizer(folder)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library under it raises plain Exception for a damaged vocabulary
-        raise AdapterError(f"{folder}: the tokenizer cannot be read ({error}); a file in it is damaged") from error
+        raise AdapterError(f"{folder}: the tokenizer cannot be read ({why(error)}); a file in it is damaged") from error
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise AdapterError(f"{folder}: the vocabulary has no start or end token; a file in it is damaged")
     return tokenizer
@@ -208,59 +228,116 @@ def read_tokenizer(folder: Path):
 def build_unet(config: Mapping) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel.from_config(config)
+    return UNet2DConditionModel(**_taken(UNet2DConditionModel, config))
 
 
 def build_text_encoder(config: Mapping) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig.from_dict(config))
+    return CLIPTextModel(CLIPTextConfig(**text_entries(config)))
+
+
+def text_entries(config: Mapping) -> dict:
+    """What a text encoder is built from: no weights and no way of running come of what else a config says."""
+    unused = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}  # ids come from the tokenizer
+    return unused | {name: config[name] for name in TEXT_ENCODER if name in config}
 
 
 def build_vae(config: Mapping) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_config(config)
+    return AutoencoderKL(**_taken(AutoencoderKL, config))
 
 
-def read_network(folder: Path, stem: str, build: Callable[[Mapping], nn.Module]) -> nn.Module:
-    """A frozen network whose weights are the very tensors that were read, as float32."""
-    config = _json(folder / "config.json")
+def _taken(network: type[nn.Module], config: Mapping) -> dict:
+    """The entries that a network of diffusers is built from; those that start with an underscore tell of the file."""
+    names = inspect.signature(network.__init__).parameters
+    return {name: value for name, value in config.items() if name in names and name not in ("self", "dropout")}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A network without memory, and the files that have a weight for each of its names and shapes."""
+
+    folder: Path
+    network: nn.Module
+    files: Sequence[Path]
+
+    def read(self) -> nn.Module:
+        """The network, frozen, its weights the very tensors that were read, as float32."""
+        wanted = {_short(name): name for name in self.network.state_dict()}
+        state: dict[str, Tensor] = {}
+        for file in self.files:
+            try:
+                read, _ = read_safetensors(file, _DTYPES)
+            except AdapterError as error:
+                raise AdapterError(f"{self.folder}: {error}") from error
+            while read:
+                name, tensor = read.popitem()
+                if _short(name) in wanted:
+                    state[wanted[_short(name)]] = _as_float(self.folder, file, name, tensor)
+        self.network.load_state_dict(state, assign=True)
+        _fill_positions(self.folder, self.network)
+        return self.network.requires_grad_(False).eval()
+
+
+def open_network(folder: Path, stem: str, facts: Mapping[str, Fact], build: Callable[[Mapping], nn.Module]) -> Opened:
+    """The network that config.json describes, when it and the weights' names and shapes are sound; reads no weight."""
+    path = folder / "config.json"
+    config, files = read_json(path, facts), _weight_files(folder, stem)
+    shapes = _shapes(folder, files)
+    check_words(path, config)
+    check_depth(path, config, len(shapes))
     try:
         with torch.device("meta"):
             network = build(config)
     except Exception as error:  # a wrong entry meets any line of the networks' constructors
-        reason = f"{folder / 'config.json'}: no network can be built from it ({error}); the file is damaged"
-        raise AdapterError(reason) from error
-    files = _weight_files(folder, stem)
-    tensors: dict[str, Tensor] = {}
+        raise AdapterError(f"{path}: no network can be built from it ({why(error)}); the file is damaged") from error
+    _check_shapes(files[0], {name: tuple(weight.shape) for name, weight in network.state_dict().items()}, shapes)
+    return Opened(folder, network, files)
+
+
+def _as_float(folder: Path, file: Path, name: str, tensor: Tensor) -> Tensor:
+    narrowed = tensor.float()
+    if tensor.dtype == torch.float64:
+        check_finite(f"{folder}: {file.name}: {name} as float32", narrowed)
+    return narrowed
+
+
+def _shapes(folder: Path, files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """The name that `_short` gives -> shape of every tensor, before any is read."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
-            read, _ = read_safetensors(file, (*FLOATS, "I64"))
+            header = read_header(file, _DTYPES)
         except AdapterError as error:
             raise AdapterError(f"{folder}: {error}") from error
-        while read:
-            name, tensor = read.popitem()
-            tensors[_short(name)] = tensor.float()
-    wanted = {_short(name): name for name in network.state_dict()}
-    state = {wanted[name]: tensor for name, tensor in tensors.items() if name in wanted}
-    odd = [name for name in tensors if name not in wanted and not name.endswith("position_ids")]
-    _check_shapes(files[0], network, state, odd)
-    network.load_state_dict(state, assign=True)
-    _fill_positions(folder, network)
-    return network.requires_grad_(False).eval()
+        for name, (dtype, shape) in header.tensors.items():
+            if _short(name) in shapes:
+                raise AdapterError(f"{file}: {name} is there twice; the file is damaged")
+            if dtype not in FLOATS and not name.endswith("position_ids"):
+                raise AdapterError(f"{file}: {name} has dtype {dtype}; weights are one of {', '.join(FLOATS)}")
+            shapes[_short(name)] = shape
+    check_fits(files[0], 4 * sum(map(math.prod, shapes.values())))
+    return shapes
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (folder / name).is_file():
-            return [folder / name]
+    for path in (folder / f"{stem}.safetensors", folder / f"{stem}.fp16.safetensors"):
+        if is_there(path):
+            check_plain(path)
+            return [path]
     index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        shards = _json(index).get("weight_map")
+    if is_there(index):
+        shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(n, str) for n in shards.values()):
             raise AdapterError(f"{index}: the list of weight files is missing or empty; the file is damaged")
-        return [safe_child(folder, name) for name in sorted(set(shards.values()))]
+        names = sorted(set(shards.values()))
+        for name in names:
+            if not name.isprintable() or "\\" in name or Path(name).name != name:
+                raise AdapterError(f"{index}: {ascii(name)[:80]} is not the name of a file beside it")
+            check_plain(folder / name)
+        return [folder / name for name in names]
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise AdapterError(
@@ -278,19 +355,21 @@ def _short(name: str) -> str:
     return name
 
 
-def _check_shapes(file: Path, network: nn.Module, state: Mapping[str, Tensor], odd: Sequence[str]) -> None:
-    wanted = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
-    missing = [name for name in wanted if name not in state]
+def _check_shapes(file: Path, network: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """network: its own names -> shape.  shapes: what `_short` makes of the files' names -> shape."""
+    wanted = {_short(name): (name, shape) for name, shape in network.items()}
+    missing = [name for short, (name, _) in wanted.items() if short not in shapes]
+    odd = [name for name in shapes if name not in wanted and not name.endswith("position_ids")]
     if missing or odd:
         name, fault = (missing[0], "is missing") if missing else (odd[0], "is not part of the network")
         raise AdapterError(
             f"{file}: {name} {fault} ({len(missing)} missing, {len(odd)} too many); "
             "the file is damaged or does not belong to the config.json beside it"
         )
-    for name, tensor in state.items():
-        if tuple(tensor.shape) != wanted[name]:
+    for short, (name, shape) in wanted.items():
+        if shapes[short] != shape:
             raise AdapterError(
-                f"{file}: {name} has shape {tuple(tensor.shape)}, config.json asks for {wanted[name]}; "
+                f"{file}: {name} has shape {shapes[short]}, config.json asks for {shape}; "
                 "the two files do not belong together"
             )
 
@@ -343,6 +422,17 @@ def check_fit(
                 f"{folder / name}: the tokenizer has {len(tokenizer)} tokens, the text encoder {rows}; "
                 "the two do not belong together"
             )
+        word, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        if last >= rows:
+            raise AdapterError(
+                f"{folder / name}: {ascii(word)[:40]} has the number {last}, and the text encoder has {rows} tokens; "
+                "the two do not belong together"
+            )
+
+
+def downscale_of(vae: nn.Module) -> int:
+    """Pixels to a latent's side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def size_in_pixels(path: Path, sample_size: object, downscale: int) -> tuple[int, int]:

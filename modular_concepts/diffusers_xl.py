@@ -23,13 +23,17 @@ from .diffusers_base import (
     build_vae,
     check_fit,
     decode_latents,
+    downscale_of,
     encode_pictures,
-    read_network,
+    open_network,
     read_schedule,
     read_tokenizer,
     size_in_pixels,
+    text_entries,
     tokenized,
 )
+from .diffusers_configs import TEXT_ENCODER, UNET, VAE
+from .diffusers_trial import check_draws, checked_ids, part, whole
 from .errors import AdapterError
 from .layers import find_layers
 from .layerwise import routed
@@ -109,21 +113,27 @@ def load_xl(folder: Path) -> XLBaseModel:
     """The model in `folder`, in float32 on the CPU, frozen.  Raises AdapterError that names the file."""
     schedule, betas = read_schedule(folder / "scheduler" / "scheduler_config.json")
     tokenizers = [read_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
-    unet = read_network(folder / "unet", "diffusion_pytorch_model", build_unet)
-    text_encoder = read_network(folder / "text_encoder", "model", build_text_encoder)
-    text_encoder_2 = read_network(folder / "text_encoder_2", "model", _build_pooling_text_encoder)
-    vae = read_network(folder / "vae", "diffusion_pytorch_model", build_vae)
+    opened = (
+        open_network(folder / "unet", "diffusion_pytorch_model", UNET, build_unet),
+        open_network(folder / "text_encoder", "model", TEXT_ENCODER, build_text_encoder),
+        open_network(folder / "text_encoder_2", "model", TEXT_ENCODER, _build_pooling_text_encoder),
+        open_network(folder / "vae", "diffusion_pytorch_model", VAE, build_vae),
+    )
+    unet, text_encoder, text_encoder_2, vae = (each.network for each in opened)
     texts = {"tokenizer": (text_encoder, tokenizers[0]), "tokenizer_2": (text_encoder_2, tokenizers[1])}
     check_fit(folder, unet, vae, texts, met=("addition_embed_type",))
     _check_xl(folder, unet, text_encoder_2, tokenizers)
-    downscale = 2 ** (len(vae.config.block_out_channels) - 1)
+    downscale = downscale_of(vae)
+    size = size_in_pixels(folder / "unet" / "config.json", unet.config.sample_size, downscale)
+    for each in opened:
+        each.read()
     multiple = downscale * 2 ** (len(unet.config.block_out_channels) - 1)
     length = min(
         *(tokenizer.model_max_length for tokenizer in tokenizers),
         *(encoder.config.max_position_embeddings for encoder in (text_encoder, text_encoder_2)),
     )
     read = [lambda prompts, triggers, own=own: tokenized(own, length, prompts, triggers) for own in tokenizers]
-    return XLBaseModel(
+    base = XLBaseModel(
         architecture="sdxl",
         unet=unet,
         text_encoder=text_encoder,
@@ -138,9 +148,29 @@ def load_xl(folder: Path) -> XLBaseModel:
         latent_channels=vae.config.latent_channels,
         downscale=downscale,
         multiple=multiple,
-        size=size_in_pixels(folder / "unet" / "config.json", unet.config.sample_size, downscale),
+        size=size,
         hash=weights_hash(unet, text_encoder, text_encoder_2),
     )
+    check_draws(folder, base, lambda folder: _read_words(folder, base))
+    return base
+
+
+@torch.no_grad()
+def _read_words(folder: Path, base: XLBaseModel) -> PooledContext:
+    """As `XLBaseModel.context` reads them, one text encoder after the other."""
+    texts = []
+    encoders = (
+        ("text_encoder", base.text_encoder, base.tokenize),
+        ("text_encoder_2", base.text_encoder_2, base.tokenize_2),
+    )
+    for name, encoder, tokenize in encoders:
+        table = encoder.get_input_embeddings()
+        ids = checked_ids(folder, name.replace("text_encoder", "tokenizer"), tokenize, table.num_embeddings)
+        with part(folder, name):
+            texts.append(whole("the text", _before_last(encoder, ids), (*ids.shape, table.embedding_dim)))
+    with part(folder, "text_encoder_2"):
+        pooled = whole("the pooled text", base._pooled(ids), (1, base.text_encoder_2.config.projection_dim))
+    return PooledContext(torch.cat(texts, dim=-1), pooled)
 
 
 def _before_last(encoder: nn.Module, ids: Tensor) -> Tensor:
@@ -150,7 +180,7 @@ def _before_last(encoder: nn.Module, ids: Tensor) -> Tensor:
 def _build_pooling_text_encoder(config: Mapping) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config))
+    return CLIPTextModelWithProjection(CLIPTextConfig(**text_entries(config)))
 
 
 def _check_xl(folder: Path, unet: nn.Module, text_encoder_2: nn.Module, tokenizers: Sequence) -> None:
@@ -158,11 +188,11 @@ def _check_xl(folder: Path, unet: nn.Module, text_encoder_2: nn.Module, tokenize
     if unet.config.addition_embed_type != "text_time":
         raise AdapterError(f"{where}: addition_embed_type is not text_time, so this is no Stable Diffusion XL")
     wanted = unet.config.projection_class_embeddings_input_dim
-    given = 6 * unet.config.addition_time_embed_dim + text_encoder_2.config.projection_dim
-    if wanted != given:
+    time, pooled = unet.config.addition_time_embed_dim, text_encoder_2.config.projection_dim
+    if None in (time, pooled) or wanted != 6 * time + pooled:
         raise AdapterError(
-            f"{where}: the U-Net takes {wanted} numbers of pooled text and sizes, {given} are given; it is a refiner, "
-            "or does not belong to these text encoders"
+            f"{where}: the U-Net takes {wanted} numbers of pooled text and sizes, 6 x {time} + {pooled} are given; it "
+            "is a refiner, or does not belong to these text encoders"
         )
     first, second = (tokenizer.get_vocab() for tokenizer in tokenizers)
     if first != second:

@@ -41,7 +41,7 @@ def of_the_tests(module: str):
 
 
 def mutated(total: int, seed: int, together: bool = False) -> dict:
-    """At least `total` mutated files, shared out among all kinds.
+    """At least `total` mutated files, shared out among all kinds, and every entry of base folders with odd values.
 
     A process for each kind, so that a crash is one kind's; or all in one, which is sooner over.
     """
@@ -53,6 +53,7 @@ def mutated(total: int, seed: int, together: bool = False) -> dict:
         except RuntimeError as error:
             outcomes.append({"kind": some[0], "tried": each, "refused": 0, "accepted": 0, "faults": [str(error)]})
         print("  " + "; ".join(f"{kind['kind']}: {kind['tried']}" for kind in outcomes[-len(some) :]), flush=True)
+    outcomes += of_tests("base_folders", "swept", 50 if together else 1, seed)
     return {"outcomes": outcomes}
 
 

@@ -251,9 +251,9 @@ def check_finite(what: str, tensor: Tensor) -> None:
             raise AdapterError(f"{what} holds NaN or infinity; the training diverged or the file is damaged")
 
 
-def parse_json(text: str, what: str) -> object:
-    """Strict JSON: no duplicate keys, no NaN or Infinity, bounded depth and size."""
-    if len(text) > MAX_HEADER or _entries(text) > MAX_ENTRIES:
+def parse_json(text: str, what: str, most: int = MAX_ENTRIES) -> object:
+    """Strict JSON: no duplicate keys, no NaN or Infinity, bounded depth and size.  most: of `_entries`."""
+    if len(text) > MAX_HEADER or _entries(text, most) > most:
         raise AdapterError(f"{what} holds more entries than any adapter needs; the file is damaged or not an adapter")
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
@@ -263,12 +263,12 @@ def parse_json(text: str, what: str) -> object:
         raise AdapterError(f"{what} is not sound JSON; the file is damaged") from error
 
 
-def _entries(text: str) -> int:
+def _entries(text: str, most: int) -> int:
     """How many strings, objects, lists and places in them a JSON text has; what a string holds is one thing."""
     if "\\" in text:
         text = text.replace("\\\\", "").replace('\\"', "")
     quotes = text.count('"')
-    if quotes > MAX_ENTRIES:
+    if quotes > most:
         return quotes
     return quotes + sum(part.count(mark) for part in text.split('"')[::2] for mark in "[{,")
 

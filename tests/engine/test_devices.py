@@ -342,8 +342,8 @@ def test_places_are_heard_on_another_device(device):
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_a_folder_s_networks_draw_and_train_on_another_device_and_its_vae_where_it_is(device, tmp_path, family):
-    from test_diffusers_xl import write_tiny_xl
     from tiny_sd import write_tiny_sd
+    from tiny_xl import write_tiny_xl
 
     folder = (write_tiny_sd if family == "sd" else write_tiny_xl)(tmp_path / family)
     subject = Subject("kodo", torch.rand(1, 3, 16, 16, generator=seeded(3)), ["a photo of <kodo>"], "dog")

@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from base_folders import changed_texts, read_texts, read_weights, use_base, write_texts, write_weights
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -141,7 +142,7 @@ def _tried(name: str, kind: Kind, count: int, seed: int, folder: Path) -> Outcom
     for case in range(count):
         rng = random.Random(f"{seed} {name} {case}")  # noqa: S311
         path.write_bytes(data := kind.change(sound, rng))
-        _one(kind, path, _emptied(out), outcome, f"{place.name}-{seed}-{case}{path.suffix}")
+        answered(kind.read, kind.use, path, _emptied(out), outcome, f"{place.name}-{seed}-{case}{path.suffix}")
         strangers = _listed(folder, place, out) - there
         if strangers:
             outcome.faults.append(f"{place.name}-{seed}-{case}{path.suffix}: wrote {sorted(strangers)[0]}")
@@ -155,11 +156,19 @@ def _tried(name: str, kind: Kind, count: int, seed: int, folder: Path) -> Outcom
     return outcome
 
 
-def _one(kind: Kind, path: Path, out: Path, outcome: Outcome, case: str) -> None:
+def answered(
+    read: Callable[[Path], object],
+    use: Callable[[object, Path, Path], None],
+    path: Path,
+    out: Path,
+    outcome: Outcome,
+    case: str,
+) -> None:
+    """Read once, use what is accepted, and write down in `outcome` what came of it."""
     outcome.tried += 1
     started = time.process_time()
     try:
-        value = kind.read(path)
+        value = read(path)
     except AdapterError as error:
         outcome.refused += 1
         outcome.faults += [f"{case}: said {str(error)!r}"] if not _is_sentence(str(error)) else []
@@ -172,7 +181,7 @@ def _one(kind: Kind, path: Path, out: Path, outcome: Outcome, case: str) -> None
     outcome.accepted += 1
     started = time.process_time()
     try:
-        kind.use(value, path, out)
+        use(value, path, out)
     except Exception as error:
         outcome.faults.append(f"{case}: {type(error).__name__} when used: {str(error)[:300]}")
     finally:
@@ -766,4 +775,7 @@ KINDS: dict[str, Kind] = {
     "mask": Kind(_beside(_write_pictures, "a.mask.png"), _read_folder, use_pictures, changed_png),
     "caption": Kind(_beside(_write_pictures, "a.txt"), _read_folder, use_pictures, changed_caption),
     "regions": Kind(_write_regions, _read_regions, use_regions, changed_text),
+    "base folder": Kind(write_texts("sd"), read_texts, use_base, changed_texts),
+    "base folder XL": Kind(write_texts("xl"), read_texts, use_base, changed_texts),
+    "base weights": Kind(write_weights, read_weights, use_base, changed_file),
 }

@@ -7,7 +7,7 @@ import pytest
 from mutations import KINDS, run
 
 ELSEWHERE = ("basis", "basis npy", "latents")
-COSTLY = ("concept", "compact", "kohya", "diffusers", "locon")
+COSTLY = ("concept", "compact", "kohya", "diffusers", "locon", "base folder", "base folder XL", "base weights")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ELSEWHERE])
