@@ -86,7 +86,8 @@ def sample(
     prompt inside; overlap: as `region_weights`.  callback(done, total) counts sampling steps over all batches.
     mode: "merged" draws with the base as it is, concepts in it; "gated" with the concepts of `stack` (concept,
     strength) besides, each only where its regions are, or, if none has it, outside of all where the prompt calls it.
-    Raises AdapterError, before anything is drawn, for sizes, steps or seeds that this base cannot take.
+    Raises AdapterError, before anything is drawn, for sizes, steps or seeds that this base cannot take; and for a
+    picture that is not finite.
     """
     if mode not in MODES:
         raise AdapterError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
@@ -114,8 +115,19 @@ def sample(
         drawn = _sample_batch(
             speaking, [prompts[n] for n in numbers], [seeds[n] for n in numbers], settings, (height, width), step_done
         )
-        pictures.update(zip(numbers, base.decode(drawn).float().cpu(), strict=True))
+        decoded = base.decode(drawn).float().cpu()
+        for number, latents, picture in zip(numbers, drawn, decoded, strict=True):
+            _check_finite(prompts[number], latents, picture)
+            pictures[number] = picture
     return torch.stack([pictures[number] for number in range(len(prompts))])
+
+
+def _check_finite(prompt: str, latents: Tensor, picture: Tensor) -> None:
+    if not (bool(torch.isfinite(latents).all()) and bool(torch.isfinite(picture).all())):
+        raise AdapterError(
+            f"{prompt[:80]!r}: what was drawn holds NaN or infinity; lower cfg or the concepts' strengths, and if "
+            "it is so without concepts, take another base"
+        )
 
 
 def _by_concepts(stack: Stack, prompts: Sequence[str], regions: Sequence[Region]) -> dict[tuple, list[int]]:

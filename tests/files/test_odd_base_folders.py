@@ -19,7 +19,7 @@ from modular_concepts.cli import main
 from modular_concepts.diffusers_base import load_diffusers_base
 from modular_concepts.diffusers_configs import MAX_TEXT, SCHEDULER, TEXT_ENCODER, UNET, VAE, check_depth, check_facts
 from modular_concepts.errors import AdapterError
-from modular_concepts.sampling import sample
+from modular_concepts.sampling import SampleSettings, sample
 
 pytest.importorskip("diffusers")
 TOKENS, TEXT, NET = "tokenizer/tokenizer_config.json", "text_encoder/config.json", "unet/config.json"
@@ -275,6 +275,11 @@ def test_what_published_models_say_is_taken(tmp_path, model):
     facts, config = PUBLISHED[model]
     check_facts(tmp_path, config, facts)
     check_depth(tmp_path, config, 686)
+
+
+def test_a_picture_that_is_not_finite_is_a_sentence(sd):
+    with pytest.raises(AdapterError, match="'a photo of a dog': what was drawn holds NaN or infinity; lower cfg"):
+        sample(load_diffusers_base(sd), [PROMPT], [0], settings=SampleSettings(steps=2, cfg=1e38))
 
 
 SHELL = [(TOKENS, "model_max_length", "abc"), (PICTURES, "scaling_factor", 0), (TEXT, "num_hidden_layers", 20_000)]
