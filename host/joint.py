@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.regions.places import Division, Places
 from .kinds import kinds_of
 from .listening import PROGRESS
@@ -62,7 +63,8 @@ class JointListening:
             masks = [self._mask_of(division, lengths, kind) for kind in kinds]
             same = all(torch.equal(mask, masks[0]) for mask in masks)
             whole = masks[0][None] if same else torch.stack(masks).repeat_interleave(each, dim=0)
-            self._masks[key] = _Mask(whole[:, None]) if bool(whole.any()) else None
+            positions = division.texts.shape[1]
+            self._masks[key] = _Mask(whole[:, None], positions) if bool(whole.any()) else None
         return self._masks[key]
 
     def _mask_of(self, division: Division, lengths: Sequence[int], kind: int) -> Tensor:
@@ -84,9 +86,10 @@ class JointListening:
 class _Mask:
     """A mask where it is needed: a context may lie on another device, in another precision, than the attention."""
 
-    def __init__(self, values: Tensor):
+    def __init__(self, values: Tensor, positions: int):
+        """values: (1 or B, 1, T, T) for texts and then the picture's positions."""
         self._values: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self.whole, self.tokens = values, values.shape[-1]
+        self.whole, self.tokens, self.positions = values, values.shape[-1], positions
 
     def like(self, query: Tensor) -> Tensor:
         """On the device and in the dtype of a query, which kernels ask for; moved once."""
@@ -103,8 +106,15 @@ class _Masked:
         self.mask, self.before = mask, before
 
     def __call__(self, attention, query: Tensor, key: Tensor, value: Tensor, *args, **more):
-        if query.shape[1] == self.mask.tokens:
+        # (B, heads, T, D) where the host need not split heads any more, else (B, T, heads * D).
+        tokens = query.shape[2 if more.get("skip_reshape") else 1]
+        if tokens == self.mask.tokens:
             more = {**more, "mask": self.mask.like(query)}
+        elif tokens != self.mask.positions:  # the picture to itself, which some blocks have besides
+            raise AdapterError(
+                f"an attention of the model joins {tokens} tokens, where texts and picture have {self.mask.tokens}; "
+                "regions cannot be kept apart in it, so draw this picture without regions"
+            )
         if self.before is not None:
             return self.before(attention, query, key, value, *args, **more)
         return attention(query, key, value, *args, **more)

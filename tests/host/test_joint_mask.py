@@ -8,8 +8,11 @@ import json
 def test_mask_follows_the_query_in_device_and_dtype(host, tmp_path):
     host.run("joint_mask.py", tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
-    assert set(found) == {"cpu float32", "cpu bfloat16", "meta float16"}
     tokens = 5 + 5 + 16
+    assert found.pop("heads split")[-2:] == [tokens, tokens]
+    assert found.pop("picture alone") == []
+    assert "joins 27 tokens, where texts and picture have 26" in found.pop("strange")
+    assert set(found) == {"cpu float32", "cpu bfloat16", "meta float16"}
     for asked, (device, dtype, shape, _) in found.items():
         assert asked == f"{device} {dtype.removeprefix('torch.')}"
         assert shape[-2:] == [tokens, tokens]

@@ -28,4 +28,14 @@ for device, dtype in (("cpu", "float32"), ("cpu", "bfloat16"), ("meta", "float16
     given = options[joint.OVERRIDE](lambda *_, mask: mask, query, query, query)
     apart = None if device == "meta" else int(torch.isinf(given).sum())
     found[f"{device} {dtype}"] = [str(given.device), str(given.dtype), list(given.shape), apart]
+override = options[joint.OVERRIDE]
+split = torch.zeros(2, 4, tokens, WIDTH // 4)
+found["heads split"] = list(override(lambda *_, mask, **_more: mask, split, split, split, skip_reshape=True).shape)
+picture = torch.zeros(2, (SIDE // 2) ** 2, WIDTH)
+found["picture alone"] = override(lambda *_, **more: sorted(more), picture, picture, picture)
+strange = torch.zeros(2, tokens + 1, WIDTH)
+try:
+    override(lambda *_, **_more: None, strange, strange, strange)
+except pack_module("modular_concepts.errors").AdapterError as error:
+    found["strange"] = str(error)
 (FOLDER / "found.json").write_text(json.dumps(found))
