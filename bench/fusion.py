@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench.descent import fused_by_descent
 from modular_concepts.base_model import BaseModel
 from modular_concepts.concept import Concept
 from modular_concepts.customisation import Targets, concept_layers, customised
@@ -28,7 +29,6 @@ from modular_concepts.evidence import DRAWING, trigger_of
 from modular_concepts.files.concept import load_concept
 from modular_concepts.merge import Evidence, MergeOptions, merge_concepts
 from modular_concepts.merge.dense import MergedDense
-from modular_concepts.merge.fusion import fused_by_descent
 from modular_concepts.moments import inputs_of
 from modular_concepts.sampling import sample
 from modular_concepts.toy.base import load_toy_base

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters import ConvGeometry, LowRank
+from ..adapters import ConvGeometry, LowRank, full_product
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +41,7 @@ class MergedDense:
 
     def residual(self, x: Tensor, conv: ConvGeometry | None = None) -> Tensor:
         """What the delta adds to the layer's output, in x.dtype; shapes as `LowRank.residual`."""
-        weight = self.values.to(x)
-        if conv is None:
-            return F.linear(x, weight)
-        if weight.dim() == 2:
-            weight = weight[:, :, None, None]
-        return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return full_product(x, self.values, conv)
 
     def as_low_rank(self) -> LowRank:
         """The same as one adapter, for export: one factor is the identity, so its rank is the layer's smaller side."""

@@ -79,34 +79,3 @@ def _solved_by_directions(read: Tensor, moments: Sequence[Moment]) -> Tensor:
     stacked, rest = torch.cat([moment.factor.double() for moment in moments]), sum(moment.rest for moment in moments)
     inner = stacked @ stacked.mT + rest * torch.eye(len(stacked)).to(stacked)
     return (read - torch.linalg.solve(inner, stacked @ read.mT).mT @ stacked) / rest
-
-
-def fused_by_descent(deltas: Sequence[Tensor], inputs: Sequence[Tensor], iterations: int = 500) -> Tensor:
-    """The same by the papers' procedure, as a reference: L-BFGS on mean |D X - delta_i X_i|^2 from D = 0.
-
-    deltas: (out, n), strengths inside; inputs: (rows, n) each.  Returns the fused delta (out, n), float32.
-    Source: Mix-of-Show's code (lr 1, history 25, strong Wolfe line search, tolerance 1e-16); it descends on W = W0 + D.
-    """
-    x = torch.cat(list(inputs)).float()
-    wanted = torch.cat([i.float() @ d.float().mT for i, d in zip(inputs, deltas, strict=True)])
-    with torch.inference_mode(False), torch.enable_grad():
-        x, wanted = x.clone(), wanted.clone()
-        found = torch.zeros_like(deltas[0], dtype=torch.float32).requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [found],
-            lr=1,
-            max_iter=iterations,
-            history_size=25,
-            line_search_fn="strong_wolfe",
-            tolerance_grad=1e-16,
-            tolerance_change=1e-16,
-        )
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            value = (x @ found.mT - wanted).square().mean()
-            value.backward()
-            return value
-
-        optimizer.step(loss)
-    return found.detach()

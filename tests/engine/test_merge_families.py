@@ -6,12 +6,14 @@ import pytest
 import torch
 from laws import EFFECT, filled_adapter, relative_error, seeded
 
+from bench.descent import fused_by_descent
 from modular_concepts.adapters import KINDS, ConvGeometry
 from modular_concepts.concept import Concept, Recipe, check_concept
 from modular_concepts.crosstalk import crosstalk
 from modular_concepts.errors import AdapterError
 from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, add_concepts, merge_concepts, merged_factors
-from modular_concepts.merge.fusion import EXACT, RIDGE, fused_by_descent, fused_factors
+from modular_concepts.merge.dense import MergedDense
+from modular_concepts.merge.fusion import EXACT, RIDGE, fused_factors
 from modular_concepts.merge.orthogonalize import orthogonal_concepts, orthogonalised
 from modular_concepts.merge.sparse import trimmed
 from modular_concepts.merge.truncation import share_kept, truncated
@@ -386,3 +388,8 @@ def test_what_is_missing_is_said(family, evidence, words):
 def test_options_that_cannot_work_are_refused(wrong):
     with pytest.raises(AdapterError, match=next(iter(wrong))):
         MergeOptions(**wrong)
+
+
+def test_a_dense_merge_of_a_convolution_asks_for_its_geometry():
+    with pytest.raises(AdapterError, match="without the convolution's geometry"):
+        MergedDense(torch.ones(4, 3, 3, 3)).residual(torch.ones(1, 3, 8, 8))
