@@ -150,18 +150,6 @@ def hashed_indices(width: int, rank: int, name: str, layer: str) -> list[int]:
     return sorted(_permutation(f"columns {name!r} {layer!r}", width)[:rank].tolist())
 
 
-def random_indices(width: int, rank: int, generator: torch.Generator) -> list[int]:
-    """`rank` distinct columns from the caller's generator (Po et al.'s choice; draw anew for every layer)."""
-    capacity(width, rank)
-    return torch.randperm(width, generator=generator)[:rank].tolist()
-
-
-def gaussian_down(width: int, rank: int, generator: torch.Generator) -> Tensor:
-    """The Gaussian variant, not orthogonal: (rank, width) float32 ~ N(0, 1 / width), rows near 1."""
-    capacity(width, rank)
-    return torch.randn(rank, width, generator=generator) / width**0.5
-
-
 def load_basis(path: Path | str) -> OrthogonalBasis:
     """Read a basis from a .safetensors file, a .npy file or a folder of .npy files (orthogonal_mats/320.npy).
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .adapters import ConvGeometry, LowRank, together
+from .adapters import LowRank, together
 
 Pair = tuple[str, str]
 
@@ -64,12 +64,6 @@ def sign_conflicts(a: LowRank, b: LowRank) -> float:
         both += product.count_nonzero().item()
         opposed += (product * a.scale * b.scale < 0).sum().item()
     return opposed / both if both else 0.0
-
-
-def activation_crosstalk(a: LowRank, b: LowRank, x: Tensor, conv: ConvGeometry | None = None) -> float:
-    """|delta_b x| / |delta_a x| on concept a's own activations: how loudly b answers what is meant for a."""
-    own = a.residual(x, conv).double().norm().item()
-    return b.residual(x, conv).double().norm().item() / own if own else 0.0
 
 
 def column_overlap(first: Sequence[int], second: Sequence[int]) -> int:

@@ -89,11 +89,6 @@ def region_box(bounding_box: object) -> tuple[float, float, float, float]:
     return left, top, left + width, top + height
 
 
-def region_from_bounding_box(prompt: str, bounding_box: object, **more: object) -> Region:
-    """A region in pixels from the host's BOUNDING_BOX; more: other fields of `Region`."""
-    return Region(prompt, region_box(bounding_box), pixels=True, **more)
-
-
 def one_mask(what: str, masks: Tensor, index: int | None = None) -> Tensor:
     """(H, W) from the host's MASK, (H, W) or (N, H, W): the one that there is, or that of the index."""
     masks = masks[None] if masks.dim() == 2 else masks

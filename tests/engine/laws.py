@@ -29,6 +29,11 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return ((got - want).norm() / want.norm()).item()
 
 
+def relative_size(a: LowRank, b: LowRank, x: Tensor) -> float:
+    """|delta_b x| / |delta_a x|: how loudly b answers what is meant for a."""
+    return (b.residual(x).double().norm() / a.residual(x).double().norm()).item()
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed + SHIFT)
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from laws import filled_adapter, seeded
+from laws import filled_adapter, relative_size, seeded
 from untrained_toy import filled_concept
 
 from modular_concepts.adapters import new_orthogonal
 from modular_concepts.bases import OrthogonalBasis, slot_indices
 from modular_concepts.concept import Concept, Recipe
-from modular_concepts.crosstalk import activation_crosstalk, crosstalk_table
+from modular_concepts.crosstalk import crosstalk_table
 from modular_concepts.errors import AdapterError
 from modular_concepts.explain import explained, shared_columns
 from modular_concepts.moments import Moment
@@ -65,7 +65,7 @@ def test_activations_from_moments_are_those_of_the_inputs_themselves():
     moment = Moment.of(x.mT @ x / len(x), INP)
     pair = [concept("a", first, layers=(LAYER,)), concept("b", second, layers=(LAYER,))]
     found = explained(pair, [{LAYER: moment}, None])
-    assert found.pairs[0].answers[0] == pytest.approx(activation_crosstalk(first, second, x), rel=1e-4)
+    assert found.pairs[0].answers[0] == pytest.approx(relative_size(first, second, x), rel=1e-4)
     assert found.pairs[0].answers[1] is None
     assert "on what is meant for a, b answers" in found.text()
 

@@ -15,7 +15,6 @@ from modular_concepts.regions.parsing import (
     names_from,
     one_mask,
     region_box,
-    region_from_bounding_box,
     regions_from_json,
 )
 
@@ -149,8 +148,7 @@ def test_the_hosts_bounding_boxes_are_pixels():
     box = {"x": 8, "y": 4, "width": 20, "height": 10}
     for given in (box, [box], [[box]], [{**box, "metadata": {}, "score": 0.9}]):
         assert region_box(given) == (8, 4, 28, 14)
-    assert region_from_bounding_box("a dog", box, priority=2).priority == 2
-    region = region_from_bounding_box("a dog", box).placed(64, 32)
+    region = Region("a dog", region_box(box), pixels=True).placed(64, 32)
     assert region.box == (8 / 64, 4 / 32, 28 / 64, 14 / 32)
 
 
@@ -167,7 +165,7 @@ def test_the_hosts_bounding_boxes_are_pixels():
 )
 def test_a_wrong_bounding_box_is_refused(box, words):
     with pytest.raises(AdapterError) as refused:
-        region_from_bounding_box("a dog", box)
+        Region("a dog", region_box(box), pixels=True)
     assert words in str(refused.value)
 
 
