@@ -17,6 +17,7 @@ from .bases import OrthogonalBasis
 from .concept import Concept, Recipe
 from .dataset import PLACE
 from .errors import AdapterError
+from .families import find_family
 from .fitting import fitted
 from .latents import encoded, kept, latent_masks, mirrored
 from .sampling import SampleSettings, sample
@@ -111,7 +112,7 @@ def problem_for(
 
     flip: with the mirrored pictures too.  cache: a folder to keep latents in.
     """
-    start = _start_rows(base, subject)
+    start, family = _start_rows(base, subject), find_family(base.architecture)
     return Problem(
         predict=base.predict,
         encode=lambda captions, tokens: base.context(captions, tokens),
@@ -124,7 +125,7 @@ def problem_for(
         base_hash=base.hash,
         cross_attention_layers=base.cross_attention_layers,
         denoiser=base.denoiser,
-        lean=base.architecture != "toy",  # whose published figures keep plain autograd's rounding
+        lean=family is None or family.lean,
         cross_attentions=base.cross_attentions(),
         trigger_positions=base.trigger_positions,
     )

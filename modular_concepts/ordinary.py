@@ -5,16 +5,15 @@ Every noun in three of the templates; fixed, so that the same base gives the sam
 
 from __future__ import annotations
 
-NOUNS = (
-    *("man", "woman", "child", "person", "girl", "boy", "family", "crowd", "musician", "chef", "soldier", "dancer"),
-    *("dog", "cat", "horse", "bird", "fish", "elephant", "butterfly", "bear", "sheep", "lion"),
-    *("house", "castle", "church", "bridge", "tower", "street", "kitchen", "bedroom", "office", "garden", "farm"),
-    *("car", "train", "bicycle", "boat", "airplane", "bus", "truck", "spaceship", "robot"),
-    *("tree", "flower", "mountain", "lake", "river", "forest", "beach", "desert", "waterfall", "sunset", "storm"),
-    *("chair", "table", "lamp", "book", "clock", "bottle", "phone", "toy", "sofa", "mirror"),
-    *("cake", "pizza", "apple", "bowl of soup", "cup of coffee"),
-    *("red dress", "blue shirt", "hat", "pair of shoes", "sign", "statue", "city skyline"),
-)
+_NOUNS = """
+man, woman, child, person, girl, boy, family, crowd, musician, chef, soldier, dancer, dog, cat, horse, bird,
+fish, elephant, butterfly, bear, sheep, lion, house, castle, church, bridge, tower, street, kitchen, bedroom,
+office, garden, farm, car, train, bicycle, boat, airplane, bus, truck, spaceship, robot, tree, flower,
+mountain, lake, river, forest, beach, desert, waterfall, sunset, storm, chair, table, lamp, book, clock,
+bottle, phone, toy, sofa, mirror, cake, pizza, apple, bowl of soup, cup of coffee, red dress, blue shirt, hat,
+pair of shoes, sign, statue, city skyline
+"""
+NOUNS = tuple(_NOUNS.strip().replace("\n", " ").split(", "))
 TEMPLATES = (
     *("a photo of a {}", "a {}", "the {}", "a painting of a {}", "a close-up photo of a {}", "a drawing of a {}"),
     *("a {} on the beach", "a {} in the snow", "a {} in the city at night", "a {} in the forest", "two of a {}"),

@@ -15,7 +15,8 @@ import torch
 from ..adapters import LowRank, check_size
 from ..concept import Concept
 from ..errors import AdapterError
-from ..layers import canonical_name, check_name
+from ..families import find_family
+from ..layers import canonical_name, check_name, network_of
 from .kohya import READ, Imported, Layers, Parse, assemble, imported_concept, require_layers
 from .modelspec import modelspec
 from .peft_config import PeftConfig, config_beside, config_of
@@ -48,7 +49,7 @@ def export_diffusers(concept: Concept, path: Path | str, dtype: torch.dtype | No
     Returns the file.  dtype: None keeps the adapters' own.  delta is unchanged: lora_B = scale * lora_up.
     """
     require_layers(concept)
-    _refuse_joint_blocks(concept)
+    _refuse_other_layouts(concept)
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     tensors = {}
@@ -121,12 +122,15 @@ def with_peft_alphas(
     return found
 
 
-def _refuse_joint_blocks(concept: Concept) -> None:
-    """diffusers keeps queries, keys and values of such a layer apart, under other names."""
-    joint = next((name for name in concept.layers if name.startswith("unet.joint_blocks.")), None)
-    if joint is not None:
+def _refuse_other_layouts(concept: Concept) -> None:
+    """diffusers keeps the layers of some models apart that are one here, under other names."""
+    networks = {name: network_of(name) for name in concept.layers}
+    other = next((name for name, network in networks.items() if network is not None and not network.in_diffusers), None)
+    if other is not None:
+        family = find_family(concept.recipe.architecture)
+        title = "this model" if family is None else family.title
         raise AdapterError(
-            f"{concept.name}, {joint}: diffusers' files cannot hold layers of Stable Diffusion 3 as they were trained; "
+            f"{concept.name}, {other}: diffusers' files cannot hold layers of {title} as they were trained; "
             "export to kohya's form, which ComfyUI reads"
         )
 

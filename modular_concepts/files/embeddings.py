@@ -2,12 +2,13 @@
 
 ComfyUI and A1111 take the only tensor whatever its key and name it after the file; diffusers takes the key as
 the word.  So the key is the trigger and the file is the trigger made safe: `<kodo>` becomes
-`kodo.safetensors`.  For models of two text encoders (SDXL, SD3) all of them expect the keys clip_l and clip_g.
-No such file has rows for each layer: a layer-wise word becomes the mean of its layers.
+`kodo.safetensors`.  For models of two text encoders (SDXL, SD3) all of them expect a key for each,
+called as the encoder is.  No such file has rows for each layer: a layer-wise word becomes the mean of its layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from ..concept import Concept, check_rows, check_token
 from ..errors import AdapterError
+from ..families import families
+from ..families.family import TextEncoder
 from .modelspec import modelspec
 from .safe import read_safetensors, safe_child, safe_name, write_safetensors
-
-CLIP_L, CLIP_G = 768, 1280
 
 
 def export_embeddings(concept: Concept, folder: Path | str) -> list[Path]:
@@ -50,9 +51,10 @@ def export_embedding(concept: Concept, word: str, path: Path | str) -> None:
     vectors = concept.tokens[word]
     check_token(word, vectors.shape)
     rows = stock_rows(vectors).float().contiguous()
-    if rows.shape[1] == CLIP_L + CLIP_G:
-        left, right = rows.split((CLIP_L, CLIP_G), dim=1)
-        tensors = {"clip_l": left.contiguous(), "clip_g": right.contiguous()}
+    encoders = _encoders_of(rows.shape[1])
+    if encoders:
+        columns = rows.split([encoder.width for encoder in encoders], dim=1)
+        tensors = {encoder.name: own.contiguous() for encoder, own in zip(encoders, columns, strict=True)}
     else:
         tensors = {word: rows}
     # A manager shows the word that this file is, and not those beside it.
@@ -68,17 +70,19 @@ def stock_rows(vectors: Tensor) -> Tensor:
 def import_embedding(path: Path | str, word: str | None = None) -> tuple[str, Tensor]:
     """(word, vectors float32 (vectors, width)) of a textual inversion file.
 
-    It holds one tensor, or clip_l and clip_g, which come back side by side.
+    It holds one tensor, or one for each of a family's text encoders, which come back side by side.
     word: how to call it; by default the tensor's key, or the file's name where the key is only A1111's
     "emb_params" or names a text encoder.
     """
     path = Path(path)
     tensors, _ = read_safetensors(path)
-    if set(tensors) == {"clip_l", "clip_g"}:
-        tensors = {"*": _side_by_side(path, tensors["clip_l"], tensors["clip_g"])}
+    for names in dict.fromkeys(tuple(encoder.name for encoder in encoders) for encoders in _several_encoders()):
+        if set(tensors) == set(names):
+            tensors = {"*": _side_by_side(path, {name: tensors[name] for name in names})}
     if len(tensors) != 1:
+        several = dict.fromkeys(" and ".join(e.name for e in encoders) for encoders in _several_encoders())
         raise AdapterError(
-            f"{path.name}: {len(tensors)} tensors; an embedding file holds one, or clip_l and clip_g for SDXL"
+            f"{path.name}: {len(tensors)} tensors; an embedding file holds one, or {', or '.join(several)} for SDXL"
         )
     (key, vectors), *_ = tensors.items()
     word = word or (path.stem if key in ("emb_params", "*") else key)
@@ -93,10 +97,20 @@ def import_embedding(path: Path | str, word: str | None = None) -> tuple[str, Te
     return word, vectors
 
 
-def _side_by_side(path: Path, left: Tensor, right: Tensor) -> Tensor:
-    left, right = (part[None] if part.dim() == 1 else part for part in (left, right))
-    if left.dim() != 2 or right.dim() != 2 or len(left) != len(right):
-        raise AdapterError(
-            f"{path.name}: clip_l {tuple(left.shape)} and clip_g {tuple(right.shape)} are not rows of one word"
-        )
-    return torch.cat([left.float(), right.float()], dim=1)
+def _several_encoders() -> list[Sequence[TextEncoder]]:
+    """The text encoders of each family that learns its words in more than one."""
+    return [family.text_encoders for family in families() if len(family.text_encoders) > 1]
+
+
+def _encoders_of(width: int) -> Sequence[TextEncoder]:
+    """The text encoders whose rows are so wide together, where there are several; else none."""
+    fitting = (encoders for encoders in _several_encoders() if sum(one.width for one in encoders) == width)
+    return next(fitting, ())
+
+
+def _side_by_side(path: Path, parts: Mapping[str, Tensor]) -> Tensor:
+    rows = {name: part[None] if part.dim() == 1 else part for name, part in parts.items()}
+    if any(part.dim() != 2 for part in rows.values()) or len({len(part) for part in rows.values()}) != 1:
+        shapes = " and ".join(f"{name} {tuple(part.shape)}" for name, part in rows.items())
+        raise AdapterError(f"{path.name}: {shapes} are not rows of one word")
+    return torch.cat([part.float() for part in rows.values()], dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapters import LowRank, check_adapter, check_size, shaped_for
 from ..concept import Concept, Recipe, clip
 from ..errors import AdapterError
-from ..layers import by_level, file_key, name_of_counted, name_of_key
+from ..layers import file_key, name_of_key
 from .concept import layer_tensors, stock_metadata
 from .modelspec import about_of, architecture_said, modelspec, triggers_said
 from .safe import DTYPES, FLOATS, check_finite, printed, read_foreign, write_safetensors
@@ -92,11 +92,14 @@ def parser(layers: Layers | None) -> Parse:
 
     def parse(key: str) -> tuple[str | None, str]:
         stem, _, factor = key.partition(".")
-        counted = name_of_counted(stem)
+        factor = FACTORS.get(factor, "unknown")
         if known is None:
-            return counted or name_of_key(stem), FACTORS.get(factor, "unknown")
-        ours = file_key(counted) if counted else by_level(stem).replace("lora_te1_", "lora_te_")
-        return known.get(ours), FACTORS.get(factor, "unknown")
+            return name_of_key(stem), factor
+        ours = stem.replace("lora_te1_", "lora_te_")
+        name = known.get(ours)
+        if name is None and (read := name_of_key(stem)) is not None:  # another program's spelling
+            name = known.get(file_key(read))
+        return name, factor
 
     return parse
 

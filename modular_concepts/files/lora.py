@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..adapters import LowRank, check_adapter, shaped_for
 from ..errors import AdapterError
-from ..layers import check_name, name_of_counted, name_of_key
+from ..families import families
+from ..layers import check_name, name_of_key, name_of_original
 from . import diffusers, kohya
 from .bundled import bundled_words, is_needed, shapes_of, text_width, with_words
 from .concept import KEY, load_concept
@@ -34,22 +35,7 @@ class Place(NamedTuple):
 
 Places = Callable[[str], Place | None]
 
-_RESNET = {
-    "in_layers.2": "conv1",
-    "out_layers.3": "conv2",
-    "emb_layers.1": "time_emb_proj",
-    "skip_connection": "conv_shortcut",
-}
-_SINGLE = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.2": "conv_out",
-}
-_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(.+)")
-_TEXT = re.compile(r"text_encoders\.clip_(l|g|h)\.transformer\.(.+)")
+_TEXT = re.compile(r"text_encoders\.(\w+)\.transformer\.(.+)")
 
 
 def import_lora(
@@ -136,39 +122,14 @@ def _by_rule(stem: str) -> str | None:
     if "." not in stem:
         if stem.startswith("lycoris_"):
             stem = f"lora_unet_{stem.removeprefix('lycoris_')}"
-        return name_of_counted(stem) or name_of_key(stem)
+        return name_of_key(stem)
     if stem.startswith("diffusion_model."):
-        path = _by_level(stem.removeprefix("diffusion_model."))
-        return f"unet.{path}" if path else None
+        return name_of_original(stem.removeprefix("diffusion_model."))
     if match := _TEXT.fullmatch(stem):
-        return f"text_encoder{'_2' if match[1] == 'g' else ''}.{match[2]}"
+        encoders = (encoder for family in families() for encoder in family.text_encoders)
+        part = next((encoder.part for encoder in encoders if encoder.name == match[1]), None)
+        return part and f"{part}.{match[2]}"
     return diffusers.name_of_path(stem)
-
-
-def _by_level(path: str) -> str | None:
-    """A module path of the original U-Net, whose blocks are counted through, three to a level, in diffusers' words."""
-    if path in _SINGLE:
-        return _SINGLE[path]
-    match = _BLOCK.fullmatch(path)
-    if match is None:
-        return None
-    kind, number, rest = match[1], int(match[2]), match[3]
-    if kind == "middle_block":
-        place, inner = "mid_block", {0: "resnets.0", 1: "attentions.0", 2: "resnets.1"}.get(number)
-    else:
-        level, index = divmod(number - 1, 3) if kind == "input_blocks" else divmod(number, 3)
-        place = f"{'down' if kind == 'input_blocks' else 'up'}_blocks.{level}"
-        part, _, rest = rest.partition(".")
-        if rest == "op" and kind == "input_blocks":
-            return f"{place}.downsamplers.0.conv"
-        if rest == "conv" and kind == "output_blocks":
-            return f"{place}.upsamplers.0.conv"
-        inner = {"0": f"resnets.{index}", "1": f"attentions.{index}"}.get(part)
-    if inner is None or not rest:
-        return None
-    if inner.startswith("resnets"):
-        rest = _RESNET.get(rest)
-    return f"{place}.{inner}.{rest}" if rest else None
 
 
 def _joined(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..concept import Concept
 from ..errors import AdapterError
+from ..families import families, find_family
 from .safe import data_hash
 
 VERSION = "1.0.1"
@@ -29,16 +30,7 @@ MAX_TEXT, MAX_WORDS = 4096, 400
 THUMBNAIL_SIDE, MAX_THUMBNAIL = 256, 96 * 1024  # pixels, characters
 JPEG = "data:image/jpeg;base64,"
 
-_ARCHITECTURES = {
-    "sd15": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2",  # 512 and 768-v differ in what they predict, and adapters go with either
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "sd3": "stable-diffusion-3",
-    "toy": "modular-concepts-toy",
-}
-_SIZES = {"sd15": 512, "sd2": 512, "sdxl": 1024, "sd3": 1024, "toy": 32}
-# What older files say instead, in kohya's own entry.
-_KOHYA_VERSIONS = {"sd_v1": "sd15", "sd_v2": "sd2", "sdxl_base": "sdxl", "sd3": "sd3", "sd_1": "sd15", "sd_2": "sd2"}
+DIFFUSERS, STABILITY = "diffusers", "https://github.com/Stability-AI/generative-models"
 
 
 def modelspec(concept: Concept, tensors: Mapping[str, Tensor], form: str = "lora") -> dict[str, str]:
@@ -50,18 +42,19 @@ def modelspec(concept: Concept, tensors: Mapping[str, Tensor], form: str = "lora
     about = check_about(concept)
     recipe = concept.recipe
     kind, _, keys = form.partition("/")
-    architecture = f"{_ARCHITECTURES.get(recipe.architecture, recipe.architecture or 'unknown')}/{kind}"
-    of_stability = keys != "diffusers" and (recipe.architecture == "sdxl" or kind == "textual-inversion")
+    family = find_family(recipe.architecture)
+    model = recipe.architecture or "unknown" if family is None else family.modelspec
+    implementation = family.implementation if family is not None and keys != "diffusers" else DIFFUSERS
     digest = data_hash(tensors)
     said = {
         "sai_model_spec": VERSION,
-        "architecture": architecture,
-        "implementation": "https://github.com/Stability-AI/generative-models" if of_stability else "diffusers",
+        "architecture": f"{model}/{kind}",
+        "implementation": STABILITY if kind == "textual-inversion" else implementation,
         "title": concept.name,
         "hash_sha256": f"0x{digest}",
     }
-    if side := _SIZES.get(recipe.architecture):
-        said["resolution"] = f"{side}x{side}"
+    if family is not None:
+        said["resolution"] = f"{family.side}x{family.side}"
     if words := trigger_phrase(concept):
         said["trigger_phrase"] = words
     parts = recipe.origin.get("parts")
@@ -102,11 +95,12 @@ def about_of(metadata: Mapping[str, str], name: str) -> dict[str, str]:
 def architecture_said(metadata: Mapping[str, str]) -> str:
     """The family that another program's file names, as concepts call it, or "" where it names none that we know."""
     said = metadata.get(PREFIX + "architecture", "")
-    for own, theirs in _ARCHITECTURES.items():
-        if said.startswith(theirs) and "refiner" not in said:
-            return own
-    version = metadata.get("ss_base_model_version", "")
-    return next((own for start, own in _KOHYA_VERSIONS.items() if version.startswith(start)), "")
+    if "refiner" not in said:
+        for family in families():
+            if said.startswith(family.modelspec):
+                return family.name
+    version = metadata.get("ss_base_model_version", "")  # what older files say instead, in kohya's own entry
+    return next((family.name for family in families() if version.startswith(tuple(family.kohya_versions))), "")
 
 
 def triggers_said(metadata: Mapping[str, str]) -> tuple[str, ...]:

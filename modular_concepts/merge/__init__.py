@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..adapters import LowRank, check_adapter, together
 from ..errors import AdapterError
+from ..layers import is_target
 from ..moments import Moment
 from ..room import check_room
 from ..seeds import seeded
@@ -61,8 +61,6 @@ FAMILIES = {
 DEFAULTS, NOTHING = MergeOptions(), Evidence()
 SPARSE = ("magnitude", "dare", "ties")
 Merged = MergedLayer | MergedSum | MergedBlocks | MergedDense
-
-_READS_TEXT = re.compile(r"\.attn2\.to_[kv]$")
 
 
 class Mergeable(Protocol):
@@ -152,7 +150,7 @@ def _merged_layer(
         return merged_blocks(adapters, strengths)
     if how == "fusion":
         return fused_factors(adapters, strengths, _moments(layer, names, adapters, evidence), options.ridge)
-    if how == "custom_diffusion" and _READS_TEXT.search(layer):
+    if how == "custom_diffusion" and is_target(layer, "cross_attention_kv"):
         return constrained_factors(adapters, strengths, evidence.texts, evidence.usual)
     if how == "svd":
         return truncated(merged_factors(adapters, strengths), options.rank)[0]

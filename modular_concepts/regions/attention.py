@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..families.unet import CROSS_ATTENTION
 from ..layerwise import cross_attention_transformers
 from .places import Division, Places
 
@@ -78,7 +79,7 @@ def regional_attention(
     transformers = list(cross_attention_transformers(unet))
     regional = {}
     for name in before:
-        if ".attn2." in name:
+        if CROSS_ATTENTION in name.split("."):
             index = transformers.index(name.split(".transformer_blocks.")[0])
             own = contexts[:, :, index] if contexts.dim() == 5 else contexts
             regional[name] = _RegionalProcessor(places, own, latent_size, progress, speak)

@@ -9,7 +9,6 @@ the positions that they write.  What belongs to no position, the time embedding 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,24 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import ConvGeometry, LowRank, scatter_rows
+from ..families.family import NEITHER, TEXTS
+from ..layers import tokens_of
 from ..merge.sums import MergedLayer, MergedSum, merged_factors
 from .acting import Stack
 from .places import Part, Places
 
-POSITIONS, TEXTS = "positions", "texts"
 # Moving a row in and out costs about as much as this much more rank.
 _GATHERING = 24
 _MOST_COLUMNS = 512  # on a GPU, where each product more costs a launch
-
-_OF_TEXTS = re.compile(r"\.attn2\.to_[kv]$|\.context_block\.(?!adaLN)|^unet\.context_embedder")
-_OF_NEITHER = re.compile(r"\.(time_emb_proj|linear_[12])$|adaLN_modulation|embedder\.mlp|_embedding\.|y_embedder")
-
-
-def tokens_of(layer: str) -> str | None:
-    """What a layer's tokens are by its canonical name: POSITIONS, TEXTS, or None for what has neither."""
-    if _OF_NEITHER.search(layer) or not layer.startswith("unet."):
-        return None
-    return TEXTS if _OF_TEXTS.search(layer) else POSITIONS
 
 
 class Held:
@@ -263,7 +253,7 @@ def gated_layers(stack: Stack, layers: Mapping[str, nn.Module], used: set[int]) 
     for number, (concept, strength) in enumerate(stack):
         if number in used and strength != 0:
             for name, adapter in concept.layers.items():
-                if tokens_of(name) is not None:
+                if tokens_of(name) != NEITHER:
                     found.setdefault(name, []).append((number, adapter, strength))
     return {name: Gated(*zip(*entries, strict=True), conv=_geometry(layers[name])) for name, entries in found.items()}
 

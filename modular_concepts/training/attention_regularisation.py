@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..families.unet import CROSS_ATTENTION
+
 
 class CrossAttention(NamedTuple):
     """The projections whose outputs make the attention map, (B, places, heads * d) and (B, tokens, heads * d)."""
@@ -31,7 +33,7 @@ def cross_attentions_of(network: nn.Module) -> list[CrossAttention]:
     return [
         CrossAttention(module.to_q, module.to_k, module.heads)
         for name, module in network.named_modules()
-        if name.split(".")[-1] == "attn2" and all(hasattr(module, part) for part in ("to_q", "to_k", "heads"))
+        if name.split(".")[-1] == CROSS_ATTENTION and all(hasattr(module, part) for part in ("to_q", "to_k", "heads"))
     ]
 
 

@@ -9,13 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import AdapterError
-
-# Blocks of diffusers' networks and of hosts', told by their classes' names since neither is imported here.
-BLOCKS = (
-    *("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock"),
-    *("FluxTransformerBlock", "FluxSingleTransformerBlock"),
-    *("ResBlock", "SpatialTransformer", "JointBlock", "DoubleStreamBlock", "SingleStreamBlock"),
-)
+from ..families import block_classes
 
 
 @contextmanager
@@ -50,7 +44,7 @@ def known_blocks(networks: Iterable[nn.Module]) -> list[nn.Module]:
 
 def outermost_blocks(network: nn.Module) -> list[nn.Module]:
     """Blocks that lie in no other, for what is inside one is computed again with it."""
-    if type(network).__name__ in BLOCKS:
+    if type(network).__name__ in block_classes():  # by name, since no library and no host is imported here
         return [network]
     return [block for child in network.children() for block in outermost_blocks(child)]
 

@@ -14,8 +14,10 @@ from modular_concepts.adapters import ConvGeometry, LowRank, new_block, new_full
 from modular_concepts.concept import Concept
 from modular_concepts.customisation import Targets, concept_layers, customised
 from modular_concepts.errors import AdapterError
+from modular_concepts.families.family import NEITHER, POSITIONS, TEXTS
+from modular_concepts.layers import tokens_of
 from modular_concepts.regions.acting import acting
-from modular_concepts.regions.gated import POSITIONS, TEXTS, Gate, Gated, Held, tokens_of
+from modular_concepts.regions.gated import Gate, Gated, Held
 from modular_concepts.regions.geometry import Region
 from modular_concepts.regions.places import Places
 from modular_concepts.sampling import SampleSettings, sample
@@ -191,12 +193,15 @@ def test_what_tokens_a_layer_has():
     assert tokens_of("unet.joint_blocks.0.x_block.mlp.fc1") == POSITIONS
     assert tokens_of("unet.down_blocks.0.resnets.0.conv1") == POSITIONS
     for name in (
-        "resnets.0.time_emb_proj",
+        "mid_block.resnets.0.time_emb_proj",
         "time_embedding.linear_1",
         "joint_blocks.1.context_block.adaLN_modulation.1",
     ):
-        assert tokens_of(f"unet.{name}") is None
-    assert tokens_of("text_encoder.text_model.encoder.layers.0.mlp.fc1") is None
+        assert tokens_of(f"unet.{name}") == NEITHER
+    assert tokens_of("text_encoder.text_model.encoder.layers.0.mlp.fc1") == NEITHER
+    for unknown in ("unet.double_blocks.0.img_attn.qkv", "unet.a.b", "unet.transformer_blocks.0.attn.add_k_proj"):
+        with pytest.raises(AdapterError, match="none of the models that concepts are for"):
+            tokens_of(unknown)
 
 
 # -- at one layer

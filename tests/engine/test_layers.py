@@ -109,11 +109,18 @@ def test_keys_and_names_are_inverse(unet, text_encoder):
 def test_sdxls_blocks_counted_through_are_known(counted, level):
     layer = "transformer_blocks_1_attn2_to_k"
     assert name_of_key(f"lora_unet_{counted}_{layer}") == f"unet.{level}.transformer_blocks.1.attn2.to_k"
-    assert name_of_key("lora_unet_input_blocks_4_0_in_layers_2") is None
+    assert name_of_key("lora_unet_input_blocks_4_0_in_layers_2") == "unet.down_blocks.1.resnets.0.conv1"
 
 
-@pytest.mark.parametrize("key", ["", "lora_unet_", "lora_unet__a", "lora_unet_a_", "lora_unet_a/b", "other_a",
-                                 "lora_unet_" + "down_blocks_" * 60 + "!"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("", "lora_unet_", "lora_unet__a", "lora_unet_a_", "lora_unet_a/b", "other_a", "lora_te1_a"),
+        "lora_unet_" + "down_blocks_" * 60 + "!",
+        "lora_unet_double_blocks_0_img_attn_qkv",  # of a family that is not here
+        "lora_unet_input_blocks_4_1",
+    ],
+)
 def test_strange_keys_have_no_name(key):
     assert name_of_key(key) is None
 

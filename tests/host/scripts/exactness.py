@@ -102,7 +102,7 @@ def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
     toy, patching, layers, merging = (pack_module(f"host.{name}") for name in ("toy", "patching", "layers", "merging"))
     regions, gating = pack_module("modular_concepts.regions.geometry"), pack_module("host.gated")
-    tokens_of = pack_module("modular_concepts.regions.gated").tokens_of
+    tokens_of = pack_module("modular_concepts.layers").tokens_of
     Places = pack_module("modular_concepts.regions.places").Places
     adapters, concept_of = pack_module("modular_concepts.adapters"), pack_module("modular_concepts.concept")
     clip, weights = toy.load_toy_base()[1], random_weights()
@@ -175,7 +175,10 @@ def main() -> None:
         found[f"{kind}|its base"] = output(base)
         # One region has the whole picture, and the whole context is its text.
         whole = regions.Region("", (0.0, 0.0, 1.0, 1.0), concepts=("one", "two"))
-        held = [(replace(own, layers={n: a for n, a in own.layers.items() if tokens_of(n)}), s) for own, s in concepts]
+        held = [
+            (replace(own, layers={n: a for n, a in own.layers.items() if tokens_of(n) != "neither"}), s)
+            for own, s in concepts
+        ]
         gate = gating.HostGate(base, held, [(), (0, 1)], Places([whole]))
         comfy.model_management.load_models_gpu([base], force_full_load=True)
         with gate.attached(base.model.diffusion_model, (8, 8), 0.0, (77,), {}):

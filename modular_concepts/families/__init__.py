@@ -1,0 +1,53 @@
+"""The model families that concepts are for.  A new one is a record beside these (`family.Family`) and a line here."""
+
+from __future__ import annotations
+
+from ..errors import AdapterError
+from .family import Family, Network
+from .sd3 import SD3
+from .stable_diffusion import SD2, SD15, SDXL
+from .toy import TOY
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make a family known to all of the engine.  Raises AdapterError for a name that another has."""
+    if _FAMILIES.setdefault(family.name, family) is not family:
+        raise AdapterError(f"the model family {family.name} is registered twice; give one of them another name")
+    return family
+
+
+def forget(family: Family) -> None:
+    """Undo `register`, for families that are made for a moment."""
+    _FAMILIES.pop(family.name, None)
+
+
+def families() -> tuple[Family, ...]:
+    return tuple(_FAMILIES.values())
+
+
+def find_family(name: str) -> Family | None:
+    """The family that concept files call by this name, or None: an older or newer version may know others."""
+    return _FAMILIES.get(name)
+
+
+def networks(part: str) -> tuple[Network, ...]:
+    """All different networks whose layers' names begin with `part`, in order of their families."""
+    found = (family.network(part) for family in _FAMILIES.values())
+    return tuple(dict.fromkeys(network for network in found if network is not None))
+
+
+def block_classes() -> frozenset[str]:
+    """Classes of the blocks that are computed again in backward, as diffusers and hosts call them."""
+    return frozenset(name for network in networks("unet") for name in network.checkpointed)
+
+
+def titles() -> str:
+    """The families in a sentence, as errors list them."""
+    *most, last = (family.title for family in _FAMILIES.values())
+    return f"{', '.join(most)} and {last}"
+
+
+for _family in (SD15, SD2, SDXL, SD3, TOY):
+    register(_family)
