@@ -20,7 +20,8 @@ from merge_work import Machine, made_work, medians, timed
 
 from modular_concepts import adapters
 from modular_concepts.merge import merge_concepts
-from modular_concepts.training import NoiseSchedule, TrainSettings, train
+from modular_concepts.models.schedules import NoiseSchedule
+from modular_concepts.training import TrainSettings, train
 from modular_concepts.training.problem import Examples, Problem
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}

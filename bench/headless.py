@@ -21,7 +21,8 @@ from probe import Probe, Task
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modular_concepts.layers import find_layers
-from modular_concepts.training import NoiseSchedule, TrainSettings, train
+from modular_concepts.models.schedules import NoiseSchedule
+from modular_concepts.training import TrainSettings, train
 from modular_concepts.training.problem import Examples, Problem
 
 SCHEDULE = NoiseSchedule((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()).cumprod(0))

@@ -20,10 +20,11 @@ from ..modular_concepts.regions.automatic import HeardWords, disjoint_masks
 from ..modular_concepts.regions.geometry import Region
 from ..modular_concepts.regions.places import Places
 from .clip import encode_prompt, word_positions
+from .families.lookup import host_family_of
 from .gated import HostGate, fitting_stack, with_concepts, with_words
 from .kinds import POSITIVE, kinds_of
 from .layers import architecture_of
-from .layerwise import cross_attention_layers, with_layers
+from .layerwise import with_layers
 from .listening import attention, replace_cross_attention
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def found_regions(
 
 
 def _check(model: comfy.model_patcher.ModelPatcher, regions: Sequence[Region], latent: dict) -> None:
-    if not cross_attention_layers(model):
+    if host_family_of(model).family.denoiser.joint:
         raise AdapterError(
             "the model is a diffusion transformer, whose words' places are not looked for; draw a box or a mask for "
             "each region"

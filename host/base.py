@@ -23,20 +23,21 @@ from torch import Tensor, nn
 
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.layers import chosen_layers
+from ..modular_concepts.models.cross_attention import CrossAttention, cross_attentions_of
+from ..modular_concepts.models.schedules import FlowSchedule, NoiseSchedule, Schedule
 from ..modular_concepts.sampling import SampleSettings
-from ..modular_concepts.toy import captions as toy_captions
-from ..modular_concepts.training import Cancelled, FlowSchedule, NoiseSchedule
-from ..modular_concepts.training.attention_regularisation import CrossAttention, cross_attentions_of
+from ..modular_concepts.training import Cancelled
 from ..modular_concepts.training.frozen import frozen_forward, own_weights
-from ..modular_concepts.training.losses import Schedule
 from .called import uncompiled
 from .clip import trigger_positions, word_rows
-from .layers import architecture_of, base_hash, base_sample, host_layers, text_encoders_of
+from .families.cross_attention import TEXT_PATCHES
+from .families.family import HostFamily
+from .families.lookup import host_family_of
+from .layers import base_hash, base_sample, host_layers, text_encoders_of
 from .layerwise import LAYERS, PickLayer, cross_attention_layers, stacked, with_layers
 from .texts import HostContext, check_text_models, contexts
 
 SAMPLER = ("euler", "normal")
-DRAWN = {"sdxl": 1024, "sd3": 1024}  # pixels; 512 elsewhere
 LATENT_PIXEL = 8  # what the host takes a latent's cell for when it tells SDXL the picture's size
 
 
@@ -47,8 +48,8 @@ def host_base(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae:
             raise AdapterError(
                 f"the {name} is missing: this checkpoint holds none; connect one that belongs to the model"
             )
-    architecture = architecture_of(model)
-    check_text_models(clip, architecture)
+    family = host_family_of(model)
+    check_text_models(clip, family)
     needs, gives = model.model.model_config.unet_config["in_channels"], model.model.latent_format.latent_channels
     if needs != gives:
         raise AdapterError(
@@ -60,7 +61,7 @@ def host_base(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae:
             raise AdapterError(
                 f"the {name} is changed already by a LoRA or a concept; train on the model as its loader gives it"
             )
-    return HostBase(model, clip, vae, architecture, base_hash(model, clip), _schedule(model))
+    return HostBase(model, clip, vae, family.family.name, base_hash(model, clip), _schedule(model))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +83,17 @@ class HostBase:
     modules: Sequence[nn.Module] = ()
 
     @property
+    def family(self) -> HostFamily:
+        return host_family_of(self.model)
+
+    @property
     def sample(self) -> str:
         return base_sample(self.model)
 
     @property
     def multiple(self) -> int:
         """Pictures' height and width must be multiples of it."""
-        config = self.model.model.model_config.unet_config
-        smallest = config["patch_size"] if self.architecture == "sd3" else 2 ** (len(config["channel_mult"]) - 1)
-        return self.downscale * smallest
+        return self.downscale * self.family.cells(self.model.model.model_config.unet_config)
 
     @property
     def cross_attention_layers(self) -> int:
@@ -147,7 +150,7 @@ class HostBase:
         # Some of the host's attention kernels cannot go backward; torch's own can.
         options = {"optimized_attention_override": _differentiable}
         if text.dim() == 4:
-            options["patches"] = {"attn2_patch": [PickLayer(text.shape[1])]}
+            options["patches"] = {TEXT_PATCHES: [PickLayer(text.shape[1])]}
             text = stacked(text)
         with _cancellable():
             return self.model.model.diffusion_model(
@@ -186,12 +189,10 @@ class HostBase:
         return word_rows(self.clip, words)
 
     def unknown_words(self, prompt: str, triggers: Sequence[str]) -> list[str]:
-        return toy_captions.unknown_words(prompt, triggers) if self.architecture == "toy" else []
+        return self.family.family.unknown_words(prompt, triggers)
 
     def prior_prompts(self, class_word: str, count: int) -> list[str]:
-        if self.architecture == "toy":
-            return toy_captions.prior_prompts(class_word, count)
-        return [f"a photo of a {class_word}"] * count
+        return self.family.family.prior_prompts(class_word, count)
 
 
 @contextmanager
@@ -229,7 +230,7 @@ def draw(
         with_layers(model)
     chunks = [slice(start, start + settings.batch) for start in range(0, len(prompts), settings.batch)]
     channels = base.model.get_model_object("latent_format").latent_channels
-    height, width = (side or DRAWN.get(base.architecture, 512) for side in (settings.height, settings.width))
+    height, width = (side or base.family.family.side for side in (settings.height, settings.width))
     shape = (channels, height // base.downscale, width // base.downscale)
     for number, chunk in enumerate(chunks):
         noise = torch.stack(

@@ -17,16 +17,15 @@ from torch import Tensor
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.fitting import faded_words, refuse_shared_triggers
+from ..modular_concepts.models.cross_attention import first_positions
 from ..modular_concepts.tokens import caption_ids, learned_rows, token_ids
-from ..modular_concepts.training.attention_regularisation import first_positions
 from ..modular_concepts.triggers import TRIGGER, between, heard, replaced
+from .families.lookup import encoder_names, reader_names
 from .layers import text_encoders_of
 from .layerwise import LAYERS
 
 # On a tokenizer: all learned words, what other text models read for them, and the words at full strength.
 KNOWN = "modular_concepts_words"
-TEXT_MODELS = ("clip_l", "clip_g")
-T5 = "t5xxl"
 MEAN = "mean"
 
 
@@ -120,8 +119,9 @@ def with_tokens(
     for number, (name, part) in enumerate(stock.items()):
         own = {word: columns[number] for word, columns in split.items()}
         setattr(clone.tokenizer, name, LearnedWords(part, own))
-    if (reader := getattr(clip.tokenizer, T5, None)) is not None:
-        setattr(clone.tokenizer, T5, ClassWords(getattr(reader, "stock", reader), classes))
+    for name in reader_names():
+        if (reader := getattr(clip.tokenizer, name, None)) is not None:
+            setattr(clone.tokenizer, name, ClassWords(getattr(reader, "stock", reader), classes))
     return clone
 
 
@@ -158,7 +158,7 @@ def word_rows(clip: comfy.sd.CLIP, words: str) -> Tensor:
 
 
 def key_of(name: str) -> str:
-    """The host's tokenizers call it l what its encoders call clip_l."""
+    """The host's tokenizers leave out what its encoders' names begin with."""
     return name.removeprefix("clip_")
 
 
@@ -188,7 +188,7 @@ def word_positions(clip: comfy.sd.CLIP, prompt: str, word: str) -> list[int]:
 
 def _parts(tokenizer: object) -> dict[str, object]:
     """Attribute -> tokenizer of each text model that can learn words, in the order of the learned rows' columns."""
-    names = (tokenizer.clip,) if hasattr(tokenizer, "clip") else TEXT_MODELS
+    names = (tokenizer.clip,) if hasattr(tokenizer, "clip") else encoder_names()
     return {name: getattr(tokenizer, name) for name in names if hasattr(tokenizer, name)}
 
 

@@ -24,7 +24,8 @@ from ..modular_concepts.regions.gated import Gate
 from ..modular_concepts.regions.places import Places
 from .called import Called, uncompiled
 from .clip import class_words_of, learned_words, with_tokens, word_rows
-from .layers import UNET_PREFIX, architecture_of, host_layers
+from .families.family import DENOISER
+from .layers import architecture_of, host_layers
 from .layerwise import cross_attention_layers, refuse_other_layers
 from .patching import MergedWeight, is_inside
 
@@ -40,9 +41,7 @@ class HostGate:
         places: Places,
     ):
         layers = {name: layer for name, layer in host_layers(model, None).items() if layer.part == "unet"}
-        self.paths = {
-            name: layer.key.removeprefix(UNET_PREFIX).removesuffix(".weight") for name, layer in layers.items()
-        }
+        self.paths = {name: layer.key.removeprefix(DENOISER).removesuffix(".weight") for name, layer in layers.items()}
         self.gate = Gate(stack, texts, places, {name: layer.module for name, layer in layers.items()})
         self.watch = Called("gated concepts", "choose the merged mode")
 

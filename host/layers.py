@@ -11,20 +11,18 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import comfy.model_base
 import comfy.model_patcher
 import comfy.sd
 import comfy.sd1_clip
-import comfy.utils
 from torch import Tensor, nn
 
 from ..modular_concepts.base_model import tables_hash
 from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.families import titles
 from ..modular_concepts.fingerprint import base_mark, weights_sample
 from ..modular_concepts.layers import canonical_name
-from .toy import ToyConfig
+from .families.lookup import encoder_names, host_family_of, projected_names
 
-UNET_PREFIX = "diffusion_model."
 _HASHES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
 _MARKS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
 _SAMPLES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
@@ -51,26 +49,11 @@ def host_layers(model: comfy.model_patcher.ModelPatcher | None, clip: comfy.sd.C
 
 
 def architecture_of(model: comfy.model_patcher.ModelPatcher) -> str:
-    """The family as concept files name it: "toy", "sd15", "sd2", "sdxl", "sd3".
+    """The family as concept files name it.
 
     Raises AdapterError, naming what the model is, for one that concepts cannot be made for.
     """
-    config = getattr(model.model, "model_config", None)
-    if isinstance(config, ToyConfig):
-        return "toy"
-    known = getattr(config, "unet_config", {})
-    width, adm = known.get("context_dim"), known.get("adm_in_channels")
-    if _is_unet(known) and isinstance(width, int):
-        if adm is None and width in (768, 1024):
-            return {768: "sd15", 1024: "sd2"}[width]
-        if width == 2048 and isinstance(model.model, comfy.model_base.SDXL):
-            return "sdxl"
-    if isinstance(model.model, comfy.model_base.SD3):
-        return "sd3"
-    raise AdapterError(
-        f"the model is a {type(config).__name__ if config is not None else type(model.model).__name__}, and concepts "
-        "are for Stable Diffusion 1.x, 2.x, XL and 3 and for the toy base; load one of these"
-    )
+    return host_family_of(model).family.name
 
 
 def base_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None) -> str:
@@ -99,7 +82,7 @@ def _tables(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None)
     """Canonical name -> weight of the denoiser, and of each text encoder."""
     texts = text_encoders_of(clip) if clip is not None else {}
     return [
-        _unpatched(model, _weight_names(model)),
+        _unpatched(model, host_family_of(model).weight_names(model)),
         *(_unpatched(clip.patcher, _text_names(name, encoder)) for name, encoder in texts.items()),
     ]
 
@@ -113,7 +96,7 @@ def known_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | No
 def base_sample(model: comfy.model_patcher.ModelPatcher) -> str:
     """`fingerprint.weights_sample` of the loader's own weights, patched just now or not."""
     if model.model not in _SAMPLES:
-        _SAMPLES[model.model] = weights_sample(_unpatched(model, _weight_names(model)))
+        _SAMPLES[model.model] = weights_sample(_unpatched(model, host_family_of(model).weight_names(model)))
     return _SAMPLES[model.model]
 
 
@@ -124,31 +107,13 @@ def _unpatched(patcher: comfy.model_patcher.ModelPatcher, names: Mapping[str, st
     return {name: kept.get(key, weights[key]) for name, key in names.items()}
 
 
-# -- U-Net or diffusion transformer
-
-
-def _is_unet(config: dict) -> bool:
-    return "num_res_blocks" in config and "transformer_depth" in config
-
-
-def _weight_names(model: comfy.model_patcher.ModelPatcher) -> dict[str, str]:
-    """diffusers' parameter name -> the patcher's, in order of name, for those that the model has; SD3's are its own."""
-    there = model.model.state_dict().keys()
-    if architecture_of(model) == "sd3":
-        return {key.removeprefix(UNET_PREFIX): key for key in sorted(there) if key.startswith(UNET_PREFIX)}
-    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    # The host lists the label embedding of SDXL twice, under diffusers' old name too.
-    return {
-        name: UNET_PREFIX + key
-        for name, key in sorted(names.items())
-        if UNET_PREFIX + key in there and not name.startswith("class_embedding.")
-    }
+# -- denoiser
 
 
 def _unet_layers(model: comfy.model_patcher.ModelPatcher) -> dict[str, HostLayer]:
     return {
         canonical_name("unet", name.removesuffix(".weight")): HostLayer("unet", key, module)
-        for name, key in _weight_names(model).items()
+        for name, key in host_family_of(model).weight_names(model).items()
         if name.endswith(".weight")
         and _takes_adapters(module := model.model.get_submodule(key.removesuffix(".weight")))
     }
@@ -172,7 +137,7 @@ def _takes_adapters(module: nn.Module) -> bool:
 
 
 def text_encoders_of(clip: comfy.sd.CLIP) -> dict[str, comfy.sd1_clip.SDClipModel]:
-    """Attribute name in the CLIP's model -> encoder, for every CLIP text model in it; CLIP-L first.
+    """Attribute name in the CLIP's model -> encoder, for every CLIP text model in it, in the order of learned rows.
 
     Raises AdapterError for a CLIP without one.
     """
@@ -184,18 +149,19 @@ def text_encoders_of(clip: comfy.sd.CLIP) -> dict[str, comfy.sd1_clip.SDClipMode
     if not found:
         raise AdapterError(
             f"the CLIP is a {type(clip.cond_stage_model).__name__} without a CLIP text model; "
-            "load the text encoder of Stable Diffusion 1.x, 2.x, XL or 3, or the toy base's"
+            f"load the text encoder of one of these: {titles()}"
         )
-    return dict(sorted(found.items(), key=lambda item: item[0] != "clip_l"))
+    order = encoder_names()
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
 def _text_names(name: str, encoder: comfy.sd1_clip.SDClipModel) -> dict[str, str]:
-    """transformers' parameter name without `text_model.` -> the patcher's; only CLIP-G has a projection there."""
-    own = ("text_model.", "text_projection.") if name == "clip_g" else ("text_model.",)
+    """transformers' parameter name without `text_model.` -> the patcher's; not every one has its projection there."""
+    parts = ("text_model.", "text_projection.") if name in projected_names() else ("text_model.",)
     return {
         key.removeprefix("text_model."): f"{name}.transformer.{key}"
         for key in encoder.transformer.state_dict()
-        if key.startswith(own)
+        if key.startswith(parts)
     }
 
 

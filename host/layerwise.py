@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..modular_concepts.errors import AdapterError
+from .families.cross_attention import TEXT_PATCHES
 
 LAYERS = "modular_concepts_layers"  # in a CONDITIONING: (1, L, T, D)
 
@@ -64,7 +65,7 @@ def own_context(layers: int, context: Tensor, options: Mapping) -> Tensor:
 
 
 class PickLayer:
-    """An attn2_patch of the host: each transformer listens to its own part of a stacked context."""
+    """A patch of the texts of cross-attention: each transformer listens to its own part of a stacked context."""
 
     def __init__(self, layers: int):
         self.layers = layers
@@ -98,7 +99,7 @@ def _outer_sample(sample, *args, **kwargs):
         entry["cross_attn"] = stacked(contexts, length)
     patches = guider.model_options.setdefault("transformer_options", {}).setdefault("patches", {})
     # Before all others, which then see what they would have seen without layers.
-    patches["attn2_patch"] = [PickLayer(layers), *patches.get("attn2_patch", [])]
+    patches[TEXT_PATCHES] = [PickLayer(layers), *patches.get(TEXT_PATCHES, [])]
     return sample(*args, **kwargs)
 
 

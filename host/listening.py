@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.regions.attention import attend_by_region, with_regions
 from ..modular_concepts.regions.places import Places
+from .families.cross_attention import blocks_of, patch_texts, replace_attention, replacements_in, text_patches_in
 from .kinds import POSITIVE, kinds_of
 from .layerwise import PickLayer, choose, joined
 
@@ -43,7 +44,7 @@ class Listening:
 
     def patch(self, model: comfy.model_patcher.ModelPatcher) -> None:
         """Let a clone's cross-attention listen."""
-        model.set_model_attn2_patch(self.append_texts)
+        patch_texts(model, self.append_texts)
         replace_cross_attention(model, self.attend)
         self.blocks = set(blocks_of(model.model.diffusion_model))
 
@@ -104,13 +105,7 @@ class Clock:
 def replace_cross_attention(model: comfy.model_patcher.ModelPatcher, attend: Callable[..., Tensor]) -> None:
     """Have a clone call `attend` (query, key, value, options) in every cross-attention of its U-Net."""
     for name, number in blocks_of(model.model.diffusion_model):
-        model.set_model_attn2_replace(Attending(attend), name, number)
-
-
-def blocks_of(unet: nn.Module) -> list[tuple[str, int]]:
-    """The host's names of the places in a U-Net where a cross-attention can be replaced."""
-    counts = {"input": len(unet.input_blocks), "middle": 1, "output": len(unet.output_blocks)}
-    return [(name, number) for name, count in counts.items() for number in range(count)]
+        replace_attention(model, Attending(attend), name, number)
 
 
 class Attending:
@@ -129,9 +124,9 @@ class Attending:
 
 def refuse_displaced(heard: Listening, options: Mapping) -> None:
     """Raise AdapterError where a cross-attention is no longer ours, or another node changes the texts that it hears."""
-    replaced = options.get("patches_replace", {}).get("attn2", {})
+    replaced = replacements_in(options)
     others = [one for one in replaced.values() if not isinstance(one, Attending)]
-    patches = options.get("patches", {}).get("attn2_patch", ())
+    patches = text_patches_in(options)
     ours = [patch for patch in patches if isinstance(getattr(patch, "__self__", None), Listening)]
     strange = [patch for patch in patches if patch not in ours and not isinstance(patch, PickLayer)]
     if others or strange or len(ours) != 1 or not heard.blocks <= set(replaced):

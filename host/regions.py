@@ -31,11 +31,13 @@ from ..modular_concepts.regions.places import Places
 from .automatic import found_regions
 from .clip import encode_prompt, warnings_of_words
 from .control import weighted
+from .families.cross_attention import replacements_in, text_patches_in
+from .families.lookup import host_family_of
 from .gated import HostGate, check_memory, fitting_stack, with_concepts, with_words
 from .joint import JointListening
 from .kinds import NEGATIVE, POSITIVE, marked, with_kinds
 from .layers import architecture_of
-from .layerwise import LAYERS, cross_attention_layers, with_layers
+from .layerwise import LAYERS, with_layers
 from .listening import PROGRESS, Clock, Listening
 from .merging import warnings_here, warnings_of
 from .messages import show_text
@@ -177,10 +179,7 @@ def with_regions(
     ]
     contexts, negatives = ([_context(both[kind]) for both in regional] for kind in range(2))
     own = any(acts) or any(region.negative is not None for region in regions)
-    if cross_attention_layers(model):
-        heard = Listening(places, contexts, negatives, own)
-    else:
-        heard = JointListening(places, contexts, negatives)
+    heard = host_family_of(model).listening(places, contexts, negatives, own)
     gate = HostGate(model, stack, acts, places) if any(acts) else None
     model = listening(model, heard, gate)
     if any(rows.dim() == 3 for concept, _ in stack for rows in concept.tokens.values()):
@@ -236,9 +235,9 @@ def _check(model: comfy.model_patcher.ModelPatcher, regions: Sequence[Region], m
         raise AdapterError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
     if not regions:
         raise AdapterError("there is no region; connect a Concept Region, or use a plain sampler for one prompt")
-    architecture_of(model)  # raises for what is no base of ours
+    host_family_of(model)  # raises for what is no base of ours
     options = model.model_options["transformer_options"]
-    if options.get("patches_replace", {}).get("attn2") or options.get("patches", {}).get("attn2_patch"):
+    if replacements_in(options) or text_patches_in(options):
         raise AdapterError(
             "another node has changed the model's cross-attention already (an IP adapter, attention couple or other "
             "regions), and regions cannot share it; take the model from before that node"

@@ -6,17 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import comfy.sd
-import comfy.sdxl_clip
 import torch
-import torch.nn.functional as F
-from comfy.text_encoders.sd3_clip import SD3ClipModel
 from torch import Tensor
 
 from ..modular_concepts.errors import AdapterError
-from .clip import MEAN, T5, at_layer, key_of, layers_in, with_tokens
+from .clip import MEAN, at_layer, key_of, layers_in, with_tokens
+from .families.family import HostFamily
+from .families.lookup import host_family_of_texts
 from .layers import text_encoders_of
-
-SD3_WIDTH = 4096  # T5's; the other two together are padded to it
 
 
 class HostContext(NamedTuple):
@@ -26,20 +23,19 @@ class HostContext(NamedTuple):
     pooled: Tensor
 
 
-def check_text_models(clip: comfy.sd.CLIP, architecture: str) -> None:
+def check_text_models(clip: comfy.sd.CLIP, family: HostFamily) -> None:
     """Raise AdapterError for a CLIP that does not belong to the family, or lacks a text model that words are for."""
-    two = {"sdxl": comfy.sdxl_clip.SDXLClipModel, "sd3": SD3ClipModel}.get(architecture)
-    found = text_encoders_of(clip)
-    if two is not None and not (isinstance(clip.cond_stage_model, two) and len(found) == 2):
+    whole, there, wanted = clip.cond_stage_model, text_encoders_of(clip), family.family.text_encoders
+    if family.clip_model is not None and not (isinstance(whole, family.clip_model) and len(there) == len(wanted)):
         raise AdapterError(
-            f"the CLIP is a {type(clip.cond_stage_model).__name__} with {' and '.join(found)}, and training on "
-            f"{architecture} needs its own CLIP-L and CLIP-G; load a checkpoint that holds them, or both with "
-            "DualCLIPLoader or TripleCLIPLoader"
+            f"the CLIP is a {type(whole).__name__} with {' and '.join(there)}, and training on {family.family.title} "
+            f"needs its own {' and '.join(encoder.name for encoder in wanted)}; load a checkpoint that holds them, or "
+            "both with DualCLIPLoader or TripleCLIPLoader"
         )
-    if two is None and len(found) != 1:
+    if family.clip_model is None and len(there) != 1:
         raise AdapterError(
-            f"the CLIP is a {type(clip.cond_stage_model).__name__} with {len(found)} text models where {architecture} "
-            "has one; connect the CLIP that belongs to the model"
+            f"the CLIP is a {type(whole).__name__} with {len(there)} text models where {family.family.title} has one; "
+            "connect the CLIP that belongs to the model"
         )
 
 
@@ -96,26 +92,4 @@ def _encoded(
         text, summary = encoder([[token for token, *_ in section] for own in padded for section in own])[:2]
         hidden[name] = text.unflatten(0, (len(said), longest)).flatten(1, 2)
         pooled[name] = summary.unflatten(0, (len(said), longest))[:, 0]  # the host takes that of the first section
-    if len(hidden) == 1:
-        return next(iter(hidden.values())), None
-    both = torch.cat(list(hidden.values()), dim=-1)
-    if not isinstance(whole, SD3ClipModel):
-        return both, pooled["clip_g"]
-    both = F.pad(both, (0, SD3_WIDTH - both.shape[-1]))
-    if whole.t5xxl is not None:
-        both = torch.cat([both, _of_t5(clip, [one[T5][0] for one in said], read)], dim=1)
-    return both, torch.cat(list(pooled.values()), dim=-1)
-
-
-@torch.no_grad()
-def _of_t5(clip: comfy.sd.CLIP, said: Sequence[list], read: dict[tuple[int, ...], Tensor]) -> Tensor:
-    """T5 learns no words, so that nothing goes back through it and each text is read once.
-
-    Each alone, so that what it makes of one does not depend, to the last bit, on what is read beside it.
-    """
-    length, padding = max(map(len, said)), clip.tokenizer.t5xxl.pad_token
-    ids = [(*(token for token, *_ in one), *[padding] * (length - len(one))) for one in said]
-    for own in ids:
-        if own not in read:
-            read[own] = clip.cond_stage_model.t5xxl([list(own)])[0]
-    return torch.cat([read[own] for own in ids])
+    return host_family_of_texts(clip).put_together(clip, hidden, pooled, said, read)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.families.toy import TOY
 from ..modular_concepts.toy.captions import END, MAX_TOKENS, PAD, START, split_words, tokenize
 from ..modular_concepts.toy.model import (
     CONTEXT_WIDTH,
@@ -227,7 +228,12 @@ def load_clip(
     # transformers 5 has dropped the level `text_model.`; nobody reads the pooled output.
     named = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in stored.items()}
     named["text_projection.weight"] = torch.eye(CONTEXT_WIDTH)
-    _fill(clip.cond_stage_model.clip_l.transformer, named, "text_encoder.safetensors", clip.patcher.is_dynamic())
+    _fill(
+        getattr(clip.cond_stage_model, TOY.text_encoders[0].name).transformer,
+        named,
+        "text_encoder.safetensors",
+        clip.patcher.is_dynamic(),
+    )
     return clip
 
 

@@ -32,11 +32,14 @@ from ..modular_concepts.customisation import (
 )
 from ..modular_concepts.dataset import Dataset, filled_in
 from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.families.family import Family
 from ..modular_concepts.files.concept import layer_tensors, save_concept
 from ..modular_concepts.files.keeping import check_room, free_name, keep, last_places
 from ..modular_concepts.files.safe import safe_name
 from ..modular_concepts.layers import file_key
+from ..modular_concepts.models.schedules import FlowSchedule
 from ..modular_concepts.sampling import SampleSettings
+from ..modular_concepts.sites import put_together
 from ..modular_concepts.training import (
     Cancelled,
     Changed,
@@ -47,7 +50,6 @@ from ..modular_concepts.training import (
     Unfinished,
     newest_checkpoint,
 )
-from ..modular_concepts.training.losses import FlowSchedule
 from ..modular_concepts.training.memory import memory_advice, ran_out_of_memory
 from ..modular_concepts.training.ownership import checkpoints_in, checkpoints_to_come
 from ..modular_concepts.unread import NOISE, TRAIN, unread
@@ -138,7 +140,7 @@ def subject_of(dataset: Dataset, name: str, class_word: str, description: str = 
     )
 
 
-def settings_for(architecture: str, rates: Rates, **chosen) -> TrainSettings:
+def settings_for(family: Family, rates: Rates, **chosen) -> TrainSettings:
     """The settings that a person chose, with ours for the rest.  Raises AdapterError for values that cannot work."""
     ours = dict(
         adapter_lr=rates.adapter,
@@ -146,8 +148,7 @@ def settings_for(architecture: str, rates: Rates, **chosen) -> TrainSettings:
         warmup=min(20, chosen["steps"] // 10),
         schedule="cosine",
         weight_decay=0.0,
-        # The toy's words lie close together; a new one needs a place of its own.
-        token_noise=1.0 if architecture == "toy" else 0.1,
+        token_noise=family.token_noise,
     )
     return TrainSettings(**{**ours, **chosen})
 
@@ -286,7 +287,7 @@ def lora_of(concept: Concept) -> dict[str, Tensor]:
     """The adapters under kohya's names, as the host's own LoRA nodes take them (LORA_MODEL)."""
     return {
         key: tensor
-        for name, adapter in concept.layers.items()
+        for name, adapter in put_together(concept.layers).items()
         for key, tensor in layer_tensors(file_key(name, concept.recipe.architecture), adapter).items()
     }
 

@@ -20,10 +20,8 @@ from ..modular_concepts.evidence import (
     usual_rows,
 )
 from ..modular_concepts.merge import Evidence
-from ..modular_concepts.ordinary import CAPTIONS
-from ..modular_concepts.toy.captions import ordinary_captions
 from .clip import encode_prompt
-from .layers import architecture_of
+from .families.lookup import host_family_of
 from .patching import merged
 
 _USUAL: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Tensor]] = weakref.WeakKeyDictionary()
@@ -55,7 +53,7 @@ def _usual(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP) -> Tens
     state = (clip.patcher.patches_uuid, clip.layer_idx)
     known = _USUAL.get(clip.cond_stage_model)
     if known is None or known[0] != state:
-        captions = ordinary_captions() if architecture_of(model) == "toy" else CAPTIONS
+        captions = host_family_of(model).family.ordinary()
         end = _ids(clip, "")[1]
         contexts = [encode_prompt(clip, text)[0][0][0] for text in captions]
         lengths = [length_of(_ids(clip, text), end) for text in captions]

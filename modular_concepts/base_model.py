@@ -21,10 +21,10 @@ from .errors import AdapterError
 from .fingerprint import base_mark, weights_sample
 from .layers import find_layers
 from .layerwise import cross_attention_transformers, routed
+from .models.cross_attention import CrossAttention, cross_attentions_of, first_positions
+from .models.schedules import NoiseSchedule
 from .ordinary import CAPTIONS
 from .tokens import check_layer_count, layer_count, token_ids
-from .training.attention_regularisation import CrossAttention, cross_attentions_of, first_positions
-from .training.losses import NoiseSchedule
 from .triggers import heard
 
 

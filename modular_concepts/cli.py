@@ -24,6 +24,7 @@ from .cli_progress import Bar, Interrupts, close_bars
 from .cli_sampling import add_sample
 from .cli_training import add_train
 from .errors import AdapterError, in_one_line
+from .families.toy import TOY
 
 EXTRA = ("diffusers", "transformers", "tqdm", "matplotlib", "PIL")
 
@@ -88,7 +89,7 @@ def _demo(args: argparse.Namespace) -> None:
         _keep_persons_files(args.out)
     note_repeated(args)
     out = folder(args.out)
-    report = run_demo(base_named("toy"), load_judges(), out, Steps(print, Bar))
+    report = run_demo(base_named(TOY.name), load_judges(), out, Steps(print, Bar))
     print((out / "report.md").read_text(encoding="utf-8"))
     print(f"pictures and figures are in {out} ({report['seconds']:.0f} s)")
 

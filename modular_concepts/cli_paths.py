@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import AdapterError, in_one_line
+from .families.toy import TOY
 from .files.names import check_new_path
 from .files.safe import safe_name
 
@@ -27,7 +28,7 @@ def typed_path(text: str) -> Path:
 def base_named(name: str):
     """toy, or the folder of a diffusers model, as a base."""
     name = os.path.expanduser(name)
-    if name == "toy":
+    if name == TOY.name:
         from .toy.base import load_toy_base
 
         return load_toy_base()

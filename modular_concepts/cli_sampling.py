@@ -22,6 +22,7 @@ from .cli_paths import (
 )
 from .cli_progress import Bar
 from .errors import AdapterError
+from .families.toy import TOY
 
 MOST = 10_000  # pictures of one command
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -60,7 +61,7 @@ def add_sample(commands) -> None:
         f"ending in {', '.join(FORMATS)}; several are numbered",
     )
     add_overwrite(sample)
-    sample.add_argument("--base", default="toy", help="toy (default), or the folder of a diffusers model")
+    sample.add_argument("--base", default=TOY.name, help="toy (default), or the folder of a diffusers model")
     sample.add_argument("--negative", default="", metavar="PROMPT", help="what not to draw (default nothing)")
     sample.add_argument("--width", type=int, metavar="PIXELS", help="default the base's own, 32 for toy")
     sample.add_argument("--height", type=int, metavar="PIXELS", help="default the base's own, 32 for toy")

@@ -23,6 +23,7 @@ from .cli_paths import (
 from .cli_progress import Bar, Interruption
 from .cli_settings import add_training_options, chosen_preset
 from .errors import AdapterError
+from .families.toy import TOY
 
 if TYPE_CHECKING:
     from .files.keeping import Kept
@@ -45,7 +46,7 @@ def add_train(commands) -> None:
     )
     train.add_argument("--out", type=typed_path, help="concept file (default concepts/NAME.safetensors)")
     add_overwrite(train)
-    train.add_argument("--base", default="toy", help="toy (default), or a diffusers folder")
+    train.add_argument("--base", default=TOY.name, help="toy (default), or a diffusers folder")
     add_training_options(train)
     train.add_argument("--size", type=_size, help="WIDTHxHEIGHT to train at (default: the base's own)")
     train.add_argument(
@@ -86,7 +87,7 @@ def run_train(args: argparse.Namespace) -> None:
     if args.cache:
         folder(args.cache, "--cache")
     base = base_named(args.base)
-    toy = base.architecture == "toy"
+    toy = base.architecture == TOY.name
     usual = (SETTINGS if args.description else UNDESCRIBED) if toy else TrainSettings()
     preset = chosen_preset(args, usual, lambda own: on_toy_base(own, described=bool(args.description)) if toy else own)
     settings = replace(preset.settings, name=name)

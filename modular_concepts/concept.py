@@ -20,7 +20,7 @@ MAX_VECTORS = 64
 class Recipe:
     """How a concept was made: enough to tell whether it fits a base and a merge, and to make it again.
 
-    base_hash: sha256 of the base model's weights.  architecture: its family, such as "sd15" or "toy".
+    base_hash: sha256 of the base model's weights.  architecture: its family, as `families` names it.
     triggers: the words that call the concept, in prompt order; class_word: what it is one of ("dog").
     basis: the shared basis' identity; basis_kind and basis_seed regenerate it ("file" cannot be).
     slot, slot_policy: how the basis columns were chosen.  blocks, layout: how output rows were.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .adapters import LowRank, together
+from .sites import aligned
 
 Pair = tuple[str, str]
 
@@ -78,13 +79,13 @@ def crosstalk_table(concepts: Sequence[Layered], signs: bool = False) -> dict[st
     "layers": {layer: {(name, name): {...}}}, "mean": mean crosstalk over pairs that share a layer, else 0.0}.
     A name that comes twice is numbered.
     """
-    named = list(zip(distinct_names(concepts), concepts, strict=True))
+    named = list(zip(distinct_names(concepts), aligned([concept.layers for concept in concepts]), strict=True))
     layers: dict[str, dict[Pair, dict[str, float]]] = {}
     pairs: dict[Pair, dict[str, float]] = {}
     for (first, a), (second, b) in itertools.combinations(named, 2):
         found = {}
         for layer in shared_layers(a, b):
-            found[layer] = _figures(a.layers[layer], b.layers[layer], signs)
+            found[layer] = _figures(a[layer], b[layer], signs)
             layers.setdefault(layer, {})[first, second] = found[layer]
         if found:
             measures = next(iter(found.values()))
@@ -93,13 +94,9 @@ def crosstalk_table(concepts: Sequence[Layered], signs: bool = False) -> dict[st
     return {"pairs": pairs, "layers": layers, "mean": mean}
 
 
-def shared_layers(a: Layered, b: Layered) -> list[str]:
+def shared_layers(a: Mapping[str, LowRank], b: Mapping[str, LowRank]) -> list[str]:
     """Layers that both change, of one shape: what two bases call alike is not always the same."""
-    return [
-        layer
-        for layer, adapter in a.layers.items()
-        if layer in b.layers and adapter.weight_shape == b.layers[layer].weight_shape
-    ]
+    return [layer for layer, adapter in a.items() if layer in b and adapter.weight_shape == b[layer].weight_shape]
 
 
 def _figures(a: LowRank, b: LowRank, signs: bool) -> dict[str, float]:

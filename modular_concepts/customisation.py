@@ -21,6 +21,7 @@ from .families import find_family
 from .fitting import fitted
 from .latents import encoded, kept, latent_masks, mirrored
 from .sampling import SampleSettings, sample
+from .sites import with_sites
 from .training import Estimate, Examples, Problem, Progress, TrainResult, TrainSettings, attached, train
 from .training.methods import new_adapters, new_words
 from .training.needs import check_needs
@@ -65,6 +66,9 @@ class Targets:
 
     unet: tuple[str, ...] = ("attention", "feed_forward")
     text_encoder: tuple[str, ...] | None = None
+
+
+EVERYTHING = Targets(("all_linear",), ("all_linear",))
 
 
 def concept_layers(base: Base, targets: Targets = Targets()) -> dict[str, nn.Module]:
@@ -265,7 +269,7 @@ def customised(
     Below strength 1 a learned word goes back towards its class word (`fitting.faded_words`).
     Raises AdapterError for a concept of another base.
     """
-    everything = concept_layers(base, Targets(("all_linear",), ("all_linear",)))
+    everything = with_sites(concept_layers(base, EVERYTHING))
     shapes = {name: module.weight.shape for name, module in everything.items()}
     merged, tokens = fitted(base.architecture, shapes, concepts, strengths, how, word_rows=base.word_rows)
     with attached(everything, merged):

@@ -35,9 +35,10 @@ from .diffusers_configs import (
 )
 from .diffusers_trial import check_draws, read_words
 from .errors import AdapterError
+from .families.stable_diffusion import SD2, SD15
 from .files.safe import FLOATS, check_finite, check_fits, read_header, read_safetensors
+from .models.schedules import NoiseSchedule
 from .tokens import spelled
-from .training.losses import NoiseSchedule
 
 PIPELINE, XL_PIPELINE = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 PARTS = {
@@ -47,7 +48,6 @@ PARTS = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 XL_PARTS = PARTS | {"text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer_2": PARTS["tokenizer"]}
-ARCHITECTURES = {768: "sd15", 1024: "sd2"}
 _DTYPES = (*FLOATS, "I64")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 CONVERT = (
@@ -62,6 +62,12 @@ _BETAS = (
 # Further inputs that a U-Net of another family waits for, and nobody here gives.
 _UNMET = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim")
 _OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def family_of_width(width: int) -> str:
+    """What concept files call Stable Diffusion by the width of its text; a width that is no family's by its number."""
+    named = {family.text_encoders[0].width: family.name for family in (SD15, SD2)}
+    return named.get(width, f"sd-{width}")
 
 
 def load_diffusers_base(folder: Path | str) -> BaseModel:
@@ -93,7 +99,7 @@ def load_diffusers_base(folder: Path | str) -> BaseModel:
     length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     width = unet.config.cross_attention_dim
     base = BaseModel(
-        architecture=ARCHITECTURES.get(width, f"sd-{width}"),
+        architecture=family_of_width(width),
         unet=unet,
         text_encoder=text_encoder,
         tokenize=lambda prompts, triggers: tokenized(tokenizer, length, prompts, triggers),

@@ -35,6 +35,7 @@ from .diffusers_base import (
 from .diffusers_configs import TEXT_ENCODER, UNET, VAE
 from .diffusers_trial import check_draws, checked_ids, part, whole
 from .errors import AdapterError
+from .families.stable_diffusion import SDXL
 from .layers import find_layers
 from .layerwise import routed
 from .tokens import check_layer_count, layer_count, learned_tokens, token_ids
@@ -134,7 +135,7 @@ def load_xl(folder: Path) -> XLBaseModel:
     )
     read = [lambda prompts, triggers, own=own: tokenized(own, length, prompts, triggers) for own in tokenizers]
     base = XLBaseModel(
-        architecture="sdxl",
+        architecture=SDXL.name,
         unet=unet,
         text_encoder=text_encoder,
         text_encoder_2=text_encoder_2,

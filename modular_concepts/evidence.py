@@ -14,10 +14,11 @@ from torch import Tensor
 from .base_model import BaseModel
 from .concept import Concept
 from .contexts import text_of
-from .customisation import Targets, concept_layers, customised
+from .customisation import EVERYTHING, concept_layers, customised
 from .errors import AdapterError
 from .moments import Recorder, recording
 from .sampling import SampleSettings, sample
+from .sites import with_sites
 
 PROMPTS = ("a photo of a {concept}", "a {concept}", "{concept}")
 PADDING = 4  # rows of a caption that all its padding counts as; a caption has three to twelve of its own
@@ -41,7 +42,7 @@ def recorded(
     """
     trigger = trigger_of(concept)
     texts = [prompts[index % len(prompts)].replace("{concept}", trigger) for index in range(count)]
-    everything = concept_layers(base, Targets(("all_linear",), ("all_linear",)))
+    everything = with_sites(concept_layers(base, EVERYTHING))
     own = {name: everything[name] for name in concept.layers if name in everything}
     with customised(base, [concept], [1.0]) as tokens, recording(own) as recorder:
         sample(base, texts, range(seed, seed + count), tokens, settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .errors import AdapterError
 from .fingerprint import same_weights
 from .layers import block_of
 from .moments import Moment
+from .sites import aligned, layer_of
 
 SAME_DIRECTION = 0.999  # cosine from which on two rows of lora_down are one column of a basis
 # Mean crosstalk up to which a pair is called so; LoRAs that never heard of each other lie at 0.02 to 0.2.
@@ -110,6 +111,8 @@ def explained(
     """
     if len(concepts) < 2:
         raise AdapterError("a crosstalk report compares concepts with each other; connect at least two")
+    parts = aligned([concept.layers for concept in concepts])
+    concepts = [replace(concept, layers=layers) for concept, layers in zip(concepts, parts, strict=True)]
     table = crosstalk_table(concepts, signs)
     if not table["pairs"]:
         raise AdapterError("no two of these concepts have a layer in common, so there is nothing to compare")
@@ -125,7 +128,7 @@ def explained(
 
 
 def _pair(first: str, second: str, a: Concept, b: Concept, table: Mapping, answers: tuple) -> Pair:
-    common = shared_layers(a, b)
+    common = shared_layers(a.layers, b.layers)
     columns: dict[int, tuple[int, int]] = {}
     shared_rows = all_rows = 0
     blocks: dict[str, list[float]] = {}
@@ -170,10 +173,11 @@ def _rows(adapter: LowRank) -> set[int]:
 def _answer(loud: Concept, own: Concept, moments: Mapping[str, Moment] | None) -> float | None:
     """Mean over layers of |delta_loud x| / |delta_own x| on the own concept's inputs x, from their moments."""
     ratios = []
-    for layer, moment in (moments or {}).items():
-        fits = layer in own.layers and own.layers[layer].lora_down[0].numel() == moment.factor.shape[1]
-        if fits and layer in shared_layers(loud, own):
-            size = _size_on(own.layers[layer], moment)
+    recorded = moments or {}
+    for layer in shared_layers(own.layers, loud.layers):
+        adapter, moment = own.layers[layer], recorded.get(layer, recorded.get(layer_of(layer)))
+        if moment is not None and adapter.lora_down[0].numel() == moment.factor.shape[1]:
+            size = _size_on(adapter, moment)
             if size > 0:
                 ratios.append(_size_on(loud.layers[layer], moment) / size)
     return sum(ratios) / len(ratios) if ratios else None

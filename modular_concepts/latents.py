@@ -45,8 +45,9 @@ def latent_masks(
     if masks is None:
         return None
     if isinstance(masks, Tensor) and isinstance(latents, Tensor):
-        size = latents.shape[2:]
-        return masks if masks.shape[2:] == size else F.interpolate(masks, size=size, mode="area")
+        size, between = latents.shape[-2:], latents.shape[2:-2]  # frames, where there are any: each has the mask
+        masks = masks if masks.shape[2:] == size else F.interpolate(masks, size=size, mode="area")
+        return masks.unflatten(1, (1, *[1] * len(between))).expand(-1, -1, *between, -1, -1)
     return [latent_masks(mask[None], latent[None])[0] for mask, latent in zip(masks, latents, strict=True)]
 
 

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from .errors import AdapterError
-from .families import find_family, networks, titles
+from .families import find_family, network_of, networks, titles
 from .families.family import TARGETS, Network
+from .sites import Site, apart
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 MAX_NAME = 256
@@ -53,17 +54,19 @@ def chosen_layers(
     named: Mapping[str, nn.Module],
     targets: str | Iterable[str] = "attention",
     text_encoder_targets: str | Iterable[str] | None = None,
-) -> dict[str, nn.Module]:
-    """Canonical name -> Linear module, from the U-Net's first block to the last text encoder's: what adapters go to.
+) -> dict[str, nn.Module | Site]:
+    """Canonical name -> what adapters go to: a Linear, or the sites of one that is fused, in reading order.
+
+    From the U-Net's first block to the last text encoder's.
 
     named: any modules of a model by canonical name; what is no Linear is passed over.
-    attention: to_q, to_k, to_v, to_out of attn1 and attn2; qkv and proj of a diffusion transformer's joint blocks; in
-    the text encoders the four projections of self_attn.
-    cross_attention: those of attn2 alone; cross_attention_kv: its to_k and to_v, which read the text (Custom
-    Diffusion's choice).  Neither means anything in the text encoder, nor in a diffusion transformer.
-    feed_forward: both Linear layers of ff; in joint blocks and the text encoders those of mlp.
-    all_linear: every Linear within the attention blocks, so also proj_in and proj_out where they are Linear
-    (they are 1x1 convolutions in SD 1.5), and adaLN_modulation; time embeddings and ResNets are left alone.
+    attention: queries, keys, values and outputs of every attention, fused or not.
+    cross_attention: those that read the text alone; cross_attention_kv: their keys and values (Custom Diffusion's
+    choice).  Neither means anything in a text encoder, nor where one attention reads text and picture.
+    feed_forward: the Linear layers behind each attention.
+    all_linear: every Linear within the attention blocks, so also proj_in and proj_out where they are Linear (they are
+    1x1 convolutions in SD 1.5), and modulation; time embeddings and ResNets are left alone.
+    Each family's record says which those are (`families/family.py`).
     Several targets add up; None leaves the text encoders out.  Raises AdapterError when nothing matches.
     """
     wanted = {"unet": _names(targets), "text_encoder": _names(text_encoder_targets)}
@@ -74,6 +77,11 @@ def chosen_layers(
         name: named[name]
         for name in sorted(named, key=_reading_order)
         if isinstance(named[name], nn.Linear) and _is_target(name, wanted[name.split(".", 1)[0]])
+    }
+    chosen = {
+        place: module
+        for name, layer in chosen.items()
+        for place, module in (apart({name: layer}) if network_of(name).apart else {name: layer}).items()
     }
     if not chosen:
         raise AdapterError(
@@ -132,12 +140,6 @@ def name_of_original(path: str) -> str | None:
         if own is not None and network.has(own):
             return f"unet.{own}"
     return None
-
-
-def network_of(name: str) -> Network | None:
-    """The network that a layer belongs to by its name, or None for a layer of no family that there is."""
-    part, _, path = name.partition(".")
-    return next((network for network in networks(part) if network.has(path)), None)
 
 
 def block_of(name: str) -> str:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .seeds import seeded
+from .sites import Site
 
 ENERGY = 0.999  # share of the inputs' energy tr C that the kept directions hold
 FEWEST, MOST = 128, 1024  # directions of one layer, whatever the energy asks
@@ -117,11 +118,12 @@ class Recorder:
 
 
 @contextmanager
-def recording(layers: Mapping[str, nn.Module]) -> Iterator[Recorder]:
+def recording(layers: Mapping[str, nn.Module | Site]) -> Iterator[Recorder]:
     """Within the block every forward pass of these Linear and Conv2d layers is recorded; hooks go on leaving."""
     recorder, handles = Recorder(), []
     try:
-        for name, module in layers.items():
+        for name, place in layers.items():
+            module = place.module if isinstance(place, Site) else place
 
             def watch(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 recorder.add(name, inputs_of(module, args[0]))

@@ -240,9 +240,9 @@ def train(common: dict, way: Way) -> io.NodeOutput:
     keep_latents = bool(options.pop("keep_latents", False))
     rates = Rates(common.get("learning_rate", 0.0), common["token_learning_rate"])
     own = dict(way.settings)
-    if base.architecture != "sd15":
+    if not base.family.family.token_norm:
         own.pop("token_norm", None)  # a length in CLIP-L's table says nothing of others
-    settings = settings_for(base.architecture, rates, **{**chosen, **own, **options})
+    settings = settings_for(base.family.family, rates, **{**chosen, **own, **options})
     plan = Plan(
         subject,
         settings,

@@ -38,6 +38,12 @@ def networks(part: str) -> tuple[Network, ...]:
     return tuple(dict.fromkeys(network for network in found if network is not None))
 
 
+def network_of(name: str) -> Network | None:
+    """The network that a layer belongs to by its name, or None for a layer of no family that there is."""
+    part, _, path = name.partition(".")
+    return next((network for network in networks(part) if network.has(path)), None)
+
+
 def block_classes() -> frozenset[str]:
     """Classes of the blocks that are computed again in backward, as diffusers and hosts call them."""
     return frozenset(name for network in networks("unet") for name in network.checkpointed)

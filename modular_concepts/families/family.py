@@ -17,18 +17,24 @@ from functools import cached_property
 POSITIONS, TEXTS, JOINT, NEITHER = "positions", "texts", "joint", "neither"
 TARGETS = ("attention", "cross_attention", "cross_attention_kv", "feed_forward", "all_linear")
 
-Rows = Callable[[int, int], Mapping[str, tuple[int, int]]]
+Rows = Callable[[int], Mapping[str, tuple[int, int]]]
 
 
 def _as_they_are(path: str) -> str | None:
     return path
 
 
+def equal_parts(*names: str) -> Rows:
+    """Rows of projections that are each as high as the layer is wide, one behind the other."""
+    return lambda inp: {name: (number * inp, inp) for number, name in enumerate(names)}
+
+
 @dataclass(frozen=True)
 class Fused:
     """A Linear that computes several projections at once.
 
-    layers: which ones, by path.  rows(out, in): projection -> (first output row, how many).
+    layers: which ones, by path.  rows(in): projection -> (first output row, how many), of a layer with so many inputs;
+    together they are all its rows.
     """
 
     layers: re.Pattern
@@ -48,7 +54,9 @@ class Network:
     checkpointed: classes of blocks that are computed again in backward, as libraries and hosts call them.
     joint: whether text and picture are read in one attention; else by cross-attention.
     in_diffusers: whether diffusers has the layers under the same paths.
-    fused: layers that are several projections, each a site of its own.
+    fused: layers that are several projections, each a site of its own (`sites.py`).
+    apart: whether a training gives each of those an adapter of its own, rather than one to the whole layer.
+    text_first: where text and picture are read in one row, whether the text comes first.
     """
 
     layers: re.Pattern
@@ -63,6 +71,8 @@ class Network:
     joint: bool = False
     in_diffusers: bool = True
     fused: Sequence[Fused] = ()
+    apart: bool = False
+    text_first: bool = True
 
     @cached_property
     def _word(self) -> re.Pattern:
@@ -72,6 +82,10 @@ class Network:
     def has(self, path: str) -> bool:
         """Whether this is the path of a layer that the network can have."""
         return self.layers.match(path) is not None
+
+    def fused_at(self, path: str) -> Fused | None:
+        """How the layer at a path is fused, or None for one projection."""
+        return next((fused for fused in self.fused if fused.layers.fullmatch(path)), None)
 
     def path_of(self, stem: str) -> str | None:
         """The path of a kohya stem without its prefix, or None where it is none of this network's."""
@@ -99,13 +113,14 @@ class TextEncoder:
     """A text encoder that takes adapters and learns words.
 
     part: before the dot of its layers' canonical names.  name: in embedding files, and in keys of the original layout.
-    width: of a row of its token table.
+    width: of a row of its token table.  projected: whether the projection of its summary is one of its weights.
     """
 
     part: str
     name: str
     width: int
     network: Network
+    projected: bool = False
 
 
 def _photos(class_word: str, count: int) -> list[str]:

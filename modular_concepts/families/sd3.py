@@ -3,7 +3,7 @@
 import re
 
 from .clip_text import CLIP_TEXT
-from .family import NEITHER, POSITIONS, TEXTS, Family, Network, TextEncoder
+from .family import NEITHER, POSITIONS, TEXTS, Family, Fused, Network, TextEncoder, equal_parts
 
 _BLOCK = r"joint_blocks\.\d+\.(x|context)_block\."
 
@@ -29,6 +29,7 @@ MMDIT = Network(
     checkpointed=("JointTransformerBlock", "JointBlock"),
     joint=True,
     in_diffusers=False,  # which keeps queries, keys and values apart, under other names
+    fused=(Fused(re.compile(rf"{_BLOCK}attn2?\.qkv"), equal_parts("q", "k", "v")),),
 )
 SD3 = Family(
     name="sd3",
@@ -39,6 +40,6 @@ SD3 = Family(
     denoiser=MMDIT,
     text_encoders=(
         TextEncoder("text_encoder", "clip_l", 768, CLIP_TEXT),
-        TextEncoder("text_encoder_2", "clip_g", 1280, CLIP_TEXT),
+        TextEncoder("text_encoder_2", "clip_g", 1280, CLIP_TEXT, projected=True),
     ),
 )

@@ -34,6 +34,6 @@ SDXL = Family(
     denoiser=UNET,
     text_encoders=(
         TextEncoder("text_encoder", "clip_l", 768, CLIP_TEXT),
-        TextEncoder("text_encoder_2", "clip_g", 1280, CLIP_TEXT),
+        TextEncoder("text_encoder_2", "clip_g", 1280, CLIP_TEXT, projected=True),
     ),
 )

@@ -15,8 +15,8 @@ import torch
 from ..adapters import LowRank, check_size
 from ..concept import Concept
 from ..errors import AdapterError
-from ..families import find_family
-from ..layers import canonical_name, check_name, network_of
+from ..families import find_family, network_of
+from ..layers import canonical_name, check_name
 from .kohya import READ, Imported, Layers, Parse, assemble, imported_concept, require_layers
 from .modelspec import modelspec
 from .peft_config import PeftConfig, config_beside, config_of

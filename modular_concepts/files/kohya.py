@@ -15,6 +15,7 @@ from ..adapters import LowRank, check_adapter, check_size, shaped_for
 from ..concept import Concept, Recipe, clip
 from ..errors import AdapterError
 from ..layers import file_key, name_of_key
+from ..sites import put_together
 from .concept import layer_tensors, stock_metadata
 from .modelspec import about_of, architecture_said, modelspec, triggers_said
 from .safe import DTYPES, FLOATS, check_finite, printed, read_foreign, write_safetensors
@@ -63,7 +64,7 @@ def export_kohya(concept: Concept, path: Path | str, dtype: torch.dtype | None =
     """
     require_layers(concept)
     tensors = {}
-    for name, adapter in concept.layers.items():
+    for name, adapter in put_together(concept.layers).items():
         stock, key = adapter.stock(), file_key(name, concept.recipe.architecture)
         tensors |= layer_tensors(key, stock.to(dtype=dtype) if dtype else stock)
     write_safetensors(path, tensors, stock_metadata(concept) | modelspec(concept, tensors))

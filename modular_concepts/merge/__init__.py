@@ -14,6 +14,7 @@ from ..layers import is_target
 from ..moments import Moment
 from ..room import check_room
 from ..seeds import seeded
+from ..sites import aligned, layer_of
 from .blocks import MergedBlocks, check_blocks, merged_blocks
 from .custom_diffusion import constrained_factors
 from .dense import MergedDense
@@ -126,9 +127,10 @@ def _merged_layers(
     if how == "block":
         _check_partitions(concepts)
     _check_evidence(how, concepts, evidence)
-    for layer in {name: None for concept in concepts for name in concept.layers}:
-        owners = [index for index, concept in enumerate(concepts) if layer in concept.layers]
-        adapters = together([concepts[index].layers[layer] for index in owners])
+    stack = aligned([concept.layers for concept in concepts])
+    for layer in {name: None for layers in stack for name in layers}:
+        owners = [index for index, layers in enumerate(stack) if layer in layers]
+        adapters = together([stack[index][layer] for index in owners])
         names = [concepts[index].name for index in owners]
         _check_layer(layer, names, adapters)
         if how == "block":
@@ -185,10 +187,12 @@ def _moments(
     layer: str, names: Sequence[str], adapters: Sequence[LowRank], evidence: Evidence
 ) -> list[Tensor | Moment]:
     found = []
-    for name, adapter, known in zip(names, adapters, evidence.moments, strict=True):
-        if layer not in known:
+    for name, adapter, recorded in zip(names, adapters, evidence.moments, strict=True):
+        # What a layer reads, all of its sites read.
+        moment = recorded.get(layer, recorded.get(layer_of(layer)))
+        if moment is None:
             raise AdapterError(f"{name}: its moments say nothing of {layer}; record them again for this concept")
-        moment, inputs = known[layer], adapter.lora_down[0].numel()
+        inputs = adapter.lora_down[0].numel()
         width = moment.factor.shape[1] if isinstance(moment, Moment) else len(moment)
         if width != inputs:
             raise AdapterError(

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import ConvGeometry, LowRank, scatter_rows
-from ..families.family import NEITHER, TEXTS
+from ..families import network_of
+from ..families.family import JOINT, NEITHER, TEXTS
 from ..layers import tokens_of
 from ..merge.sums import MergedLayer, MergedSum, merged_factors
+from ..sites import Site
 from .acting import Stack
 from .places import Part, Places
 
@@ -179,9 +181,12 @@ class Gate:
     texts: for each text, the global one first, the numbers of the stack's concepts that act there.
     now: (height, width) of the latent and how far the sampling is, 0..1; `speaking` or `lengths`: which text the keys
     and values are of that are asked for next, or how many tokens each region's has behind the global one's.
+    positions: how many tokens the picture has where a layer reads it in one row with the texts.
     """
 
-    def __init__(self, stack: Stack, texts: Sequence[tuple[int, ...]], places: Places, layers: Mapping[str, nn.Module]):
+    def __init__(
+        self, stack: Stack, texts: Sequence[tuple[int, ...]], places: Places, layers: Mapping[str, nn.Module | Site]
+    ):
         self.places = places
         self.acts = torch.zeros(len(stack), len(texts))
         for text, concepts in enumerate(texts):
@@ -190,18 +195,27 @@ class Gate:
         self.now: tuple[tuple[int, int], float] = ((1, 1), 0.0)
         self.speaking: int = 0
         self.lengths: Sequence[int] | None = None
+        self.positions: int = 0
         self._known: dict[object, Held] = {}
         self._by_moment: dict[tuple, Held] = {}
         self.called: set[str] = set()  # names of the layers that were called since someone emptied it
 
     @contextmanager
-    def attached(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    def attached(self, layers: Mapping[str, nn.Module | Site]) -> Iterator[None]:
         """Within the block the layers add what their concepts do where they act; hooks, which end on leaving."""
         with ExitStack() as stack:
             for name, gated in self.gated.items():
-                hook = self._on_texts(gated) if tokens_of(name) == TEXTS else self._on_positions(gated)
-                stack.callback(layers[name].register_forward_hook(self._noting(name, hook)).remove)
+                hook, place = self._hook(name, gated), layers[name]
+                module = place.module if isinstance(place, Site) else place
+                hook = _on_rows(place, hook) if isinstance(place, Site) else hook
+                stack.callback(module.register_forward_hook(self._noting(name, hook)).remove)
             yield
+
+    def _hook(self, name: str, gated: Gated) -> Callable[..., Tensor]:
+        tokens = tokens_of(name)
+        if tokens == JOINT:
+            return self._on_joint(gated, network_of(name).text_first)
+        return self._on_texts(gated) if tokens == TEXTS else self._on_positions(gated)
 
     def _noting(self, name: str, hook: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def noted(*given) -> Tensor:
@@ -219,6 +233,19 @@ class Gate:
                 division = self.places.division(tokens, *self.now, output)
                 held = self._by_moment[moment] = self._held(division, lambda: division.texts, output)
             return gated.add(output, args[0], held)
+
+        return hook
+
+    def _on_joint(self, gated: Gated, text_first: bool):
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            lengths = self._lengths(output.shape[-2] - self.positions)
+            key = (self.positions, text_first, self.now, *lengths, output.dtype, output.device)
+
+            def shares() -> Tensor:
+                parts = (_blocks(lengths), self.places.division(self.positions, *self.now, output).texts)
+                return torch.cat(parts if text_first else parts[::-1], dim=1)
+
+            return gated.add(output, args[0], self._held(key, shares, output))
 
         return hook
 
@@ -247,7 +274,7 @@ def _blocks(lengths: Sequence[int]) -> Tensor:
     return torch.block_diag(*(torch.ones(1, length) for length in lengths))
 
 
-def gated_layers(stack: Stack, layers: Mapping[str, nn.Module], used: set[int]) -> dict[str, Gated]:
+def gated_layers(stack: Stack, layers: Mapping[str, nn.Module | Site], used: set[int]) -> dict[str, Gated]:
     """Canonical name -> the residuals of the concepts of the stack that are used, for layers that have tokens."""
     found: dict[str, list[tuple[int, LowRank, float]]] = {}
     for number, (concept, strength) in enumerate(stack):
@@ -258,5 +285,15 @@ def gated_layers(stack: Stack, layers: Mapping[str, nn.Module], used: set[int]) 
     return {name: Gated(*zip(*entries, strict=True), conv=_geometry(layers[name])) for name, entries in found.items()}
 
 
-def _geometry(module: nn.Module) -> ConvGeometry | None:
+def _on_rows(site: Site, hook: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A hook for a site's own rows as one for the whole layer, whose other rows stay bit for bit."""
+
+    def on_rows(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        changed = hook(module, args, site.of(output).contiguous())
+        return output.index_copy(-1, site.rows.to(output.device), changed)
+
+    return on_rows
+
+
+def _geometry(module: nn.Module | Site) -> ConvGeometry | None:
     return ConvGeometry.of(module) if isinstance(module, nn.Conv2d) else None

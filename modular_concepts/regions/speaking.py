@@ -11,6 +11,7 @@ from torch import Tensor
 from ..base_model import BaseModel
 from ..contexts import Context, joined, text_of
 from ..fitting import faded_words, fitted, fitting_concepts
+from ..sites import with_sites
 from ..training.attach import attached
 from .acting import Stack
 from .attention import regional_attention
@@ -34,7 +35,7 @@ class Speaking:
         acts: Sequence[tuple[int, ...]],
     ):
         self.base, self.places = base, places
-        self.layers = base.layers(("all_linear",), ("all_linear",)) if stack else {}
+        self.layers = with_sites(base.layers(("all_linear",), ("all_linear",))) if stack else {}
         self.acts = acts
         concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
         self.shapes = {name: module.weight.shape for name, module in self.layers.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from ..base_model import BaseModel, weights_hash
-from ..training.losses import NoiseSchedule
+from ..models.schedules import NoiseSchedule
 from . import model
 from .captions import ordinary_captions, prior_prompts, tokenize, unknown_words
 from .world import TILE

@@ -4,7 +4,6 @@ from ..seeds import seeded
 from .attach import attached, frozen_networks
 from .checkpoint import Changed, check_checkpoint, newest_checkpoint, restore_checkpoint, save_checkpoint
 from .loop import Broken, Cancelled, Diverged, OutOfMemory, Progress, Unfinished, train
-from .losses import FlowSchedule, NoiseSchedule, Schedule
 from .methods import new_adapters
 from .ownership import Occupied
 from .problem import Examples, Problem
@@ -19,14 +18,11 @@ __all__ = [
     "Diverged",
     "Estimate",
     "Examples",
-    "FlowSchedule",
-    "NoiseSchedule",
     "Occupied",
     "OutOfMemory",
     "Problem",
     "Progress",
     "Run",
-    "Schedule",
     "TrainResult",
     "TrainSettings",
     "Unfinished",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters import ConvGeometry, LowRank, scatter_rows
 from ..errors import AdapterError
+from ..sites import Site
 from .adapted import ConvDown, LowRankTerm
 from .frozen import FrozenForward
 
@@ -24,14 +25,14 @@ class Residual(Protocol):
 
 @contextmanager
 def attached(
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Module | Site],
     adapters: Mapping[str, LowRank | Residual],
     strength: float = 1.0,
     erasure: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """Within the block each layer gives layer(x) + strength * adapter.residual(x).
 
-    layers: layer name -> Linear or Conv2d; adapters: layer name -> adapter, on the layer's device.
+    layers: layer name -> Linear, Conv2d or `Site`; adapters: layer name -> adapter, on the layer's device.
     erasure: layer name -> 0/1 mask (lora_up rows,), read anew at each forward pass; training only.
     Hooks do it, and in a frozen Linear (`frozen.py`) the layer itself; both end on leaving, also by an exception.
     Strength 0 attaches nothing.
@@ -45,14 +46,17 @@ def attached(
         )
     with ExitStack() as stack:
         for name, adapter in adapters.items() if strength != 0 else ():
-            mask = _mask_of(name, erasure)
-            forward = vars(layers[name]).get("forward")
+            mask, place = _mask_of(name, erasure), layers[name]
+            module = place.module if isinstance(place, Site) else place
+            if isinstance(place, Site) and isinstance(adapter, LowRank):
+                adapter = place.lifted(adapter)
+            forward = vars(module).get("forward")
             if isinstance(forward, FrozenForward) and forward.takes_low_rank and _is_low_rank(adapter):
                 forward.low_rank = _term(adapter, strength, mask)
                 stack.callback(setattr, forward, "low_rank", None)
             else:
-                hook = _hook(layers[name], adapter, strength, mask)
-                stack.callback(layers[name].register_forward_hook(hook).remove)
+                hook = _hook(place, adapter, strength, mask)
+                stack.callback(module.register_forward_hook(hook).remove)
         yield
 
 
@@ -92,9 +96,9 @@ def _term(adapter: LowRank, strength: float, mask: Callable[[], Tensor | None]) 
 
 
 def _hook(
-    module: nn.Module, adapter: LowRank | Residual, strength: float, mask: Callable[[], Tensor | None]
+    place: nn.Module | Site, adapter: LowRank | Residual, strength: float, mask: Callable[[], Tensor | None]
 ) -> Callable:
-    conv = ConvGeometry.of(module) if isinstance(module, nn.Conv2d) else None
+    conv = ConvGeometry.of(place) if isinstance(place, nn.Conv2d) else None
 
     def add_linear(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return _plus_low_rank(output, args[0], adapter, strength, mask())
@@ -104,6 +108,8 @@ def _hook(
 
     def add_any(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         extra = adapter.residual(args[0]) if conv is None else adapter.residual(args[0], conv)
+        if isinstance(place, Site):
+            return output.index_add(-1, place.rows.to(output.device), extra.to(output.dtype), alpha=strength)
         return torch.add(output, extra, alpha=strength)
 
     if not isinstance(adapter, LowRank):

@@ -11,36 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..families.unet import CROSS_ATTENTION
-
-
-class CrossAttention(NamedTuple):
-    """The projections whose outputs make the attention map, (B, places, heads * d) and (B, tokens, heads * d)."""
-
-    to_q: nn.Module
-    to_k: nn.Module
-    heads: int
-
-
-def cross_attentions_of(network: nn.Module) -> list[CrossAttention]:
-    """Those of a U-Net, as diffusers and hosts name them; empty for networks that attend in another way."""
-    return [
-        CrossAttention(module.to_q, module.to_k, module.heads)
-        for name, module in network.named_modules()
-        if name.split(".")[-1] == CROSS_ATTENTION and all(hasattr(module, part) for part in ("to_q", "to_k", "heads"))
-    ]
-
-
-def first_positions(ids: Tensor, wanted: Sequence[int]) -> Tensor:
-    """(B, T) token ids -> (B, len(wanted)) int64: where each wanted id stands first, -1 for nowhere."""
-    found = ids[:, None, :] == torch.tensor(list(wanted), device=ids.device)[:, None]
-    return torch.where(found.any(dim=2), found.int().argmax(dim=2), -1)
+from ..models.cross_attention import CrossAttention, attention_map
 
 
 class Watch:
@@ -92,18 +68,6 @@ def watched(attentions: Sequence[CrossAttention]) -> Iterator[Watch]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def attention_map(queries: Tensor, keys: Tensor, heads: int, positions: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) at some text tokens, mean over heads: (B, vectors, places), at least float32.
-
-    positions: (B, vectors) int64; what is below 0 reads token 0 and has to be left out afterwards.
-    """
-    at_least = torch.promote_types(queries.dtype, torch.float32)
-    q, k = (value.to(at_least).unflatten(-1, (heads, -1)).transpose(1, 2) for value in (queries, keys))
-    attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1).mean(dim=1)
-    wanted = positions.clamp(min=0)[:, None].expand(-1, attention.shape[1], -1)
-    return attention.gather(2, wanted.to(attention.device)).mT
 
 
 def attention_outside(maps: dict[int, Tensor], positions: Tensor, masks: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -49,6 +49,18 @@ def optimizer_class(settings: TrainSettings) -> type[torch.optim.Optimizer]:
             "install it into the Python that runs this, or choose adamw"
         ) from error
     return AdamW8bit
+
+
+def limit_gradients(parameters: Iterable[Tensor], longest: float) -> Tensor:
+    """Scale all gradients so that together they are at most so long; returns how long they were, of no dimension.
+
+    The same bits as torch's own clipping by norm.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if gradients:
+        torch._foreach_mul_(gradients, (longest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from .attention_regularisation import CrossAttention
-from .losses import Schedule
+from ..models.cross_attention import CrossAttention
+from ..models.schedules import Schedule, append_dims
 from .needs import check_needs
 from .settings import TrainSettings
 
@@ -68,7 +68,7 @@ class Examples:
         masks = None if self.masks is None else _picked(self.masks, indices)
         if mirrored is None or not mirrored.any():
             return latents, masks
-        turned = mirrored.to(latents.device).reshape(-1, 1, 1, 1)
+        turned = append_dims(mirrored.to(latents.device), latents)
         latents = torch.where(turned, _picked(self.mirrored, indices), latents)
         if masks is not None:
             masks = torch.where(turned.to(masks.device), masks.flip(-1), masks)

@@ -17,6 +17,7 @@ from .batches import Batch, draw_batches
 from .frozen import frozen_forward
 from .gradient_checkpointing import checkpointed
 from .losses import draw_noise, masked_mean
+from .optimizers import limit_gradients
 from .precision import computing_in
 from .problem import Problem
 from .run import Run
@@ -43,7 +44,7 @@ class Step:
         self.erasure.clear()  # so that a callback's previews show the whole adapter
         if run.loss_scale is not None:
             run.loss_scale.unscale([parameter.grad for parameter in self.parameters if parameter.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, run.settings.clip_norm or math.inf)
+        norm = limit_gradients(self.parameters, run.settings.clip_norm or math.inf)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         value, norm = torch.stack([loss, norm.to(loss)]).tolist()
         return value, norm

@@ -9,8 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from modular_concepts.models.schedules import FlowSchedule
 from modular_concepts.seeds import seeded
-from modular_concepts.training import FlowSchedule
 
 HEIGHT, WIDTH, VECTORS = 6, 5, 2
 

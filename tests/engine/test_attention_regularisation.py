@@ -10,8 +10,9 @@ from untrained_toy import traces, untrained_base
 
 from modular_concepts.customisation import Subject, Targets, check_training, problem_for
 from modular_concepts.errors import AdapterError
+from modular_concepts.models.cross_attention import first_positions
 from modular_concepts.training import TrainSettings, train
-from modular_concepts.training.attention_regularisation import attention_outside, first_positions, watched
+from modular_concepts.training.attention_regularisation import attention_outside, watched
 from modular_concepts.training.run import Run
 from modular_concepts.training.step import on_base
 

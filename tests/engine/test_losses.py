@@ -5,17 +5,17 @@ import torch
 from laws import seeded
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.training.losses import (
+from modular_concepts.models.schedules import (
     FlowSchedule,
     NoiseSchedule,
     add_noise,
-    draw_noise,
     draw_timesteps,
-    masked_mean,
     min_snr_weight,
     snr,
     target,
 )
+from modular_concepts.training.losses import draw_noise, masked_mean
+from modular_concepts.training.optimizers import limit_gradients
 
 ALPHAS = torch.linspace(0.999, 0.0, 50, dtype=torch.float64)
 TIMESTEPS = torch.tensor([0, 20, 49])
@@ -123,3 +123,16 @@ def test_offset_moves_whole_channels():
 def test_unknown_prediction_type_is_named():
     with pytest.raises(AdapterError, match="'sample'.*epsilon, v_prediction"):
         NoiseSchedule(ALPHAS, "sample")
+
+
+@pytest.mark.parametrize("longest", [0.5, 1e6, float("inf")])
+def test_gradients_are_limited_as_torch_does_it(longest):
+    pairs = [[torch.nn.Parameter(torch.zeros(size)) for size in ((3, 4), (5,), (2,))] for _ in range(2)]
+    for ours, torchs in zip(*pairs, strict=True):
+        ours.grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(ours.numel()))
+        torchs.grad = ours.grad.clone()
+    pairs[0][2].grad = pairs[1][2].grad = None
+    norms = limit_gradients(pairs[0], longest), torch.nn.utils.clip_grad_norm_(pairs[1], longest)
+    assert torch.equal(*norms) and norms[0] > 1
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(*pairs, strict=True) if a.grad is not None)
+    assert limit_gradients([], 1.0) == 0

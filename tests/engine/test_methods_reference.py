@@ -13,8 +13,9 @@ from tiny_layers import CAPTIONS, LENGTH, ORDER, tiny_base, tiny_problem
 from torch import nn
 
 from modular_concepts.bases import OrthogonalBasis
+from modular_concepts.models.schedules import NoiseSchedule
 from modular_concepts.seeds import seeded as seeded_by
-from modular_concepts.training import Examples, NoiseSchedule, Problem, TrainSettings, train
+from modular_concepts.training import Examples, Problem, TrainSettings, train
 from modular_concepts.training.run import Run
 from modular_concepts.training.settings import METHODS
 from modular_concepts.training.step import on_base

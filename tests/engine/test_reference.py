@@ -8,7 +8,8 @@ import torch
 from laws import seeded
 from tiny_problem import KINDS, tiny_basis, tiny_problem, token_ids
 
-from modular_concepts.training import Examples, FlowSchedule, NoiseSchedule, TrainSettings
+from modular_concepts.models.schedules import FlowSchedule, NoiseSchedule
+from modular_concepts.training import Examples, TrainSettings
 from modular_concepts.training.run import Run
 from modular_concepts.training.step import on_base
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from modular_concepts.adapters import ConvGeometry
 from modular_concepts.errors import AdapterError
+from modular_concepts.models.schedules import NoiseSchedule
 from modular_concepts.training import (
     Cancelled,
     Diverged,
     Examples,
-    NoiseSchedule,
     Problem,
     TrainSettings,
     attached,

@@ -12,8 +12,9 @@ from laws import SHIFT, seeded
 from torch import Tensor, nn
 
 from modular_concepts.base_model import BaseModel
+from modular_concepts.models.schedules import NoiseSchedule
 from modular_concepts.tokens import spelled
-from modular_concepts.training import Examples, NoiseSchedule, Problem
+from modular_concepts.training import Examples, Problem
 
 WORDS = ("<pad>", "a", "man", "on", "the", "beach")
 CAPTIONS = ("a <x> man", "the beach", "on the <x>")

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modular_concepts.bases import OrthogonalBasis
+from modular_concepts.models.cross_attention import CrossAttention, first_positions
+from modular_concepts.models.schedules import NoiseSchedule
 from modular_concepts.tokens import caption_ids, learned_tokens
-from modular_concepts.training import Examples, NoiseSchedule, Problem, TrainSettings, train
-from modular_concepts.training.attention_regularisation import CrossAttention, first_positions
+from modular_concepts.training import Examples, Problem, TrainSettings, train
 
 WORDS = ("<pad>", "a", "man", "on", "the", "beach")
 KINDS = ("lora", "orthogonal", "block", "block_orthogonal", "custom_diffusion")

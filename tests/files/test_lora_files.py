@@ -88,7 +88,7 @@ NAMES = {
     "diffusion_model.time_embed.0": "unet.time_embedding.linear_1",
     "diffusion_model.label_emb.0.2": "unet.add_embedding.linear_2",
     "diffusion_model.input_blocks.0.0": "unet.conv_in",
-    "diffusion_model.joint_blocks.0.x_block.attn.qkv": None,
+    "diffusion_model.joint_blocks.0.x_block.attn.qkv": "unet.joint_blocks.0.x_block.attn.qkv",
     "diffusion_model.input_blocks.1.0.emb_layers.9": None,
     "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1": (
         "text_encoder.text_model.encoder.layers.0.mlp.fc1"

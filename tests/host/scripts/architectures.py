@@ -61,7 +61,7 @@ def lesson(base, case: dict):
     subject = training.subject_of(dataset.of_pictures(pictures, CAPTIONS, None, (SIDE, SIDE)), case["name"], "man")
     rates = training.Rates(case.get("learning_rate", 5e-3), case.get("token_learning_rate", 5e-3))
     settings = training.settings_for(
-        base.architecture, rates, name=subject.name, **{"rank": 4, "batch": 1, **case["settings"]}
+        base.family.family, rates, name=subject.name, **{"rank": 4, "batch": 1, **case["settings"]}
     )
     targets = customisation.Targets(tuple(case["targets"]), tuple(case["text"]) if case.get("text") else None)
     preview = case.get("preview_every", 0)

@@ -79,7 +79,7 @@ def main() -> None:
                 key for key, name in spelled.items() if name not in found or found[name].key != known[key]
             ],
             "spellings": len(spelled),
-            "hashed": [shapes(model.model, layers._weight_names(model))]
+            "hashed": [shapes(model.model, layers.host_family_of(model).weight_names(model))]
             + [
                 shapes(clip.cond_stage_model, layers._text_names(name, encoder))
                 for name, encoder in layers.text_encoders_of(clip).items()

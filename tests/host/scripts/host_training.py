@@ -55,6 +55,9 @@ class Seen:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
 
+find_family = pack_module("modular_concepts.families").find_family
+
+
 def lesson(case: dict, prefix: str = "") -> training.Plan:
     """A plan as the trainer nodes make it."""
     pictures = asked[f"{prefix}pictures"]
@@ -62,7 +65,9 @@ def lesson(case: dict, prefix: str = "") -> training.Plan:
     data = dataset.of_pictures(list(pictures), plan["captions"], masks, tuple(pictures.shape[2:]))
     subject = training.subject_of(data, case["name"], case.get("class_word", "man"), case.get("description", ""))
     rates = training.Rates(case.get("learning_rate", 1e-3), case.get("token_learning_rate", 3e-2))
-    settings = training.settings_for("sd15" if prefix else "toy", rates, name=subject.name, **case["settings"])
+    settings = training.settings_for(
+        find_family("sd15" if prefix else "toy"), rates, name=subject.name, **case["settings"]
+    )
     unet, text = tuple(case.get("targets", ["attention"])), ("attention",) if case.get("text_encoder") else None
     return training.Plan(
         subject,
