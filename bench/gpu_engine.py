@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from merge_work import Machine, made_work, medians, timed
 
+from bench.given_base import GivenBase
 from modular_concepts import adapters
 from modular_concepts.merge import merge_concepts
 from modular_concepts.models.schedules import NoiseSchedule
@@ -82,14 +83,13 @@ def planted(device: str, steps: int) -> None:
         def predict(noisy: Tensor, _timesteps: Tensor, _context: Tensor, network: nn.Module = network) -> Tensor:
             return network(noisy.movedim(1, -1)).movedim(-1, 1)
 
-        problem = Problem(
+        base = GivenBase(
             predict=predict,
-            encode=lambda captions, _: torch.zeros(len(captions), 1, 1, device=device),
+            context=lambda captions, _: torch.zeros(len(captions), 1, 1, device=device),
             schedule=NoiseSchedule((1 - torch.linspace(0.03, 0.11, 1000)).cumprod(0)),
-            layers={"unet.only": network},
-            examples=Examples(latents, ["a"] * 4, None, "-"),
             modules=(network,),
         )
+        problem = Problem(base, {"unet.only": network}, Examples(latents, ["a"] * 4, None, "-"))
         settings = TrainSettings(method="lora", rank=16, steps=steps, batch=4, adapter_lr=1e-2, precision=precision)
         losses = train(problem, settings).losses
         first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10

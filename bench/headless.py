@@ -20,6 +20,7 @@ from probe import Probe, Task
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.given_base import GivenBase
 from modular_concepts.layers import find_layers
 from modular_concepts.models.schedules import NoiseSchedule
 from modular_concepts.training import TrainSettings, train
@@ -34,16 +35,14 @@ def run_ours(task: Task) -> dict:
     latents, contexts, _ = task.examples()
     method = task.trainer.removeprefix("ours_")
     probe = Probe(task)
-    problem = Problem(
+    base = GivenBase(
         predict=lambda noisy, timesteps, context: unet(noisy, timesteps, context, return_dict=False)[0],
-        encode=lambda captions, _: contexts[[int(caption) for caption in captions]],
+        context=lambda captions, _: contexts[[int(caption) for caption in captions]],
         schedule=SCHEDULE,
-        layers=layers,
-        examples=Examples(latents, [str(index) for index in range(len(latents))], None, "-"),
         modules=(unet,),
-        denoiser=unet,
         lean=True,
     )
+    problem = Problem(base, layers, Examples(latents, [str(index) for index in range(len(latents))], None, "-"))
     settings = TrainSettings(
         method=method,
         rank=task.rank,

@@ -61,6 +61,19 @@ def run_ours(task: Task, load=loaded, **more) -> dict:
     return probe.report(method=method_of(task), adapters=adapters, trained=counted, losses=result.losses)
 
 
+class Encoded:
+    """A base whose texts are encoded already; captions are their numbers."""
+
+    def __init__(self, base, contexts):
+        self._base, self._contexts = base, contexts
+
+    def __getattr__(self, name: str):
+        return getattr(self._base, name)
+
+    def context(self, captions, _tokens):
+        return picked(self._contexts, [int(caption) for caption in captions])
+
+
 def method_of(task: Task) -> str:
     return task.layers.partition(" as ")[2] or "orthogonal"
 
@@ -71,15 +84,8 @@ def trained(task: Task, base, latents, contexts, callback=None, **more):
     chosen = task.layers.partition(" as ")[0]
     layers = every_layer(base, task.rank) if chosen == "every" else base.layers((chosen,), None)
     with base.trainable():
-        problem = problems.Problem(
-            predict=base.predict,
-            encode=lambda captions, _: picked(contexts, [int(caption) for caption in captions]),
-            schedule=base.schedule,
-            layers=layers,
-            examples=problems.Examples(latents.clone(), [str(index) for index in range(len(latents))], None, "-"),
-            modules=base.modules,
-            denoiser=base.denoiser,
-        )
+        examples = problems.Examples(latents.clone(), [str(index) for index in range(len(latents))], None, "-")
+        problem = problems.Problem(Encoded(base, contexts), layers, examples)
         settings = training.TrainSettings(
             method=method_of(task),
             rank=task.rank,

@@ -87,6 +87,10 @@ class HostBase:
         return host_family_of(self.model)
 
     @property
+    def lean(self) -> bool:
+        return self.family.family.lean
+
+    @property
     def sample(self) -> str:
         return base_sample(self.model)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .adapters import at_least_float32
 from .contexts import Context, hidden_states
 from .errors import AdapterError
+from .families import find_family
 from .fingerprint import base_mark, weights_sample
 from .layers import find_layers
 from .layerwise import cross_attention_transformers, routed
@@ -37,6 +38,7 @@ class Base(Protocol):
     trigger_positions: where each row of `tokens` stands in the context of each prompt, (B, all rows); -1 for nowhere.
     cross_attention_layers: how many a layer-wise word has rows for; 0 where there are none, as in a DiT.
     sample: a few numbers of the denoiser's weights (`fingerprint.py`).
+    lean: whether its layers run as `training/frozen.py` does, in less time and memory, rounded otherwise.
     device: where the networks compute; latents, noisy and timesteps are there.
     """
 
@@ -44,10 +46,11 @@ class Base(Protocol):
     hash: str
     schedule: NoiseSchedule
     modules: Sequence[nn.Module]
-    denoiser: nn.Module
+    denoiser: nn.Module | None
     multiple: int
     cross_attention_layers: int
     sample: str
+    lean: bool
     device: torch.device
 
     def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, nn.Module]: ...
@@ -104,6 +107,11 @@ class BaseModel:
     @property
     def sample(self) -> str:
         return weights_sample(self.unet.state_dict())
+
+    @property
+    def lean(self) -> bool:
+        family = find_family(self.architecture)
+        return family is None or family.lean
 
     @property
     def mark(self) -> str:

@@ -17,7 +17,6 @@ from .bases import OrthogonalBasis
 from .concept import Concept, Recipe
 from .dataset import PLACE
 from .errors import AdapterError
-from .families import find_family
 from .fitting import fitted
 from .latents import encoded, kept, latent_masks, mirrored
 from .sampling import SampleSettings, sample
@@ -116,23 +115,9 @@ def problem_for(
 
     flip: with the mirrored pictures too.  cache: a folder to keep latents in.
     """
-    start, family = _start_rows(base, subject), find_family(base.architecture)
-    return Problem(
-        predict=base.predict,
-        encode=lambda captions, tokens: base.context(captions, tokens),
-        schedule=base.schedule,
-        layers=concept_layers(base, targets),
-        examples=_examples(base, subject, flip, cache),
-        modules=base.modules,
-        triggers={subject.trigger: start},
-        prior=prior,
-        base_hash=base.hash,
-        cross_attention_layers=base.cross_attention_layers,
-        denoiser=base.denoiser,
-        lean=family is None or family.lean,
-        cross_attentions=base.cross_attentions(),
-        trigger_positions=base.trigger_positions,
-    )
+    start = _start_rows(base, subject)
+    layers, examples = concept_layers(base, targets), _examples(base, subject, flip, cache)
+    return Problem(base, layers, examples, {subject.trigger: start}, prior)
 
 
 def check_training(base: Base, subject: Subject, settings: TrainSettings, targets: Targets = Targets()) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..base_model import Base
 from ..errors import AdapterError
-from ..models.cross_attention import CrossAttention
-from ..models.schedules import Schedule, append_dims
+from ..models.schedules import append_dims
+from ..sites import Site
 from .needs import check_needs
 from .settings import TrainSettings
 
@@ -102,34 +102,16 @@ def _shape(values: Tensor | Sequence[Tensor]) -> tuple:
 class Problem:
     """A base model and a concept's pictures.
 
-    predict(noisy, timesteps, context) -> (B, C, H, W); encode(captions, tokens) -> context, where tokens maps
-    trigger words to learned rows that gradients flow to; the context is only passed on to predict.
-    layers: canonical layer name -> Linear or Conv2d inside `modules`.
-    modules: whole networks, frozen and in eval mode while training lasts.
+    layers: canonical layer name -> Linear, Conv2d or `Site` inside the base's modules.
     triggers: trigger word -> rows (k, width) of the text model's table that its learned rows start from, all of them.
     prior: pictures of the class as the base draws it, for prior preservation.
-    cross_attention_layers: how many a layer-wise word has rows for; 0 where the base knows no such words.
-    base_hash: identity of the base's weights; a resumed training refuses another one.
-    denoiser: the network that `predict` runs, for gradient checkpointing.
-    lean: run its layers as `frozen.py` does, in less time and memory; rounding differs in the last digit.
-    cross_attentions, trigger_positions: for attention regularisation; the latter gives where the rows of tokens stand
-    in the context of captions, (B, all rows) int64, -1 where a caption lacks them.
     """
 
-    predict: Callable[[Tensor, Tensor, Any], Tensor]
-    encode: Callable[[list[str], Mapping[str, Tensor]], Any]
-    schedule: Schedule
-    layers: Mapping[str, nn.Module]
+    base: Base
+    layers: Mapping[str, nn.Module | Site]
     examples: Examples
-    modules: Sequence[nn.Module] = ()
     triggers: Mapping[str, Tensor] = field(default_factory=dict)
     prior: Examples | None = None
-    base_hash: str = ""
-    cross_attention_layers: int = 0
-    denoiser: nn.Module | None = None
-    lean: bool = False
-    cross_attentions: Sequence[CrossAttention] = ()
-    trigger_positions: Callable[[Sequence[str], Mapping[str, Tensor]], Tensor] | None = None
 
     def __post_init__(self):
         own = self.examples.latents[0].shape[0]
@@ -146,10 +128,10 @@ class Problem:
         """Raise AdapterError for an option that these pictures or this base do not have what it takes for."""
         if settings.flip and self.examples.mirrored is None:
             raise AdapterError("flip needs the mirrored pictures' latents, which this data set lacks; turn flip off")
-        attends = bool(self.triggers and self.cross_attentions and self.trigger_positions)
+        attends = bool(self.triggers and self.base.cross_attentions())
         check_needs(settings, masked=self.examples.masks is not None, attends=attends, networks=self.networks)
 
     @property
     def networks(self) -> Sequence[nn.Module]:
-        """Those that `predict` runs."""
-        return self.modules if self.denoiser is None else [self.denoiser]
+        """Those that the base's `predict` runs."""
+        return self.base.modules if self.base.denoiser is None else [self.base.denoiser]

@@ -44,7 +44,7 @@ class Run:
         self.id = secrets.token_hex(16)
         self.settings = settings
         self.adapters = new_adapters(problem.layers, settings, basis)
-        self.tokens = new_words(problem.triggers, settings, problem.cross_attention_layers)
+        self.tokens = new_words(problem.triggers, settings, problem.base.cross_attention_layers)
         self.optimizer = new_optimizer(settings, self.adapters, self.tokens)
         self.generators = {name: seeded(settings.seed, name) for name in _purposes(settings)}
         parts = {"examples": problem.examples} | ({} if problem.prior is None else {"prior": problem.prior})
@@ -58,7 +58,7 @@ class Run:
         self.identity = {
             "settings": settings.decisive(),
             "dataset": problem.dataset_identity(),
-            "base": problem.base_hash,
+            "base": problem.base.hash,
             "basis": basis.identity,
             "frozen": _digest(self.adapters),
         }

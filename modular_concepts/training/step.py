@@ -61,7 +61,7 @@ class Step:
 
     def loss(self, batch: Batch) -> Tensor:
         """Weighted mean over samples of the (masked) mean squared error at random noise levels."""
-        settings, schedule, latents = self.run.settings, self.problem.schedule, batch.latents
+        settings, schedule, latents = self.run.settings, self.problem.base.schedule, batch.latents
         noise = draw_noise(latents.shape, self.run.generators["noise"], settings.noise_offset).to(latents)
         indices = schedule.draw(len(latents), self.run.generators["noise"]).to(latents.device)
         noisy = schedule.noisy(latents, noise, indices)
@@ -70,7 +70,7 @@ class Step:
             with ExitStack() as stack:
                 if self.watch is not None:
                     stack.enter_context(self.watch.listening())
-                prediction = self.problem.predict(noisy, schedule.times_of(indices), context)
+                prediction = self.problem.base.predict(noisy, schedule.times_of(indices), context)
         error = (prediction.to(latents.dtype) - schedule.target(latents, noise, indices)).square()
         per_sample = masked_mean(error, batch.masks)
         weights = batch.weights
@@ -82,7 +82,7 @@ class Step:
     def _attention_outside(self, batch: Batch) -> Tensor:
         if batch.masks is None:
             return batch.latents.new_zeros(())
-        positions = self.problem.trigger_positions(batch.captions, self.run.tokens).to(batch.masks.device)
+        positions = self.problem.base.trigger_positions(batch.captions, self.run.tokens).to(batch.masks.device)
         outside = attention_outside(self.watch.take_maps(positions), positions, batch.masks)
         return self.run.settings.attention_regularisation * outside
 
@@ -103,13 +103,13 @@ def on_base(problem: Problem, run: Run) -> Iterator[Step]:
     settings: TrainSettings = run.settings
     erasure: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        stack.enter_context(frozen_networks(problem.modules))
-        if problem.lean:
+        stack.enter_context(frozen_networks(problem.base.modules))
+        if problem.base.lean:
             stack.enter_context(frozen_forward(problem.networks))
         stack.enter_context(attached(problem.layers, run.adapters, erasure=erasure))
         if settings.gradient_checkpointing:
             stack.enter_context(checkpointed(problem.networks))
         watch = None
         if settings.attention_regularisation:
-            watch = stack.enter_context(watched(problem.cross_attentions))
+            watch = stack.enter_context(watched(problem.base.cross_attentions()))
         yield Step(problem, run, watch, erasure)

@@ -20,7 +20,7 @@ class TextFeatures:
 
     def __init__(self, problem: Problem, tokens: Mapping[str, Tensor], trained: bool):
         """trained: whether the text model's own layers learn."""
-        self.encode, self.tokens = problem.encode, tokens
+        self.encode, self.tokens = problem.base.context, tokens
         known = {"", *problem.examples.captions, *(problem.prior.captions if problem.prior else ())}
         alive = {text for text in known if trained or self.says_trigger([text])}
         self.fixed = known - alive

@@ -34,9 +34,9 @@ def plain_loss(problem, adapters, rows, batch, settings):
     batch: latents (B, 4, 6, 5), token ids (B, 8) with the vectors behind the vocabulary, masks (B, 1, 6, 5), weights.
     """
     latents, ids, masks, weights = batch
-    noise, indices = draws(settings.seed, len(latents), problem.schedule, settings.noise_offset)
-    noisy, wanted, times, balance = noised(problem.schedule, latents, noise, indices, settings.min_snr)
-    unet, text = problem.modules
+    noise, indices = draws(settings.seed, len(latents), problem.base.schedule, settings.noise_offset)
+    noisy, wanted, times, balance = noised(problem.base.schedule, latents, noise, indices, settings.min_snr)
+    unet, text = problem.base.modules
     weight = {name: layer.weight.detach() + delta(adapters.get(name)) for name, layer in problem.layers.items()}
     table = torch.cat([text.token_embedding.weight.detach(), rows])
     context = torch.tanh(table[ids] @ weight["text_encoder.mix"].mT + text.mix.bias.detach())

@@ -109,12 +109,12 @@ def test_training_with_it_pulls_attention_inside(problem, layerwise):
                 run.adapters[name].lora_down.copy_(adapter.lora_down)
             run.tokens["<x>"].copy_(result.tokens["<x>"])
         with on_base(problem, run) as step, step.watch.listening():
-            problem.predict(
+            problem.base.predict(
                 torch.randn(4, *problem.examples.latents.shape[1:], generator=torch.Generator().manual_seed(9)),
                 torch.tensor([100, 400, 600, 900]),
                 step.context(problem.examples.captions),
             )
-        positions = problem.trigger_positions(problem.examples.captions, run.tokens)
+        positions = problem.base.trigger_positions(problem.examples.captions, run.tokens)
         return attention_outside(step.watch.take_maps(positions), positions, problem.examples.masks).item()
 
     assert outside_after(1.0) < 0.95 * outside_after(0.0)
@@ -128,7 +128,7 @@ def test_without_masks_or_cross_attention_it_is_refused():
     with pytest.raises(AdapterError, match="these pictures have none; give a mask for each, or set it to 0"):
         train(bare, asked)
     with pytest.raises(AdapterError, match="diffusion transformers lack; set it to 0"):
-        train(tiny_problem(cross_attentions=()), asked)
+        train(tiny_problem(attentions=()), asked)
 
 
 def test_it_is_refused_before_class_pictures_are_drawn():

@@ -15,6 +15,7 @@ from tiny_problem import EVERYTHING, learned, problem_with_everything, tiny_basi
 from torch import Tensor, nn
 from untrained_toy import QUICK, filled_concept, untrained_base, write_untrained
 
+from bench.given_base import with_base
 from modular_concepts.adapters import ConvGeometry
 from modular_concepts.base_model import BaseModel
 from modular_concepts.concept import Concept, Recipe
@@ -124,7 +125,7 @@ def test_the_stand_in_computes_and_allows_what_a_gpu_allows(device):
 
 def moved(problem: Problem, place: torch.device) -> Problem:
     """The networks, the pictures and the words' first rows on the stand-in, as a base there gives them."""
-    for module in problem.modules:
+    for module in problem.base.modules:
         module.to(place)
     changed = {}
     for name in ("examples", "prior"):
@@ -153,8 +154,8 @@ METHODS = {
 def test_every_method_trains_on_another_device_as_on_the_cpu(device, method, lean):
     settings = replace(EVERYTHING, method=method, rank=2, slot=1, blocks=3, steps=3, erasure=0.0, precision="fp32")
     settings = replace(settings, **METHODS[method])
-    here = train(replace(problem_with_everything(), lean=lean), settings, basis=tiny_basis())
-    problem = moved(replace(problem_with_everything(), lean=lean), device)
+    here = train(with_base(problem_with_everything(), lean=lean), settings, basis=tiny_basis())
+    problem = moved(with_base(problem_with_everything(), lean=lean), device)
     there = train(problem, settings, basis=tiny_basis())
     assert all(adapter.lora_up.device == device for adapter in there.layers.values())
     near = 2e-2 if settings.precision == "bf16" else NEAR

@@ -39,7 +39,7 @@ def gradients(problem, settings, frozen=False):
     with torch.no_grad():
         for adapter in run.adapters.values():
             adapter.lora_up.copy_(0.1 * torch.randn(adapter.lora_up.shape, generator=generator))
-    freeze = frozen_forward(problem.modules) if frozen else nullcontext()
+    freeze = frozen_forward(problem.base.modules) if frozen else nullcontext()
     with freeze, on_base(problem, run) as step, LiveMemory() as live:
         loss, _ = step.gradients()
     return loss, {name: parameter.grad for name, parameter in run.parameters().items()}, live.peak
@@ -78,7 +78,7 @@ def test_a_training_leaves_nothing_behind(base):
     problem = problem_on(base)
     train(problem, replace(SETTINGS, gradient_checkpointing=True, steps=1))
     assert hook_count(problem) == 0
-    assert not any("forward" in part.__dict__ for module in problem.modules for part in module.modules())
+    assert not any("forward" in part.__dict__ for module in problem.base.modules for part in module.modules())
 
 
 class Counting(nn.Module):

@@ -15,6 +15,7 @@ from tiny_problem import (
 )
 from untrained_toy import untrained_base
 
+from bench.given_base import with_base
 from modular_concepts.customisation import Subject, Targets, problem_for
 from modular_concepts.errors import AdapterError
 from modular_concepts.training import OutOfMemory, TrainSettings, rehearse, train
@@ -39,12 +40,12 @@ def test_memory_that_runs_out_is_a_sentence_and_loses_nothing(tmp_path, fault):
 
     def predict(*given):
         calls.append(given)
-        return fault() if len(calls) == 9 else base.predict(*given)
+        return fault() if len(calls) == 9 else base.base.predict(*given)
 
     settings = replace(EVERYTHING, gradient_checkpointing=False, precision="fp32")
     before, state = weights_hash(base), torch.get_rng_state()
     with pytest.raises(OutOfMemory) as caught:
-        train(replace(base, predict=predict), settings, basis=tiny_basis(), checkpoints=tmp_path)
+        train(with_base(base, predict=predict), settings, basis=tiny_basis(), checkpoints=tmp_path)
     said = str(caught.value)
     assert (
         "memory ran out at step 5; lower batch (now 3), train on smaller pictures or turn gradient_checkpointing on"
@@ -60,10 +61,10 @@ def test_memory_that_runs_out_is_a_sentence_and_loses_nothing(tmp_path, fault):
 
 def test_memory_that_is_too_small_from_the_start_keeps_no_file(tmp_path):
     with pytest.raises(AdapterError, match="memory ran out at step 1;.*lower batch"):
-        train(replace(tiny_problem(), predict=too_much), SETTINGS, basis=tiny_basis(), checkpoints=tmp_path)
+        train(with_base(tiny_problem(), predict=too_much), SETTINGS, basis=tiny_basis(), checkpoints=tmp_path)
     assert not list(tmp_path.iterdir())
     with pytest.raises(AdapterError, match="too small for 1 of 3 pictures at once; train on smaller pictures"):
-        rehearse(replace(tiny_problem(), predict=too_much), SETTINGS, tiny_basis())
+        rehearse(with_base(tiny_problem(), predict=too_much), SETTINGS, tiny_basis())
 
 
 def test_the_advice_names_only_what_is_left_to_do():

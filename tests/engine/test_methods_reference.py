@@ -12,6 +12,7 @@ from laws import seeded
 from tiny_layers import CAPTIONS, LENGTH, ORDER, tiny_base, tiny_problem
 from torch import nn
 
+from bench.given_base import GivenBase
 from modular_concepts.bases import OrthogonalBasis
 from modular_concepts.models.schedules import NoiseSchedule
 from modular_concepts.seeds import seeded as seeded_by
@@ -210,15 +211,14 @@ def test_a_planted_word_is_found_in_every_layer(seed, layerwise):
         off = context.expand(layers, width) - planted
         return noise + off.flatten()[None, :, None, None]
 
-    problem = Problem(
+    base = GivenBase(
         predict,
         lambda captions, tokens: tokens["<x>"].flatten(-2),
         NoiseSchedule(alphas),
-        {},
-        Examples(torch.zeros(3, layers * width, 2, 2), ("<x>",) * 3),
-        triggers={"<x>": torch.zeros(1, width)},
         cross_attention_layers=layers,
     )
+    examples = Examples(torch.zeros(3, layers * width, 2, 2), ("<x>",) * 3)
+    problem = Problem(base, {}, examples, {"<x>": torch.zeros(1, width)})
     settings = TrainSettings(
         method="words",
         layerwise=layerwise,

@@ -12,6 +12,7 @@ from tiny_problem import RESUME_SETTINGS, learned, tiny_basis, tiny_problem
 from tiny_sd import write_tiny_sd
 from untrained_toy import QUICK, filled_concept, write_untrained
 
+from bench.given_base import with_base
 from modular_concepts.concept import Concept, Recipe
 from modular_concepts.customisation import Subject, Targets, customised, train_concept
 from modular_concepts.diffusers_base import load_diffusers_base
@@ -67,14 +68,14 @@ def test_an_overflow_repeats_the_step_with_a_smaller_scale():
             return gradient * (float("inf") if seen[-1] > states[0] else 1.0)
 
     def predict(*given):
-        return Loud.apply(problem.predict(*given))
+        return Loud.apply(problem.base.predict(*given))
 
     def gradient_at(scale):
         """The largest gradient that the prediction gets in the first step with this scale."""
         states[:] = [float("inf")]
         state = Run(problem, replace(SETTINGS, precision="fp16"), tiny_basis())
         state.loss_scale.value = scale
-        loud = replace(problem, predict=predict)
+        loud = with_base(problem, predict=predict)
         with on_base(loud, state) as step:
             step.gradients()
         return seen.pop()
@@ -82,7 +83,7 @@ def test_an_overflow_repeats_the_step_with_a_smaller_scale():
     limit = 1.5 * gradient_at(2.0**12)
     calm = run(replace(SETTINGS, precision="fp16", steps=1))
     states[:], seen[:] = [limit], []
-    result = run(replace(SETTINGS, precision="fp16", steps=1), replace(problem, predict=predict))
+    result = run(replace(SETTINGS, precision="fp16", steps=1), with_base(problem, predict=predict))
     assert len(seen) == 5, "65536 halves to 4096 in four more tries"
     assert result.step == 1 and result.losses == calm.losses
     assert all(torch.allclose(own, learned(result)[name], rtol=2e-2, atol=1e-4) for name, own in learned(calm).items())
@@ -92,12 +93,12 @@ def test_a_gradient_that_stays_infinite_is_a_divergence_that_names_the_precision
     base = tiny_problem()
 
     def predict(*given):
-        prediction = base.predict(*given)
+        prediction = base.base.predict(*given)
         prediction.register_hook(lambda gradient: gradient * float("inf"))
         return prediction
 
     with pytest.raises(Diverged, match="or in bf16 or fp32 precision"):
-        run(replace(SETTINGS, precision="fp16"), replace(base, predict=predict))
+        run(replace(SETTINGS, precision="fp16"), with_base(base, predict=predict))
 
 
 def test_the_scale_doubles_after_many_good_steps_and_is_in_the_checkpoint(tmp_path):
@@ -137,9 +138,9 @@ def test_eight_bit_moments_are_resumed_exactly(tmp_path):
     layers = base.layers | {"unet.wide": wide.requires_grad_(False)}
 
     def predict(noisy, timesteps, context):
-        return base.predict(noisy, timesteps, context + 0.1 * wide(context).unflatten(-1, (8, -1)).mean(-1))
+        return base.base.predict(noisy, timesteps, context + 0.1 * wide(context).unflatten(-1, (8, -1)).mean(-1))
 
-    problem = replace(base, predict=predict, layers=layers)
+    problem = with_base(base, predict=predict, layers=layers)
     settings = replace(RESUME_SETTINGS, optimizer="adamw8bit")
     straight = run(settings, problem, checkpoints=tmp_path / "straight")
     run(settings, problem, lambda at: at.step == 9, checkpoints=tmp_path / "half")
@@ -193,10 +194,10 @@ def test_a_planted_target_is_learned_in_half_precision(method, precision, stored
     if precision == "fp32" and stored == torch.float32:
         return  # test_training.py has it
     problem, settings, planted = planted_problem(method, 0)
-    for module in problem.modules:
+    for module in problem.base.modules:
         module.to(stored)
-    target = torch.eye(len(planted)) - problem.modules[0].weight.detach().float()
-    problem = replace(problem, lean=stored != torch.float32)
+    target = torch.eye(len(planted)) - problem.base.modules[0].weight.detach().float()
+    problem = with_base(problem, lean=stored != torch.float32)
     result = run(replace(settings, precision=precision), problem)
     adapter = result.layers["layer"]
     assert adapter.lora_up.dtype == adapter.lora_down.dtype == torch.float32
@@ -207,10 +208,10 @@ def test_a_planted_target_is_learned_in_half_precision(method, precision, stored
 @pytest.mark.parametrize("stored", HALF)
 def test_small_steps_are_not_eaten_by_the_weights_precision(stored):
     problem = tiny_problem()
-    for module in problem.modules:
+    for module in problem.base.modules:
         module.to(stored)
-    encode, rows = problem.encode, {"<x>": problem.triggers["<x>"].to(stored)}
-    problem = replace(problem, lean=True, triggers=rows, encode=lambda *given: encode(*given).float())
+    encode, rows = problem.base.context, {"<x>": problem.triggers["<x>"].to(stored)}
+    problem = with_base(problem, lean=True, triggers=rows, context=lambda *given: encode(*given).float())
     settings = replace(SETTINGS, method="lora", steps=4, adapter_lr=1e-4, token_lr=1e-4, weight_decay=0.0)
     before = Run(problem, settings, tiny_basis())
     after = run(settings, problem)

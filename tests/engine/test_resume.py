@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_problem import EVERYTHING, RESUME_SETTINGS, learned, problem_with_everything, tiny_basis
 from tiny_problem import tiny_problem as make_problem
 
+from bench.given_base import with_base
 from modular_concepts.errors import AdapterError
 from modular_concepts.training import Cancelled, Examples, newest_checkpoint, train
 
@@ -37,7 +38,7 @@ def run(folder=None, resume=None, callback=None, settings=RESUME_SETTINGS, probl
 def problem_with_all_layers():
     """`problem_with_everything` with the layers of `make_problem`."""
     problem = problem_with_everything()
-    return replace(problem, layers=problem.layers | {"text_encoder.mix": problem.modules[1].mix})
+    return replace(problem, layers=problem.layers | {"text_encoder.mix": problem.base.modules[1].mix})
 
 
 def child(folder, *options):
@@ -137,9 +138,9 @@ def test_a_cancel_inside_a_step_loses_nothing(tmp_path, straight, step):
         calls.append(inputs)
         if len(calls) == step:
             raise Cancelled
-        return problem.predict(*inputs)
+        return problem.base.predict(*inputs)
 
-    cancelled = run(tmp_path, problem=replace(problem, predict=predict))
+    cancelled = run(tmp_path, problem=with_base(problem, predict=predict))
     assert cancelled.step == step - 1 and not cancelled.finished
     assert_same(learned(run(resume=tmp_path)), straight[0])
 
@@ -187,7 +188,7 @@ def test_changed_pictures_captions_and_base_are_refused(checkpoint):
     fewer = Examples(examples.latents[:2], examples.captions[:2])
     assert run(resume=checkpoint, problem=make_problem(examples=fewer), accept_changes=True).finished
     with pytest.raises(AdapterError, match="base model"):
-        run(resume=checkpoint, problem=make_problem(base_hash="other"))
+        run(resume=checkpoint, problem=make_problem(hash="other"))
 
 
 def test_another_rank_is_refused_whatever_is_accepted(checkpoint):

@@ -1,12 +1,12 @@
 """Captions that training cannot change are read once; what the base is told stays what it was."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from tiny_problem import learned, tiny_basis, tiny_problem
 from torch import Tensor
 
+from bench.given_base import with_base
 from modular_concepts.training import Examples, TrainSettings, train
 from modular_concepts.training.text_features import TextFeatures
 
@@ -22,9 +22,9 @@ def problem_that_tells(told, text_trained=False, context=lambda tensor: tensor):
 
     def encode(captions, tokens):
         told.append(tuple(captions))
-        return context(problem.encode(captions, tokens))
+        return context(problem.base.context(captions, tokens))
 
-    return replace(problem, layers=layers, encode=encode)
+    return with_base(problem, layers=layers, context=encode)
 
 
 def test_class_captions_are_read_once_and_alone():
@@ -75,11 +75,11 @@ def test_named_tuples_are_joined_part_by_part_in_the_captions_order():
     rows = {"<x>": torch.ones(2, 8, requires_grad=True)}
 
     def encode(captions, tokens):
-        text = problem.encode(captions, tokens)
+        text = problem.base.context(captions, tokens)
         return Two(text, text.mean(dim=1))
 
     captions = ["a <x> man", "a man", "the <x>", "", "a man"]
-    features = TextFeatures(replace(problem, encode=encode), rows, trained=False)
+    features = TextFeatures(with_base(problem, context=encode), rows, trained=False)
     found, expected = features(captions), encode(captions, rows)
     assert isinstance(found, Two)
     assert all(torch.allclose(own, other, atol=1e-6) for own, other in zip(found, expected, strict=True))
@@ -91,10 +91,10 @@ def test_a_long_caption_lengthens_those_beside_it():
     problem = problem_that_tells([])
 
     def encode(captions, tokens):
-        text = problem.encode(captions, tokens)
+        text = problem.base.context(captions, tokens)
         return text if any("beach" in caption for caption in captions) else text[:, :6]
 
     rows = {"<x>": torch.ones(2, 8)}
-    features = TextFeatures(replace(problem, encode=encode), rows, trained=False)
+    features = TextFeatures(with_base(problem, context=encode), rows, trained=False)
     assert features(["a <x> man on the beach", "a man"]).shape[1] == 8
     assert features(["a <x> man", "a man"]).shape[1] == 6

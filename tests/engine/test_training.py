@@ -8,6 +8,7 @@ from laws import seeded
 from tiny_problem import KINDS, hook_count, learned, tiny_basis, tiny_problem, weights_hash
 from torch import nn
 
+from bench.given_base import GivenBase, with_base
 from modular_concepts.adapters import ConvGeometry
 from modular_concepts.errors import AdapterError
 from modular_concepts.models.schedules import NoiseSchedule
@@ -66,14 +67,8 @@ def planted_problem(method, seed):
         noise = noisy / (1 - alphas[timesteps]).sqrt()[:, None, None, None]
         return layer(noise.movedim(1, -1)).movedim(-1, 1)
 
-    problem = Problem(
-        predict,
-        lambda captions, tokens: None,
-        NoiseSchedule(alphas),
-        {"layer": layer},
-        Examples(torch.zeros(3, WIDTH, 4, 4), ("", "", "")),
-        (layer,),
-    )
+    base = GivenBase(predict, lambda captions, tokens: None, NoiseSchedule(alphas), (layer,))
+    problem = Problem(base, {"layer": layer}, Examples(torch.zeros(3, WIDTH, 4, 4), ("", "", "")))
     return problem, settings, planted
 
 
@@ -169,9 +164,9 @@ def test_base_is_as_before_after_training(method, way_out):
             raise Cancelled
         if len(calls) == 3 and way_out == "exception":
             raise RuntimeError("the machine stumbled")
-        return base.predict(*inputs)
+        return base.base.predict(*inputs)
 
-    problem = replace(base, predict=predict)
+    problem = with_base(base, predict=predict)
     before, state = weights_hash(base), torch.get_rng_state()
     callback = (lambda progress: progress.step == 3) if way_out == "cancel" else None
     if way_out == "exception":
@@ -315,12 +310,12 @@ def test_divergence_keeps_the_last_good_state():
     base, seen = tiny_problem(), []
 
     def predict(*inputs):
-        prediction = base.predict(*inputs)
+        prediction = base.base.predict(*inputs)
         seen.append(prediction)
         return prediction * float("nan") if len(seen) == 5 else prediction
 
     with pytest.raises(Diverged, match="step 5.*lower learning rate of the layers .now 0.01") as caught:
-        run(problem=replace(base, predict=predict))
+        run(problem=with_base(base, predict=predict))
     kept = caught.value.result
     expected = run(callback=lambda progress: progress.step == kept.step)
     assert kept.step == 3 and not kept.finished and len(kept.losses) == 4

@@ -21,6 +21,7 @@ from laws import SHIFT, seeded
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bench.given_base import GivenBase, with_base
 from modular_concepts.bases import OrthogonalBasis
 from modular_concepts.models.cross_attention import CrossAttention, first_positions
 from modular_concepts.models.schedules import NoiseSchedule
@@ -124,7 +125,7 @@ def tiny_problem(dtype: torch.dtype = torch.float32, denoiser: type[nn.Module] =
         "text_encoder.mix": text.mix,
     }
 
-    def encode(captions: list[str], tokens: dict[str, Tensor]) -> Tensor:
+    def context(captions: list[str], tokens: dict[str, Tensor]) -> Tensor:
         def words(part: str) -> list[int]:
             return [WORDS.index(word) for word in part.replace(",", " ").split()]
 
@@ -136,21 +137,16 @@ def tiny_problem(dtype: torch.dtype = torch.float32, denoiser: type[nn.Module] =
 
     schedule = NoiseSchedule(torch.linspace(0.999, 0.01, 1000, dtype=dtype), "v_prediction")
     start = text.token_embedding.weight.detach()[WORDS.index("man")][None]
-    whole = {
-        "predict": unet,
-        "encode": encode,
-        "schedule": schedule,
-        "layers": layers,
-        "examples": examples,
-        "modules": (unet, text),
-        "triggers": {"<x>": start},
-        "base_hash": "tiny",
-        "cross_attentions": [CrossAttention(unet.to_q, unet.to_k, 1)],
-        "trigger_positions": lambda captions, tokens: first_positions(
-            token_ids(captions), [len(WORDS), len(WORDS) + 1]
-        ),
-    }
-    return Problem(**(whole | changed))
+    base = GivenBase(
+        predict=unet,
+        context=context,
+        schedule=schedule,
+        modules=(unet, text),
+        hash="tiny",
+        attentions=[CrossAttention(unet.to_q, unet.to_k, 1)],
+        trigger_positions=lambda captions, tokens: first_positions(token_ids(captions), [len(WORDS), len(WORDS) + 1]),
+    )
+    return with_base(Problem(base, layers, examples, {"<x>": start}), **changed)
 
 
 def problem_with_everything() -> Problem:
@@ -171,7 +167,7 @@ def problem_with_everything() -> Problem:
 def weights_hash(problem: Problem) -> str:
     """sha256 over all weights of the base."""
     digest = hashlib.sha256()
-    for module in problem.modules:
+    for module in problem.base.modules:
         for name, value in module.state_dict().items():
             digest.update(name.encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -179,7 +175,7 @@ def weights_hash(problem: Problem) -> str:
 
 def hook_count(problem: Problem) -> int:
     """Hooks on all parts of the base."""
-    parts = [part for module in problem.modules for part in module.modules()]
+    parts = [part for module in problem.base.modules for part in module.modules()]
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)
 
 

@@ -74,7 +74,7 @@ def compare(problem, options: dict, plain: dict) -> dict:
         "finite": bool(whole.isfinite().all()),
         "peak": [kept[2], again[2]],
         "from_plain": ((whole - exact).norm() / exact.norm()).item() if whole.shape == exact.shape else None,
-        "positions": problem.trigger_positions(["a photo of <x> outside", "a man"], tokens).tolist(),
+        "positions": problem.base.trigger_positions(["a photo of <x> outside", "a man"], tokens).tolist(),
     }
 
 
