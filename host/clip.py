@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.families import encoder_names, reader_names
 from ..modular_concepts.fitting import faded_words, refuse_shared_triggers
 from ..modular_concepts.models.cross_attention import first_positions
 from ..modular_concepts.tokens import caption_ids, learned_rows, token_ids
 from ..modular_concepts.triggers import TRIGGER, between, heard, replaced
-from .families.lookup import encoder_names, reader_names
 from .layers import text_encoders_of
 from .layerwise import LAYERS
 

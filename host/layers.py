@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ..modular_concepts.base_model import tables_hash
 from ..modular_concepts.errors import AdapterError
-from ..modular_concepts.families import titles
+from ..modular_concepts.families import encoder_names, titles
 from ..modular_concepts.fingerprint import base_mark, weights_sample
 from ..modular_concepts.layers import canonical_name
-from .families.lookup import encoder_names, host_family_of, projected_names
+from .families.lookup import host_family_of, projected_names
 
 _HASHES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
 _MARKS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()

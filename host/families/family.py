@@ -30,7 +30,6 @@ class HostFamily:
     cells(unet_config): of how many of the latent's cells a picture's sides must be multiples.
     listening(places, contexts, negatives, own): what lets each region have a text of its own; see `regions.py`.
     clip_model: class of the CLIP's model that holds its text encoders; None where any with one will do.
-    readers: text encoders of the CLIP that learn no words, and read the class word instead.
     put_together(CLIP, hidden, pooled, said, read): (text, pooled or None) that the denoiser is told, of what the text
     encoders that learn words have made of each text; said: the texts as the host's tokenizers read them; read: what
     others made of token ids before, to which more is added.
@@ -42,5 +41,4 @@ class HostFamily:
     cells: Callable[[Mapping], int]
     listening: Callable[..., object]
     clip_model: type | None = None
-    readers: Sequence[str] = ()
     put_together: Callable[..., tuple[Tensor, Tensor | None]] = only_text

@@ -38,17 +38,6 @@ def host_family_of_texts(clip: comfy.sd.CLIP) -> HostFamily:
     return next((family for family in several if isinstance(whole, family.clip_model)), HOST_SD15)
 
 
-def encoder_names() -> tuple[str, ...]:
-    """What the host calls text encoders that learn words, in the order of a learned row's columns."""
-    encoders = (encoder for family in HOST_FAMILIES for encoder in family.family.text_encoders)
-    return tuple(dict.fromkeys(encoder.name for encoder in encoders))
-
-
-def reader_names() -> tuple[str, ...]:
-    """What the host calls text encoders that learn none, and read the class word instead."""
-    return tuple(dict.fromkeys(name for family in HOST_FAMILIES for name in family.readers))
-
-
 def projected_names() -> frozenset[str]:
     """Those of `encoder_names` whose projection of the summary belongs to the family's weights."""
     encoders = (encoder for family in HOST_FAMILIES for encoder in family.family.text_encoders)

@@ -17,7 +17,7 @@ from ...modular_concepts.regions.places import Places
 from ..joint import JointListening
 from .family import DENOISER, HostFamily, Read, Said
 
-T5 = "t5xxl"
+(T5,) = SD3.readers
 _T5_WIDTH = 4096  # to which the other two together are padded
 
 
@@ -70,6 +70,5 @@ HOST_SD3 = HostFamily(
     _cells,
     _listening,
     clip_model=SD3ClipModel,
-    readers=(T5,),
     put_together=_put_together,
 )

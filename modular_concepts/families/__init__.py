@@ -44,6 +44,17 @@ def network_of(name: str) -> Network | None:
     return next((network for network in networks(part) if network.has(path)), None)
 
 
+def encoder_names() -> tuple[str, ...]:
+    """What files and hosts call text encoders that learn words, in the order of a learned row's columns."""
+    encoders = (encoder for family in _FAMILIES.values() for encoder in family.text_encoders)
+    return tuple(dict.fromkeys(encoder.name for encoder in encoders))
+
+
+def reader_names() -> tuple[str, ...]:
+    """What files and hosts call text encoders that learn none, and read the class word instead."""
+    return tuple(dict.fromkeys(name for family in _FAMILIES.values() for name in family.readers))
+
+
 def block_classes() -> frozenset[str]:
     """Classes of the blocks that are computed again in backward, as diffusers and hosts call them."""
     return frozenset(name for network in networks("unet") for name in network.checkpointed)

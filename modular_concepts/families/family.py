@@ -146,6 +146,7 @@ class Family:
     kohya_versions: how `ss_base_model_version` of its LoRAs begins.
     side: pixels of the picture that it draws best.
     text_encoders: those that learn words, in the order of a learned row's columns.
+    readers: text encoders that learn none, and read the class word instead.
     token_norm: whether the length of CLIP-L's rows, which a training may hold words to, holds here.
     token_noise: how far from its class word a learned word starts, in standard deviations of the token table.
     lean: whether training runs the network's layers in less time and memory, rounded otherwise in the last digit.
@@ -163,6 +164,7 @@ class Family:
     text_encoders: Sequence[TextEncoder]
     kohya_versions: Sequence[str] = ()
     implementation: str = "diffusers"
+    readers: Sequence[str] = ()
     token_norm: bool = False
     token_noise: float = 0.1
     lean: bool = True
@@ -170,6 +172,11 @@ class Family:
     prior_prompts: Callable[[str, int], list[str]] = _photos
     unknown_words: Callable[[str, Sequence[str]], list[str]] = _none_unknown
     ordinary: Callable[[], Sequence[str]] = _people_write
+
+    @property
+    def word_width(self) -> int:
+        """Columns of a learned row: those of all text encoders side by side."""
+        return sum(encoder.width for encoder in self.text_encoders)
 
     def network(self, part: str) -> Network | None:
         """The network whose layers' names begin with `part`, or None."""

@@ -42,4 +42,5 @@ SD3 = Family(
         TextEncoder("text_encoder", "clip_l", 768, CLIP_TEXT),
         TextEncoder("text_encoder_2", "clip_g", 1280, CLIP_TEXT, projected=True),
     ),
+    readers=("t5xxl",),
 )

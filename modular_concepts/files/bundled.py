@@ -1,15 +1,15 @@
 """Learned words that come in a LoRA's own file: `bundle_emb.WORD.PART`, as A1111's bundles and OneTrainer write them.
 
 Pivotal tuning trains a word and a LoRA together, and without the word such a LoRA does little.  PART is A1111's
-`string_to_param.*` or `emb_params`, one tensor of rows, or one tensor for each text encoder: `clip_l` and `clip_g`
-together (SDXL, Stable Diffusion 3), `clip_l` or `clip_h` alone (1.x, 2.x).
+`string_to_param.*` or `emb_params`, one tensor of rows, or one tensor for each of a family's text encoders, called as
+the encoder is.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,16 +19,13 @@ from torch import Tensor
 from ..adapters import MAX_SIZE, LowRank
 from ..concept import Concept, check_text, clip
 from ..errors import AdapterError
+from ..families import encoder_names, families, find_family, network_of, reader_names
+from ..families.family import TextEncoder
+from ..layers import is_target
 from ..triggers import heard
 
-CLIP_L, CLIP_H, CLIP_G = 768, 1024, 1280
 MOST_ROWS = 75  # as many tokens as a text encoder hears at once
-WIDTHS = {"sd15": CLIP_L, "sd2": CLIP_H, "sdxl": CLIP_L + CLIP_G, "sd3": CLIP_L + CLIP_G}
 _ONE = ("string_to_param", "emb_params")
-_READ = (*_ONE, "clip_l", "clip_h", "clip_g")
-_KEY = re.compile(
-    r"bundle_emb\.(.*)\.((string_to_param)\.[^.]+?|emb_params|clip_[lgh]|t5xxl|t5|t5_xxl)(_out)?", re.DOTALL
-)
 _UNSAYABLE = {
     "/": "a slash, which would be a folder in the names of files",
     "\\": "a backslash, which would be a folder in the names of files",
@@ -59,14 +56,14 @@ class Bundled(NamedTuple):
 
 def part_of(key: str) -> Part | None:
     """What a key of a bundle holds; None for any other key."""
-    match = _KEY.fullmatch(key)
+    match = _key_pattern().fullmatch(key)
     return match and Part(match[1], match[3] or match[2], bool(match[4]))
 
 
 def is_needed(key: str) -> bool:
     """Whether this key's rows can be a word of ours."""
     part = part_of(key)
-    return part is not None and part.name in _READ and not part.output
+    return part is not None and part.name in (*_ONE, *encoder_names()) and not part.output
 
 
 def bundled_words(tensors: Mapping[str, Tensor], architecture: str, width: int | None, model: bool) -> Bundled:
@@ -86,7 +83,8 @@ def bundled_words(tensors: Mapping[str, Tensor], architecture: str, width: int |
                 f"{_rows_for(part)} of the learned word {_name(part.word)} have no place in a concept"
             )
             bundled.explained.add(key)
-    expected = width if model else WIDTHS.get(architecture)
+    family = find_family(architecture)
+    expected = width if model else None if family is None else family.word_width
     for word, parts in words.items():
         keys = {key for of_part in parts.values() for key in of_part}
         try:
@@ -99,18 +97,19 @@ def bundled_words(tensors: Mapping[str, Tensor], architecture: str, width: int |
             continue
         bundled.rows[word] = rows.float().contiguous()
         bundled.keys.update(keys)
-        if set(parts) == {"clip_l"}:
+        if set(parts) < {encoder.name for encoder in _most_encoders()}:
             bundled.sentences.append(
-                f"the learned word {_name(word)} has rows for clip_l alone, so for one text encoder"
+                f"the learned word {_name(word)} has rows for {min(parts)} alone, so for one text encoder"
             )
     return bundled
 
 
 def text_width(layers: Mapping[str, tuple[int, ...]]) -> int | None:
     """How wide the texts are that cross-attentions of these layers read (name -> weight's shape), if that is one."""
-    if any(".joint_blocks." in name for name in layers):
-        return WIDTHS["sd3"]
-    widths = {shape[1] for name, shape in layers.items() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
+    joint = next((network for name in layers if (network := network_of(name)) is not None and network.joint), None)
+    if joint is not None:
+        return next(family.word_width for family in families() if family.denoiser is joint)
+    widths = {shape[1] for name, shape in layers.items() if is_target(name, "cross_attention_kv")}
     return widths.pop() if len(widths) == 1 else None
 
 
@@ -163,22 +162,48 @@ def _rows(parts: Mapping[str, tuple[list[str], Tensor]], expected: int | None, w
             f"it is there twice, as {' and '.join(sorted(k for keys, _ in parts.values() for k in keys))}"
         )
     tensors = {name: _of_rows(name, tensor) for name, (_, tensor) in parts.items()}
-    if names == {"clip_l", "clip_g"}:
-        left, right = tensors["clip_l"], tensors["clip_g"]
-        if len(left) != len(right):
-            raise AdapterError(f"clip_l has {len(left)} rows and clip_g {len(right)}, which are not those of one word")
-        wanted, rows = expected or CLIP_L + CLIP_G, torch.cat([left.float(), right.float()], dim=1)
-    elif names <= set(_ONE) or (names == {"clip_l"} and (expected or width) == CLIP_L):
-        (rows,), wanted = tensors.values(), expected or width
-    elif names == {"clip_h"}:
-        rows, wanted = tensors["clip_h"], expected or width or CLIP_H
+    wanted = expected or width
+    if names <= set(_ONE):
+        (rows,) = tensors.values()
     else:
-        missing = ({"clip_l", "clip_g"} - names) or names - {"clip_l", "clip_g"}
-        why = "missing" if missing - names else "of another model"
-        raise AdapterError(f"it has rows for {' and '.join(sorted(names))}, and {min(missing)} is {why}")
+        encoders = _encoders_of(names, wanted)
+        if len({len(tensors[encoder.name]) for encoder in encoders}) > 1:
+            first, *others = ((encoder.name, len(tensors[encoder.name])) for encoder in encoders)
+            counts = [f"{first[0]} has {first[1]} rows", *(f"{name} {count}" for name, count in others)]
+            raise AdapterError(f"{' and '.join(counts)}, which are not those of one word")
+        rows = torch.cat([tensors[encoder.name].float() for encoder in encoders], dim=1)
+        whole = sum(encoder.width for encoder in encoders)
+        wanted = expected or (whole if len(encoders) > 1 else width or whole)
     if wanted and rows.shape[1] != wanted:
         raise AdapterError(f"its rows are {rows.shape[1]} wide, and the texts that the LoRA's model reads {wanted}")
     return rows
+
+
+def _encoders_of(names: Collection[str], wanted: int | None) -> Sequence[TextEncoder]:
+    """The text encoders that these are all of, in some family.  Raises AdapterError where they are those of none.
+
+    wanted: how wide texts of the model are together.  A part of another family's encoders has to be as wide.
+    """
+    most = _most_encoders()
+    for family in families():
+        encoders = family.text_encoders
+        whole = {encoder.name for encoder in encoders} == set(names)
+        if whole and (family.word_width == wanted or not set(names) < {encoder.name for encoder in most}):
+            return encoders
+    missing = {encoder.name for encoder in most} - set(names) or set(names) - {encoder.name for encoder in most}
+    why = "missing" if missing - set(names) else "of another model"
+    raise AdapterError(f"it has rows for {' and '.join(sorted(names))}, and {min(missing)} is {why}")
+
+
+def _most_encoders() -> Sequence[TextEncoder]:
+    return max((family.text_encoders for family in families()), key=len)
+
+
+def _key_pattern() -> re.Pattern:
+    parts = (*encoder_names(), *reader_names(), "t5", "t5_xxl")
+    return re.compile(
+        rf"bundle_emb\.(.*)\.((string_to_param)\.[^.]+?|emb_params|{'|'.join(map(re.escape, parts))})(_out)?", re.DOTALL
+    )
 
 
 def _of_rows(name: str, tensor: Tensor) -> Tensor:
