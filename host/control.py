@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..modular_concepts.regions.places import Places
@@ -27,6 +28,6 @@ def weighted(
         size = tensor.shape[2:] if tensor.dim() == 4 else tensor.shape[1:2]
         division = places.division(size.numel(), latent_size, progress, tensor)
         weights = (factors @ division.texts).to(tensor)
-        return tensor * (weights.unflatten(0, size) if tensor.dim() == 4 else weights[:, None])
+        return tensor * (rearrange(weights, "(h w) -> h w", h=size[0]) if tensor.dim() == 4 else weights[:, None])
 
     return {part: [at(tensor) for tensor in tensors] for part, tensors in control.items()}

@@ -14,6 +14,7 @@ import comfy.model_patcher
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.patcher_extension import WrappersMP
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ..modular_concepts.errors import AdapterError
@@ -56,12 +57,13 @@ def with_layers(model: comfy.model_patcher.ModelPatcher) -> None:
 
 def stacked(contexts: Tensor, length: int | None = None) -> Tensor:
     """(B, L, T, D) -> (B, L * length, D), each layer's tokens repeated to `length`, a multiple of T."""
-    return contexts.repeat(1, 1, (length or contexts.shape[2]) // contexts.shape[2], 1).flatten(1, 2)
+    repeats = (length or contexts.shape[2]) // contexts.shape[2]
+    return repeat(contexts, "b l t d -> b (l repeats t) d", repeats=repeats)
 
 
 def own_context(layers: int, context: Tensor, options: Mapping) -> Tensor:
     """Of a stacked context (B, L * T, D), the T tokens of the transformer that asks just now."""
-    return context.unflatten(1, (layers, -1))[:, options["transformer_index"]]
+    return rearrange(context, "b (l t) d -> b l t d", l=layers)[:, options["transformer_index"]]
 
 
 class PickLayer:

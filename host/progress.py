@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..modular_concepts.pictures import to_image
 from ..modular_concepts.sampling import SampleSettings
 from ..modular_concepts.training import Progress
 from .messages import show_text
@@ -42,7 +43,7 @@ class Previews:
         seeds = range(self.seed, self.seed + len(self.prompts))
         pictures = draw(list(self.prompts), seeds, tokens, SampleSettings(**PREVIEW, height=height, width=width))
         row = torch.cat(list(pictures), dim=-1)
-        image = Image.fromarray((row.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+        image = to_image(row)
         larger = max(1, PREVIEW_SIDE // max(height, width))
         return image.resize((image.width * larger, image.height * larger), Image.Resampling.NEAREST)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import comfy.sd
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..modular_concepts.errors import AdapterError
@@ -90,6 +91,7 @@ def _encoded(
         longest = max(len(own) for own in sections)
         padded = [own + empty[key_of(name)] * (longest - len(own)) for own in sections]
         text, summary = encoder([[token for token, *_ in section] for own in padded for section in own])[:2]
-        hidden[name] = text.unflatten(0, (len(said), longest)).flatten(1, 2)
-        pooled[name] = summary.unflatten(0, (len(said), longest))[:, 0]  # the host takes that of the first section
+        hidden[name] = rearrange(text, "(b sections) t d -> b (sections t) d", b=len(said))
+        # The host takes that of the first section.
+        pooled[name] = rearrange(summary, "(b sections) d -> b sections d", b=len(said))[:, 0]
     return host_family_of_texts(clip).put_together(clip, hidden, pooled, said, read)

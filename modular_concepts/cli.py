@@ -108,7 +108,7 @@ def _keep_persons_files(out: Path) -> None:
 
 def _pictures(args: argparse.Namespace) -> None:
     from .files.safe import all_or_none, write_atomically
-    from .toy.report import to_image
+    from .pictures import to_image
     from .toy.standard import BY_NAME, lesson_of
 
     if args.concept not in BY_NAME:

@@ -162,7 +162,7 @@ def _outputs(args: argparse.Namespace) -> list[Path]:
 
 def _write(path: Path, zoom: int, picture) -> Path:
     from .files.safe import replacing
-    from .toy.report import to_image
+    from .pictures import to_image
 
     image = to_image(picture)
     if zoom > 1:

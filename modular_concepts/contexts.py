@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .tokens import layer_count, layered_ids, layered_rows, learned_tokens, says_layer_wise
@@ -51,6 +52,6 @@ def hidden_states(
             parts.append(read(ids[~apart])[:, None].expand(-1, layers, -1, -1))
     if apart.any():
         with learned_tokens(embedding, {"every layer": layered_rows(tokens)}):
-            parts.append(read(layered_ids(ids[apart], tokens, vocab_size)).unflatten(0, (-1, layers)))
+            parts.append(rearrange(read(layered_ids(ids[apart], tokens, vocab_size)), "(b l) t d -> b l t d", l=layers))
     # Back into the prompts' order: those that are alike come first in `parts`.
     return torch.cat(parts)[apart.int().argsort(stable=True).argsort()]

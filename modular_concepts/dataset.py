@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .buckets import bucket, stacked
@@ -23,6 +24,7 @@ from .errors import AdapterError
 from .files.safe import not_a_file
 from .folder import FolderReport, Found, listed, survey
 from .picture_size import check_promise
+from .pictures import to_image, to_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -158,8 +160,8 @@ def of_pictures(
     if masks is not None:
         fits = zip(names, pictures, _one_each("mask", masks, len(pictures)), sizes, strict=True)
         covers = [_fit_cover(name, picture, mask, own) for name, picture, mask, own in fits]
-    pixels = [(picture.permute(1, 2, 0) * 255).round().byte().numpy() for picture in fitted]
-    coverage = None if covers is None else [(cover[0] * 255).round().byte().numpy() for cover in covers]
+    pixels = [to_pixels(picture) for picture in fitted]
+    coverage = None if covers is None else [to_pixels(cover[0]) for cover in covers]
     fingerprint = _fingerprint(names, captions, pixels, coverage)
     notes = _Notes(names)
     for number, picture in enumerate(pixels):
@@ -179,28 +181,22 @@ def _one_each(what: str, given: Sequence, count: int) -> Sequence:
 
 def _fit_tensor(name: str, picture: Tensor, size: tuple[int, int]) -> Tensor:
     """(3, H, W) as it is, or through the same cropping that files get."""
-    from PIL import Image as images
-
     if picture.dim() != 3 or picture.shape[0] != 3 or not picture.isfinite().all():
         raise AdapterError(f"{name}: it has shape {tuple(picture.shape)} or holds NaN; we need finite RGB (3, H, W)")
     picture = picture.detach().float().cpu().clamp(0, 1).clone()
     if picture.shape[1:] == size:
         return picture
-    image = images.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
-    return torch.from_numpy(_fit(name, image, size, "RGB")).permute(2, 0, 1).float() / 255
+    return rearrange(torch.from_numpy(_fit(name, to_image(picture), size, "RGB")), "h w c -> c h w").float() / 255
 
 
 def _fit_cover(name: str, picture: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
     """(1, H, W) of a mask (H, W) that lies on `picture`."""
-    from PIL import Image as images
-
     if mask.shape != picture.shape[1:]:
         raise AdapterError(
             f"{name}: the mask is {mask.shape[-1]}×{mask.shape[0]} pixels but its picture is "
             f"{picture.shape[2]}×{picture.shape[1]}; give it in the picture's size"
         )
-    image = images.fromarray((mask.detach().float().cpu().nan_to_num().clamp(0, 1) * 255).round().byte().numpy())
-    cover = _fit(name, image, size, "L")
+    cover = _fit(name, to_image(mask.nan_to_num()), size, "L")
     if not cover.any():
         raise AdapterError(f"{name}: the mask is black all over, or where the crop keeps it; paint the concept white")
     return torch.from_numpy(cover)[None].float() / 255

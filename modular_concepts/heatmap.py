@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from .layers import block_of
+from .pictures import as_batch
 
 Pair = tuple[str, str]
 
@@ -88,7 +87,7 @@ def draw_report(names: Sequence[str], table: Mapping) -> Tensor:
         FAINT,
         fonts[14],
     )
-    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]
+    return as_batch(image)
 
 
 def _by_block(table: Mapping) -> dict[str, dict[Pair, float]]:

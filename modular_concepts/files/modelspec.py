@@ -20,6 +20,7 @@ from torch import Tensor
 from ..concept import Concept
 from ..errors import AdapterError
 from ..families import families, find_family
+from ..pictures import to_image
 from .safe import data_hash
 
 VERSION = "1.0.1"
@@ -142,8 +143,7 @@ def thumbnail(picture: Tensor) -> str:
     """
     from PIL import Image
 
-    pixels = (picture.detach().cpu().float().clamp(0, 1) * 255).round().byte().numpy()
-    image = Image.fromarray(pixels[..., :3])
+    image = to_image(picture[..., :3].movedim(-1, 0))
     if max(image.size) < THUMBNAIL_SIDE // 2:
         factor = THUMBNAIL_SIDE // 2 // max(image.size)
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

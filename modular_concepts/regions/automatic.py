@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor
 
 from .geometry import grid_of
@@ -35,12 +36,12 @@ class HeardWords:
 
     def hear(self, query: Tensor, key: Tensor, heads: int) -> None:
         """query: (B, T, heads * d), key: (B, tokens, heads * d), tokens a multiple of the text's length."""
-        query, key = (one.unflatten(-1, (heads, -1)).transpose(1, 2).float() for one in (query, key))
+        query, key = (rearrange(one, "b t (h d) -> b h t d", h=heads).float() for one in (query, key))
         heard = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1).mean((0, 1))  # (T, tokens)
-        heard = heard.unflatten(-1, (-1, self.length)).sum(1)
+        heard = reduce(heard, "t (repeats tokens) -> t tokens", "sum", tokens=self.length)
         own = torch.stack([heard[:, list(positions)].sum(-1) for positions in self.positions])
         grid = grid_of(own.shape[1], *self.latent_size)
-        own = own.unflatten(1, grid).cpu()
+        own = rearrange(own, "r (h w) -> r h w", h=grid[0]).cpu()
         self._sums[grid] = self._sums.get(grid, 0) + own
 
     def maps(self) -> Tensor:

@@ -16,6 +16,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..adapters import ConvGeometry, LowRank, scatter_rows
@@ -149,11 +150,11 @@ class Gated:
         if conv.groups == 1 and all(adapter.kind != "full" for adapter in self.adapters):
             layer = self._joined(tuple(range(len(self.owners))), x)
             down = layer.down if layer.down.dim() == 4 else layer.down[:, :, None, None]
-            columns = held.columns(self.owners, self.ranks).mT.unflatten(1, size)
+            columns = rearrange(held.columns(self.owners, self.ranks), "(h w) r -> r h w", h=size[0])
             hidden = F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation) * columns
             return output + F.conv2d(hidden, layer.up[:, :, None, None])
         for number in acting:
-            weights = held.weights(self.owners[number]).unflatten(0, size)
+            weights = rearrange(held.weights(self.owners[number]), "(h w) -> h w", h=size[0])
             output = output + self._joined((number,), x).residual(x, conv) * weights
         return output
 

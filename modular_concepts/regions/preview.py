@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..pictures import as_batch, to_image
 from ..triggers import TRIGGER
 from .geometry import Region, region_weights
 
@@ -31,7 +31,7 @@ def draw_regions(
     under: (H, W, 3) in 0..1, a picture to draw upon.  Raises AdapterError when there is no region, and for one that
     leaves the picture.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import ImageDraw, ImageFont
 
     if not regions:
         raise AdapterError("there is no region to show; connect a Concept Region")
@@ -46,7 +46,7 @@ def draw_regions(
     colours = torch.tensor([COLOURS[index % len(COLOURS)] for index in range(len(regions))]) / 255
     cover = shares.sum(0)
     painted = paper * (1 - FILL * cover) + FILL * torch.einsum("rhw,rc->chw", shares, colours)
-    image = Image.fromarray((painted.clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy())
+    image = to_image(painted)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(_FONT)
     chips: list[tuple[int, int, int, int]] = []
     for number, (region, own) in enumerate(zip(placed, weights, strict=True), 1):
@@ -57,7 +57,7 @@ def draw_regions(
         lines = _wrapped(label(number, region), font, max(right - left - 4 * _PAD, 120))
         chips.append(_free_place(_chip_box((left + _PAD, top + _PAD), lines, font, size), chips, size))
         _chip(pen, chips[-1], lines, font, colour)
-    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]
+    return as_batch(image)
 
 
 def label(number: int, region: Region) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..files.safe import replacing
+from ..pictures import to_image
 
 INK, PAPER, FAINT = (32, 34, 40), (255, 255, 255), (120, 124, 132)
 TITLES = {"lora": "plain LoRA", "orthogonal": "orthogonal"}
@@ -70,13 +71,6 @@ def _labelled_strips(path: Path, heading: str, strips: Sequence[tuple[str, str, 
         draw.text((14, y + height // 2), text, FAINT if not title else INK, font(15))
     with replacing(path) as file:
         image.save(file, "PNG")
-
-
-def to_image(picture: Tensor):
-    """(3, H, W) in 0..1 -> a Pillow image."""
-    from PIL import Image
-
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def heat_map(path: Path, names: Sequence[str], tables: Mapping[str, Mapping]) -> None:
