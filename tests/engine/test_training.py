@@ -155,7 +155,7 @@ def test_strength_zero_is_the_base_and_unknown_layers_are_named():
 @pytest.mark.parametrize("way_out", ["end", "cancel", "cancelled inside", "exception"])
 def test_base_is_as_before_after_training(method, way_out):
     base, calls = tiny_problem(), []
-    for module in base.modules:
+    for module in base.base.modules:
         module.train()
 
     def predict(*inputs):
@@ -180,8 +180,8 @@ def test_base_is_as_before_after_training(method, way_out):
         assert max(adapter.delta().abs().max() for adapter in result.layers.values()) > 1e-4
     assert weights_hash(base) == before
     assert hook_count(base) == 0
-    assert all(p.requires_grad and p.grad is None for module in base.modules for p in module.parameters())
-    assert all(part.training for module in base.modules for part in module.modules())
+    assert all(p.requires_grad and p.grad is None for module in base.base.modules for p in module.parameters())
+    assert all(part.training for module in base.base.modules for part in module.modules())
     assert torch.equal(torch.get_rng_state(), state)
 
 
