@@ -53,7 +53,7 @@ class Bench:
         self.core_counts = counts if core_counts is None else core_counts
         self.patching, layers = pack_module("host.patching"), pack_module("host.layers")
         self.concept = pack_module("modular_concepts.concept")
-        self.adapters, self.names = (pack_module(f"modular_concepts.{name}") for name in ("adapters", "layers"))
+        self.adapters, self.names = (pack_module("modular_concepts.adapters"), pack_module("modular_concepts.layers"))
         self.model, self.clip = loaded
         linear = {
             name: layer

@@ -1,27 +1,25 @@
-"""From pictures to a concept on a base, and from concepts to a customised headless base for sampling."""
+"""From pictures to a concept on a base."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import __version__
-from .base_model import Base, BaseModel
+from .base_model import Base
 from .bases import OrthogonalBasis
 from .concept import Concept, Recipe
 from .dataset import PLACE
 from .errors import AdapterError
-from .fitting import fitted
 from .latents import encoded, kept, latent_masks, mirrored
+from .models.targets import DEFAULT_TARGETS, Targets, concept_layers
 from .sampling import SampleSettings, sample
-from .sites import with_sites
-from .training import Estimate, Examples, Problem, Progress, TrainResult, TrainSettings, attached, train
+from .training import Estimate, Examples, Problem, Progress, TrainResult, TrainSettings, train
 from .training.methods import new_adapters, new_words
 from .training.needs import check_needs
 from .triggers import says
@@ -59,22 +57,6 @@ def trigger_of(name: str) -> str:
     return f"<{name.lower()}>"
 
 
-@dataclass(frozen=True)
-class Targets:
-    """Which layers get adapters: see `layers.chosen_layers`.  text_encoder None leaves the text encoder out."""
-
-    unet: tuple[str, ...] = ("attention", "feed_forward")
-    text_encoder: tuple[str, ...] | None = None
-
-
-EVERYTHING = Targets(("all_linear",), ("all_linear",))
-
-
-def concept_layers(base: Base, targets: Targets = Targets()) -> dict[str, nn.Module]:
-    """Canonical layer name -> module."""
-    return base.layers(targets.unet, targets.text_encoder)
-
-
 def prior_examples(
     base: Base,
     class_word: str,
@@ -105,7 +87,7 @@ def prior_examples(
 def problem_for(
     base: Base,
     subject: Subject,
-    targets: Targets = Targets(),
+    targets: Targets = DEFAULT_TARGETS,
     prior: Examples | None = None,
     *,
     flip: bool = False,
@@ -120,7 +102,7 @@ def problem_for(
     return Problem(base, layers, examples, {subject.trigger: start}, prior)
 
 
-def check_training(base: Base, subject: Subject, settings: TrainSettings, targets: Targets = Targets()) -> None:
+def check_training(base: Base, subject: Subject, settings: TrainSettings, targets: Targets = DEFAULT_TARGETS) -> None:
     """Raise AdapterError at once for words, rank, slot and options that a training refuses, before a prior is drawn."""
     new_words({subject.trigger: _start_rows(base, subject)}, settings, base.cross_attention_layers)
     new_adapters(concept_layers(base, targets), settings)
@@ -167,7 +149,7 @@ def train_concept(
     base: Base,
     subject: Subject,
     settings: TrainSettings,
-    targets: Targets = Targets(),
+    targets: Targets = DEFAULT_TARGETS,
     basis: OrthogonalBasis | None = None,
     callback: Callable[[Progress], bool | None] | None = None,
     checkpoints: Path | None = None,
@@ -243,19 +225,3 @@ def concept_from(
     )
     layers = {name: adapter.to("cpu") for name, adapter in result.layers.items()}
     return Concept(subject.name, layers, {word: rows.cpu() for word, rows in result.tokens.items()}, recipe)
-
-
-@contextmanager
-def customised(
-    base: BaseModel, concepts: Sequence[Concept], strengths: Sequence[float], how: str = "sum"
-) -> Iterator[Mapping[str, Tensor]]:
-    """Within the block the base draws with the merged concepts; yields their learned tokens for prompts.
-
-    Below strength 1 a learned word goes back towards its class word (`fitting.faded_words`).
-    Raises AdapterError for a concept of another base.
-    """
-    everything = with_sites(concept_layers(base, EVERYTHING))
-    shapes = {name: module.weight.shape for name, module in everything.items()}
-    merged, tokens = fitted(base.architecture, shapes, concepts, strengths, how, word_rows=base.word_rows)
-    with attached(everything, merged):
-        yield tokens

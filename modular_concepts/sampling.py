@@ -6,7 +6,8 @@ Every picture has a seed of its own, and its noise is the same whatever else is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,16 @@ from torch import Tensor
 
 from .base_model import BaseModel
 from .budget import check_pictures
+from .concept import Concept
 from .errors import AdapterError
+from .fitting import fitted
+from .models.targets import EVERYTHING, concept_layers
 from .regions.acting import Stack, acting
 from .regions.geometry import Region
 from .regions.places import Places
 from .regions.speaking import Speaking
+from .sites import with_sites
+from .training.attach import attached
 
 MODES = ("merged", "gated")
 
@@ -163,3 +169,19 @@ def _sample_batch(speaking: Speaking, prompts, seeds, settings, size, step_done)
             latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
             step_done(step + 1)
     return latents
+
+
+@contextmanager
+def customised(
+    base: BaseModel, concepts: Sequence[Concept], strengths: Sequence[float], how: str = "sum"
+) -> Iterator[Mapping[str, Tensor]]:
+    """Within the block the base draws with the merged concepts; yields their learned tokens for prompts.
+
+    Below strength 1 a learned word goes back towards its class word (`fitting.faded_words`).
+    Raises AdapterError for a concept of another base.
+    """
+    everything = with_sites(concept_layers(base, EVERYTHING))
+    shapes = {name: module.weight.shape for name, module in everything.items()}
+    merged, tokens = fitted(base.architecture, shapes, concepts, strengths, how, word_rows=base.word_rows)
+    with attached(everything, merged):
+        yield tokens

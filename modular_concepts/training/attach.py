@@ -14,7 +14,6 @@ from ..adapters import ConvGeometry, LowRank, scatter_rows
 from ..errors import AdapterError
 from ..sites import Site
 from .adapted import ConvDown, LowRankTerm
-from .frozen import FrozenForward
 
 
 class Residual(Protocol):
@@ -34,7 +33,8 @@ def attached(
 
     layers: layer name -> Linear, Conv2d or `Site`; adapters: layer name -> adapter, on the layer's device.
     erasure: layer name -> 0/1 mask (lora_up rows,), read anew at each forward pass; training only.
-    Hooks do it, and in a frozen Linear (`frozen.py`) the layer itself; both end on leaving, also by an exception.
+    Hooks do it, or the layer's own forward where it `takes_low_rank` (`training/frozen.py`); both end on leaving, also
+    by an exception.
     Strength 0 attaches nothing.
     Raises AdapterError for an adapter whose layer is not in `layers`.
     """
@@ -51,7 +51,7 @@ def attached(
             if isinstance(place, Site) and isinstance(adapter, LowRank):
                 adapter = place.lifted(adapter)
             forward = vars(module).get("forward")
-            if isinstance(forward, FrozenForward) and forward.takes_low_rank and _is_low_rank(adapter):
+            if getattr(forward, "takes_low_rank", False) and _is_low_rank(adapter):
                 forward.low_rank = _term(adapter, strength, mask)
                 stack.callback(setattr, forward, "low_rank", None)
             else:

@@ -25,13 +25,27 @@ folder_paths.set_output_directory(str(FOLDER / "output"))
 folder_paths.add_model_folder_path("concepts", str(FOLDER / "concepts"))
 folder_paths.folder_names_and_paths["loras"] = ([str(FOLDER)], {".safetensors"})
 
-base_of, layers, training = (pack_module(f"host.{name}") for name in ("base", "layers", "training"))
-patching, clip_words, regions_host = (pack_module(f"host.{name}") for name in ("patching", "clip", "regions"))
-engine = "modular_concepts."
-customisation, dataset, bases = (pack_module(engine + name) for name in ("customisation", "dataset", "bases"))
-concept_files, kohya, embeddings = (pack_module(f"{engine}files.{name}") for name in ("concept", "kohya", "embeddings"))
-attach, adapters = pack_module(engine + "training.attach"), pack_module(engine + "adapters")
-geometry, AdapterError = pack_module(engine + "regions.geometry"), pack_module(engine + "errors").AdapterError
+base_of, layers, training = (pack_module("host.base"), pack_module("host.layers"), pack_module("host.training"))
+patching, clip_words, regions_host = (
+    pack_module("host.patching"),
+    pack_module("host.clip"),
+    pack_module("host.regions"),
+)
+customisation, dataset, bases = (
+    pack_module("modular_concepts.customisation"),
+    pack_module("modular_concepts.dataset"),
+    pack_module("modular_concepts.bases"),
+)
+concept_files, kohya, embeddings = (
+    pack_module("modular_concepts.files.concept"),
+    pack_module("modular_concepts.files.kohya"),
+    pack_module("modular_concepts.files.embeddings"),
+)
+attach, adapters = pack_module("modular_concepts.training.attach"), pack_module("modular_concepts.adapters")
+geometry, AdapterError = (
+    pack_module("modular_concepts.regions.geometry"),
+    pack_module("modular_concepts.errors").AdapterError,
+)
 
 SIDE = 64  # pixels
 DRAWS = 4

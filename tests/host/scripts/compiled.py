@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 @torch.inference_mode()
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    patching, regions, fusion = (pack_module(f"host.{name}") for name in ("patching", "regions", "fusion"))
+    patching, regions, fusion = (pack_module("host.patching"), pack_module("host.regions"), pack_module("host.fusion"))
     Region = pack_module("modular_concepts.regions.geometry").Region
     encode = pack_module("host.clip").encode_prompt
     model, clip, _ = pack_module("host.toy").load_toy_base()

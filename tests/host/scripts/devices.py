@@ -37,13 +37,28 @@ folder_paths.add_model_folder_path("concepts", str(FOLDER / "concepts"))
 
 asyncio.run(pack_module("nodes").ModularConcepts().on_load())
 host = {
-    name: pack_module(f"host.{name}")
-    for name in ("base", "fusion", "hooks", "layers", "layerwise", "merging", "patching", "regions", "toy", "training")
+    "base": pack_module("host.base"),
+    "fusion": pack_module("host.fusion"),
+    "hooks": pack_module("host.hooks"),
+    "layers": pack_module("host.layers"),
+    "layerwise": pack_module("host.layerwise"),
+    "merging": pack_module("host.merging"),
+    "patching": pack_module("host.patching"),
+    "regions": pack_module("host.regions"),
+    "toy": pack_module("host.toy"),
+    "training": pack_module("host.training"),
 }
-engine = "modular_concepts."
-adapters, concept_of, files = (pack_module(engine + name) for name in ("adapters", "concept", "files"))
-customisation, merge, training = (pack_module(engine + name) for name in ("customisation", "merge", "training"))
-encode_prompt, Region = pack_module("host.clip").encode_prompt, pack_module(engine + "regions.geometry").Region
+adapters, concept_of, files = (
+    pack_module("modular_concepts.adapters"),
+    pack_module("modular_concepts.concept"),
+    pack_module("modular_concepts.files"),
+)
+customisation, merge, training = (
+    pack_module("modular_concepts.customisation"),
+    pack_module("modular_concepts.merge"),
+    pack_module("modular_concepts.training"),
+)
+encode_prompt, Region = pack_module("host.clip").encode_prompt, pack_module("modular_concepts.regions.geometry").Region
 Sampling = host["regions"].Sampling
 
 found: dict[str, torch.Tensor] = {}

@@ -100,7 +100,12 @@ def fused_keys(patching, clip, found: dict, facts: dict, output) -> None:
 @torch.inference_mode()
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    toy, patching, layers, merging = (pack_module(f"host.{name}") for name in ("toy", "patching", "layers", "merging"))
+    toy, patching, layers, merging = (
+        pack_module("host.toy"),
+        pack_module("host.patching"),
+        pack_module("host.layers"),
+        pack_module("host.merging"),
+    )
     regions, gating = pack_module("modular_concepts.regions.geometry"), pack_module("host.gated")
     tokens_of = pack_module("modular_concepts.layers").tokens_of
     Places = pack_module("modular_concepts.regions.places").Places

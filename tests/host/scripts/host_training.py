@@ -26,9 +26,9 @@ folder_paths.set_output_directory(str(FOLDER / "output"))
 folder_paths.set_temp_directory(str(FOLDER / "temp"))
 folder_paths.add_model_folder_path("concepts", str(FOLDER / "concepts"))
 
-host_base, layers, training = (pack_module(f"host.{name}") for name in ("base", "layers", "training"))
+host_base, layers, training = (pack_module("host.base"), pack_module("host.layers"), pack_module("host.training"))
 files, bases = pack_module("modular_concepts.files.concept"), pack_module("modular_concepts.bases")
-customisation, dataset = (pack_module(f"modular_concepts.{name}") for name in ("customisation", "dataset"))
+customisation, dataset = (pack_module("modular_concepts.customisation"), pack_module("modular_concepts.dataset"))
 attach, AdapterError = (
     pack_module("modular_concepts.training.attach"),
     pack_module("modular_concepts.errors").AdapterError,

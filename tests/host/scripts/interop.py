@@ -43,7 +43,11 @@ def hooks_on(model, clip) -> int:
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
     toy, patching, merging_words, wording, files = (
-        pack_module(f"host.{name}") for name in ("toy", "patching", "merging", "wording", "concepts")
+        pack_module("host.toy"),
+        pack_module("host.patching"),
+        pack_module("host.merging"),
+        pack_module("host.wording"),
+        pack_module("host.concepts"),
     )
     loading, merging = pack_module("nodes.concepts"), pack_module("nodes.merging")
     plan = json.loads((FOLDER / "plan.json").read_text())

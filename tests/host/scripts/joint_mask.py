@@ -12,7 +12,7 @@ start()
 import torch
 
 joint, listening = pack_module("host.joint"), pack_module("host.listening")
-geometry, places = (pack_module(f"modular_concepts.regions.{name}") for name in ("geometry", "places"))
+geometry, places = (pack_module("modular_concepts.regions.geometry"), pack_module("modular_concepts.regions.places"))
 
 TEXT, SIDE, WIDTH = 5, 8, 16
 context = torch.randn(2, TEXT, WIDTH, generator=torch.Generator().manual_seed(0))

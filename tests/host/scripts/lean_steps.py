@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 host_base = pack_module("host.base")
 customisation = pack_module("modular_concepts.customisation")
 training = pack_module("modular_concepts.training")
-run_module, step_module = (pack_module(f"modular_concepts.training.{name}") for name in ("run", "step"))
+run_module, step_module = (pack_module("modular_concepts.training.run"), pack_module("modular_concepts.training.step"))
 checkpointing = pack_module("modular_concepts.training.gradient_checkpointing")
 LiveMemory = pack_module("modular_concepts.training.rehearsal").LiveMemory
 AdapterError = pack_module("modular_concepts.errors").AdapterError

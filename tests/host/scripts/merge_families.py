@@ -37,8 +37,10 @@ def hooks_on(model, clip) -> list:
 @torch.inference_mode()
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    toy, patching, fusion, merging_words = (
-        pack_module(f"host.{name}") for name in ("toy", "patching", "fusion", "merging")
+    toy, fusion, merging_words = (
+        pack_module("host.toy"),
+        pack_module("host.fusion"),
+        pack_module("host.merging"),
     )
     loading, merging = pack_module("nodes.concepts"), pack_module("nodes.merging")
     plan = json.loads((FOLDER / "plan.json").read_text())

@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 @torch.inference_mode()
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    toy, regional, patching = (pack_module(f"host.{name}") for name in ("toy", "regions", "patching"))
+    toy, regional, patching = (pack_module("host.toy"), pack_module("host.regions"), pack_module("host.patching"))
     places = pack_module("modular_concepts.regions.places")
     node, encode = pack_module("nodes.regions"), nodes.CLIPTextEncode().encode
     asked, plan = load_file(FOLDER / "asked.safetensors"), json.loads((FOLDER / "plan.json").read_text())
