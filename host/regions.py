@@ -179,7 +179,10 @@ def with_regions(
     ]
     contexts, negatives = ([_context(both[kind]) for both in regional] for kind in range(2))
     own = any(acts) or any(region.negative is not None for region in regions)
-    heard = host_family_of(model).listening(places, contexts, negatives, own)
+    if host_family_of(model).family.denoiser.joint:
+        heard = JointListening(places, contexts, negatives)
+    else:
+        heard = Listening(places, contexts, negatives, own)
     gate = HostGate(model, stack, acts, places) if any(acts) else None
     model = listening(model, heard, gate)
     if any(rows.dim() == 3 for concept, _ in stack for rows in concept.tokens.values()):

@@ -28,7 +28,6 @@ class HostFamily:
     matches(MODEL): whether it is of the family.
     weight_names(MODEL): the denoiser's parameter names as canonical names have them -> the patcher's.
     cells(unet_config): of how many of the latent's cells a picture's sides must be multiples.
-    listening(places, contexts, negatives, own): what lets each region have a text of its own; see `regions.py`.
     clip_model: class of the CLIP's model that holds its text encoders; None where any with one will do.
     put_together(CLIP, hidden, pooled, said, read): (text, pooled or None) that the denoiser is told, of what the text
     encoders that learn words have made of each text; said: the texts as the host's tokenizers read them; read: what
@@ -39,6 +38,5 @@ class HostFamily:
     matches: Callable[[comfy.model_patcher.ModelPatcher], bool]
     weight_names: Callable[[comfy.model_patcher.ModelPatcher], dict[str, str]]
     cells: Callable[[Mapping], int]
-    listening: Callable[..., object]
     clip_model: type | None = None
     put_together: Callable[..., tuple[Tensor, Tensor | None]] = only_text

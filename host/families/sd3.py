@@ -13,8 +13,6 @@ from comfy.text_encoders.sd3_clip import SD3ClipModel
 from torch import Tensor
 
 from ...modular_concepts.families.sd3 import SD3
-from ...modular_concepts.regions.places import Places
-from ..joint import JointListening
 from .family import DENOISER, HostFamily, Read, Said
 
 (T5,) = SD3.readers
@@ -32,10 +30,6 @@ def _weight_names(model: comfy.model_patcher.ModelPatcher) -> dict[str, str]:
 
 def _cells(config: Mapping) -> int:
     return config["patch_size"]
-
-
-def _listening(places: Places, contexts: Sequence[Tensor], negatives: Sequence[Tensor], _own: bool) -> JointListening:
-    return JointListening(places, contexts, negatives)
 
 
 def _put_together(
@@ -68,7 +62,6 @@ HOST_SD3 = HostFamily(
     _matches,
     _weight_names,
     _cells,
-    _listening,
     clip_model=SD3ClipModel,
     put_together=_put_together,
 )

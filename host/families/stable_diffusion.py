@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...modular_concepts.families.stable_diffusion import SD2, SD15, SDXL
 from .family import HostFamily, Read, Said
-from .unet import cells, listening, unet_config, weight_names
+from .unet import cells, unet_config, weight_names
 
 _XL_WIDTH = 2048
 
@@ -37,14 +37,13 @@ def _side_by_side(
     return torch.cat(list(hidden.values()), dim=-1), pooled[SDXL.text_encoders[1].name]
 
 
-HOST_SD15 = HostFamily(SD15, _of_one_text(SD15.text_encoders[0].width), weight_names, cells, listening)
-HOST_SD2 = HostFamily(SD2, _of_one_text(SD2.text_encoders[0].width), weight_names, cells, listening)
+HOST_SD15 = HostFamily(SD15, _of_one_text(SD15.text_encoders[0].width), weight_names, cells)
+HOST_SD2 = HostFamily(SD2, _of_one_text(SD2.text_encoders[0].width), weight_names, cells)
 HOST_SDXL = HostFamily(
     SDXL,
     _is_sdxl,
     weight_names,
     cells,
-    listening,
     clip_model=comfy.sdxl_clip.SDXLClipModel,
     put_together=_side_by_side,
 )

@@ -7,11 +7,11 @@ import comfy.model_patcher
 from ...modular_concepts.families.toy import TOY
 from ..toy import ToyConfig
 from .family import HostFamily
-from .unet import cells, listening, weight_names
+from .unet import cells, weight_names
 
 
 def _matches(model: comfy.model_patcher.ModelPatcher) -> bool:
     return isinstance(getattr(model.model, "model_config", None), ToyConfig)
 
 
-HOST_TOY = HostFamily(TOY, _matches, weight_names, cells, listening)
+HOST_TOY = HostFamily(TOY, _matches, weight_names, cells)

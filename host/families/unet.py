@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import comfy.model_patcher
 import comfy.utils
-from torch import Tensor
 
-from ...modular_concepts.regions.places import Places
-from ..listening import Listening
 from .family import DENOISER
 
 
@@ -38,7 +35,3 @@ def weight_names(model: comfy.model_patcher.ModelPatcher) -> dict[str, str]:
 def cells(config: Mapping) -> int:
     """The lowest level is half as large for each level above it."""
     return 2 ** (len(config["channel_mult"]) - 1)
-
-
-def listening(places: Places, contexts: Sequence[Tensor], negatives: Sequence[Tensor], own: bool) -> Listening:
-    return Listening(places, contexts, negatives, own)

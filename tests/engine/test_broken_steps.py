@@ -12,6 +12,7 @@ from tiny_problem import tiny_problem as make_problem
 
 from modular_concepts.errors import AdapterError
 from modular_concepts.training import Broken, OutOfMemory, newest_checkpoint, train
+from modular_concepts.training.optimizers import limit_gradients
 from modular_concepts.training.run import Run
 
 ONCE = replace(RESUME_SETTINGS, checkpoint_every=0)
@@ -56,7 +57,7 @@ def breaking(monkeypatch, place: str, fault):
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", at("update", torch.optim.AdamW.step))
         patch.setattr(Run, "record", at("record", Run.record))
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", at("backward", torch.nn.utils.clip_grad_norm_))
+        patch.setattr("modular_concepts.training.step.limit_gradients", at("backward", limit_gradients))
         yield
 
 
