@@ -84,7 +84,8 @@ def run_sample(args: argparse.Namespace) -> None:
     from .explain import warnings_on_base
     from .prompts import unheard_of
     from .regions.acting import unheard
-    from .sampling import SampleSettings, check_drawing, sample
+    from .regions.doubtful import doubtful_places
+    from .sampling import SampleSettings, check_drawing, sample, warnings_on_guidance
 
     paths = _outputs(args)
     base = base_named(args.base)
@@ -107,7 +108,8 @@ def run_sample(args: argparse.Namespace) -> None:
         note(sentence)
     gated = bool(regions) and args.mode != "merged"
     note_repeated(args)
-    for sentence in _unread(args):
+    size = (height // base.downscale, width // base.downscale)
+    for sentence in [*_unread(args), *warnings_on_guidance(args.cfg), *doubtful_places(regions, size)]:
         note(sentence)
     stack = list(zip(concepts, strengths, strict=True))
     for sentence in unheard(stack, args.prompt, regions, gated, "draw with --mode merged, where it acts everywhere"):
