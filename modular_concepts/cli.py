@@ -135,10 +135,13 @@ def _pictures(args: argparse.Namespace) -> None:
     with all_or_none():
         for path, data in files.items():
             write_atomically(path, data)
-    print(f"wrote {len(lesson.pictures)} pictures with captions to {out}; train on them with")
+    print(
+        f"wrote {len(lesson.pictures)} pictures with captions to {out}; train on them with this, in which each concept "
+        "has a slot of its own:"
+    )
     told = f' --description "{lesson.description}"' if lesson.description else ""
     train = f"train {out} --name {args.concept} --class-word {lesson.class_word}"
-    print(f"  python -m modular_concepts {train}{told} --slot 0")
+    print(f"  python -m modular_concepts {train}{told} --slot {list(BY_NAME).index(args.concept)}")
 
 
 # --- reading arguments --------------------------------------------------------------------------------------

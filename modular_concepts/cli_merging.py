@@ -137,6 +137,7 @@ def _add_said(command: argparse.ArgumentParser) -> None:
 def run_merge(args: argparse.Namespace) -> None:
     from .explain import warnings_between, warnings_on_base
     from .files.concept import save_concept
+    from .merge.strengths import unfelt
     from .merged import check_together, merged_concept
     from .unread import MERGE, unread
 
@@ -155,6 +156,7 @@ def run_merge(args: argparse.Namespace) -> None:
     given = [name for name in MERGE if getattr(args, name) not in (None, False, "")]
     for sentence in [
         *unread(MERGE, given, args.how, called=lambda name: f"--{name}"),
+        *unfelt([concept.name for concept in concepts], strengths),
         *warnings_between(concepts),
         *(warnings_on_base(concepts, base.hash, base.sample) if base else []),
     ]:

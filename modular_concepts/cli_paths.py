@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,16 +46,17 @@ def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
     from .merge.strengths import check_strength
 
     concepts, strengths, paths = [], [], []
-    for text in map(os.path.expanduser, map(str, texts)):
+    texts = [os.path.expanduser(str(text)) for text in texts]
+    for text, before, after in zip(texts, ["", *texts], [*texts[1:], ""], strict=False):
         path, colon, number = text.rpartition(":")
         if not text.strip() or (colon and not path.strip()):
             raise AdapterError(f"a concept is given as {text!r}, which names no file; give FILE or FILE:STRENGTH")
         try:
             strength = float(number) if colon and not Path(text).exists() else None
-        except ValueError as error:
-            if Path(path).exists():
-                raise AdapterError(f"{text}: {number!r} is no strength; write {path}:0.8, for example") from error
+        except ValueError:
             strength = None
+        if not Path(text if strength is None else path).exists():
+            _refuse_misplaced(text, before, after)
         if strength is not None:
             check_strength(text, strength)
         paths.append(Path(text if strength is None else path))
@@ -62,6 +65,35 @@ def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
     named = told_apart([concept.name for concept in concepts], paths)
     concepts = [c if c.name == name else replace(c, name=name) for c, name in zip(concepts, named, strict=True)]
     return concepts, strengths, paths
+
+
+def _refuse_misplaced(text: str, before: str, after: str) -> None:
+    """Raise AdapterError where a strength is written as none is read, with the way to write it.
+
+    text: what is no file; before, after: its neighbours, the file of which it is the strength, or that strength.
+    """
+    if (strength := _number_meant(text)) is not None:
+        file = before.rstrip(":= ") if Path(before.rstrip(":= ")).is_file() else "FILE"
+        raise AdapterError(
+            f"{text!r} is no file; a strength stands behind its file and a colon, without a space: {file}:{strength}"
+        )
+    for mark in re.finditer(r"[:=@*;,\s]", text):
+        file, tail = text[: mark.start()], text[mark.start() :]
+        if Path(file).is_file():
+            meant = [_number_meant(part) for part in re.split(r"[:=@*;\s]+", tail) if part]
+            written = dict.fromkeys(number or "0.8" for number in meant or [_number_meant(after)])
+            example = " or ".join(f"{file}:{number}" for number in written)
+            raise AdapterError(f"{text}: {tail.removeprefix(':')!r} is no strength; write {example}, for example")
+
+
+def _number_meant(text: str) -> str | None:
+    """A strength as it is read, of one that may be written with a decimal comma or in percent."""
+    plain, percent, _ = text.strip().replace(",", ".").partition("%")
+    try:
+        number = float(plain) / (100 if percent else 1)
+    except ValueError:
+        return None
+    return f"{number:g}" if math.isfinite(number) else None
 
 
 def concepts_alone(texts: Sequence[str], command: str) -> tuple[list, list[Path]]:
