@@ -24,6 +24,7 @@ from .cli_progress import Bar, Interrupts, close_bars
 from .cli_sampling import add_sample
 from .cli_training import add_train
 from .errors import AdapterError, in_one_line
+from .toy.vocabulary import STANDARD_NAMES
 
 EXTRA = ("diffusers", "transformers", "tqdm", "matplotlib", "PIL")
 
@@ -211,21 +212,29 @@ def _number(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .toy.standard import BY_NAME
-
     parser = _Parser(
         prog="python -m modular_concepts", description="Train concepts apart, sum them, draw them together."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="three concepts trained, summed, drawn and judged on the toy base")
+    demo = commands.add_parser(
+        "demo",
+        help="three concepts trained, summed, drawn and judged on the toy base",
+        description="Train three concepts on the toy base, sum them, draw them alone and together and judge the "
+        "pictures; writes concepts, pictures and a report.",
+    )
     demo.add_argument("--out", type=typed_path, default=Path("demo_output"), help="folder (default demo_output)")
     add_overwrite(demo)
     demo.set_defaults(run=_demo)
 
-    pictures = commands.add_parser("pictures", help="write the 16 pictures of a standard toy concept, to train on")
-    pictures.add_argument("concept", metavar="CONCEPT", help=f"one of {', '.join(BY_NAME)}")
+    pictures = commands.add_parser(
+        "pictures",
+        help="write the 16 pictures of a standard toy concept, to train on",
+        description="Write the 16 pictures of one of the toy base's standard concepts, with captions, and say the "
+        "command that trains on them.",
+    )
+    pictures.add_argument("concept", metavar="CONCEPT", help=f"one of {', '.join(STANDARD_NAMES)}")
     pictures.add_argument("--out", type=typed_path, help="folder (default pictures/CONCEPT)")
     add_overwrite(pictures)
     pictures.set_defaults(run=_pictures)

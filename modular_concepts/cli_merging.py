@@ -8,7 +8,9 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .choices import DENSITY, FAMILIES, RANK, RIDGE, SEED
 from .cli_paths import (
     add_overwrite,
     base_named,
@@ -23,9 +25,9 @@ from .cli_paths import (
     typed_path,
 )
 from .errors import AdapterError
-from .files.safe import safe_name
-from .merge import FAMILIES, Evidence, MergeOptions
-from .merge.fusion import EXACT
+
+if TYPE_CHECKING:
+    from .merge import Evidence, MergeOptions
 
 FORMATS = ("kohya", "diffusers", "concept", "compact")
 SAID = {
@@ -35,7 +37,6 @@ SAID = {
     "license": "what others may do with it",
     "tags": "words to find it by, with commas between",
 }
-DEFAULTS = MergeOptions()
 
 
 def add_merge(commands) -> None:
@@ -60,19 +61,19 @@ def add_merge(commands) -> None:
     merge.add_argument(
         "--density",
         type=float,
-        help=f"magnitude, dare, ties: the share of weights that stays (default {DEFAULTS.density})",
+        help=f"magnitude, dare, ties: the share of weights that stays (default {DENSITY})",
     )
-    merge.add_argument("--rank", type=int, help=f"svd: the rank that the sum is cut to (default {DEFAULTS.rank})")
+    merge.add_argument("--rank", type=int, help=f"svd: the rank that the sum is cut to (default {RANK})")
     merge.add_argument(
         "--seed",
         type=int,
-        help=f"dare: which weights are dropped follows from it (default {DEFAULTS.seed})",
+        help=f"dare: which weights are dropped follows from it (default {SEED})",
     )
     merge.add_argument(
         "--ridge",
         type=float,
         help="fusion: damping towards each concept's own weight, relative to the mean of its moments' spectrum "
-        f"(default {DEFAULTS.ridge})",
+        f"(default {RIDGE})",
     )
     merge.add_argument(
         "--exact",
@@ -97,7 +98,12 @@ def add_merge(commands) -> None:
 
 
 def add_inspect(commands) -> None:
-    inspect = commands.add_parser("inspect", help="what is in concept files, and the crosstalk of several")
+    inspect = commands.add_parser(
+        "inspect",
+        help="what is in concept files, and the crosstalk of several",
+        description="Say what is in concept files: layers, learned words, how each was made; of several also how much "
+        "they disturb each other.",
+    )
     inspect.add_argument(
         "concepts", nargs="+", metavar="FILE", help="concepts, or LoRAs with kohya's or diffusers' keys"
     )
@@ -109,6 +115,8 @@ def add_export(commands) -> None:
     export = commands.add_parser(
         "export",
         help="for other programs: kohya (ComfyUI, A1111) or diffusers / peft; or as a concept file, full or compact",
+        description="Write a concept for other programs, learned words as embeddings beside it; or anew as a concept "
+        "file, with its frozen factors (concept) or without (compact).",
     )
     export.add_argument("concept", help="FILE")
     export.add_argument("--format", choices=FORMATS, default="kohya", help="default kohya")
@@ -137,6 +145,8 @@ def _add_said(command: argparse.ArgumentParser) -> None:
 def run_merge(args: argparse.Namespace) -> None:
     from .explain import warnings_between, warnings_on_base
     from .files.concept import save_concept
+    from .merge import MergeOptions
+    from .merge.fusion import EXACT
     from .merge.strengths import unfelt
     from .merged import check_together, merged_concept
     from .unread import MERGE, unread
@@ -172,6 +182,8 @@ def run_merge(args: argparse.Namespace) -> None:
 
 
 def _evidence(args: argparse.Namespace, concepts: Sequence, paths: Sequence[Path], base) -> Evidence:
+    from .merge import Evidence
+
     if args.how == "fusion":
         files = _moment_files(args, paths)
         found = [_moments(*one, base, args.moments is not None) for one in zip(concepts, files, strict=True)]
@@ -280,8 +292,13 @@ def run_inspect(args: argparse.Namespace) -> None:
     from .explain import warnings_between
     from .layers import block_of
     from .merged import SAMPLE
+    from .unread import INSPECT, RECORDED, unread
 
     concepts, _ = concepts_alone(args.concepts, "inspect")
+    given = ["verbose"] if args.verbose else []
+    present = [RECORDED] if any(concept.recipe.training for concept in concepts) else []
+    for sentence in unread(INSPECT, given, present=present, called=lambda name: f"--{name}"):
+        note(sentence)
     for path, concept in zip(args.concepts, concepts, strict=True):
         recipe = concept.recipe
         made = {key: value for key, value in recipe.to_json().items() if value not in (None, "", [], {})}
@@ -322,7 +339,7 @@ def run_export(args: argparse.Namespace) -> None:
     from .files.diffusers import export_diffusers
     from .files.embeddings import embedding_files, export_embedding
     from .files.kohya import export_kohya
-    from .files.safe import all_or_none
+    from .files.safe import all_or_none, safe_name
 
     (concept,), (own,) = concepts_alone([args.concept], "export")
     note_repeated(args)

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import AdapterError, in_one_line
-from .files.names import check_new_path
-from .files.safe import safe_name
 
 ENDINGS = (".safetensors", ".st")  # of a concept
 
@@ -120,6 +118,8 @@ def concept_at(path: Path):
 
 def folder(path: Path, option: str = "--out") -> Path:
     """Made where it is not there yet."""
+    from .files.names import check_new_path
+
     check_new_path(path, option)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -141,6 +141,8 @@ def check_concept_output(path: Path, overwrite: bool = True) -> None:
 
 def check_output(path: Path, overwrite: bool = True) -> None:
     """Refuse before the work begins what could not be written after it, or would replace something unasked."""
+    from .files.names import check_new_path
+
     check_new_path(path)
     if path.is_dir():
         raise AdapterError(f"{path} is a folder; give --out a file name")
@@ -161,6 +163,8 @@ def refuse_existing(path: Path) -> NoReturn:
 
 def named(typed: str, option: str = "--name") -> str:
     """The name that a file and a trigger word can have; said where it is not the one that was typed."""
+    from .files.safe import safe_name
+
     name = safe_name(typed)
     if name != typed:
         shown = typed if len(typed) < 60 else f"{typed[:50]}…"

@@ -28,7 +28,12 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bm
 
 
 def add_sample(commands) -> None:
-    sample = commands.add_parser("sample", help="draw a prompt with any number of concepts and regions")
+    sample = commands.add_parser(
+        "sample",
+        help="draw a prompt with any number of concepts and regions",
+        description="Draw a prompt with any number of concepts, each at its strength, and with prompts of their own "
+        "for parts of the picture.",
+    )
     sample.add_argument("prompt", help="what to draw; a concept's trigger word, such as <rex>, calls it")
     sample.add_argument(
         "--concept",

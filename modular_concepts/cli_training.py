@@ -32,7 +32,12 @@ CHECKPOINT_EVERY = 100
 
 
 def add_train(commands) -> None:
-    train = commands.add_parser("train", help="a folder of pictures, optional captions and masks -> a concept file")
+    train = commands.add_parser(
+        "train",
+        help="a folder of pictures, optional captions and masks -> a concept file",
+        description="Train one concept on a folder of pictures, with captions and masks where there are any, and write "
+        "it as a file that merge, sample and other programs read.",
+    )
     train.add_argument("pictures", type=typed_path, help="folder: NAME.png, optional NAME.txt and NAME.mask.png")
     train.add_argument("--name", required=True, help="the concept's name; its trigger word is <NAME>")
     train.add_argument("--class-word", required=True, help="what the base calls it: man, dog, ...")
@@ -71,8 +76,7 @@ def run_train(args: argparse.Namespace) -> None:
     from .dataset import filled_in, load_folder, refuse_single
     from .files.modelspec import dated
     from .prompts import unheard_of
-    from .toy.demo import SETTINGS, UNDESCRIBED
-    from .toy.presets import on_toy_base
+    from .toy.presets import SETTINGS, UNDESCRIBED, on_toy_base
     from .training import Changed, Occupied, TrainSettings, Unfinished, check_checkpoint
 
     name = named(args.name)

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from .choices import TARGETS
 from .errors import AdapterError
 
-TARGETS = ("attention", "cross_attention", "cross_attention_kv", "feed_forward", "all_linear")
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 TWO_TEXT_MODELS = ("sdxl", "sd3")  # where kohya's key of the first is lora_te1
 MAX_NAME = 256

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from ..adapters import LAYOUTS
+from ..choices import LAYOUTS
 from ..errors import AdapterError
 
 METHODS = ("lora", "orthogonal", "block", "block_orthogonal", "custom_diffusion", "words")
