@@ -19,11 +19,11 @@ from typing import NoReturn
 
 from . import __version__
 from .cli_merging import add_export, add_inspect, add_merge
-from .cli_paths import add_overwrite, base_named, folder, note_repeated, refuse_existing, typed_path
+from .cli_paths import add_overwrite, base_named, folder, note_repeated, refuse_existing, say, typed_path
 from .cli_progress import Bar, Interrupts, close_bars
 from .cli_sampling import add_sample
 from .cli_training import add_train
-from .errors import AdapterError, in_one_line
+from .errors import AdapterError, in_one_line, listed
 from .toy.vocabulary import STANDARD_NAMES
 
 EXTRA = ("diffusers", "transformers", "tqdm", "matplotlib", "PIL")
@@ -91,7 +91,7 @@ def _demo(args: argparse.Namespace) -> None:
     out = folder(args.out)
     report = run_demo(base_named("toy"), load_judges(), out, Steps(print, Bar))
     print((out / "report.md").read_text(encoding="utf-8"))
-    print(f"pictures and figures are in {out} ({report['seconds']:.0f} s)")
+    say(f"pictures and figures are in {out} ({report['seconds']:.0f} s)")
 
 
 def _keep_persons_files(out: Path) -> None:
@@ -128,7 +128,7 @@ def _pictures(args: argparse.Namespace) -> None:
     )
     if others and not args.overwrite:
         raise AdapterError(
-            f"{out} holds other files ({', '.join(others[:3])}), among which a training would find these pictures; "
+            f"{out} holds other files ({listed(others, 3)}), among which a training would find these pictures; "
             "choose another --out, or write there all the same with --overwrite"
         )
     note_repeated(args)
@@ -136,13 +136,13 @@ def _pictures(args: argparse.Namespace) -> None:
     with all_or_none():
         for path, data in files.items():
             write_atomically(path, data)
-    print(
+    say(
         f"wrote {len(lesson.pictures)} pictures with captions to {out}; train on them with this, in which each concept "
         "has a slot of its own:"
     )
     told = f' --description "{lesson.description}"' if lesson.description else ""
     train = f"train {out} --name {args.concept} --class-word {lesson.class_word}"
-    print(f"  python -m modular_concepts {train}{told} --slot {list(BY_NAME).index(args.concept)}")
+    say(f"  python -m modular_concepts {train}{told} --slot {list(BY_NAME).index(args.concept)}")
 
 
 # --- reading arguments --------------------------------------------------------------------------------------

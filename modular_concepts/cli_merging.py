@@ -7,6 +7,7 @@ import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,14 +23,16 @@ from .cli_paths import (
     note,
     note_repeated,
     refuse_existing,
+    say,
     typed_path,
 )
-from .errors import AdapterError
+from .errors import AdapterError, listed
 
 if TYPE_CHECKING:
     from .merge import Evidence, MergeOptions
 
 FORMATS = ("kohya", "diffusers", "concept", "compact")
+MOST_WORDS, LONGEST = 20, 1000  # of what inspect shows of one file
 SAID = {
     "title": "the name that programs show",
     "author": "who made it",
@@ -175,9 +178,10 @@ def run_merge(args: argparse.Namespace) -> None:
     merged = _said(about, merged_concept(name, concepts, strengths, args.how, args.literal, options, evidence))
     folder(args.out.parent)
     save_concept(merged, args.out)
-    print(f"wrote {args.out}: {' + '.join(c.name for c in concepts)}; triggers {' '.join(merged.tokens) or 'none'}")
+    names, words = listed([concept.name for concept in concepts], 20, " + "), listed(merged.tokens, 20, " ")
+    say(f"wrote {args.out}: {names}; triggers {words or 'none'}")
     if args.how == "svd":
-        print(_kept(merged, concepts, strengths, options))
+        say(_kept(merged, concepts, strengths, options))
     say_crosstalk(concepts)
 
 
@@ -246,7 +250,7 @@ def _record(concept, path: Path, base) -> Mapping:
     except AdapterError as error:
         note(f"what the layers of {concept.name} read is used, but not kept: {error}")
         return moments
-    print(f"wrote {path}: what the layers of {concept.name} read")
+    say(f"wrote {path}: what the layers of {concept.name} read")
     # As it will be read the next time, so that both times give the same merge.
     return load_moments(path)
 
@@ -280,7 +284,7 @@ def say_crosstalk(concepts: Sequence) -> None:
     if len(concepts) < 2:
         return
     for (first, second), figures in crosstalk_table(concepts)["pairs"].items():
-        print(f"crosstalk {first} and {second}: {figures['crosstalk']:.4f}")
+        say(f"crosstalk {first} and {second}: {figures['crosstalk']:.4f}")
 
 
 # --- inspect and export -------------------------------------------------------------------------------------
@@ -307,22 +311,28 @@ def run_inspect(args: argparse.Namespace) -> None:
         blocks = dict.fromkeys(block_of(name) for name in concept.layers)
         adapters: list[LowRank] = list(concept.layers.values())
         size = math.hypot(*map(delta_norm, adapters))
-        print(f"{path}: concept {concept.name!r}")
+        say(f"{path}: concept {concept.name!r}")
         for key, value in concept.about.items():
-            print(f"  {key}: {'a picture' if key == 'thumbnail' else value}")
+            say(f"  {key}: {'a picture' if key == 'thumbnail' else _shortened(value)}")
         if adapters:
-            print(f"  {len(adapters)} layers in {', '.join(blocks)}; size of the change ‖ΔW‖ = {size:.3f}")
+            say(f"  {len(adapters)} layers in {', '.join(blocks)}; size of the change ‖ΔW‖ = {size:.3f}")
         else:
-            print("  no layers, the word alone")
-        for word, rows in concept.tokens.items():
+            say("  no layers, the word alone")
+        for word, rows in islice(concept.tokens.items(), MOST_WORDS):
             each = f", for each of {len(rows)} cross-attention layers" if rows.dim() == 3 else ""
-            print(f"  learned word {word}: {rows.shape[-2]} x {rows.shape[-1]}{each}")
+            say(f"  learned word {word}: {rows.shape[-2]} x {rows.shape[-1]}{each}")
+        if len(concept.tokens) > MOST_WORDS:
+            say(f"  and {len(concept.tokens) - MOST_WORDS} more learned words")
         for key, value in made.items():
             if key != "training" or args.verbose:
-                print(f"  {key}: {_in_words(value)}")
+                say(f"  {key}: {_shortened(_in_words(value))}")
     say_crosstalk(concepts)
     for sentence in warnings_between(concepts):
         note(sentence)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text)} letters)"
 
 
 def _in_words(value: object) -> str:
@@ -355,7 +365,7 @@ def run_export(args: argparse.Namespace) -> None:
     if whole:
         folder(out.parent)
         save_concept(concept, out, compact=args.format == "compact")
-        print(f"wrote {out}")
+        say(f"wrote {out}")
         return
     files = embedding_files(concept, words)
     there = [] if args.overwrite else [path for path, word in files.items() if _has_word(concept, path, word)]
@@ -373,11 +383,11 @@ def run_export(args: argparse.Namespace) -> None:
             (export_kohya if args.format == "kohya" else export_diffusers)(concept, out)
     for path in files:
         wrote = "has the learned word already" if path in there else "the learned word, for the embeddings folder"
-        print(f"{'kept' if path in there else 'wrote'} {words / path.name}: {wrote}")
+        say(f"{'kept' if path in there else 'wrote'} {words / path.name}: {wrote}")
     if any(rows.dim() == 3 for rows in concept.tokens.values()):
-        print("note: the word has rows for each layer, which other programs cannot use; the file has their mean")
+        note("the word has rows for each layer, which other programs cannot use; the file has their mean")
     if concept.layers:
-        print(f"wrote {out}")
+        say(f"wrote {out}")
 
 
 def _has_word(concept, path: Path, word: str) -> bool:

@@ -178,6 +178,11 @@ def note_repeated(args: argparse.Namespace) -> None:
         note(sentence)
 
 
+def say(sentence: str) -> None:
+    """One line of what a command has to say; what stands in files cannot move the terminal's cursor."""
+    print(in_one_line(sentence))
+
+
 def note(sentence: str) -> None:
     """Something to know that is no fault, on the error stream."""
     print(f"note: {in_one_line(sentence)}", file=sys.stderr)

@@ -18,10 +18,11 @@ from .cli_paths import (
     note,
     note_repeated,
     refuse_existing,
+    say,
     typed_path,
 )
 from .cli_progress import Bar
-from .errors import AdapterError
+from .errors import AdapterError, listed
 
 MOST = 10_000  # pictures of one command
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -134,7 +135,7 @@ def run_sample(args: argparse.Namespace) -> None:
                     written.append(_write(paths[number], args.zoom, picture))
     finally:
         for number, path in enumerate(written):
-            print(f"wrote {path} (seed {seeds[number]})")
+            say(f"wrote {path} (seed {seeds[number]})")
 
 
 def _unread(args: argparse.Namespace) -> list[str]:
@@ -201,7 +202,7 @@ def _as_typed(text: str) -> float:
 def _warn_unknown(base, prompts: Sequence[str], triggers: Sequence[str]) -> None:
     unknown = sorted({word for prompt in prompts for word in base.unknown_words(prompt, triggers)})
     if unknown:
-        note(f"the base does not know {', '.join(unknown)}; these words change nothing")
+        note(f"the base does not know {listed(unknown, 10)}; these words change nothing")
 
 
 def _count(text: str) -> int:

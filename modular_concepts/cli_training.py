@@ -18,6 +18,7 @@ from .cli_paths import (
     note,
     note_repeated,
     refuse_existing,
+    say,
     typed_path,
 )
 from .cli_progress import Bar, Interruption
@@ -118,7 +119,7 @@ def run_train(args: argparse.Namespace) -> None:
         base, filled_in(data, (trigger,)).captions, {trigger: settings.token_vectors}, "caption"
     ):
         note(sentence)
-    print(data.report.summary())
+    say(data.report.summary())
     for remark in data.report.remarks():
         note(remark)
     refuse_single(data)
@@ -190,7 +191,7 @@ def _keep(args: argparse.Namespace, concept, result: TrainResult, out: Path) -> 
         out = _free(out.with_name(f"{out.stem}-step{result.step}.safetensors"), args.overwrite)
     places = [*filter(None, [args.checkpoints]), *last_places()]
     kept = keep(lambda path: save_concept(concept, path, compact=args.compact), out, places)
-    print(f"wrote {kept.path}: {_what_learned(concept)}, last loss {result.losses[-1]:.4f}")
+    say(f"wrote {kept.path}: {_what_learned(concept)}, last loss {result.losses[-1]:.4f}")
     return kept
 
 
@@ -284,7 +285,7 @@ def _announce(args: argparse.Namespace, out: Path, settings: TrainSettings, esti
         count = checkpoints_to_come(args.checkpoints, settings, estimate.done)
         needs.append((args.checkpoints, count * estimate.checkpoint_bytes))
     check_room(needs)
-    print(estimate)
+    say(str(estimate))
 
 
 def _of_this_training(out: Path, checkpoint: Path, subject, base) -> bool:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .buckets import bucket, stacked
 from .captions import checked_caption, read_caption
-from .errors import AdapterError
+from .errors import AdapterError, listed
 from .files.safe import not_a_file
-from .folder import FolderReport, Found, listed, survey
+from .folder import FolderReport, Found, survey
 from .picture_size import check_promise
 
 if TYPE_CHECKING:
