@@ -10,6 +10,7 @@ import argparse
 import difflib
 import errno
 import io
+import itertools
 import os
 import re
 import sys
@@ -159,28 +160,44 @@ class _Parser(argparse.ArgumentParser):
         self.register("type", float, _number)
 
     def parse_known_args(self, args=None, namespace=None):
-        self.unknown = [
-            text.partition("=")[0] for text in args or () if text.startswith("--") and self._is_unknown(text)
-        ]
+        self.unknown = [text.partition("=")[0] for text in _before_two_dashes(args or ()) if self._is_unknown(text)]
         self.seen: dict[str, object] = {}
         namespace, left = super().parse_known_args(args, namespace)
         if left and self._subparsers is None:  # here and not in the parser above, whose --help says less
-            self.error("" if self.unknown else f"nothing is meant by {' '.join(left)}")
+            several = (
+                "put a text of several words in quotes, and an option that can come again before each of its values"
+            )
+            self.error("" if self.unknown else f"nothing is meant by {' '.join(left)}; {several}")
         return namespace, left
 
     def error(self, message: str) -> NoReturn:
         unknown = [f"there is no option {name}{self._meant(name)}" for name in self.unknown]
+        if any(not name.startswith("--") for name in self.unknown):
+            unknown.append("what begins with - and is no option stands behind an =, and a path as ./-name")
+            message = ""
         sentence = _shortened("; ".join([*unknown, *filter(None, [message])]))
         self.exit(2, f"error: {sentence}; see {self.prog} --help\n")
 
     def _is_unknown(self, text: str) -> bool:
+        """Whether a text looks like an option and is none; a number below 0 is a value."""
         name = text.partition("=")[0]
-        options = self._option_string_actions
-        return self._subparsers is None and not any(option.startswith(name) for option in options)
+        if self._subparsers is not None or not name.startswith("-") or name == "-":
+            return False
+        if self._negative_number_matcher.match(text) or any(option.startswith(name) for option in self._options()):
+            return False
+        return name.startswith("--") or not any(name.startswith(short) for short in self._options() if len(short) == 2)
+
+    def _options(self) -> list[str]:
+        return list(self._option_string_actions)
 
     def _meant(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self._option_string_actions, 1)
+        near = difflib.get_close_matches(name, self._option_string_actions, 1, 0.7)
         return f", perhaps {near[0]}" if near else ""
+
+
+def _before_two_dashes(args: Sequence[str]) -> list[str]:
+    """What can be options: all before a --, behind which all is meant as it stands."""
+    return list(itertools.takewhile(lambda text: text != "--", args))
 
 
 class _Once(argparse._StoreAction):

@@ -24,6 +24,7 @@ from .cli_paths import (
     note_repeated,
     refuse_existing,
     say,
+    typed_file,
     typed_path,
 )
 from .errors import AdapterError, listed
@@ -57,7 +58,7 @@ def add_merge(commands) -> None:
         epilog=f"families:\n{families}",
     )
     merge.add_argument("concepts", nargs="+", help="FILE or FILE:STRENGTH")
-    merge.add_argument("--out", type=typed_path, required=True, help="the concept file to write")
+    merge.add_argument("--out", type=typed_file, required=True, help="the concept file to write")
     add_overwrite(merge)
     merge.add_argument("--how", choices=tuple(FAMILIES), default="sum", metavar="FAMILY", help="see below (sum)")
     merge.add_argument("--literal", action="store_true", help="block: strengths scaled to add up to 1, as in the paper")
@@ -125,7 +126,7 @@ def add_export(commands) -> None:
     export.add_argument("--format", choices=FORMATS, default="kohya", help="default kohya")
     export.add_argument(
         "--out",
-        type=typed_path,
+        type=typed_file,
         help="default exports/NAME_FORMAT.safetensors; learned words go into a folder embeddings beside it",
     )
     add_overwrite(export)
@@ -385,7 +386,7 @@ def run_export(args: argparse.Namespace) -> None:
         wrote = "has the learned word already" if path in there else "the learned word, for the embeddings folder"
         say(f"{'kept' if path in there else 'wrote'} {words / path.name}: {wrote}")
     if any(rows.dim() == 3 for rows in concept.tokens.values()):
-        note("the word has rows for each layer, which other programs cannot use; the file has their mean")
+        say("note: the word has rows for each layer, which other programs cannot use; the file has their mean")
     if concept.layers:
         say(f"wrote {out}")
 

@@ -24,6 +24,14 @@ def typed_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def typed_file(text: str) -> Path:
+    """The path of a file to write, which does not end as a folder's does."""
+    path = typed_path(text)
+    if text.endswith(("/", os.sep)):
+        raise argparse.ArgumentTypeError(f"{text!r} ends as a folder does; give a file in it")
+    return path
+
+
 def base_named(name: str):
     """toy, or the folder of a diffusers model, as a base."""
     name = os.path.expanduser(name)

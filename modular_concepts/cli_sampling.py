@@ -19,7 +19,7 @@ from .cli_paths import (
     note_repeated,
     refuse_existing,
     say,
-    typed_path,
+    typed_file,
 )
 from .cli_progress import Bar
 from .errors import AdapterError, listed
@@ -61,7 +61,7 @@ def add_sample(commands) -> None:
     )
     sample.add_argument(
         "--out",
-        type=typed_path,
+        type=typed_file,
         help=f"the picture's file (default sample.png, or the first of sample-2.png, sample-3.png, ... that is free), "
         f"ending in {', '.join(FORMATS)}; several are numbered",
     )
@@ -115,7 +115,12 @@ def run_sample(args: argparse.Namespace) -> None:
     gated = bool(regions) and args.mode != "merged"
     note_repeated(args)
     size = (height // base.downscale, width // base.downscale)
-    for sentence in [*_unread(args), *warnings_on_guidance(args.cfg), *doubtful_places(regions, size)]:
+    for sentence in [
+        *_unread(args),
+        *_odd_prompts(args),
+        *warnings_on_guidance(args.cfg),
+        *doubtful_places(regions, size),
+    ]:
         note(sentence)
     stack = list(zip(concepts, strengths, strict=True))
     for sentence in unheard(stack, args.prompt, regions, gated, "draw with --mode merged, where it acts everywhere"):
@@ -145,6 +150,15 @@ def _unread(args: argparse.Namespace) -> list[str]:
     given = [name for name in SAMPLE if getattr(args, name) not in (None, "", [])]
     present = [*(["region"] if args.region else []), *([GUIDANCE] if args.cfg != 1 else [])]
     return unread(SAMPLE, given, present=present, called=lambda name: f"--{name}")
+
+
+def _odd_prompts(args: argparse.Namespace) -> list[str]:
+    """Sentences on prompts that are empty, or the name of a file."""
+    said = [] if args.prompt.strip() else ["the prompt is empty, so what is drawn is by chance; say what to draw"]
+    for text in (args.prompt, args.negative):
+        if text.strip() and len(text) < 200 and os.path.isfile(text):
+            said.append(f"{text} is a file, but its name is read as the prompt; give the words that are in it")
+    return said
 
 
 def _outputs(args: argparse.Namespace) -> list[Path]:

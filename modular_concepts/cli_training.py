@@ -19,6 +19,7 @@ from .cli_paths import (
     note_repeated,
     refuse_existing,
     say,
+    typed_file,
     typed_path,
 )
 from .cli_progress import Bar, Interruption
@@ -44,12 +45,13 @@ def add_train(commands) -> None:
     train.add_argument("--class-word", required=True, help="what the base calls it: man, dog, ...")
     train.add_argument(
         "--description",
+        type=str.strip,
         default="",
         metavar="WORDS",
         help="what it looks like, in words that the base knows, such as 'man red shirt brown hair': the learned word "
         "starts there (default: from the class word)",
     )
-    train.add_argument("--out", type=typed_path, help="concept file (default concepts/NAME.safetensors)")
+    train.add_argument("--out", type=typed_file, help="concept file (default concepts/NAME.safetensors)")
     add_overwrite(train)
     train.add_argument("--base", default="toy", help="toy (default), or a diffusers folder")
     add_training_options(train)
@@ -232,7 +234,9 @@ def _unread(args: argparse.Namespace, method: str, preset, base) -> list[str]:
         ONE_ROW: alone and preset.settings.token_start == TOKEN_STARTS[0],
     }
     present = [name for name, is_there in there.items() if is_there]
-    return unread(TRAIN, given, method, present, lambda name: f"--{name.replace('_', '-')}")
+    late = args.warmup is not None and args.warmup >= preset.settings.steps
+    said = [f"--warmup {args.warmup} is no shorter than --steps, so no rate is ever reached in full"] if late else []
+    return said + unread(TRAIN, given, method, present, lambda name: f"--{name.replace('_', '-')}")
 
 
 def _unexpected(error: Exception, result: TrainResult) -> AdapterError:

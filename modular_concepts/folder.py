@@ -104,6 +104,8 @@ def survey(folder: Path, grey: Callable[[Path], bool]) -> tuple[list[Found], Fol
     grey: whether a picture file has no colour.
     Raises AdapterError for what is doubtful: captions or masks that some pictures lack, or that belong to none.
     """
+    if folder.is_file():
+        raise AdapterError(f"{folder}: this is a file; give the folder that holds the pictures")
     if not folder.is_dir():
         raise AdapterError(f"{folder}: there is no such folder; give the folder that holds the pictures")
     whole = _Survey(folder)

@@ -124,6 +124,8 @@ AT_MOST = {
     "warmup": 10_000_000,
     "checkpoint_every": 10_000_000,
     "keep_checkpoints": 1_000_000,
+    "noise_offset": 10.0,  # the noise itself is 1
+    "token_noise": 100.0,
 }
 SWITCHES = ("layerwise", "shuffle_tags", "flip", "gradient_checkpointing")
 NOT_NEGATIVE = (

@@ -135,3 +135,100 @@ def test_a_resume_with_other_settings_is_refused_before_the_estimate(made, here,
     assert code == 2 and "steps was 1, is now 2" in err and "a step" not in out, out
     code, out, _ = run(capsys, *train, "--resume", "kept", "--steps", "2", "--accept-changes", "--overwrite")
     assert code == 0 and "for 1 more step after step 1;" in out
+
+
+# --- the wrong thing in a place -----------------------------------------------------------------------------
+
+
+def test_an_embedding_in_the_place_of_a_concept_is_called_so(made, here, capsys):
+    assert run(capsys, "export", concept(made), "--out", "x.safetensors")[0] == 0
+    for command in (["inspect"], ["merge", "--out", "m.safetensors"], ["sample", "a man", *DRAW, "--concept"]):
+        code, _, err = run(capsys, *command, "embeddings/tom.safetensors")
+        assert code == 2 and "tom.safetensors: this is an embedding, a learned word of" in err, err
+        assert "embedding:tom in a prompt" in err and "another architecture" not in err and err.count("\n") == 1
+
+
+def test_both_parts_of_sdxls_embeddings_are_called_so(here, capsys):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}, "word.safetensors")
+    assert "an embedding, a learned word of 2 vectors" in run(capsys, "inspect", "word.safetensors")[2]
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 8)}, "half.safetensors")
+    assert "embedding" not in run(capsys, "inspect", "half.safetensors")[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["sample", "a.png", *DRAW], "a.png is a file, but its name is read as the prompt"),
+        (["sample", "a man", "--steps", "1", "--negative", "a.png"], "a.png is a file, but its name is read"),
+        (["sample", " ", *DRAW], "the prompt is empty"),
+    ],
+)
+def test_a_prompt_that_is_none_is_said(here, capsys, command, words):
+    (here / "a.png").write_bytes(b"")
+    code, _, err = run(capsys, *command)
+    assert code == 0 and words in err, err
+
+
+def test_a_picture_in_the_place_of_the_folder_is_called_a_file(made, here, capsys):
+    code, _, err = run(capsys, "train", made / "pictures/tom/00.png", *TRAIN)
+    assert code == 2 and "00.png: this is a file; give the folder" in err, err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["inspect", "-tom.safetensors"], ["no option -tom.safetensors", "./-name"]),
+        (["merge", "x", "--out", "-m.safetensors"], ["no option -m.safetensors", "behind an ="]),
+        (["sample", "a", "man"], ["nothing is meant by man", "in quotes"]),
+        (["sample", "a man", "--concept", "a", "b"], ["nothing is meant by b", "before each of its values"]),
+        (["sample", "a man", "--size", "32"], ["no option --size; see"]),
+        (["sample", "a man", "-verbose"], ["no option -verbose"]),
+        (["sample", "a man", "--seeed", "1"], ["no option --seeed, perhaps --seed"]),
+        (["train", "x", "--name", "a", "--class-word", "b", "--token-norm", "x"], ["'x' is neither a number nor none"]),
+        (["train", "x", "--name", "a", "--class-word", "b", "--noise-offset", "1e30"], ["noise_offset", "at most 10"]),
+        (["train", "x", "--name", "a", "--class-word", "b", "--token-noise", "1e30"], ["token_noise", "at most 100"]),
+    ],
+)
+def test_lines_that_cannot_be_meant(here, capsys, line, words):
+    code, out, err = run(capsys, *line)
+    assert code == 2 and all(word in err for word in words) and err.count("\n") == 1 and out == "", err
+
+
+def test_a_number_below_zero_is_a_value(made, here, capsys):
+    code, _, err = run(capsys, "sample", "a man", "--steps", "-1")
+    assert code == 2 and "steps is -1" in err
+    code, _, err = run(capsys, "inspect", "--", "-tom.safetensors")
+    assert code == 2 and "-tom.safetensors: there is no such file" in err
+
+
+@pytest.mark.parametrize(
+    "out", ["$HOME/m", "${HOME}/m", "%USERPROFILE%/m", "~nobodyatall/m", "a\\m", "C:\\m", "*", "what?", "http://a.b/m"]
+)
+def test_paths_that_a_shell_left_as_they_were_are_refused(made, here, capsys, out):
+    for command, ending in ((["merge", concept(made)], ".safetensors"), (["sample", "a man", *DRAW], ".png")):
+        code, _, err = run(capsys, *command, "--out", out + ending)
+        assert code == 2 and "choose another --out" in err and err.count("\n") == 1, err
+    assert files(here) == {} and list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["m.safetensors/", "folder/"])
+def test_a_file_to_write_does_not_end_as_a_folder(made, here, capsys, out):
+    code, _, err = run(capsys, "merge", concept(made), "--out", out)
+    assert code == 2 and "ends as a folder does" in err and files(here) == {}
+
+
+# --- trainings ----------------------------------------------------------------------------------------------
+
+
+def test_a_warm_up_that_does_not_end_is_said(made, here, capsys):
+    code, _, err = run(capsys, "train", made / "pictures/tom", *TRAIN, "--warmup", "5")
+    assert code == 0 and "--warmup 5 is no shorter than --steps" in err
+
+
+def test_what_could_not_be_read_again_is_not_written(made, here, capsys):
+    code, _, err = run(capsys, "train", made / "pictures/tom", *TRAIN, "--adapter-lr", "1e30", "--steps", "1")
+    assert code == 2 and "which no weight survives" in err, err
+    assert files(here) == {}
