@@ -165,6 +165,8 @@ def run_merge(args: argparse.Namespace) -> None:
     note_repeated(args)
     about = _about(args)
     concepts, strengths, paths = concepts_at(args.concepts)
+    if any(path.resolve() == args.out.resolve() for path in paths):
+        raise AdapterError(f"the merge would replace {args.out}, one of its parts; choose another --out")
     check_together(concepts)
     base = base_named(args.base) if args.base is not None else None
     given = [name for name in MERGE if getattr(args, name) not in (None, False, "")]

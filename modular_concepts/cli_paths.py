@@ -83,8 +83,10 @@ def _refuse_misplaced(text: str, before: str, after: str) -> None:
         raise AdapterError(
             f"{text!r} is no file; a strength stands behind its file and a colon, without a space: {file}:{strength}"
         )
-    for mark in re.finditer(r"[:=@*;,\s]", text):
+    for mark in re.finditer(r"[:=@*;,+&|\s]", text):
         file, tail = text[: mark.start()], text[mark.start() :]
+        if Path(file).is_file() and Path(tail[1:].strip()).is_file():
+            raise AdapterError(f"{text}: these are two files; give them with a space between")
         if Path(file).is_file():
             meant = [_number_meant(part) for part in re.split(r"[:=@*;\s]+", tail) if part]
             written = dict.fromkeys(number or "0.8" for number in meant or [_number_meant(after)])
@@ -129,6 +131,8 @@ def folder(path: Path, option: str = "--out") -> Path:
     from .files.names import check_new_path
 
     check_new_path(path, option)
+    if files := [place for place in (path, *path.parents) if os.path.lexists(place) and not place.is_dir()]:
+        raise AdapterError(f"the folder {path} cannot be made: {files[-1]} is a file; choose another {option}")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

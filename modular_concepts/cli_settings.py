@@ -166,10 +166,10 @@ _NONE = object()
 
 
 def _number_or_none(text: str) -> object:
-    try:
-        return _NONE if text.strip().lower() == "none" else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none") from error
+    return _NONE if text.lower() == "none" else float(text)
+
+
+_number_or_none.__name__ = "number"
 
 
 def _flag(name: str) -> str:

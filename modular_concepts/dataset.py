@@ -208,7 +208,9 @@ def _fit_cover(name: str, picture: Tensor, mask: Tensor, size: tuple[int, int]) 
 
 def _check_size(size: tuple[int, int]) -> None:
     if len(size) != 2 or not all(isinstance(side, int) and 8 <= side <= 8192 for side in size):
-        raise AdapterError(f"training size {size} must be a height and a width between 8 and 8192 pixels")
+        raise AdapterError(
+            f"training size {' x '.join(map(str, size[::-1]))} must be a width and a height between 8 and 8192 pixels"
+        )
 
 
 class _Notes:

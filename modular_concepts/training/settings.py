@@ -126,6 +126,8 @@ AT_MOST = {
     "keep_checkpoints": 1_000_000,
     "noise_offset": 10.0,  # the noise itself is 1
     "token_noise": 100.0,
+    "weight_decay": 100.0,
+    "prior_weight": 1e6,
 }
 SWITCHES = ("layerwise", "shuffle_tags", "flip", "gradient_checkpointing")
 NOT_NEGATIVE = (

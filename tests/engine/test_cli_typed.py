@@ -187,7 +187,6 @@ def test_a_picture_in_the_place_of_the_folder_is_called_a_file(made, here, capsy
         (["sample", "a man", "--size", "32"], ["no option --size; see"]),
         (["sample", "a man", "-verbose"], ["no option -verbose"]),
         (["sample", "a man", "--seeed", "1"], ["no option --seeed, perhaps --seed"]),
-        (["train", "x", "--name", "a", "--class-word", "b", "--token-norm", "x"], ["'x' is neither a number nor none"]),
         (["train", "x", "--name", "a", "--class-word", "b", "--noise-offset", "1e30"], ["noise_offset", "at most 10"]),
         (["train", "x", "--name", "a", "--class-word", "b", "--token-noise", "1e30"], ["token_noise", "at most 100"]),
     ],
@@ -232,3 +231,25 @@ def test_what_could_not_be_read_again_is_not_written(made, here, capsys):
     code, _, err = run(capsys, "train", made / "pictures/tom", *TRAIN, "--adapter-lr", "1e30", "--steps", "1")
     assert code == 2 and "which no weight survives" in err, err
     assert files(here) == {}
+
+
+def test_a_merge_does_not_replace_one_of_its_parts(made, here, capsys):
+    (here / "tom.safetensors").write_bytes(concept(made).read_bytes())
+    before = files(here)
+    both = ["./tom.safetensors:0.5", concept(made, "tim")]
+    code, _, err = run(capsys, "merge", *both, "--out", "tom.safetensors", "--overwrite")
+    assert code == 2 and "would replace tom.safetensors, one of its parts" in err and files(here) == before
+
+
+@pytest.mark.parametrize("between", [",", "+", ", ", ";"])
+def test_two_files_in_one_are_called_so(made, here, capsys, between):
+    code, _, err = run(capsys, "merge", f"{concept(made)}{between}{concept(made, 'tim')}", "--out", "m.safetensors")
+    assert code == 2 and "these are two files; give them with a space between" in err, err
+
+
+def test_a_file_in_the_place_of_a_folder_to_make_is_called_so(made, here, capsys):
+    (here / "file").write_bytes(b"")
+    for command in (["pictures", "tom", "--out"], ["train", made / "pictures/tom", *TRAIN, "--checkpoints"]):
+        for place in ("file", "file/more"):
+            code, _, err = run(capsys, *command, place)
+            assert code == 2 and f"the folder {place} cannot be made: file is a file" in err, err
