@@ -146,6 +146,12 @@ def add_overwrite(command: argparse.ArgumentParser) -> None:
 
 def check_concept_output(path: Path, overwrite: bool = True) -> None:
     """`check_output` of a file that other programs know a concept by."""
+    from .files.safe import is_text
+
+    if not is_text(path):
+        raise AdapterError(
+            f"{path}: a name in this path is no UTF-8, by which nothing could be read; choose another --out"
+        )
     if not path.is_dir() and path.suffix.lower() not in ENDINGS:
         raise AdapterError(f"{path}: a concept is written as {ENDINGS[0]}; give --out such an ending")
     check_output(path, overwrite)

@@ -1,6 +1,8 @@
 # ruff: noqa: F811 (fixtures of another file)
 """What a hasty hand types: the sentence names the thing, and the way to write it."""
 
+import os
+
 import pytest
 from test_cli import DRAW, QUICK, concept, files, here, made, run, weights  # noqa: F401
 
@@ -253,3 +255,15 @@ def test_a_file_in_the_place_of_a_folder_to_make_is_called_so(made, here, capsys
         for place in ("file", "file/more"):
             code, _, err = run(capsys, *command, place)
             assert code == 2 and f"the folder {place} cannot be made: file is a file" in err, err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of other bytes are of POSIX")
+def test_a_name_that_is_no_text_is_refused_before_it_could_not_be_read(made, here, capsys):
+    odd = os.fsdecode(b"b\xff.safetensors")
+    for command in (["merge", concept(made)], ["export", concept(made)], ["train", made / "pictures/tom", *TRAIN]):
+        code, _, err = run(capsys, *command, "--out", odd)
+        assert code == 2 and "b\\udcff.safetensors: a name in this path is no UTF-8" in err, err
+    assert files(here) == {}
+    (here / odd).write_bytes(concept(made).read_bytes())
+    code, _, err = run(capsys, "inspect", odd)
+    assert code == 2 and "no UTF-8" in err and "damaged" not in err, err
