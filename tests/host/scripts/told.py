@@ -68,6 +68,12 @@ def main() -> None:
         said.clear()
         with_regions(region(names=names), mode, stack)
         facts[title] = " ".join(said)
+    # Regions that hardly draw.
+    small, twice = region(box=(0.0, 0.0, 0.001, 0.001)), (*region(), *region("a dog"))
+    for title, regions in (("too small", small), ("one place", twice)):
+        said.clear()
+        with_regions(regions)
+        facts[title] = " ".join(said)
     for title, text in (("called", "photo of<tom>"), ("uncalled", "a man"), ("unknown", "a <tim>, <tom>s hat")):
         said.clear()
         concepts.ConceptTextEncode.execute(clip, text, ((tom, 1.0),))
