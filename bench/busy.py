@@ -34,7 +34,7 @@ def step_times(steps: int) -> list[float]:
 
     from modular_concepts.customisation import Subject, train_concept
     from modular_concepts.toy.base import load_toy_base
-    from modular_concepts.toy.demo import UNDESCRIBED
+    from modular_concepts.toy.presets import UNDESCRIBED
     from modular_concepts.toy.standard import BY_NAME, pictures_of
 
     concept, times = BY_NAME["tom"], []

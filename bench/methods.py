@@ -26,8 +26,9 @@ from modular_concepts.files.safe import replacing, safe_name
 from modular_concepts.pictures import to_image
 from modular_concepts.sampling import SampleSettings, sample
 from modular_concepts.toy.base import load_toy_base
-from modular_concepts.toy.demo import SAMPLING, UNDESCRIBED, prompts_for
+from modular_concepts.toy.demo import SAMPLING, prompts_for
 from modular_concepts.toy.judges import Judges, load_judges
+from modular_concepts.toy.presets import UNDESCRIBED
 from modular_concepts.toy.standard import BY_NAME, pictures_of
 from modular_concepts.training import TrainSettings, train
 

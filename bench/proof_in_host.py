@@ -34,7 +34,7 @@ class Proof:
     def __init__(self, plan: dict):
         self.plan = plan
         self.model, self.clip, self.vae = pack_module("host.toy").load_toy_base()
-        files, self.patching = pack_module("modular_concepts.files"), pack_module("host.patching")
+        files, self.patching = pack_module("modular_concepts.files.concept"), pack_module("host.patching")
         self.encode = pack_module("host.clip").encode_prompt
         self.layers = pack_module("modular_concepts.layers")
         names = {name for group in plan["groups"] for name in group["names"]}

@@ -80,7 +80,7 @@ def method_of(task: Task) -> str:
 
 def trained(task: Task, base, latents, contexts, callback=None, **more):
     """(TrainResult, how many layers) of one training on latents and contexts that are there already."""
-    problems, training = pack_module("modular_concepts.training.problem"), pack_module("modular_concepts.training")
+    problems, training = pack_module("modular_concepts.training.problem"), pack_module("modular_concepts.training.loop")
     chosen = task.layers.partition(" as ")[0]
     layers = every_layer(base, task.rank) if chosen == "every" else base.layers((chosen,), None)
     with base.trainable():

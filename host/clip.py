@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..modular_concepts.concept import Concept
-from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.errors import AdapterError, listed
 from ..modular_concepts.families import encoder_names, reader_names
 from ..modular_concepts.fitting import faded_words, refuse_shared_triggers
 from ..modular_concepts.models.cross_attention import first_positions
@@ -63,7 +63,7 @@ def warnings_of_words(clip: comfy.sd.CLIP, texts: Sequence[str], concepts: Seque
     unknown = [match[0] for text in texts for part in between(text, triggers) for match in TRIGGER.finditer(part)]
     if not unknown:
         return []
-    words = ", ".join(dict.fromkeys(unknown))
+    words = listed(dict.fromkeys(unknown))
     return [
         f"no concept here has the trigger word {words}, which so changes nothing; connect its concept, or leave it out"
     ]

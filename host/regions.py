@@ -26,6 +26,7 @@ from nodes import common_ksampler  # the host's own
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.regions.acting import acting, check_names, unheard
+from ..modular_concepts.regions.doubtful import doubtful_places
 from ..modular_concepts.regions.geometry import Region, region_weights
 from ..modular_concepts.regions.places import Places
 from .automatic import found_regions
@@ -89,7 +90,8 @@ def sample_regions(
     Regions without a place get one first (`automatic.found_regions`).
     """
     placed, drawn = _all_placed(model, clip, stack, prompts, regions, latent, how)
-    regional = with_regions(model, clip, stack, placed, prompts, mode, overlap)
+    size = tuple(drawn["samples"].shape[-2:])
+    regional = with_regions(model, clip, stack, placed, prompts, mode, overlap, size)
     (result,) = common_ksampler(
         regional.model,
         how.seed,
@@ -140,12 +142,13 @@ def with_regions(
     prompts: tuple[str, str],
     mode: str = "merged",
     overlap: str = "average",
+    size: tuple[int, int] | None = None,
 ) -> Regional:
     """MODEL and CONDITIONING for any sampler; prompts: the global one and the negative one.
 
     mode: "merged" has all concepts in the weights, everywhere; concepts that are in the model already are not merged
     again.  "gated" leaves the weights alone and lets each concept act where its regions are, or, if no region has it,
-    outside of all of them if the global prompt calls it.  overlap: as `region_weights`.
+    outside of all of them if the global prompt calls it.  overlap: as `region_weights`.  size: as `doubtful_places`.
     Regions in pixels are placed when the picture's size is known.
     Raises AdapterError for what cannot be drawn, another node's cross-attention for instance.
     """
@@ -156,6 +159,7 @@ def with_regions(
     if stack:
         said += warnings_of(model, clip, stack, "weights") if mode == "merged" else warnings_here(model, clip, stack)
     said += unheard(stack, prompts[0], regions, mode == "gated", "name it in the concepts of a region")
+    said += doubtful_places(regions, size, overlap)
     if said:
         show_text("\n".join(said))
     places = Places(regions, overlap, _scale(model))

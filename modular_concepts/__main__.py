@@ -10,9 +10,17 @@ from . import before_torch  # noqa: F401 - sets what torch reads when `cli` impo
 def main() -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stopped)
-    from .cli import main
+    from .cli_streams import Streams
 
-    return main()
+    with Streams():
+        try:
+            os.getcwd()
+        except FileNotFoundError:  # with which torch's libraries end the process
+            sys.stderr.write("error: the folder that you are in was deleted; go into one that is there\n")
+            return 2
+        from .cli import main
+
+        return main()
 
 
 def _stopped(*_: object) -> None:

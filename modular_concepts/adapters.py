@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .choices import LAYOUTS
 from .errors import AdapterError
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 KINDS = ("lora", "orthogonal", "block", "block_orthogonal", "full")
 FROZEN_DOWN = ("orthogonal", "block_orthogonal", "full")
-LAYOUTS = ("contiguous", "strided")
 MAX_WEIGHT = 2**27  # numbers; twice the largest layer of any model that has been adapted
 MAX_SIZE = 1e12  # of a factor, alpha or delta; what is larger is no weight, and its squares overflow
 

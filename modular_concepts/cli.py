@@ -10,6 +10,7 @@ import argparse
 import difflib
 import errno
 import io
+import itertools
 import os
 import re
 import sys
@@ -19,12 +20,13 @@ from typing import NoReturn
 
 from . import __version__
 from .cli_merging import add_export, add_inspect, add_merge
-from .cli_paths import add_overwrite, base_named, folder, note_repeated, refuse_existing, typed_path
+from .cli_paths import add_overwrite, base_named, folder, note_repeated, refuse_existing, say, typed_path
 from .cli_progress import Bar, Interrupts, close_bars
 from .cli_sampling import add_sample
 from .cli_training import add_train
-from .errors import AdapterError, in_one_line
+from .errors import AdapterError, in_one_line, listed
 from .families.toy import TOY
+from .toy.vocabulary import STANDARD_NAMES
 
 EXTRA = ("diffusers", "transformers", "tqdm", "matplotlib", "PIL")
 
@@ -91,7 +93,7 @@ def _demo(args: argparse.Namespace) -> None:
     out = folder(args.out)
     report = run_demo(base_named(TOY.name), load_judges(), out, Steps(print, Bar))
     print((out / "report.md").read_text(encoding="utf-8"))
-    print(f"pictures and figures are in {out} ({report['seconds']:.0f} s)")
+    say(f"pictures and figures are in {out} ({report['seconds']:.0f} s)")
 
 
 def _keep_persons_files(out: Path) -> None:
@@ -128,7 +130,7 @@ def _pictures(args: argparse.Namespace) -> None:
     )
     if others and not args.overwrite:
         raise AdapterError(
-            f"{out} holds other files ({', '.join(others[:3])}), among which a training would find these pictures; "
+            f"{out} holds other files ({listed(others, 3)}), among which a training would find these pictures; "
             "choose another --out, or write there all the same with --overwrite"
         )
     note_repeated(args)
@@ -136,10 +138,13 @@ def _pictures(args: argparse.Namespace) -> None:
     with all_or_none():
         for path, data in files.items():
             write_atomically(path, data)
-    print(f"wrote {len(lesson.pictures)} pictures with captions to {out}; train on them with")
+    say(
+        f"wrote {len(lesson.pictures)} pictures with captions to {out}; train on them with this, in which each concept "
+        "has a slot of its own:"
+    )
     told = f' --description "{lesson.description}"' if lesson.description else ""
     train = f"train {out} --name {args.concept} --class-word {lesson.class_word}"
-    print(f"  python -m modular_concepts {train}{told} --slot 0")
+    say(f"  python -m modular_concepts {train}{told} --slot {list(BY_NAME).index(args.concept)}")
 
 
 # --- reading arguments --------------------------------------------------------------------------------------
@@ -156,28 +161,44 @@ class _Parser(argparse.ArgumentParser):
         self.register("type", float, _number)
 
     def parse_known_args(self, args=None, namespace=None):
-        self.unknown = [
-            text.partition("=")[0] for text in args or () if text.startswith("--") and self._is_unknown(text)
-        ]
+        self.unknown = [text.partition("=")[0] for text in _before_two_dashes(args or ()) if self._is_unknown(text)]
         self.seen: dict[str, object] = {}
         namespace, left = super().parse_known_args(args, namespace)
         if left and self._subparsers is None:  # here and not in the parser above, whose --help says less
-            self.error("" if self.unknown else f"nothing is meant by {' '.join(left)}")
+            several = (
+                "put a text of several words in quotes, and an option that can come again before each of its values"
+            )
+            self.error("" if self.unknown else f"nothing is meant by {' '.join(left)}; {several}")
         return namespace, left
 
     def error(self, message: str) -> NoReturn:
         unknown = [f"there is no option {name}{self._meant(name)}" for name in self.unknown]
+        if any(not name.startswith("--") for name in self.unknown):
+            unknown.append("what begins with - and is no option stands behind an =, and a path as ./-name")
+            message = ""
         sentence = _shortened("; ".join([*unknown, *filter(None, [message])]))
         self.exit(2, f"error: {sentence}; see {self.prog} --help\n")
 
     def _is_unknown(self, text: str) -> bool:
+        """Whether a text looks like an option and is none; a number below 0 is a value."""
         name = text.partition("=")[0]
-        options = self._option_string_actions
-        return self._subparsers is None and not any(option.startswith(name) for option in options)
+        if self._subparsers is not None or not name.startswith("-") or name == "-":
+            return False
+        if self._negative_number_matcher.match(text) or any(option.startswith(name) for option in self._options()):
+            return False
+        return name.startswith("--") or not any(name.startswith(short) for short in self._options() if len(short) == 2)
+
+    def _options(self) -> list[str]:
+        return list(self._option_string_actions)
 
     def _meant(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self._option_string_actions, 1)
+        near = difflib.get_close_matches(name, self._option_string_actions, 1, 0.7)
         return f", perhaps {near[0]}" if near else ""
+
+
+def _before_two_dashes(args: Sequence[str]) -> list[str]:
+    """What can be options: all before a --, behind which all is meant as it stands."""
+    return list(itertools.takewhile(lambda text: text != "--", args))
 
 
 class _Once(argparse._StoreAction):
@@ -209,21 +230,29 @@ def _number(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .toy.standard import BY_NAME
-
     parser = _Parser(
         prog="python -m modular_concepts", description="Train concepts apart, sum them, draw them together."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="three concepts trained, summed, drawn and judged on the toy base")
+    demo = commands.add_parser(
+        "demo",
+        help="three concepts trained, summed, drawn and judged on the toy base",
+        description="Train three concepts on the toy base, sum them, draw them alone and together and judge the "
+        "pictures; writes concepts, pictures and a report.",
+    )
     demo.add_argument("--out", type=typed_path, default=Path("demo_output"), help="folder (default demo_output)")
     add_overwrite(demo)
     demo.set_defaults(run=_demo)
 
-    pictures = commands.add_parser("pictures", help="write the 16 pictures of a standard toy concept, to train on")
-    pictures.add_argument("concept", metavar="CONCEPT", help=f"one of {', '.join(BY_NAME)}")
+    pictures = commands.add_parser(
+        "pictures",
+        help="write the 16 pictures of a standard toy concept, to train on",
+        description="Write the 16 pictures of one of the toy base's standard concepts, with captions, and say the "
+        "command that trains on them.",
+    )
+    pictures.add_argument("concept", metavar="CONCEPT", help=f"one of {', '.join(STANDARD_NAMES)}")
     pictures.add_argument("--out", type=typed_path, help="folder (default pictures/CONCEPT)")
     add_overwrite(pictures)
     pictures.set_defaults(run=_pictures)

@@ -7,8 +7,11 @@ import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .choices import DENSITY, FAMILIES, RANK, RIDGE, SEED
 from .cli_paths import (
     add_overwrite,
     base_named,
@@ -20,14 +23,17 @@ from .cli_paths import (
     note,
     note_repeated,
     refuse_existing,
+    say,
+    typed_file,
     typed_path,
 )
-from .errors import AdapterError
-from .files.safe import safe_name
-from .merge import FAMILIES, Evidence, MergeOptions
-from .merge.fusion import EXACT
+from .errors import AdapterError, listed
+
+if TYPE_CHECKING:
+    from .merge import Evidence, MergeOptions
 
 FORMATS = ("kohya", "diffusers", "concept", "compact")
+MOST_WORDS, LONGEST = 20, 1000  # of what inspect shows of one file
 SAID = {
     "title": "the name that programs show",
     "author": "who made it",
@@ -35,7 +41,6 @@ SAID = {
     "license": "what others may do with it",
     "tags": "words to find it by, with commas between",
 }
-DEFAULTS = MergeOptions()
 
 
 def add_merge(commands) -> None:
@@ -53,26 +58,26 @@ def add_merge(commands) -> None:
         epilog=f"families:\n{families}",
     )
     merge.add_argument("concepts", nargs="+", help="FILE or FILE:STRENGTH")
-    merge.add_argument("--out", type=typed_path, required=True, help="the concept file to write")
+    merge.add_argument("--out", type=typed_file, required=True, help="the concept file to write")
     add_overwrite(merge)
     merge.add_argument("--how", choices=tuple(FAMILIES), default="sum", metavar="FAMILY", help="see below (sum)")
     merge.add_argument("--literal", action="store_true", help="block: strengths scaled to add up to 1, as in the paper")
     merge.add_argument(
         "--density",
         type=float,
-        help=f"magnitude, dare, ties: the share of weights that stays (default {DEFAULTS.density})",
+        help=f"magnitude, dare, ties: the share of weights that stays (default {DENSITY})",
     )
-    merge.add_argument("--rank", type=int, help=f"svd: the rank that the sum is cut to (default {DEFAULTS.rank})")
+    merge.add_argument("--rank", type=int, help=f"svd: the rank that the sum is cut to (default {RANK})")
     merge.add_argument(
         "--seed",
         type=int,
-        help=f"dare: which weights are dropped follows from it (default {DEFAULTS.seed})",
+        help=f"dare: which weights are dropped follows from it (default {SEED})",
     )
     merge.add_argument(
         "--ridge",
         type=float,
         help="fusion: damping towards each concept's own weight, relative to the mean of its moments' spectrum "
-        f"(default {DEFAULTS.ridge})",
+        f"(default {RIDGE})",
     )
     merge.add_argument(
         "--exact",
@@ -97,7 +102,12 @@ def add_merge(commands) -> None:
 
 
 def add_inspect(commands) -> None:
-    inspect = commands.add_parser("inspect", help="what is in concept files, and the crosstalk of several")
+    inspect = commands.add_parser(
+        "inspect",
+        help="what is in concept files, and the crosstalk of several",
+        description="Say what is in concept files: layers, learned words, how each was made; of several also how much "
+        "they disturb each other.",
+    )
     inspect.add_argument(
         "concepts", nargs="+", metavar="FILE", help="concepts, or LoRAs with kohya's or diffusers' keys"
     )
@@ -109,12 +119,14 @@ def add_export(commands) -> None:
     export = commands.add_parser(
         "export",
         help="for other programs: kohya (ComfyUI, A1111) or diffusers / peft; or as a concept file, full or compact",
+        description="Write a concept for other programs, learned words as embeddings beside it; or anew as a concept "
+        "file, with its frozen factors (concept) or without (compact).",
     )
     export.add_argument("concept", help="FILE")
     export.add_argument("--format", choices=FORMATS, default="kohya", help="default kohya")
     export.add_argument(
         "--out",
-        type=typed_path,
+        type=typed_file,
         help="default exports/NAME_FORMAT.safetensors; learned words go into a folder embeddings beside it",
     )
     add_overwrite(export)
@@ -137,6 +149,9 @@ def _add_said(command: argparse.ArgumentParser) -> None:
 def run_merge(args: argparse.Namespace) -> None:
     from .explain import warnings_between, warnings_on_base
     from .files.concept import save_concept
+    from .merge import MergeOptions
+    from .merge.fusion import EXACT
+    from .merge.strengths import unfelt
     from .merged import check_together, merged_concept
     from .unread import MERGE, unread
 
@@ -150,11 +165,14 @@ def run_merge(args: argparse.Namespace) -> None:
     note_repeated(args)
     about = _about(args)
     concepts, strengths, paths = concepts_at(args.concepts)
+    if any(path.resolve() == args.out.resolve() for path in paths):
+        raise AdapterError(f"the merge would replace {args.out}, one of its parts; choose another --out")
     check_together(concepts)
     base = base_named(args.base) if args.base is not None else None
     given = [name for name in MERGE if getattr(args, name) not in (None, False, "")]
     for sentence in [
         *unread(MERGE, given, args.how, called=lambda name: f"--{name}"),
+        *unfelt([concept.name for concept in concepts], strengths),
         *warnings_between(concepts),
         *(warnings_on_base(concepts, base.hash, base.sample) if base else []),
     ]:
@@ -163,13 +181,16 @@ def run_merge(args: argparse.Namespace) -> None:
     merged = _said(about, merged_concept(name, concepts, strengths, args.how, args.literal, options, evidence))
     folder(args.out.parent)
     save_concept(merged, args.out)
-    print(f"wrote {args.out}: {' + '.join(c.name for c in concepts)}; triggers {' '.join(merged.tokens) or 'none'}")
+    names, words = listed([concept.name for concept in concepts], 20, " + "), listed(merged.tokens, 20, " ")
+    say(f"wrote {args.out}: {names}; triggers {words or 'none'}")
     if args.how == "svd":
-        print(_kept(merged, concepts, strengths, options))
+        say(_kept(merged, concepts, strengths, options))
     say_crosstalk(concepts)
 
 
 def _evidence(args: argparse.Namespace, concepts: Sequence, paths: Sequence[Path], base) -> Evidence:
+    from .merge import Evidence
+
     if args.how == "fusion":
         files = _moment_files(args, paths)
         found = [_moments(*one, base, args.moments is not None) for one in zip(concepts, files, strict=True)]
@@ -232,7 +253,7 @@ def _record(concept, path: Path, base) -> Mapping:
     except AdapterError as error:
         note(f"what the layers of {concept.name} read is used, but not kept: {error}")
         return moments
-    print(f"wrote {path}: what the layers of {concept.name} read")
+    say(f"wrote {path}: what the layers of {concept.name} read")
     # As it will be read the next time, so that both times give the same merge.
     return load_moments(path)
 
@@ -266,7 +287,7 @@ def say_crosstalk(concepts: Sequence) -> None:
     if len(concepts) < 2:
         return
     for (first, second), figures in crosstalk_table(concepts)["pairs"].items():
-        print(f"crosstalk {first} and {second}: {figures['crosstalk']:.4f}")
+        say(f"crosstalk {first} and {second}: {figures['crosstalk']:.4f}")
 
 
 # --- inspect and export -------------------------------------------------------------------------------------
@@ -278,8 +299,13 @@ def run_inspect(args: argparse.Namespace) -> None:
     from .explain import warnings_between
     from .layers import block_of
     from .merged import SAMPLE
+    from .unread import INSPECT, RECORDED, unread
 
     concepts, _ = concepts_alone(args.concepts, "inspect")
+    given = ["verbose"] if args.verbose else []
+    present = [RECORDED] if any(concept.recipe.training for concept in concepts) else []
+    for sentence in unread(INSPECT, given, present=present, called=lambda name: f"--{name}"):
+        note(sentence)
     for path, concept in zip(args.concepts, concepts, strict=True):
         recipe = concept.recipe
         made = {key: value for key, value in recipe.to_json().items() if value not in (None, "", [], {})}
@@ -288,22 +314,28 @@ def run_inspect(args: argparse.Namespace) -> None:
         blocks = dict.fromkeys(block_of(name) for name in concept.layers)
         adapters: list[LowRank] = list(concept.layers.values())
         size = math.hypot(*map(delta_norm, adapters))
-        print(f"{path}: concept {concept.name!r}")
+        say(f"{path}: concept {concept.name!r}")
         for key, value in concept.about.items():
-            print(f"  {key}: {'a picture' if key == 'thumbnail' else value}")
+            say(f"  {key}: {'a picture' if key == 'thumbnail' else _shortened(value)}")
         if adapters:
-            print(f"  {len(adapters)} layers in {', '.join(blocks)}; size of the change ‖ΔW‖ = {size:.3f}")
+            say(f"  {len(adapters)} layers in {', '.join(blocks)}; size of the change ‖ΔW‖ = {size:.3f}")
         else:
-            print("  no layers, the word alone")
-        for word, rows in concept.tokens.items():
+            say("  no layers, the word alone")
+        for word, rows in islice(concept.tokens.items(), MOST_WORDS):
             each = f", for each of {len(rows)} cross-attention layers" if rows.dim() == 3 else ""
-            print(f"  learned word {word}: {rows.shape[-2]} x {rows.shape[-1]}{each}")
+            say(f"  learned word {word}: {rows.shape[-2]} x {rows.shape[-1]}{each}")
+        if len(concept.tokens) > MOST_WORDS:
+            say(f"  and {len(concept.tokens) - MOST_WORDS} more learned words")
         for key, value in made.items():
             if key != "training" or args.verbose:
-                print(f"  {key}: {_in_words(value)}")
+                say(f"  {key}: {_shortened(_in_words(value))}")
     say_crosstalk(concepts)
     for sentence in warnings_between(concepts):
         note(sentence)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text)} letters)"
 
 
 def _in_words(value: object) -> str:
@@ -320,7 +352,7 @@ def run_export(args: argparse.Namespace) -> None:
     from .files.diffusers import export_diffusers
     from .files.embeddings import embedding_files, export_embedding
     from .files.kohya import export_kohya
-    from .files.safe import all_or_none
+    from .files.safe import all_or_none, safe_name
 
     (concept,), (own,) = concepts_alone([args.concept], "export")
     note_repeated(args)
@@ -336,7 +368,7 @@ def run_export(args: argparse.Namespace) -> None:
     if whole:
         folder(out.parent)
         save_concept(concept, out, compact=args.format == "compact")
-        print(f"wrote {out}")
+        say(f"wrote {out}")
         return
     files = embedding_files(concept, words)
     there = [] if args.overwrite else [path for path, word in files.items() if _has_word(concept, path, word)]
@@ -354,11 +386,11 @@ def run_export(args: argparse.Namespace) -> None:
             (export_kohya if args.format == "kohya" else export_diffusers)(concept, out)
     for path in files:
         wrote = "has the learned word already" if path in there else "the learned word, for the embeddings folder"
-        print(f"{'kept' if path in there else 'wrote'} {words / path.name}: {wrote}")
+        say(f"{'kept' if path in there else 'wrote'} {words / path.name}: {wrote}")
     if any(rows.dim() == 3 for rows in concept.tokens.values()):
-        print("note: the word has rows for each layer, which other programs cannot use; the file has their mean")
+        say("note: the word has rows for each layer, which other programs cannot use; the file has their mean")
     if concept.layers:
-        print(f"wrote {out}")
+        say(f"wrote {out}")
 
 
 def _has_word(concept, path: Path, word: str) -> bool:

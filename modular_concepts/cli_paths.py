@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +25,14 @@ def typed_path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; give a path, or leave it out")
     return Path(os.path.expanduser(text))
+
+
+def typed_file(text: str) -> Path:
+    """The path of a file to write, which does not end as a folder's does."""
+    path = typed_path(text)
+    if text.endswith(("/", os.sep)):
+        raise argparse.ArgumentTypeError(f"{text!r} ends as a folder does; give a file in it")
+    return path
 
 
 def base_named(name: str):
@@ -45,16 +55,17 @@ def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
     from .merge.strengths import check_strength
 
     concepts, strengths, paths = [], [], []
-    for text in map(os.path.expanduser, map(str, texts)):
+    texts = [os.path.expanduser(str(text)) for text in texts]
+    for text, before, after in zip(texts, ["", *texts], [*texts[1:], ""], strict=False):
         path, colon, number = text.rpartition(":")
         if not text.strip() or (colon and not path.strip()):
             raise AdapterError(f"a concept is given as {text!r}, which names no file; give FILE or FILE:STRENGTH")
         try:
             strength = float(number) if colon and not Path(text).exists() else None
-        except ValueError as error:
-            if Path(path).exists():
-                raise AdapterError(f"{text}: {number!r} is no strength; write {path}:0.8, for example") from error
+        except ValueError:
             strength = None
+        if not Path(text if strength is None else path).exists():
+            _refuse_misplaced(text, before, after)
         if strength is not None:
             check_strength(text, strength)
         paths.append(Path(text if strength is None else path))
@@ -63,6 +74,37 @@ def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
     named = told_apart([concept.name for concept in concepts], paths)
     concepts = [c if c.name == name else replace(c, name=name) for c, name in zip(concepts, named, strict=True)]
     return concepts, strengths, paths
+
+
+def _refuse_misplaced(text: str, before: str, after: str) -> None:
+    """Raise AdapterError where a strength is written as none is read, with the way to write it.
+
+    text: what is no file; before, after: its neighbours, the file of which it is the strength, or that strength.
+    """
+    if (strength := _number_meant(text)) is not None:
+        file = before.rstrip(":= ") if Path(before.rstrip(":= ")).is_file() else "FILE"
+        raise AdapterError(
+            f"{text!r} is no file; a strength stands behind its file and a colon, without a space: {file}:{strength}"
+        )
+    for mark in re.finditer(r"[:=@*;,+&|\s]", text):
+        file, tail = text[: mark.start()], text[mark.start() :]
+        if Path(file).is_file() and Path(tail[1:].strip()).is_file():
+            raise AdapterError(f"{text}: these are two files; give them with a space between")
+        if Path(file).is_file():
+            meant = [_number_meant(part) for part in re.split(r"[:=@*;\s]+", tail) if part]
+            written = dict.fromkeys(number or "0.8" for number in meant or [_number_meant(after)])
+            example = " or ".join(f"{file}:{number}" for number in written)
+            raise AdapterError(f"{text}: {tail.removeprefix(':')!r} is no strength; write {example}, for example")
+
+
+def _number_meant(text: str) -> str | None:
+    """A strength as it is read, of one that may be written with a decimal comma or in percent."""
+    plain, percent, _ = text.strip().replace(",", ".").partition("%")
+    try:
+        number = float(plain) / (100 if percent else 1)
+    except ValueError:
+        return None
+    return f"{number:g}" if math.isfinite(number) else None
 
 
 def concepts_alone(texts: Sequence[str], command: str) -> tuple[list, list[Path]]:
@@ -89,7 +131,10 @@ def concept_at(path: Path):
 
 def folder(path: Path, option: str = "--out") -> Path:
     """Made where it is not there yet."""
+
     check_new_path(path, option)
+    if files := [place for place in (path, *path.parents) if os.path.lexists(place) and not place.is_dir()]:
+        raise AdapterError(f"the folder {path} cannot be made: {files[-1]} is a file; choose another {option}")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -103,6 +148,12 @@ def add_overwrite(command: argparse.ArgumentParser) -> None:
 
 def check_concept_output(path: Path, overwrite: bool = True) -> None:
     """`check_output` of a file that other programs know a concept by."""
+    from .files.safe import is_text
+
+    if not is_text(path):
+        raise AdapterError(
+            f"{path}: a name in this path is no UTF-8, by which nothing could be read; choose another --out"
+        )
     if not path.is_dir() and path.suffix.lower() not in ENDINGS:
         raise AdapterError(f"{path}: a concept is written as {ENDINGS[0]}; give --out such an ending")
     check_output(path, overwrite)
@@ -110,6 +161,7 @@ def check_concept_output(path: Path, overwrite: bool = True) -> None:
 
 def check_output(path: Path, overwrite: bool = True) -> None:
     """Refuse before the work begins what could not be written after it, or would replace something unasked."""
+
     check_new_path(path)
     if path.is_dir():
         raise AdapterError(f"{path} is a folder; give --out a file name")
@@ -130,6 +182,7 @@ def refuse_existing(path: Path) -> NoReturn:
 
 def named(typed: str, option: str = "--name") -> str:
     """The name that a file and a trigger word can have; said where it is not the one that was typed."""
+
     name = safe_name(typed)
     if name != typed:
         shown = typed if len(typed) < 60 else f"{typed[:50]}…"
@@ -141,6 +194,11 @@ def note_repeated(args: argparse.Namespace) -> None:
     """Say which options were typed twice, and which of their values count."""
     for sentence in getattr(args, "repeated", ()):
         note(sentence)
+
+
+def say(sentence: str) -> None:
+    """One line of what a command has to say; what stands in files cannot move the terminal's cursor."""
+    print(in_one_line(sentence))
 
 
 def note(sentence: str) -> None:

@@ -18,10 +18,11 @@ from .cli_paths import (
     note,
     note_repeated,
     refuse_existing,
-    typed_path,
+    say,
+    typed_file,
 )
 from .cli_progress import Bar
-from .errors import AdapterError
+from .errors import AdapterError, listed
 from .families.toy import TOY
 
 MOST = 10_000  # pictures of one command
@@ -29,7 +30,12 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bm
 
 
 def add_sample(commands) -> None:
-    sample = commands.add_parser("sample", help="draw a prompt with any number of concepts and regions")
+    sample = commands.add_parser(
+        "sample",
+        help="draw a prompt with any number of concepts and regions",
+        description="Draw a prompt with any number of concepts, each at its strength, and with prompts of their own "
+        "for parts of the picture.",
+    )
     sample.add_argument("prompt", help="what to draw; a concept's trigger word, such as <rex>, calls it")
     sample.add_argument(
         "--concept",
@@ -56,7 +62,7 @@ def add_sample(commands) -> None:
     )
     sample.add_argument(
         "--out",
-        type=typed_path,
+        type=typed_file,
         help=f"the picture's file (default sample.png, or the first of sample-2.png, sample-3.png, ... that is free), "
         f"ending in {', '.join(FORMATS)}; several are numbered",
     )
@@ -85,7 +91,8 @@ def run_sample(args: argparse.Namespace) -> None:
     from .explain import warnings_on_base
     from .prompts import unheard_of
     from .regions.acting import unheard
-    from .sampling import SampleSettings, check_drawing, sample
+    from .regions.doubtful import doubtful_places
+    from .sampling import SampleSettings, check_drawing, sample, warnings_on_guidance
 
     paths = _outputs(args)
     base = base_named(args.base)
@@ -108,7 +115,13 @@ def run_sample(args: argparse.Namespace) -> None:
         note(sentence)
     gated = bool(regions) and args.mode != "merged"
     note_repeated(args)
-    for sentence in _unread(args):
+    size = (height // base.downscale, width // base.downscale)
+    for sentence in [
+        *_unread(args),
+        *_odd_prompts(args),
+        *warnings_on_guidance(args.cfg),
+        *doubtful_places(regions, size),
+    ]:
         note(sentence)
     stack = list(zip(concepts, strengths, strict=True))
     for sentence in unheard(stack, args.prompt, regions, gated, "draw with --mode merged, where it acts everywhere"):
@@ -128,7 +141,7 @@ def run_sample(args: argparse.Namespace) -> None:
                     written.append(_write(paths[number], args.zoom, picture))
     finally:
         for number, path in enumerate(written):
-            print(f"wrote {path} (seed {seeds[number]})")
+            say(f"wrote {path} (seed {seeds[number]})")
 
 
 def _unread(args: argparse.Namespace) -> list[str]:
@@ -138,6 +151,15 @@ def _unread(args: argparse.Namespace) -> list[str]:
     given = [name for name in SAMPLE if getattr(args, name) not in (None, "", [])]
     present = [*(["region"] if args.region else []), *([GUIDANCE] if args.cfg != 1 else [])]
     return unread(SAMPLE, given, present=present, called=lambda name: f"--{name}")
+
+
+def _odd_prompts(args: argparse.Namespace) -> list[str]:
+    """Sentences on prompts that are empty, or the name of a file."""
+    said = [] if args.prompt.strip() else ["the prompt is empty, so what is drawn is by chance; say what to draw"]
+    for text in (args.prompt, args.negative):
+        if text.strip() and len(text) < 200 and os.path.isfile(text):
+            said.append(f"{text} is a file, but its name is read as the prompt; give the words that are in it")
+    return said
 
 
 def _outputs(args: argparse.Namespace) -> list[Path]:
@@ -195,7 +217,7 @@ def _as_typed(text: str) -> float:
 def _warn_unknown(base, prompts: Sequence[str], triggers: Sequence[str]) -> None:
     unknown = sorted({word for prompt in prompts for word in base.unknown_words(prompt, triggers)})
     if unknown:
-        note(f"the base does not know {', '.join(unknown)}; these words change nothing")
+        note(f"the base does not know {listed(unknown, 10)}; these words change nothing")
 
 
 def _count(text: str) -> int:

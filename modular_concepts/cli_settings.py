@@ -8,11 +8,10 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 
+from .choices import LAYOUTS, TARGETS
 from .errors import AdapterError
-from .layers import TARGETS
 from .training.presets import PRESETS, Preset, preset_named
 from .training.settings import (
-    LAYOUTS,
     METHODS,
     OPTIMIZERS,
     PRECISIONS,
@@ -98,7 +97,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 def _default(name: str) -> str:
     """What a setting is where no preset names it, as the help says it; nothing where the text says it already."""
-    from .toy.demo import SETTINGS, UNDESCRIBED
+    from .toy.presets import SETTINGS, UNDESCRIBED
 
     usual, toy, described = (_value(getattr(own, name)) for own in (TrainSettings(), UNDESCRIBED, SETTINGS))
     if usual == toy == described:

@@ -18,6 +18,8 @@ from .cli_paths import (
     note,
     note_repeated,
     refuse_existing,
+    say,
+    typed_file,
     typed_path,
 )
 from .cli_progress import Bar, Interruption
@@ -33,18 +35,24 @@ CHECKPOINT_EVERY = 100
 
 
 def add_train(commands) -> None:
-    train = commands.add_parser("train", help="a folder of pictures, optional captions and masks -> a concept file")
+    train = commands.add_parser(
+        "train",
+        help="a folder of pictures, optional captions and masks -> a concept file",
+        description="Train one concept on a folder of pictures, with captions and masks where there are any, and write "
+        "it as a file that merge, sample and other programs read.",
+    )
     train.add_argument("pictures", type=typed_path, help="folder: NAME.png, optional NAME.txt and NAME.mask.png")
     train.add_argument("--name", required=True, help="the concept's name; its trigger word is <NAME>")
     train.add_argument("--class-word", required=True, help="what the base calls it: man, dog, ...")
     train.add_argument(
         "--description",
+        type=str.strip,
         default="",
         metavar="WORDS",
         help="what it looks like, in words that the base knows, such as 'man red shirt brown hair': the learned word "
         "starts there (default: from the class word)",
     )
-    train.add_argument("--out", type=typed_path, help="concept file (default concepts/NAME.safetensors)")
+    train.add_argument("--out", type=typed_file, help="concept file (default concepts/NAME.safetensors)")
     add_overwrite(train)
     train.add_argument("--base", default=TOY.name, help="toy (default), or a diffusers folder")
     add_training_options(train)
@@ -72,8 +80,7 @@ def run_train(args: argparse.Namespace) -> None:
     from .dataset import filled_in, load_folder, refuse_single
     from .files.modelspec import dated
     from .prompts import unheard_of
-    from .toy.demo import SETTINGS, UNDESCRIBED
-    from .toy.presets import on_toy_base
+    from .toy.presets import SETTINGS, UNDESCRIBED, on_toy_base
     from .training import Changed, Occupied, TrainSettings, Unfinished, check_checkpoint
 
     name = named(args.name)
@@ -115,7 +122,7 @@ def run_train(args: argparse.Namespace) -> None:
         base, filled_in(data, (trigger,)).captions, {trigger: settings.token_vectors}, "caption"
     ):
         note(sentence)
-    print(data.report.summary())
+    say(data.report.summary())
     for remark in data.report.remarks():
         note(remark)
     refuse_single(data)
@@ -187,7 +194,7 @@ def _keep(args: argparse.Namespace, concept, result: TrainResult, out: Path) -> 
         out = _free(out.with_name(f"{out.stem}-step{result.step}.safetensors"), args.overwrite)
     places = [*filter(None, [args.checkpoints]), *last_places()]
     kept = keep(lambda path: save_concept(concept, path, compact=args.compact), out, places)
-    print(f"wrote {kept.path}: {_what_learned(concept)}, last loss {result.losses[-1]:.4f}")
+    say(f"wrote {kept.path}: {_what_learned(concept)}, last loss {result.losses[-1]:.4f}")
     return kept
 
 
@@ -228,7 +235,9 @@ def _unread(args: argparse.Namespace, method: str, preset, base) -> list[str]:
         ONE_ROW: alone and preset.settings.token_start == TOKEN_STARTS[0],
     }
     present = [name for name, is_there in there.items() if is_there]
-    return unread(TRAIN, given, method, present, lambda name: f"--{name.replace('_', '-')}")
+    late = args.warmup is not None and args.warmup >= preset.settings.steps
+    said = [f"--warmup {args.warmup} is no shorter than --steps, so no rate is ever reached in full"] if late else []
+    return said + unread(TRAIN, given, method, present, lambda name: f"--{name.replace('_', '-')}")
 
 
 def _unexpected(error: Exception, result: TrainResult) -> AdapterError:
@@ -281,7 +290,7 @@ def _announce(args: argparse.Namespace, out: Path, settings: TrainSettings, esti
         count = checkpoints_to_come(args.checkpoints, settings, estimate.done)
         needs.append((args.checkpoints, count * estimate.checkpoint_bytes))
     check_room(needs)
-    print(estimate)
+    say(str(estimate))
 
 
 def _of_this_training(out: Path, checkpoint: Path, subject, base) -> bool:

@@ -15,7 +15,7 @@ from .base_model import Base
 from .bases import OrthogonalBasis
 from .concept import Concept, Recipe
 from .dataset import PLACE
-from .errors import AdapterError
+from .errors import AdapterError, listed
 from .latents import encoded, kept, latent_masks, mirrored
 from .models.targets import DEFAULT_TARGETS, Targets, concept_layers
 from .sampling import SampleSettings, sample
@@ -140,7 +140,7 @@ def _start_rows(base: Base, subject: Subject) -> Tensor:
         return start
     if unknown := base.unknown_words(subject.description, []):
         raise AdapterError(
-            f"description {subject.description!r}: the base does not know {', '.join(unknown)}; use other words for it"
+            f"description {subject.description!r}: the base does not know {listed(unknown)}; use other words for it"
         )
     return base.word_rows(subject.description)
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .buckets import bucket, stacked
 from .captions import checked_caption, read_caption
-from .errors import AdapterError
+from .errors import AdapterError, listed
 from .files.safe import not_a_file
-from .folder import FolderReport, Found, listed, survey
+from .folder import FolderReport, Found, survey
 from .picture_size import check_promise
 from .pictures import to_image, to_pixels
 
@@ -204,7 +204,9 @@ def _fit_cover(name: str, picture: Tensor, mask: Tensor, size: tuple[int, int]) 
 
 def _check_size(size: tuple[int, int]) -> None:
     if len(size) != 2 or not all(isinstance(side, int) and 8 <= side <= 8192 for side in size):
-        raise AdapterError(f"training size {size} must be a height and a width between 8 and 8192 pixels")
+        raise AdapterError(
+            f"training size {' x '.join(map(str, size[::-1]))} must be a width and a height between 8 and 8192 pixels"
+        )
 
 
 class _Notes:

@@ -226,7 +226,8 @@ def read_tokenizer(folder: Path):
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library under it raises plain Exception for a damaged vocabulary
         raise AdapterError(f"{folder}: the tokenizer cannot be read ({why(error)}); a file in it is damaged") from error
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+    words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)  # without those that the library makes up
+    if tokenizer.bos_token not in words or tokenizer.eos_token not in words:
         raise AdapterError(f"{folder}: the vocabulary has no start or end token; a file in it is damaged")
     return tokenizer
 
@@ -282,6 +283,8 @@ class Opened:
                 name, tensor = read.popitem()
                 if _short(name) in wanted:
                     state[wanted[_short(name)]] = _as_float(self.folder, file, name, tensor)
+        if len(state) < len(wanted):
+            raise AdapterError(f"{self.folder}: its files changed while they were read; try again")
         self.network.load_state_dict(state, assign=True)
         _fill_positions(self.folder, self.network)
         return self.network.requires_grad_(False).eval()
@@ -428,12 +431,19 @@ def check_fit(
                 f"{folder / name}: the tokenizer has {len(tokenizer)} tokens, the text encoder {rows}; "
                 "the two do not belong together"
             )
-        word, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-        if last >= rows:
-            raise AdapterError(
-                f"{folder / name}: {ascii(word)[:40]} has the number {last}, and the text encoder has {rows} tokens; "
-                "the two do not belong together"
-            )
+        _check_numbers(folder / name, tokenizer.get_vocab(), rows)
+
+
+def _check_numbers(folder: Path, words: Mapping[str, int], rows: int) -> None:
+    """Each word has a number of its own, which is a row of the text encoder's."""
+    word, last = max(words.items(), key=lambda entry: entry[1])
+    if last >= rows:
+        raise AdapterError(
+            f"{folder}: {ascii(word)[:40]} has the number {last}, and the text encoder has {rows} tokens; "
+            "the two do not belong together"
+        )
+    if len(set(words.values())) < len(words):
+        raise AdapterError(f"{folder}: two words have the same number; a file in it is damaged")
 
 
 def downscale_of(vae: nn.Module) -> int:

@@ -16,6 +16,8 @@ from .files.safe import not_a_file, parse_json
 
 MAX_TEXT = 16 * 2**20  # bytes of one JSON file or vocabulary
 MAX_TOKENIZER_ENTRIES = 2**21  # of tokenizer.json: five for each word and four for each merge
+MAX_WORDS = 2**18  # of a vocabulary and merges; CLIP has a fifth
+MAX_ADDED = 2**10  # words that somebody taught a text encoder
 MAX_LEVELS = 8  # of a U-Net or VAE: each halves the picture
 MAX_WIDTH = 2**20
 DAMAGED = "the model's folder is incomplete or damaged"
@@ -65,12 +67,17 @@ _SWITCH = Fact("true, false or null", lambda value: value is None or isinstance(
 _NOTHING = Fact("null, for a base without it", lambda value: value is None or (type(value) is int and value == 0))
 _WIDTH, _COUNT = _whole(1, MAX_WIDTH), _whole(1, 2**16)
 _EPSILON = _between(0, 1)
+_TOKEN_PARTS = {"content", "lstrip", "rstrip", "normalized", "single_word", "special", "__type"}
 _TOKEN = Fact(
     "a token's text",
-    lambda value: (
-        value is None or isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
-    ),
+    lambda value: value is None or isinstance(value, str) or _is_token(value),
 )
+_TOKENS = Fact(f"at most {MAX_ADDED} tokens", lambda value: not hasattr(value, "__len__") or len(value) <= MAX_ADDED)
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str) and set(value) <= _TOKEN_PARTS
+
 
 TEXT_ENCODER = {
     "vocab_size": _WIDTH,
@@ -138,14 +145,25 @@ SCHEDULER = {
 }
 TOKENIZER = {
     "model_max_length": _or_null(Fact("a whole number from 3, as 77", lambda value: type(value) is int and value > 2)),
-    **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), _TOKEN),
+    **dict.fromkeys(
+        ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"), _TOKEN
+    ),
+    **dict.fromkeys(("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"), _TOKENS),
+    "added_tokens_decoder": Fact(
+        f"an object of at most {MAX_ADDED} tokens with their numbers",
+        lambda value: (
+            isinstance(value, dict)
+            and len(value) <= MAX_ADDED
+            and all(number.isdecimal() and _is_token(token) for number, token in value.items())
+        ),
+    ),
 }
 # What transformers would take from elsewhere than the files that it finds in the folder.
 _ELSEWHERE = (
     *("vocab", "merges", "vocab_file", "merges_file", "tokenizer_file", "fast_tokenizer_files", "gguf_file"),
     *("tokenizer_object", "post_processor", "init_inputs", "auto_map", "trust_remote_code"),
 )
-_TOKENIZER_TEXTS = ("vocab.json", "merges.txt", "chat_template.jinja", "added_tokens.json")
+_WORDS = {"vocab.json": '"', "merges.txt": "\n"}  # what each word or merge has at least one of
 _TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -175,7 +193,7 @@ def check_plain(path: Path) -> None:
     if path.is_file():
         return
     if path.is_symlink() or path.exists():
-        raise AdapterError(f"{path}: {not_a_file(path)}; {DAMAGED}")
+        raise AdapterError(f"{path}: {not_a_file(path).partition(';')[0]}; {DAMAGED}")
     raise AdapterError(f"{path}: is missing; {DAMAGED}")
 
 
@@ -232,12 +250,18 @@ def check_tokenizer(folder: Path) -> None:
     """Raise AdapterError for files of a tokenizer that lead elsewhere, have no end, or say what no tokenizer can be."""
     whole = folder / "tokenizer.json"
     if is_there(whole):
-        parse_json(read_text(whole), str(whole), MAX_TOKENIZER_ENTRIES)
-    else:
-        check_text(folder / "vocab.json")
-        check_text(folder / "merges.txt")
-    more = [folder / name for name in _TOKENIZER_TEXTS] + sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    for path in filter(is_there, more):
+        content = parse_json(read_text(whole), str(whole), MAX_TOKENIZER_ENTRIES)
+        added = content.get("added_tokens") if isinstance(content, dict) else None
+        check_facts(whole, {"added_tokens": added}, {"added_tokens": _TOKENS})
+    for name, sign in _WORDS.items():
+        if (is_there(folder / name) or not is_there(whole)) and read_text(folder / name).count(sign) > 2 * MAX_WORDS:
+            raise AdapterError(
+                f"{folder / name}: it holds more than {MAX_WORDS} words; the file is damaged or another's"
+            )
+    if is_there(path := folder / "added_tokens.json"):
+        check_facts(path, {"the list": read_json(path)}, {"the list": _TOKENS})
+    templates = [folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))]
+    for path in filter(is_there, templates):
         check_text(path)
     for path in filter(is_there, [folder / name for name in _TOKENIZER_CONFIGS]):
         config = read_json(path, TOKENIZER)

@@ -1,6 +1,8 @@
 """The one error class for everything that a user can cause."""
 
 import unicodedata
+from collections.abc import Collection
+from itertools import islice
 
 
 class AdapterError(ValueError):
@@ -23,6 +25,18 @@ def in_one_line(text: str) -> str:
     return "".join(
         sign if sign.isprintable() or unicodedata.category(sign) == "Zs" else _escaped(sign) for sign in text
     )
+
+
+def listed(names: Collection[str], most: int = 5, between: str = ", ", longest: int = 80) -> str:
+    """The first of some names in a sentence, and how many more there are; each as it can be shown anywhere."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(_shown(name, longest) for name in islice(names, most)) + more
+
+
+def _shown(name: str, longest: int) -> str:
+    name = unicodedata.normalize("NFC", name.encode("utf-8", "replace").decode())
+    name = name if name.isprintable() else ascii(name)[1:-1]
+    return name if len(name) <= longest else f"{name[:longest]}…"
 
 
 def _escaped(sign: str) -> str:

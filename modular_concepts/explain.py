@@ -17,7 +17,7 @@ from torch import Tensor
 from .adapters import LowRank, at_least_float32, together
 from .concept import Concept
 from .crosstalk import crosstalk_table, distinct_names, shared_layers
-from .errors import AdapterError
+from .errors import AdapterError, listed
 from .fingerprint import same_weights
 from .layers import block_of
 from .moments import Moment
@@ -235,7 +235,7 @@ def _warnings(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
     for name, concept in zip(names, concepts, strict=True):
         odd = sorted(layer for layer in concept.layers if block_of(layer) == "other")
         if odd and len(odd) < len(layers):
-            said.append(f"{name}: layers in no block that we know: {', '.join(odd)}")
+            said.append(f"{name}: layers in no block that we know: {listed(odd)}")
     return said
 
 

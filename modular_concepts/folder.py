@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import AdapterError
+from .errors import AdapterError, listed
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 CAPTIONS = (".txt", ".caption")
@@ -104,6 +104,8 @@ def survey(folder: Path, grey: Callable[[Path], bool]) -> tuple[list[Found], Fol
     grey: whether a picture file has no colour.
     Raises AdapterError for what is doubtful: captions or masks that some pictures lack, or that belong to none.
     """
+    if folder.is_file():
+        raise AdapterError(f"{folder}: this is a file; give the folder that holds the pictures")
     if not folder.is_dir():
         raise AdapterError(f"{folder}: there is no such folder; give the folder that holds the pictures")
     whole = _Survey(folder)
@@ -124,19 +126,8 @@ def survey(folder: Path, grey: Callable[[Path], bool]) -> tuple[list[Found], Fol
     return pictures, report
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """Some names in a sentence, as they can be shown anywhere."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(_shown, names[:most])) + more
-
-
 def _counted(count: int, what: str) -> str:
     return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
-
-
-def _shown(name: str) -> str:
-    name = unicodedata.normalize("NFC", name.encode("utf-8", "replace").decode())
-    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def name_key(name: str) -> str:

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from .choices import TARGETS
 from .errors import AdapterError
 from .families import find_family, network_of, networks, titles
-from .families.family import TARGETS, Network
+from .families.family import Network
 from .sites import Site, apart
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from .base_model import BaseModel
+from .errors import listed
 from .triggers import TRIGGER, between
 
 SHOWN = 60  # letters of a text in a sentence
@@ -30,7 +31,7 @@ def unheard_of(base: BaseModel, texts: Sequence[str], words: Mapping[str, int], 
     strange = (m[0] for text in texts for part in between(text, words) for m in TRIGGER.finditer(part))
     strange = [word for word in dict.fromkeys(strange) if not base.unknown_words(word, [])]
     if strange:
-        sentences.append(f"no concept here has the trigger word {', '.join(strange)}, which is read as plain text")
+        sentences.append(f"no concept here has the trigger word {listed(strange)}, which is read as plain text")
     return sentences
 
 

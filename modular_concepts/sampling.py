@@ -5,7 +5,6 @@ Every picture has a seed of its own, and its noise is the same whatever else is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from .sites import with_sites
 from .training.attach import attached
 
 MODES = ("merged", "gated")
+MOST_CFG = 100.0  # what the hosts' samplers take, either way
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,19 @@ class SampleSettings:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise AdapterError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not math.isfinite(self.cfg):
-            raise AdapterError(f"cfg is {self.cfg}; it must be a finite number, 1 for no guidance")
+        if not -MOST_CFG <= self.cfg <= MOST_CFG:
+            raise AdapterError(
+                f"cfg is {self.cfg:g}; it must be a finite number from -{MOST_CFG:g} to {MOST_CFG:g}, 1 for no guidance"
+            )
+
+
+def warnings_on_guidance(cfg: float) -> list[str]:
+    """A sentence for guidance that does not draw what the prompt says."""
+    if cfg == 0:
+        return ["cfg is 0, so no word of the prompt is drawn, only what an empty or negative prompt gives; 1 draws it"]
+    if cfg < 0:
+        return [f"cfg is {cfg:g}, below 0, so the picture is led away from what the prompt says; usual is 3 to 8"]
+    return []
 
 
 def check_drawing(base: BaseModel, seeds: Sequence[int], settings: SampleSettings) -> tuple[int, int]:

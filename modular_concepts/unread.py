@@ -22,6 +22,7 @@ class Read:
 _ALWAYS = Read()
 NOISE = "a noise schedule, which flow models lack"
 ONE_ROW = "a word that starts from one row"
+RECORDED = "a file that says how it was trained"
 GUIDANCE = "guidance (cfg above 1)"
 
 TRAIN: Mapping[str, Read] = MappingProxyType(
@@ -71,6 +72,26 @@ SAMPLE: Mapping[str, Read] = MappingProxyType(
         "units": Read(None, "region"),
         "mode": Read(None, "region"),
         "negative": Read(None, GUIDANCE),
+    }
+)
+DEMO: Mapping[str, Read] = MappingProxyType(dict.fromkeys(("out", "overwrite"), _ALWAYS))
+PICTURES: Mapping[str, Read] = MappingProxyType(dict.fromkeys(("concept", "out", "overwrite"), _ALWAYS))
+INSPECT: Mapping[str, Read] = MappingProxyType({"concepts": _ALWAYS, "verbose": Read(None, RECORDED)})
+EXPORT: Mapping[str, Read] = MappingProxyType(
+    {
+        **dict.fromkeys(("concept", "format", "out", "overwrite", "thumbnail"), _ALWAYS),
+        **dict.fromkeys(("title", "author", "description", "license", "tags"), _ALWAYS),
+    }
+)
+COMMANDS: Mapping[str, Mapping[str, Read]] = MappingProxyType(
+    {
+        "demo": DEMO,
+        "pictures": PICTURES,
+        "train": TRAIN,
+        "merge": MERGE,
+        "sample": SAMPLE,
+        "inspect": INSPECT,
+        "export": EXPORT,
     }
 )
 

@@ -15,8 +15,6 @@ from functools import cached_property
 # What the tokens are that a layer is asked about: positions of the picture, words of the text, both in one row, or
 # nothing of either (timestep and modulation), where no place and no word can have a part of its own.
 POSITIONS, TEXTS, JOINT, NEITHER = "positions", "texts", "joint", "neither"
-TARGETS = ("attention", "cross_attention", "cross_attention_kv", "feed_forward", "all_linear")
-
 Rows = Callable[[int], Mapping[str, tuple[int, int]]]
 
 
@@ -46,7 +44,7 @@ class Network:
     """A denoiser's or text encoder's layers, by the paths that canonical names have behind `unet.` and the like.
 
     layers: matches the path of every layer that there is, from its start; what it does not match is unknown.
-    targets: what a training may choose (`TARGETS`) -> its layers; what is absent is refused, `refusal` says why.
+    targets: what a training may choose (`choices.TARGETS`) -> its layers; what is absent is refused, `refusal` says why.
     blocks: path -> the block in a person's words, the first that matches; {} is the number.
     tokens: path -> what the layer's tokens are, the first that matches.
     words: parts of paths that hold an underscore, which kohya's keys do not tell from a dot.

@@ -56,6 +56,10 @@ def save_concept(
     nothing, and when the file cannot be written.
     """
     check_concept(concept)
+    for name, adapter in concept.layers.items():
+        check_size(name, adapter)
+    for word, rows in concept.tokens.items():
+        check_rows(word, rows)
     columns = _frozen_columns(concept, basis) if compact else {}
     identities = {name for name, adapter in concept.layers.items() if compact and _gives_identity_back(adapter)}
     columns, identities = _with_room(concept, columns, identities)

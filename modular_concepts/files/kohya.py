@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ..adapters import LowRank, check_adapter, check_size, shaped_for
 from ..concept import Concept, Recipe, clip
-from ..errors import AdapterError
+from ..errors import AdapterError, listed
 from ..layers import file_key, name_of_key
 from ..sites import put_together
 from .concept import layer_tensors, stock_metadata
 from .modelspec import about_of, architecture_said, modelspec, triggers_said
-from .safe import DTYPES, FLOATS, check_finite, printed, read_foreign, write_safetensors
+from .safe import DTYPES, FLOATS, check_finite, read_foreign, write_safetensors
 
 READ = ("up", "down", "mid", "alpha")  # factors whose numbers are needed
 Layers = Mapping[str, nn.Module] | Iterable[str]
@@ -52,7 +52,7 @@ class Imported:
     def notes(self, file: str) -> list[str]:
         """What of the file is not used, in sentences for a person: learned words first, then keys one by one."""
         rest = [key for key in self.unmatched if key not in self.explained]
-        keys = [f"no place for {len(rest)} keys: {', '.join(map(printed, rest))}"] if rest else []
+        keys = [f"no place for {len(rest)} {'key' if len(rest) == 1 else 'keys'}: {listed(rest)}"] if rest else []
         return [f"{file}: {sentence}" for sentence in (*self.sentences, *keys)]
 
 

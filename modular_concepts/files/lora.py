@@ -43,8 +43,23 @@ def import_lora(
 ) -> Imported:
     """Read a LoRA file of any form; see `lora_concept`."""
     path = Path(path)
+    _refuse_embedding(path)
     tensors, metadata = read_foreign(path, lambda key: split_key(key)[1] in kohya.READ or is_needed(key))
     return lora_concept(path, tensors, metadata, name, places, shapes)
+
+
+def _refuse_embedding(path: Path) -> None:
+    """Raise AdapterError for a learned word, as embedding files hold it: one tensor of rows, or clip_l and clip_g."""
+    shapes = {key: shape for key, (_, shape) in read_header(path, tuple(BITS), empty=True).tensors.items()}
+    alone = len(shapes) == 1 and split_key(next(iter(shapes)))[1] == "unknown"
+    if not alone and set(shapes) != {"clip_l", "clip_g"} or any(len(shape) not in (1, 2) for shape in shapes.values()):
+        return
+    (rows, *width), *_ = shapes.values()
+    vectors = "one vector" if not width or rows == 1 else f"{rows} vectors"
+    raise AdapterError(
+        f"{path.name}: this is an embedding, a learned word of {vectors}, and no concept; ComfyUI takes it from its "
+        f"embeddings folder, as embedding:{path.stem} in a prompt; give the concept here that it was exported from"
+    )
 
 
 def lora_concept(

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import AdapterError
 
 RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[\d¹²³]|lpt[\d¹²³]) *(\..*)?", re.IGNORECASE)
+FORBIDDEN = frozenset('\\:*?"<>|')  # in a name on Windows; a backslash is what stands between folders there
 LONGEST_NAME = 200  # bytes: systems take 255, and a file beside it or before it has a longer name
 LONGEST_PATH = 3800  # of 4096
 
@@ -20,6 +21,8 @@ def check_new_path(path: Path, option: str = "--out") -> None:
     if len(bytes_of(text)) > LONGEST_PATH:
         raise AdapterError(f"{text[:40]}…: the path is too long; choose a shorter {option}")
     for number, part in enumerate(path.parts):
+        if part == path.anchor:
+            continue
         if fault := fault_of(part):
             there = Path(*path.parts[: number + 1])
             if len(bytes_of(part)) > 255 or not there.exists():
@@ -35,6 +38,10 @@ def fault_of(part: str) -> str:
         return f"the name {shown} is too long, at most {LONGEST_NAME} bytes"
     if RESERVED.fullmatch(part):
         return f"the name {shown} is one that Windows keeps for itself"
+    if match := re.fullmatch(r"\$\{?\w+\}?|%\w+%|~\w+", part):
+        return f"the shell left {match[0]} as it stands, perhaps for its quotes"
+    if letters := sorted(FORBIDDEN & set(part)):
+        return f"the name {shown} has {letters[0]!r} in it, which not every system can have in a name"
     if part.endswith((".", " ")):
         return f"the name {shown} ends with a dot or a space, which Windows drops"
     return ""

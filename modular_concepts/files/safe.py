@@ -9,8 +9,10 @@ the tensors.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -403,11 +405,31 @@ def not_a_file(path: Path) -> str:
         return "this is a device or a pipe; give a plain file"
     if path.is_symlink():
         return f"this is a link to {os.readlink(path)}, which is not there"
-    return "there is no such file"
+    near = _near(path)
+    return f"there is no such file; perhaps {near} is meant" if near else "there is no such file"
+
+
+def _near(path: Path) -> str:
+    """What is there under nearly the same path: without an ending, with another system's marks, or misspelled."""
+    with contextlib.suppress(OSError, ValueError):
+        slashes = Path(str(path).replace("\\", "/"))
+        for other in (slashes, Path(f"{slashes}.safetensors")):
+            if other.is_file():
+                return str(other)
+        stems = {entry.stem: entry.name for entry in itertools.islice(path.parent.iterdir(), 1000)}
+        return stems.get(next(iter(difflib.get_close_matches(path.stem, stems, 1, 0.65)), None), "")
+    return ""
+
+
+def is_text(path: Path) -> bool:
+    """Whether a path is UTF-8: no other is opened by the library that reads tensors."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
 
 
 def _raw_header(path: Path) -> tuple[bytes, int]:
     """Header bytes and the size of the data behind them."""
+    if not is_text(path) and path.is_file():
+        raise AdapterError(f"{path}: a name in this path is no UTF-8, which the file cannot be read by; rename it")
     try:
         if not path.is_file():
             raise AdapterError(f"{path}: {not_a_file(path)}")

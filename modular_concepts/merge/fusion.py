@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from ..adapters import LowRank
+from ..choices import RIDGE
 from ..moments import Moment
 from .sums import MergedLayer, merged_factors
 
-RIDGE = 0.1
 EXACT = 1e-6
 
 

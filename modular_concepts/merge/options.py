@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..choices import DENSITY, RANK, RIDGE, SEED
 from ..errors import AdapterError
 from ..moments import Moment
-from .fusion import RIDGE
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class MergeOptions:
     Raises AdapterError for values that cannot work.
     """
 
-    density: float = 0.5
-    seed: int = 0
-    rank: int = 64
+    density: float = DENSITY
+    seed: int = SEED
+    rank: int = RANK
     ridge: float = RIDGE
 
     def __post_init__(self):

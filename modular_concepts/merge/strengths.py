@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..adapters import LowRank
@@ -28,6 +28,14 @@ def check_strength(what: str, strength: float) -> None:
         raise AdapterError(
             f"{what}: strength is {strength:g}; give one from -{MOST:g} to {MOST:g}, 1 is as it was trained"
         )
+
+
+def unfelt(names: Sequence[str], strengths: Sequence[float]) -> list[str]:
+    """A sentence on concepts of strength 0, by their names in order."""
+    silent = [name for name, strength in zip(names, strengths, strict=True) if strength == 0]
+    if silent and len(silent) == len(names):
+        return ["every strength is 0, so the merge changes no layer; 1 is a concept as it was trained"]
+    return [f"{name} has strength 0, so nothing of what its layers learned is in the merge" for name in silent]
 
 
 @dataclass(frozen=True)

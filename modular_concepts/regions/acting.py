@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..concept import Concept
 from ..crosstalk import distinct_names
-from ..errors import AdapterError
+from ..errors import AdapterError, listed
 from ..triggers import heard
 from .geometry import Region
 
@@ -44,7 +44,7 @@ def unheard(stack: Stack, prompt: str, regions: Sequence[Region], gated: bool, w
     everywhere = {number for text in (prompt, *(region.prompt for region in regions)) for number in called(stack, text)}
     acts = {number for own in acting(stack, prompt, regions) for number in own} if gated else set()
     for number, (concept, strength) in enumerate(stack):
-        words = ", ".join(dict.fromkeys([*concept.tokens, *concept.recipe.triggers]))
+        words = listed(dict.fromkeys([*concept.tokens, *concept.recipe.triggers]))
         if strength == 0 or number in acts or (not gated and (number in everywhere or not words)):
             continue
         if not gated:
@@ -58,7 +58,7 @@ def unheard(stack: Stack, prompt: str, regions: Sequence[Region], gated: bool, w
     named = dict.fromkeys(name for region in regions for name in region.concepts or ())
     if named and not gated:
         sentences.append(
-            f"regions name the concepts {', '.join(named)}, which holds concepts apart in gated mode alone; in merged "
+            f"regions name the concepts {listed(named)}, which holds concepts apart in gated mode alone; in merged "
             "mode they act everywhere"
         )
     return sentences
@@ -87,7 +87,7 @@ def check_names(regions: Sequence[Region], known: Sequence[str]) -> None:
             if name not in known and name not in numbered:
                 raise AdapterError(
                     f"region {region.prompt!r} asks for the concept {name!r}, and there is none of that name; "
-                    f"there {'is ' + ', '.join(known) if known else 'are no concepts'}"
+                    f"there {'is ' + listed(known, 10) if known else 'are no concepts'}"
                 )
 
 

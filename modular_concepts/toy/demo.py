@@ -26,6 +26,7 @@ from ..regions.geometry import Region
 from ..sampling import SampleSettings, sample
 from ..training import TrainSettings
 from .judges import Judges
+from .presets import SETTINGS
 from .report import HEADING, contact_sheet, heat_map, joint_sheet, report_text
 from .standard import BY_NAME, StandardConcept, pictures_of
 from .vocabulary import CLASSES, SCENE_PHRASES, SCENES
@@ -34,20 +35,6 @@ from .world import TILE
 TRIO = ("tom", "tim", "minka")
 METHODS = ("lora", "orthogonal")
 TARGETS = Targets(("attention", "feed_forward"))
-SETTINGS = TrainSettings(
-    rank=8,
-    steps=300,
-    batch=6,
-    adapter_lr=2e-4,
-    token_lr=1e-2,
-    token_vectors=4,
-    token_noise=1.0,
-    warmup=20,
-    schedule="cosine",
-    weight_decay=0.0,
-)
-# For a concept that starts from its class word alone, with nothing said of what it looks like.
-UNDESCRIBED = replace(SETTINGS, steps=400, token_lr=3e-2, token_vectors=8)
 SAMPLING = SampleSettings(steps=20, cfg=4.0, batch=24)
 PICTURES_EACH = 24
 OUTPUTS = (

@@ -5,8 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..training.presets import Preset
-from .demo import SETTINGS, UNDESCRIBED
+from ..training.settings import TrainSettings
 
+SETTINGS = TrainSettings(
+    rank=8,
+    steps=300,
+    batch=6,
+    adapter_lr=2e-4,
+    token_lr=1e-2,
+    token_vectors=4,
+    token_noise=1.0,
+    warmup=20,
+    schedule="cosine",
+    weight_decay=0.0,
+)
+# For a concept that starts from its class word alone, with nothing said of what it looks like.
+UNDESCRIBED = replace(SETTINGS, steps=400, token_lr=3e-2, token_vectors=8)
 USUAL_ADAPTER_LR, USUAL_TOKEN_LR = 1e-4, 1e-3
 BLOCKS, PRIOR = 8, 48
 ALONE = 10

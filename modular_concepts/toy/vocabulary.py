@@ -44,6 +44,10 @@ COLOURS = {
 }
 COLOUR_NAMES = tuple(COLOURS)
 
+# Of the fifteen concepts in `standard.py`, in their order.
+STANDARD_NAMES = ("tom", "tim", "omar", "ada", "ida", "nia", "rex", "fleck", "minka", "bolt", "pip")
+STANDARD_NAMES += ("candy", "mars", "riso", "mint")
+
 # Closed vocabulary, in the order of the embedding rows.  The four first rows are special; RESERVED rows belong to
 # words that no caption of the base used, so they mean nothing to it yet.
 SPECIAL = ("<start>", "<end>", "<pad>", "<unknown>")

@@ -65,12 +65,7 @@ def restore_checkpoint(path: Path | str, run: Run, accept_changes: bool = False)
     """
     path = newest_checkpoint(path)
     origin, tensors = _read(path)
-    differing = _differences(origin.identity, run.identity)
-    if differing and not accept_changes:
-        raise Changed(
-            f"{path.name} cannot be resumed: {'; '.join(differing)}. "
-            "Put that back as it was, or start a new training without resuming"
-        )
+    differing = _refuse_changed(path, origin, run, accept_changes)
     _check_optimizer(path, origin.identity["settings"], run)
     _check_shapes(path, tensors, run)
     with _older_instead(path):
@@ -87,6 +82,23 @@ def restore_checkpoint(path: Path | str, run: Run, accept_changes: bool = False)
     run.losses, run.step = [], 0
     for loss in tensors["losses"].tolist():
         run.record(loss)
+
+
+def check_resumable(path: Path | str, run: Run, accept_changes: bool = False) -> None:
+    """Raise Changed for a checkpoint of another training than `run`, of which its header alone tells."""
+    path = newest_checkpoint(path)
+    _refuse_changed(path, _read_origin(path), run, accept_changes)
+
+
+def _refuse_changed(path: Path, origin: Origin, run: Run, accept_changes: bool) -> list[str]:
+    """What differs, in words; refused unless it is accepted."""
+    differing = _differences(origin.identity, run.identity)
+    if differing and not accept_changes:
+        raise Changed(
+            f"{path.name} cannot be resumed: {'; '.join(differing)}. "
+            "Put that back as it was, or start a new training without resuming"
+        )
+    return differing
 
 
 def check_checkpoint(path: Path | str) -> Path:

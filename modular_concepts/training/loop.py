@@ -21,7 +21,7 @@ from ..bases import OrthogonalBasis
 from ..errors import AdapterError
 from ..files.keeping import check_room
 from ..tokens import bounded
-from .checkpoint import checkpoint_step, restore_checkpoint, save_checkpoint
+from .checkpoint import check_resumable, checkpoint_step, restore_checkpoint, save_checkpoint
 from .last_step import LastStep
 from .memory import memory_advice, ran_out_of_memory
 from .ownership import checkpoints_to_come, claimed
@@ -103,6 +103,8 @@ def train(
         done = 0 if resume is None else checkpoint_step(resume)
         if checkpoints is not None:
             stack.enter_context(claimed(checkpoints, resume, set_aside))
+        if resume is not None:
+            check_resumable(resume, Run(problem, settings, basis), accept_changes)
         if estimate is not None:
             estimate(rehearse(problem, settings, basis, done))
         run = Run(problem, settings, basis)

@@ -40,7 +40,8 @@ class Estimate:
 
     def __str__(self) -> str:
         whole = self.seconds_per_step * self.steps
-        which = f"{self.steps} more steps after step {self.done}" if self.done else f"{self.steps} steps"
+        steps = "step" if self.steps == 1 else "steps"
+        which = f"{self.steps} more {steps} after step {self.done}" if self.done else f"{self.steps} {steps}"
         return (
             f"about {_duration(self.seconds_per_step)} a step, {_duration(whole)} for {which}; "
             f"about {self.memory_bytes / 2**30:.2g} GiB of memory beside the model"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from ..adapters import LAYOUTS
+from ..choices import LAYOUTS
 from ..errors import AdapterError
 
 METHODS = ("lora", "orthogonal", "block", "block_orthogonal", "custom_diffusion", "words")
@@ -124,6 +124,10 @@ AT_MOST = {
     "warmup": 10_000_000,
     "checkpoint_every": 10_000_000,
     "keep_checkpoints": 1_000_000,
+    "noise_offset": 10.0,  # the noise itself is 1
+    "token_noise": 100.0,
+    "weight_decay": 100.0,
+    "prior_weight": 1e6,
 }
 SWITCHES = ("layerwise", "shuffle_tags", "flip", "gradient_checkpointing")
 NOT_NEGATIVE = (

@@ -87,7 +87,7 @@ def test_a_resume_with_other_settings_is_refused_until_accepted(train):
     assert code == 2 and "token_lr was 0.03, is now 0.5" in err and err.splitlines()[-1].startswith("error: ")
     assert "--accept-changes resumes all the same" in err
     code, out, err = train(*again, "--accept-changes")
-    assert code == 0 and "for 1 more steps after step 2" in out, err
+    assert code == 0 and "for 1 more step after step 2" in out, err
 
 
 @pytest.mark.parametrize(

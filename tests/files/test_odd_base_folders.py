@@ -154,6 +154,43 @@ def test_words_with_numbers_beyond_the_text_encoder_are_refused(copy):
     refused(copy, "tokenizer: 'photo</w>' has the number 1000000, and the text encoder has 527 tokens")
 
 
+NEW = [f"word{number}" for number in range(100_000)]
+MANY = {
+    "merges": ("merges.txt", lambda: "#version: 0.2\n" + "a b\n" * 4_000_000),
+    "vocabulary": ("vocab.json", lambda: json.dumps({str(number): number for number in range(300_000)})),
+    "added": ("added_tokens.json", lambda: json.dumps({word: 527 + number for number, word in enumerate(NEW)})),
+    "special": ("special_tokens_map.json", lambda: json.dumps({"additional_special_tokens": NEW})),
+    "extra": ("tokenizer_config.json", lambda: json.dumps({"extra_special_tokens": NEW})),
+}
+
+
+@pytest.mark.parametrize("what", MANY)
+def test_words_without_number_are_refused_before_the_library_counts_them(copy, what):
+    file, text = MANY[what]
+    (copy / "tokenizer" / file).write_text(text())
+    before = peak_memory(reset=True)
+    refused(copy, file)
+    assert peak_memory() - before < 4 * MAX_TEXT
+
+
+@pytest.mark.parametrize("gone", ["<|startoftext|>", "<|endoftext|>"])
+def test_marks_that_the_vocabulary_lacks_are_not_made_up(copy, gone):
+    path = copy / "tokenizer/vocab.json"
+    path.write_text(json.dumps({word: number for word, number in json.loads(path.read_text()).items() if word != gone}))
+    refused(copy, "copy/tokenizer: the vocabulary has no start or end token")
+
+
+def test_two_words_of_one_number_are_refused(copy):
+    edit(copy / "tokenizer/vocab.json", **{"photo</w>": 5})
+    refused(copy, "copy/tokenizer: two words have the same number")
+
+
+def test_a_token_with_parts_that_no_token_has_is_refused(copy):
+    for entries in ({"bos_token": {"content": "a", "other": 1}}, {"added_tokens_decoder": {"-5": {"content": "a"}}}):
+        edit(copy / TOKENS, **entries)
+        refused(copy, TOKENS)
+
+
 def changed(weights, change):
     name = next(name for name, tensor in weights.items() if tensor.dim() >= 2)
     return weights | {name: change(weights[name])}

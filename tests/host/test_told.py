@@ -28,6 +28,11 @@ def test_concepts_that_nobody_calls_are_told_with_the_way_out(facts):
     assert facts["lora named"] == facts["tom at 0"] == ""
 
 
+def test_regions_that_hardly_draw_are_told(facts):
+    assert "'a cat in the snow' is smaller than what can be drawn" in facts["too small"]
+    assert "'a cat in the snow' and 'a dog' are in the same place: they share it" in facts["one place"]
+
+
 def test_a_prompt_says_which_words_it_hears(facts):
     assert facts["prompt called"] == "" and facts["the same with and without spaces"]
     assert facts["prompt uncalled"] == "the prompt says no trigger word of tom, so connecting it here changes nothing"

@@ -28,7 +28,7 @@ def main() -> None:
     Region = pack_module("modular_concepts.regions.geometry").Region
     encode = pack_module("host.clip").encode_prompt
     model, clip, _ = pack_module("host.toy").load_toy_base()
-    concept = pack_module("modular_concepts.files").load_concept(FOLDER / "tom.safetensors")
+    concept = pack_module("modular_concepts.files.concept").load_concept(FOLDER / "tom.safetensors")
     layers = {name: own for name, own in concept.layers.items() if name.startswith("unet.")}
     concept = replace(concept, tokens={}, layers=layers)
     latent = {"samples": torch.zeros(1, 12, 16, 16)}

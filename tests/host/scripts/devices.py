@@ -51,12 +51,12 @@ host = {
 adapters, concept_of, files = (
     pack_module("modular_concepts.adapters"),
     pack_module("modular_concepts.concept"),
-    pack_module("modular_concepts.files"),
+    pack_module("modular_concepts.files.concept"),
 )
 customisation, merge, training = (
     pack_module("modular_concepts.customisation"),
     pack_module("modular_concepts.merge"),
-    pack_module("modular_concepts.training"),
+    pack_module("modular_concepts.training.settings"),
 )
 encode_prompt, Region = pack_module("host.clip").encode_prompt, pack_module("modular_concepts.regions.geometry").Region
 Sampling = host["regions"].Sampling

@@ -158,7 +158,7 @@ def common(look: Look) -> None:
 
 def toy() -> None:
     model, clip, _ = pack_module("host.toy").load_toy_base()
-    load = pack_module("modular_concepts.files").load_concept
+    load = pack_module("modular_concepts.files.concept").load_concept
     stack = [(load(FOLDER / f"{name}.safetensors"), strength) for name, strength in plan["stack"]]
     noise = {"samples": torch.zeros(1, 12, 16, 48)}
     look = Look("", model, clip, stack, noise)

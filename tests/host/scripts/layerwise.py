@@ -36,7 +36,7 @@ def look(prefix: str, model, clip) -> None:
     """Draw with words of each kind; prefix: of the concepts' files and of what is found."""
     layerwise, patching = pack_module("host.layerwise"), pack_module("host.patching")
     regions, concepts_node = pack_module("nodes.regions"), pack_module("nodes.concepts")
-    load_concept = pack_module("modular_concepts.files").load_concept
+    load_concept = pack_module("modular_concepts.files.concept").load_concept
     concept = {kind: load_concept(FOLDER / f"{prefix}{kind}.safetensors") for kind in ("flat", "even", "varied")}
     merged = {kind: patching.merged(model, clip, [(own, 1.0)]) for kind, own in concept.items()}
     side = plan["sides"][prefix]
@@ -153,7 +153,10 @@ def look_at_sd3() -> None:
     """A diffusion transformer has no layers that a word could be learned for."""
     tiny_models.write("sd3")
     model, clip, vae = tiny_models.load("sd3")
-    customisation, training = pack_module("modular_concepts.customisation"), pack_module("modular_concepts.training")
+    customisation, training = (
+        pack_module("modular_concepts.customisation"),
+        pack_module("modular_concepts.training.settings"),
+    )
     merged = pack_module("host.patching").merged
     rows = torch.zeros(4, 2, 768 + 1280)
     facts["refused"]["sd3_merged"] = said(lambda: merged(model, clip, [(word_alone("varied", rows, "sd3"), 1.0)]))

@@ -17,7 +17,7 @@ from left_behind import traces
 torch.set_num_threads(1)
 host_base = pack_module("host.base")
 customisation = pack_module("modular_concepts.customisation")
-training = pack_module("modular_concepts.training")
+training = pack_module("modular_concepts.training.settings")
 run_module, step_module = (pack_module("modular_concepts.training.run"), pack_module("modular_concepts.training.step"))
 checkpointing = pack_module("modular_concepts.training.gradient_checkpointing")
 LiveMemory = pack_module("modular_concepts.training.rehearsal").LiveMemory

@@ -26,7 +26,7 @@ def main() -> None:
     from_json = pack_module("nodes.region_json").RegionsFromJSON
     finder, drawing = pack_module("nodes.automatic").FindRegions, pack_module("nodes.region_drawing").DrawRegions
     model, clip, _ = pack_module("host.toy").load_toy_base()
-    load = pack_module("modular_concepts.files").load_concept
+    load = pack_module("modular_concepts.files.concept").load_concept
     concepts = {f"concept{index}": load(FOLDER / f"{name}.safetensors") for index, name in enumerate(("tom", "rex"))}
     stack = stacking.ConceptStack.execute(concepts)[0]
     (noise,) = nodes.EmptyLatentImage().generate(64, 32)

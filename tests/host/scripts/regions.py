@@ -27,7 +27,8 @@ def main() -> None:
     asked, plan = load_file(FOLDER / "asked.safetensors"), json.loads((FOLDER / "plan.json").read_text())
     model, clip, _ = toy.load_toy_base()
     stack = tuple(
-        (pack_module("modular_concepts.files").load_concept(FOLDER / f"{n}.safetensors"), s) for n, s in plan["stack"]
+        (pack_module("modular_concepts.files.concept").load_concept(FOLDER / f"{n}.safetensors"), s)
+        for n, s in plan["stack"]
     )
     merged, merged_clip = patching.merged(model, clip, stack)
     found, facts = {}, {"refused": {}}

@@ -34,7 +34,7 @@ def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
     node, regional, concepts = pack_module("nodes.regions"), pack_module("host.regions"), pack_module("nodes.concepts")
     model, clip, _ = pack_module("host.toy").load_toy_base()
-    tom = pack_module("modular_concepts.files").load_concept(FOLDER / "tom.safetensors")
+    tom = pack_module("modular_concepts.files.concept").load_concept(FOLDER / "tom.safetensors")
     lora = dataclasses.replace(tom, name="sketch", tokens={}, recipe=dataclasses.replace(tom.recipe, triggers=()))
     said, facts = [], {}
     regional.show_text = concepts.show_text = said.append
@@ -68,6 +68,12 @@ def main() -> None:
         said.clear()
         with_regions(region(names=names), mode, stack)
         facts[title] = " ".join(said)
+    # Regions that hardly draw.
+    small, twice = region(box=(0.0, 0.0, 0.001, 0.001)), (*region(), *region("a dog"))
+    for title, regions in (("too small", small), ("one place", twice)):
+        said.clear()
+        with_regions(regions)
+        facts[title] = " ".join(said)
     for title, text in (("called", "photo of<tom>"), ("uncalled", "a man"), ("unknown", "a <tim>, <tom>s hat")):
         said.clear()
         concepts.ConceptTextEncode.execute(clip, text, ((tom, 1.0),))
@@ -84,7 +90,7 @@ def main() -> None:
         facts[f"density in {method}"] = " ".join(said)
     training, custom_plan = pack_module("host.training"), pack_module("modular_concepts.customisation")
     base = pack_module("host.base").host_base(model, clip, pack_module("host.toy").load_toy_base()[2])
-    settings = pack_module("modular_concepts.training").TrainSettings(method="words")
+    settings = pack_module("modular_concepts.training.settings").TrainSettings(method="words")
     plan = training.Plan(
         None,
         settings,
