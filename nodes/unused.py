@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from comfy_api.latest import io
 
@@ -32,39 +31,33 @@ _HASHED = Unused(
 )
 _GUIDANCE = Unused(("negative",), lambda values: values["cfg"] <= 1, "cfg is 1, which is no guidance")
 
-TABLE: Mapping[str, tuple[Unused, ...]] = MappingProxyType(
-    {
-        "OrthoBasisLoader": (
-            Unused(("kind", "seed"), lambda values: values["basis"] != "generated", "the basis is a file"),
+TABLE: Mapping[str, tuple[Unused, ...]] = {
+    "OrthoBasisLoader": (
+        Unused(("kind", "seed"), lambda values: values["basis"] != "generated", "the basis is a file"),
+    ),
+    "OrthoLoRATrainer": (_HASHED, _PREVIEWS),
+    "BlockLoRATrainer": (_BASIS_RANK, _PREVIEWS),
+    **dict.fromkeys(("LoRATrainer", "WordTrainer", "CustomDiffusionTrainer", "EDLoRATrainer"), (_PREVIEWS,)),
+    "LoRAToConcept": (
+        Unused(("name",), lambda values: not isinstance(values["lora"], Mapping), "files have their own names"),
+    ),
+    "ConceptRegion": (
+        Unused((*EDGES, "bounding_box"), lambda values: values["mask"] is not None, "the mask takes their place"),
+        Unused(
+            EDGES,
+            lambda values: values["mask"] is None and values["bounding_box"] is not None,
+            "the bounding box takes their place",
         ),
-        "OrthoLoRATrainer": (_HASHED, _PREVIEWS),
-        "BlockLoRATrainer": (_BASIS_RANK, _PREVIEWS),
-        **dict.fromkeys(("LoRATrainer", "WordTrainer", "CustomDiffusionTrainer", "EDLoRATrainer"), (_PREVIEWS,)),
-        "LoRAToConcept": (
-            Unused(("name",), lambda values: not isinstance(values["lora"], Mapping), "files have their own names"),
+        Unused(
+            (*EDGES, "feather"),
+            lambda values: values["units"] == "automatic" and values["mask"] is None and values["bounding_box"] is None,
+            "with automatic units the sampler finds the place",
         ),
-        "ConceptRegion": (
-            Unused((*EDGES, "bounding_box"), lambda values: values["mask"] is not None, "the mask takes their place"),
-            Unused(
-                EDGES,
-                lambda values: values["mask"] is None and values["bounding_box"] is not None,
-                "the bounding box takes their place",
-            ),
-            Unused(
-                (*EDGES, "feather"),
-                lambda values: (
-                    values["units"] == "automatic" and values["mask"] is None and values["bounding_box"] is None
-                ),
-                "with automatic units the sampler finds the place",
-            ),
-        ),
-        "RegionPreview": (
-            Unused(("width", "height"), lambda values: values["image"] is not None, "the image has a size"),
-        ),
-        "RegionalConceptSampler": (_GUIDANCE,),
-        "FindRegions": (_GUIDANCE,),
-    }
-)
+    ),
+    "RegionPreview": (Unused(("width", "height"), lambda values: values["image"] is not None, "the image has a size"),),
+    "RegionalConceptSampler": (_GUIDANCE,),
+    "FindRegions": (_GUIDANCE,),
+}
 
 
 def unused(node: type[io.ComfyNode], values: Mapping) -> list[str]:
