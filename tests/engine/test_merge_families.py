@@ -314,7 +314,7 @@ def test_svd_says_what_it_loses(kind, seed):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_svd_keeps_no_more_of_an_orthogonal_sum_than_the_loudest_directions(seed):
-    """In columns of their own nothing adds up: a cut keeps one of k alike, and all of them where the columns are one."""
+    """In columns of their own nothing adds up: a cut keeps one of k alike, and all where they share columns."""
     adapters = [concept.layers[LAYER] for concept in trio("orthogonal")]
     spread = truncated(merged_factors(with_ups(adapters, seed), [1.0] * 3), RANK)[1]
     assert 1 / 3 < spread < 1 - EFFECT
