@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import folder_paths
@@ -17,6 +18,7 @@ from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.files.concept import save_concept
 from ..modular_concepts.files.diffusers import export_diffusers
 from ..modular_concepts.files.embeddings import export_embedding
+from ..modular_concepts.files.keeping import Kept, free_name, keep, last_places
 from ..modular_concepts.files.kohya import export_kohya
 from ..modular_concepts.files.lora import read_concept
 from ..modular_concepts.files.modelspec import dated, saying, trigger_phrase
@@ -129,8 +131,8 @@ def save(
         return _save_lora(concept, typed or concept.name, replace, EXPORTS[form])
     folder, path = _target("concepts", typed or concept.name)
     path = path if replace else _free(path)
-    save_concept(concept, path, compact=form is Format.COMPACT)
-    return _saved(folder, path, typed, f"trigger words: {trigger_phrase(concept) or 'none'}")
+    written = keep(partial(save_concept, concept, compact=form is Format.COMPACT), path, _other_places())
+    return _saved(folder, path, typed, f"trigger words: {trigger_phrase(concept) or 'none'}", written)
 
 
 def _save_lora(concept: Concept, typed: str, replace: bool, export: Callable[[Concept, Path], Path]) -> Saved:
@@ -148,14 +150,27 @@ def _save_lora(concept: Concept, typed: str, replace: bool, export: Callable[[Co
     called = " ".join(f"{w} is embedding:{f.stem}" for w, f in zip(words, written, strict=True))
     if called and "usage_hint" not in concept.about:
         concept = saying(concept, usage_hint=f"in ComfyUI's prompts {called}")
-    with all_or_none():
-        for word, file in zip(words, written, strict=True):
-            export_embedding(concept, word, file)
-        if concept.layers:
-            export(concept, path)
-        else:
-            path = written[0]
-    return _saved(folder, path, typed, called)
+
+    path = path if concept.layers else written[0]
+
+    def beside_lora(place: Path, word: str, file: Path) -> Path:
+        return free_name(place.with_name(f"{place.stem}-{safe_name(word)}{SUFFIX}" if concept.layers else file.name))
+
+    def write(place: Path) -> None:
+        """Where the folders of models take nothing, all files lie beside each other."""
+        elsewhere = place != path
+        with all_or_none():
+            for word, file in zip(words, written, strict=True):
+                file = beside_lora(place, word, file) if elsewhere else file
+                file.parent.mkdir(parents=True, exist_ok=True)
+                export_embedding(concept, word, file)
+            if concept.layers:
+                export(concept, place)
+
+    kept = keep(write, path, _other_places())
+    if kept.fault is not None:
+        called = f"beside it the learned words {' '.join(words)}" if words and concept.layers else ""
+    return _saved(folder, path, typed, called, kept)
 
 
 def name_problem(filename: str) -> str:
@@ -170,14 +185,14 @@ def name_problem(filename: str) -> str:
 
 
 def _target(kind: str, typed: str) -> tuple[Path, Path]:
-    """(the kind's folder, a file in it that may be written); folders of the name are made."""
+    """(the kind's folder, a file in it that may be written)."""
     folder = Path(folder_paths.get_folder_paths(kind)[0]).resolve()
-    path = _place(folder, typed)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AdapterError(f"{path.parent}: the folder cannot be made ({error.strerror})") from error
-    return folder, path
+    return folder, _place(folder, typed)
+
+
+def _other_places() -> list[Path]:
+    """Where a concept goes that the folders of models do not take; the host's own output folder first."""
+    return [Path(folder_paths.get_output_directory()), *last_places()]
 
 
 def _place(folder: Path, typed: str) -> Path:
@@ -200,8 +215,11 @@ def _free(path: Path, taken=lambda path: False) -> Path:
     return free
 
 
-def _saved(folder: Path, path: Path, typed: str, more: str) -> Saved:
+def _saved(folder: Path, path: Path, typed: str, more: str, kept: Kept) -> Saved:
     """typed: by a person; a name that some system could not take has become another, which is said."""
+    if kept.fault is not None:
+        where = f"{kept.fault}; it is in {kept.path} instead, from where it can be moved to {folder}"
+        return Saved(str(kept.path), f"{where}\n{more}".strip())
     name = path.relative_to(folder).as_posix()
     stem = name.removesuffix(SUFFIX)
     changed = typed and stem != typed and not re.fullmatch(re.escape(typed) + r"_\d+", stem)

@@ -84,6 +84,7 @@ def sample_regions(
     how: Sampling,
     mode: str = "merged",
     overlap: str = "average",
+    notes: Sequence[str] = (),
 ) -> dict:
     """LATENT drawn with the stack's concepts and a prompt for each region; otherwise as `with_regions`.
 
@@ -91,7 +92,7 @@ def sample_regions(
     """
     placed, drawn = _all_placed(model, clip, stack, prompts, regions, latent, how)
     size = tuple(drawn["samples"].shape[-2:])
-    regional = with_regions(model, clip, stack, placed, prompts, mode, overlap, size)
+    regional = with_regions(model, clip, stack, placed, prompts, mode, overlap, size, notes)
     (result,) = common_ksampler(
         regional.model,
         how.seed,
@@ -143,19 +144,21 @@ def with_regions(
     mode: str = "merged",
     overlap: str = "average",
     size: tuple[int, int] | None = None,
+    notes: Sequence[str] = (),
 ) -> Regional:
     """MODEL and CONDITIONING for any sampler; prompts: the global one and the negative one.
 
     mode: "merged" has all concepts in the weights, everywhere; concepts that are in the model already are not merged
     again.  "gated" leaves the weights alone and lets each concept act where its regions are, or, if no region has it,
     outside of all of them if the global prompt calls it.  overlap: as `region_weights`.  size: as `doubtful_places`.
-    Regions in pixels are placed when the picture's size is known.
+    Regions in pixels are placed when the picture's size is known.  notes: sentences to be shown too.
     Raises AdapterError for what cannot be drawn, another node's cross-attention for instance.
     """
     _check(model, regions, mode)
     check_names(regions, [*concepts_in(model), *(concept.name for concept, _ in stack)])
     concepts = [*merged_concepts(model), *(concept for concept, _ in stack)]
-    said = warnings_of_words(clip, [*prompts, *(region.prompt for region in regions)], concepts)
+    said = [*notes, *_idle_priorities(regions, overlap)]
+    said += warnings_of_words(clip, [*prompts, *(region.prompt for region in regions)], concepts)
     if stack:
         said += warnings_of(model, clip, stack, "weights") if mode == "merged" else warnings_here(model, clip, stack)
     said += unheard(stack, prompts[0], regions, mode == "gated", "name it in the concepts of a region")
@@ -249,6 +252,11 @@ def _check(model: comfy.model_patcher.ModelPatcher, regions: Sequence[Region], m
             "another node has changed the model's cross-attention already (an IP adapter, attention couple or other "
             "regions), and regions cannot share it; take the model from before that node"
         )
+
+
+def _idle_priorities(regions: Sequence[Region], overlap: str) -> list[str]:
+    idle = overlap != "priority" and any(region.priority for region in regions)
+    return [f"priority changes nothing: overlap is set to {overlap}"] if idle else []
 
 
 def _scale(model: comfy.model_patcher.ModelPatcher) -> int:

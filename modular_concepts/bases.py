@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,11 +155,12 @@ def load_basis(path: Path | str) -> OrthogonalBasis:
     """Read a basis from a .safetensors file, a .npy file or a folder of .npy files (orthogonal_mats/320.npy).
 
     Each matrix is square; its size is its width; its columns (not rows) are the basis.  Never unpickles.
+    A name that is a number, of a tensor or of a file in a folder, is the width in plain decimal digits.
     Raises AdapterError for anything else, and for a matrix that is not orthogonal to 1e-5.
     """
     # Here and not at the top: what reads files stands above bases.
     from .files.npy import read_square
-    from .files.safe import read_safetensors
+    from .files.safe import printed, read_safetensors
 
     path = Path(path)
     matrices: dict[int, Tensor] = {}
@@ -172,13 +174,26 @@ def load_basis(path: Path | str) -> OrthogonalBasis:
         files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
         named = ((file.name, _npy(file, *read_square(file))) for file in files)
     for key, matrix in named:
-        width = _checked_width(f"{path.name}, {key}" if path.name != key else key, matrix)
+        where = f"{path.name}, {printed(key)}" if path.name != key else key
+        width = _checked_width(where, matrix)
+        if where != key:
+            _check_name(where, key.removesuffix(".npy"), width)
         if width in matrices:
             raise AdapterError(f"{path.name}, {key}: a second matrix of width {width}; keep one for each width")
         matrices[width] = matrix.float().contiguous()
     if not matrices:
         raise AdapterError(f"{path.name}: no basis matrices here; expected .npy files or one .safetensors file")
     return OrthogonalBasis("file", 0, matrices)
+
+
+def _check_name(where: str, name: str, width: int) -> None:
+    """Raise AdapterError for a number, however it is written, that is not the matrix' width as a program writes it."""
+    try:
+        number = float(name)
+    except ValueError:
+        return
+    if math.isfinite(number) and name != str(width):
+        raise AdapterError(f"{where}: the name is a number, but the matrix is {width} wide; call it {width}")
 
 
 def _npy(path: Path, dtype: np.dtype, by_columns: bool, width: int, start: int) -> Tensor:

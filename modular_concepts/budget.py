@@ -5,24 +5,15 @@ Estimates from above, of what grows with the pictures: they refuse what would br
 
 from __future__ import annotations
 
-import os
-
 from .base_model import BaseModel
 from .errors import AdapterError
+from .room import machine_memory
 
 MAX_SIDE = 8192  # pixels
 # Tensors of the network's first width that live at once: while it draws, and while it keeps them for a gradient.
 ALIVE, KEPT = 20, 60
 VAE = 3072  # bytes for each pixel while a VAE decodes: three tensors of 256 channels
 READY = 24  # bytes for each pixel of a picture that is held: three channels, float32, twice
-
-
-def machine_memory() -> int | None:
-    """Bytes of memory that this machine has, or None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def picture_memory(base: BaseModel, width: int, height: int, batch: int, *, training: bool = False) -> int:

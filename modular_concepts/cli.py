@@ -206,7 +206,7 @@ class _Once(argparse._StoreAction):
 
     def __call__(self, parser, namespace, values, option_string=None):
         before = parser.seen.get(self.dest, values)
-        if option_string and before != values:
+        if option_string and before != values and before is not values:
             if self.nargs == "+":
                 raise argparse.ArgumentError(self, f"is there twice; give all of them after one {option_string}")
             sentence = f"{option_string} is there twice; the last counts, {values!s:.60}, and not {before!s:.60}"

@@ -237,6 +237,9 @@ def _unread(args: argparse.Namespace, method: str, preset, base) -> list[str]:
     present = [name for name, is_there in there.items() if is_there]
     late = args.warmup is not None and args.warmup >= preset.settings.steps
     said = [f"--warmup {args.warmup} is no shorter than --steps, so no rate is ever reached in full"] if late else []
+    rates = [preset.settings.token_lr, *([] if method == "words" else [preset.settings.adapter_lr])]
+    if not any(rates):
+        said.append("all learning rates are 0, so nothing is learned; leave --token-lr or --adapter-lr away")
     return said + unread(TRAIN, given, method, present, lambda name: f"--{name.replace('_', '-')}")
 
 

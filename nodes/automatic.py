@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..host.messages import show_text
 from ..host.regions import Sampling, find_regions
 from . import stacks
 from .regions import drawing_inputs, overlap_input, prompt_inputs
 from .types import CONCEPT_REGIONS, concepts_input
+from .unused import unused
 
 
 class FindRegions(io.ComfyNode):
@@ -55,5 +57,7 @@ class FindRegions(io.ComfyNode):
         denoise,
         overlap,
     ) -> io.NodeOutput:
+        if idle := unused(cls, dict(negative=negative, cfg=cfg)):
+            show_text("\n".join(idle))
         how, stack = Sampling(sampler_name, scheduler, steps, cfg, seed, denoise), stacks.as_stack(concepts)
         return io.NodeOutput(*find_regions(model, clip, stack, (prompt, negative), regions, latent, how, overlap))

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..modular_concepts.customisation import Targets
 from ..modular_concepts.training.presets import PRESETS, Preset
 from .training_form import Form, Trainer, Way, inputs, outputs, rank_input, train
+from .unused import unused
 
 INVERSION, P_PLUS = PRESETS["textual inversion"], PRESETS["p+"]
 CUSTOM, ED_LORA = PRESETS["custom diffusion"], PRESETS["ed-lora"]
@@ -64,7 +65,8 @@ class WordTrainer(Trainer):
 
     @classmethod
     def execute(cls, word: str, **common) -> io.NodeOutput:
-        return train(common, _way(P_PLUS if word == "one for each layer" else INVERSION, targets=Targets()))
+        way = _way(P_PLUS if word == "one for each layer" else INVERSION, targets=Targets())
+        return train(common, replace(way, notes=unused(cls, common)))
 
 
 class CustomDiffusionTrainer(Trainer):
@@ -99,7 +101,7 @@ class CustomDiffusionTrainer(Trainer):
 
     @classmethod
     def execute(cls, **common) -> io.NodeOutput:
-        return train(common, _way(CUSTOM, targets=Targets(CUSTOM.targets)))
+        return train(common, replace(_way(CUSTOM, targets=Targets(CUSTOM.targets)), notes=unused(cls, common)))
 
 
 class EDLoRATrainer(Trainer):
@@ -137,4 +139,4 @@ class EDLoRATrainer(Trainer):
         # A tenth of the others' in the paper, whatever the others' is.
         share = ED_LORA.settings.text_encoder_lr / ED_LORA.settings.adapter_lr
         own = {**way.settings, "text_encoder_lr": share * common["learning_rate"] or None}
-        return train(common, replace(way, settings=own))
+        return train(common, replace(way, settings=own, notes=unused(cls, common)))

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..host.bases import basis_changed, basis_names, load_basis_named
 from ..host.messages import show_text
 from ..modular_concepts.bases import OrthogonalBasis, capacity
+from .unused import unused
 
 ORTHO_BASIS = io.Custom("ORTHO_BASIS")
 GENERATED = "generated"
@@ -118,6 +119,7 @@ class OrthoBasisLoader(io.ComfyNode):
     def execute(cls, basis: str, kind: str, seed: int, method: str, rank: int, slot_policy: str) -> io.NodeOutput:
         matrices = OrthogonalBasis(kind, seed) if basis == GENERATED else load_basis_named(basis)
         choice = OrthoChoice(matrices, method, rank, slot_policy)
-        info = describe(choice)
+        values = dict(basis=basis, kind=kind, seed=seed)
+        info = "\n".join([*unused(OrthoBasisLoader, values), describe(choice)])
         show_text(info)
         return io.NodeOutput(choice, info, ui=ui.PreviewText(info))

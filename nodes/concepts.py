@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace as replaced
+
 from comfy_api.latest import io, ui
 
 from ..host import concepts as files
@@ -11,6 +13,7 @@ from ..host.messages import show_text
 from ..modular_concepts.files.modelspec import thumbnail as small_picture
 from . import stacks
 from .types import CONCEPT_STACK, LORA_STACK, blocks_input, concepts_input, strength_input, strength_problem
+from .unused import unused
 
 FORMATS = ("concept", "concept, compact", "LoRA for stock loaders", "LoRA in diffusers' keys")
 
@@ -102,12 +105,13 @@ class LoRAToConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora, name: str = "lora", model=None, clip=None) -> io.NodeOutput:
-        stack, unused = concepts_of(lora, name, model, clip)
+        stack, left_out = concepts_of(lora, name, model, clip)
         words = [
             f"{concept.name} brings its words: {' '.join(concept.tokens)}" for concept, _ in stack if concept.tokens
         ]
-        _tell([unused, *words] if unused else words)
-        return io.NodeOutput(stack, unused)
+        idle = unused(cls, dict(lora=lora, name=name))
+        _tell([*idle, *filter(None, [left_out]), *words])
+        return io.NodeOutput(stack, left_out)
 
 
 class ConceptStrength(io.ComfyNode):
@@ -221,6 +225,8 @@ class ConceptSave(io.ComfyNode):
         shown = "" if thumbnail is None else small_picture(thumbnail[0])
         about = {"thumbnail": shown, "description": description, "author": author}
         saved = files.save(concepts, strengths, filename, files.Format(FORMATS.index(format)), replace, about)
+        if thumbnail is not None and len(thumbnail) > 1:
+            saved = replaced(saved, message=f"{saved.message}\nof {len(thumbnail)} thumbnails the first is used")
         show_text(saved.message)
         return io.NodeOutput(saved.name, ui=ui.PreviewText(saved.message))
 

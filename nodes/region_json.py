@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..modular_concepts.regions.parsing import json_problem, regions_from_json
+from ..host.messages import show_text
+from ..modular_concepts.regions.parsing import json_problem, regions_from_json, unnamed_masks
 from .types import CONCEPT_REGIONS
 
 EXAMPLE = '[{"prompt": "a <tom> on the beach", "box": [0, 0, 0.5, 1]}]'
@@ -45,4 +46,7 @@ class RegionsFromJSON(io.ComfyNode):
 
     @classmethod
     def execute(cls, json, masks=None, regions=()) -> io.NodeOutput:
-        return io.NodeOutput((*regions, *regions_from_json(json, masks)))
+        described = regions_from_json(json, masks)
+        if masks is not None and (idle := unnamed_masks(json, masks)):
+            show_text(f"no entry names mask {', '.join(map(str, idle))}, counted from 0, so that changes nothing")
+        return io.NodeOutput((*regions, *described))

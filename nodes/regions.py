@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy.samplers import SAMPLER_NAMES, SCHEDULER_NAMES
 from comfy_api.latest import io, ui
 
+from ..host.messages import show_text
 from ..host.regions import Sampling, sample_regions, with_regions
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.regions.geometry import OVERLAPS, region_from
@@ -12,6 +13,7 @@ from ..modular_concepts.regions.parsing import names_from, region_box
 from ..modular_concepts.regions.preview import draw_regions
 from . import stacks
 from .types import CONCEPT_REGIONS, concepts_input
+from .unused import unused
 
 AUTOMATIC = "automatic"
 UNITS = ("fractions", "pixels", AUTOMATIC)
@@ -236,6 +238,9 @@ class ConceptRegion(io.ComfyNode):
         priority=0,
         bounding_box=None,
     ) -> io.NodeOutput:
+        chosen = dict(units=units, left=left, top=top, right=right, bottom=bottom, feather=feather)
+        if idle := unused(cls, {**chosen, "mask": mask, "bounding_box": bounding_box}):
+            show_text("\n".join(idle))
         edges, pixels = (left, top, right, bottom), units == "pixels"
         if bounding_box is not None:
             edges, pixels = region_box(bounding_box), True
@@ -270,6 +275,8 @@ class RegionPreview(io.ComfyNode):
 
     @classmethod
     def execute(cls, regions, width, height, overlap, image=None) -> io.NodeOutput:
+        if idle := unused(cls, dict(width=width, height=height, image=image)):
+            show_text("\n".join(idle))
         under = None if image is None else image[0]
         if under is not None:
             height, width = under.shape[:2]
@@ -359,5 +366,6 @@ class RegionalConceptSampler(io.ComfyNode):
         overlap="average",
     ) -> io.NodeOutput:
         how, stack = Sampling(sampler_name, scheduler, steps, cfg, seed, denoise), stacks.as_stack(concepts)
-        drawn = sample_regions(model, clip, stack, (prompt, negative), regions, latent, how, mode, overlap)
+        notes = unused(cls, dict(negative=negative, cfg=cfg))
+        drawn = sample_regions(model, clip, stack, (prompt, negative), regions, latent, how, mode, overlap, notes)
         return io.NodeOutput(drawn)

@@ -7,8 +7,7 @@ from comfy_api.latest import io
 from ..modular_concepts.errors import AdapterError
 from .bases import ORTHO_BASIS, OrthoChoice
 from .training_form import Form, Trainer, Way, inputs, outputs, rank_input, train
-
-HASHED = "slot changes nothing: the basis is set to take the columns from the concept's name"
+from .unused import unused
 
 
 def _slot(tooltip: str) -> io.Input:
@@ -42,9 +41,10 @@ class OrthoLoRATrainer(Trainer):
                 f"the basis is for method {ortho_basis.method}; set it to orthogonal, or use Train Block Concept"
             )
         own = slot if ortho_basis.slot_policy == "slot" else None
-        notes = () if own is not None or not slot else (HASHED,)
-        way = Way("orthogonal", ortho_basis.rank, ortho_basis.basis, settings={"slot": own}, notes=notes)
-        return train(common, way)
+        notes = unused(cls, {**common, "ortho_basis": ortho_basis, "slot": slot})
+        return train(
+            common, Way("orthogonal", ortho_basis.rank, ortho_basis.basis, settings={"slot": own}, notes=notes)
+        )
 
 
 class BlockLoRATrainer(Trainer):
@@ -112,8 +112,9 @@ class BlockLoRATrainer(Trainer):
         **common,
     ) -> io.NodeOutput:
         own = dict(blocks=blocks, slot=slot, layout=layout, erasure=erasure)
+        notes = unused(cls, {**common, "ortho_basis": ortho_basis, "rank": rank})
         if ortho_basis is None:
-            return train(common, Way("block", rank, settings=own))
+            return train(common, Way("block", rank, settings=own, notes=notes))
         if ortho_basis.method != "block_orthogonal":
             raise AdapterError(
                 f"the basis is for method {ortho_basis.method}; set it to block_orthogonal, or use Train "
@@ -121,7 +122,7 @@ class BlockLoRATrainer(Trainer):
             )
         if ortho_basis.slot_policy != "slot":
             raise AdapterError("a block concept's columns go by its slot; set the basis' slot_policy to slot")
-        way = Way("block_orthogonal", ortho_basis.rank, ortho_basis.basis, settings=own)
+        way = Way("block_orthogonal", ortho_basis.rank, ortho_basis.basis, settings=own, notes=notes)
         return train(common, way)
 
 
@@ -141,4 +142,4 @@ class LoRATrainer(Trainer):
 
     @classmethod
     def execute(cls, rank: int, **common) -> io.NodeOutput:
-        return train(common, Way("lora", rank))
+        return train(common, Way("lora", rank, notes=unused(cls, common)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from comfy_api.latest import io
@@ -218,7 +218,7 @@ class Way:
     basis: OrthogonalBasis | None = None
     targets: Targets | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
 
 
 def train(common: dict, way: Way) -> io.NodeOutput:
@@ -255,7 +255,7 @@ def train(common: dict, way: Way) -> io.NodeOutput:
         common.get("on_change") == CHANGES[1],
         keep_latents,
         tuple(options),
-        way.notes,
+        tuple(way.notes),
     )
     concept, result = train_in_host(base, plan)
     learned = [lora_of(concept)] if concept.layers else []

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
+from .safe import not_a_file
 
 MARK = b"\x93NUMPY"
 MAX_HEADER = 4096
@@ -34,7 +35,7 @@ def read_square(path: Path | str) -> tuple[np.dtype, bool, int, int]:
     """
     path = Path(path)
     if not path.is_file():
-        raise AdapterError(f"{path.name}: this basis file cannot be read: there is no such file")
+        raise AdapterError(f"{path.name}: this basis file cannot be read: {not_a_file(path)}")
     try:
         with open(path, "rb") as file:
             text, start = _header(path.name, file)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..concept import clip
 from ..errors import AdapterError
-from .safe import parse_json
+from .safe import not_a_file, parse_json
 
 MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MAX_CONFIG = 2**20
@@ -54,7 +55,7 @@ def config_beside(path: Path) -> PeftConfig | None:
     Raises AdapterError for one that cannot be read, for without it the LoRA would act at another strength.
     """
     config = path.with_name(CONFIG)
-    if path.name != MODEL or not config.exists():
+    if path.name != MODEL or not os.path.lexists(config):  # a link to nothing is there, and says nothing
         return None
     where = f"{CONFIG} beside {path.name}"
     try:
@@ -100,7 +101,7 @@ def _refuse_other_methods(where: str, data: Mapping) -> None:
 def _read(config: Path, where: str) -> Mapping:
     try:
         if not config.is_file():
-            raise AdapterError(f"{where} is no file")
+            raise AdapterError(f"{where} is no file: {not_a_file(config).partition(';')[0]}")
         with open(config, "rb") as file:
             raw = file.read(MAX_CONFIG + 1)
         text = raw.decode("utf-8")

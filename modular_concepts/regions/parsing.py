@@ -74,6 +74,14 @@ def json_problem(text: str) -> str:
     return ""
 
 
+def unnamed_masks(text: str, masks: Tensor) -> list[int]:
+    """Which of the masks, (H, W) or (N, H, W), no entry of a text names that `regions_from_json` has read."""
+    data = json.loads(text)
+    entries = data["regions"] if isinstance(data, dict) else data
+    named = {entry.get("mask") for entry in entries}
+    return [number for number in range(1 if masks.dim() == 2 else len(masks)) if number not in named]
+
+
 def region_box(bounding_box: object) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) in pixels from the host's BOUNDING_BOX: x, y, width and height, alone or in lists.
 

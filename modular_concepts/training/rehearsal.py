@@ -75,14 +75,23 @@ def rehearse(
                 f"memory is too small for {run.settings.batch} of {settings.batch} pictures at once; "
                 f"{memory_advice(run.settings)}"
             ) from error
-    numbers = sum(parameter.numel() for parameter in step.parameters)
-    factors = sum(map(_bytes, step.parameters))
-    # Factors and moments, and a copy of both as they were after the last step; gradients are in the peak.
-    kept = round(2 * (factors + numbers * MOMENTS[settings.optimizer]))
+    left = max(0, settings.steps - done)
     # The identity of whole weights is as large as the square of a layer's width.
-    kept += sum(_bytes(getattr(adapter, part)) for adapter in run.adapters.values() for part in adapter.frozen)
-    memory, left = one + more * (settings.batch - 1) + kept, max(0, settings.steps - done)
+    frozen = sum(_bytes(getattr(adapter, part)) for adapter in run.adapters.values() for part in adapter.frozen)
+    memory = frozen + _learned_bytes(step, one + more * (settings.batch - 1), frozen, left, done)
     return Estimate(seconds * settings.batch, memory, left, done, concept_bytes(run), checkpoint_bytes(run))
+
+
+def _learned_bytes(step: Step, peak: int, frozen: int, left: int, done: int) -> int:
+    """The most of factors, moments, copies of both as after the last step, gradients and what these come from.
+
+    peak: of a step's gradients; frozen: of frozen factors, which the result copies too.  Moments come with the first
+    update, their copies with the second.
+    """
+    numbers = sum(parameter.numel() for parameter in step.parameters)
+    factors, moments = sum(map(_bytes, step.parameters)), round(numbers * MOMENTS[step.run.settings.optimizer])
+    there = min(2, max(0, left - (not done)))
+    return 2 * factors + max(there * moments + peak, min(2, there + 1) * moments + factors, moments + factors + frozen)
 
 
 def concept_bytes(run: Run) -> int:

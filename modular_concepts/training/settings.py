@@ -99,6 +99,10 @@ class TrainSettings:
         for name in ("text_encoder_lr", "min_snr", "token_norm"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise AdapterError(f"{name} is {getattr(self, name)}; it must be positive, or left out")
+        if self.alpha is not None and not 0 < abs(self.alpha) <= MOST_ALPHA:
+            raise AdapterError(
+                f"alpha is {self.alpha:g}; with 0 nothing is learned, so give another number, at most {MOST_ALPHA:g}"
+            )
         for name, left in (("erasure", "nothing is left to train"), ("caption_dropout", "the word is never learned")):
             if not getattr(self, name) < 1:
                 raise AdapterError(f"{name} is {getattr(self, name)}; it must be below 1, or {left}")
@@ -129,6 +133,7 @@ AT_MOST = {
     "weight_decay": 100.0,
     "prior_weight": 1e6,
 }
+MOST_ALPHA = 1e6
 SWITCHES = ("layerwise", "shuffle_tags", "flip", "gradient_checkpointing")
 NOT_NEGATIVE = (
     "erasure",

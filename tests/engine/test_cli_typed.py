@@ -267,3 +267,12 @@ def test_a_name_that_is_no_text_is_refused_before_it_could_not_be_read(made, her
     (here / odd).write_bytes(concept(made).read_bytes())
     code, _, err = run(capsys, "inspect", odd)
     assert code == 2 and "no UTF-8" in err and "damaged" not in err, err
+
+
+def test_a_training_that_learns_nothing_is_said(made, here, capsys):
+    train = ["train", made / "pictures/tom", "--name", "tom", "--class-word", "man", "--rank", "2", "--steps", "1"]
+    for alpha in ("0", "nan", "1e30"):
+        code, _, err = run(capsys, *train, "--alpha", alpha)
+        assert code == 2 and f"alpha is {float(alpha):g}; with 0 nothing is learned" in err and "twice" not in err, err
+    code, _, err = run(capsys, *train, "--method", "words", "--token-lr", "0")
+    assert code == 0 and "all learning rates are 0" in err

@@ -294,16 +294,36 @@ def test_custom_diffusion_answers_its_words_exactly_and_others_least():
     assert relative_error(summed, plain) < 1e-6
 
 
-def test_svd_says_what_it_loses_and_orthogonal_sums_lose_most():
-    shares = {}
-    for kind in ("orthogonal", "lora"):
-        whole = merged_factors([concept.layers[LAYER] for concept in trio(kind)], [1.0] * 3)
-        cut, shares[kind] = truncated(whole, RANK)
-        assert cut.rank == RANK
-        lost = (whole.delta() - cut.delta()).norm().square() / whole.delta().norm().square()
-        assert shares[kind] == pytest.approx(1 - lost.item(), abs=1e-5)
-        assert truncated(whole, 100)[1] == pytest.approx(1.0)
-    assert shares["orthogonal"] < 0.6
+def with_ups(adapters, seed, alike=False):
+    """The adapters with other lora_up's; alike: of equal length, at right angles to each other."""
+    ups = torch.randn(OUT, RANK * len(adapters), generator=seeded(seed))
+    ups = torch.linalg.qr(ups)[0] if alike else ups
+    return [own.replace(lora_up=up.contiguous()) for own, up in zip(adapters, ups.split(RANK, dim=1), strict=True)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", ["orthogonal", "lora"])
+def test_svd_says_what_it_loses(kind, seed):
+    whole = merged_factors(with_ups([concept.layers[LAYER] for concept in trio(kind)], seed), [1.0] * 3)
+    cut, share = truncated(whole, RANK)
+    assert cut.rank == RANK
+    lost = (whole.delta() - cut.delta()).norm().square() / whole.delta().norm().square()
+    assert lost > EFFECT and share == pytest.approx(1 - lost.item(), abs=1e-5)
+    energy = torch.linalg.svdvals(whole.delta().double()).square()
+    assert share == pytest.approx((energy[:RANK].sum() / energy.sum()).item(), rel=1e-5)
+    assert truncated(whole, 100)[1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_svd_keeps_no_more_of_an_orthogonal_sum_than_the_loudest_directions(seed):
+    """In columns of their own nothing adds up: a cut keeps one of k alike, and all where they share columns."""
+    adapters = [concept.layers[LAYER] for concept in trio("orthogonal")]
+    spread = truncated(merged_factors(with_ups(adapters, seed), [1.0] * 3), RANK)[1]
+    assert 1 / 3 < spread < 1 - EFFECT
+    alike = with_ups(adapters, seed, alike=True)
+    assert truncated(merged_factors(alike, [1.0] * 3), RANK)[1] == pytest.approx(1 / 3, rel=1e-5)
+    shared = [own.replace(lora_down=alike[0].lora_down) for own in alike]
+    assert truncated(merged_factors(shared, [1.0] * 3), RANK)[1] == pytest.approx(1.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("way", ["symmetric", "sequential"])

@@ -1,5 +1,6 @@
 """A basis file that nobody vouches for is a basis or one sentence, whatever its header says."""
 
+import os
 import time
 
 import numpy as np
@@ -97,3 +98,56 @@ def test_changed_files_are_refused_or_used(tmp_path, kind):
     (outcome,) = run(300, 0, tmp_path / "x", [kind])
     assert not outcome.faults and outcome.accepted > 10 and outcome.refused > 100
     assert outcome.slowest < 1 and outcome.growth < 64 * 2**20
+
+
+@pytest.mark.parametrize("name", ["08", "1_0", "\uff18", "+8", " 8", "8 ", "8.0", "8e0", "-8", "16", "\u0668", "8_"])
+def test_a_number_for_a_name_is_the_width_in_plain_digits(tmp_path, name):
+    """What int() takes for a number is not what another program looks for, and may be of another width."""
+    for folder in ("one", "many"):
+        (tmp_path / folder).mkdir()
+    save_file({name: torch.eye(8)}, tmp_path / "one/x.safetensors")
+    np.save(tmp_path / f"many/{name}.npy", np.eye(8))
+    for path in ("one/x.safetensors", "many"):
+        if name == "8_":  # no number to anybody
+            assert torch.equal(load_basis(tmp_path / path).columns(8, range(8)), torch.eye(8))
+            continue
+        with pytest.raises(AdapterError, match="the name is a number, but the matrix is 8 wide; call it 8") as caught:
+            load_basis(tmp_path / path)
+        assert str(caught.value).isprintable()
+
+
+def test_names_that_are_no_numbers_or_the_width_are_read(tmp_path):
+    names = {"8": torch.eye(8), "matrix": torch.eye(16), "nan": torch.eye(4), "320x320": torch.eye(2)}
+    save_file(names, tmp_path / "x.safetensors")
+    assert set(load_basis(tmp_path / "x.safetensors").matrices) == {8, 16, 4, 2}
+    np.save(tmp_path / "2024.npy", np.eye(8))  # one file alone may be called after anything
+    assert set(load_basis(tmp_path / "2024.npy").matrices) == {8}
+
+
+ODD = {
+    "a dead link": "a link to",
+    "a link to itself": "a link to",
+    "a pipe": "a device or a pipe",
+    "a folder": "a folder",
+}
+
+
+def odd_file(path, kind):
+    """Something of this name that no program can read as a file."""
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path if "itself" in kind else path.with_name("nowhere"))
+    return path
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ["8.npy", "x.safetensors"])
+def test_what_is_no_file_is_called_what_it_is(tmp_path, kind, name):
+    path = odd_file(tmp_path / name, kind)
+    if kind == "a folder" and name == "8.npy":
+        path = tmp_path  # a folder of such a folder
+    with pytest.raises(AdapterError, match=f"this basis file cannot be read: .*{ODD[kind]}"):
+        load_basis(path)

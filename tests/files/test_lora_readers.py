@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -262,4 +263,24 @@ def test_factors_with_a_third_beside_them_are_left_out(tmp_path):
 def test_a_configuration_that_is_a_folder_is_said(tmp_path):
     (tmp_path / "adapter_config.json").mkdir()
     with pytest.raises(AdapterError, match="is no file.*remove it"):
+        read_concept(peft(tmp_path, None))
+
+
+NO_FILE = {"a dead link": "a link to nowhere", "a link to itself": "a link to", "a pipe": "a device or a pipe"}
+NO_FILE |= {"a folder": "a folder", "a gigabyte": "longer than"}
+
+
+@pytest.mark.parametrize("case", NO_FILE)
+def test_a_configuration_that_is_no_file_to_read_is_said_and_never_counts_as_none(tmp_path, case):
+    path = tmp_path / "adapter_config.json"
+    if case == "a folder":
+        path.mkdir()
+    elif case == "a pipe":
+        os.mkfifo(path)
+    elif case == "a gigabyte":
+        with open(path, "wb") as file:
+            file.truncate(2**30)
+    else:
+        path.symlink_to(path.name if "itself" in case else "nowhere")
+    with pytest.raises(AdapterError, match=f"beside adapter_model.safetensors.*{NO_FILE[case]}.*remove it"):
         read_concept(peft(tmp_path, None))

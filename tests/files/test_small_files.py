@@ -8,7 +8,7 @@ import pytest
 import torch
 from mutations import in_shell, peak_memory
 
-from modular_concepts import room
+from modular_concepts import budget, room
 from modular_concepts.adapters import LowRank, block_rows, check_size, new_block_orthogonal, new_full, new_orthogonal
 from modular_concepts.bases import OrthogonalBasis
 from modular_concepts.concept import Concept, Recipe
@@ -207,6 +207,18 @@ def test_a_merge_that_memory_cannot_hold_says_what_it_takes(monkeypatch, how):
     with pytest.raises(AdapterError, match=rf"4096 x 4096 numbers, merged by {how}, takes about 0.4 GiB.*by sum"):
         merge_concepts([concept(adapter), concept(adapter)], [1.0, 1.0], how)
     assert merge_concepts([concept(adapter), concept(adapter)], [1.0, 1.0])
+
+
+def test_a_container_bounds_what_is_free_and_what_the_machine_has(monkeypatch, tmp_path):
+    """A machine of 64 GiB is none of 64 GiB to a program in a container of one."""
+    for name, text in {"max": "1073741824", "current": "268435456", "stat": "anon 1\nfile 67108864\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    alone = room.machine_memory() or 2**40
+    monkeypatch.setattr(room, "_GROUP", tmp_path)
+    assert alone > 2**30 and room.machine_memory() == 2**30 and room.free_memory() <= 2**30 - 2**28 + 2**26
+    assert budget.machine_memory() == 2**30
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (room.machine_memory() or 2**40) >= alone
 
 
 def test_free_memory_is_told_and_less_than_there_is():

@@ -39,6 +39,42 @@ def test_a_prompt_says_which_words_it_hears(facts):
     assert "trigger word <tim>" in facts["prompt unknown"] and "<tom>" not in facts["prompt unknown"]
 
 
+IDLE = {
+    "basis": "kind and seed change nothing: the basis is a file",
+    "mask": "right changes nothing: the mask takes their place",
+    "mask and bounding box": "bounding_box changes nothing: the mask takes their place",
+    "bounding box": "right changes nothing: the bounding box takes their place",
+    "automatic": "right and feather change nothing: with automatic units the sampler finds the place",
+    "preview": "width changes nothing: the image has a size",
+    "masks": "no entry names mask 0, 2, counted from 0, so that changes nothing",
+    "no guidance": "negative changes nothing: cfg is 1, which is no guidance",
+    "finding": "negative changes nothing: cfg is 1, which is no guidance",
+    "priority": "priority changes nothing: overlap is set to average",
+    "name": "name changes nothing: files have their own names",
+}
+
+
+@pytest.mark.parametrize("title", IDLE)
+def test_inputs_that_mean_nothing_beside_others_are_told(facts, title):
+    assert IDLE[title] in facts["idle"][title].splitlines()
+
+
+def test_inputs_that_are_read_or_as_they_start_are_not_told(facts):
+    quiet = set(facts["idle"]) - set(IDLE)
+    assert len(quiet) == 10 and not any("nothing" in facts["idle"][title] for title in quiet)
+
+
+def test_a_trainer_says_of_its_own_widgets_what_means_nothing(facts):
+    preview = "preview_prompt changes nothing: preview_every is 0"
+    for name, (idle, used) in facts["trainers"].items():
+        own = {
+            "OrthoLoRATrainer": ["slot changes nothing: the basis is set to take the columns from the concept's name"],
+            "BlockLoRATrainer": ["rank changes nothing: the connected basis sets the rank"],
+        }.get(name, [])
+        assert idle == [*own, preview] and used == [], name
+    assert facts["without basis"] == []
+
+
 @pytest.mark.parametrize("how", ["plain", "merged", "gated"])
 def test_a_guider_in_another_order_draws_the_same(facts, how):
     assert facts["guiders"][how] < 1e-4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,6 +213,18 @@ def test_what_was_learned_takes_no_others_place_and_finds_one_where_its_folder_i
 def test_names_that_some_system_cannot_take_are_said_or_refused_in_every_part(found, typed, written):
     assert found[1]["saved"][typed].startswith(written)
     assert bool(found[1]["problems"][typed]) == written.startswith("AdapterError")
+
+
+def test_a_concept_that_its_folder_does_not_take_is_written_elsewhere_and_said_where(found):
+    for title, files in {
+        "concept": ["kept.safetensors"],
+        "again": ["agai.safetensors"],
+        "lora": ["kept-2-ortho.safetensors", "kept-2.safetensors"],
+        "word": ["kept-3.safetensors"],
+    }.items():
+        name, message, new = found[1]["fallback"][title]
+        assert new == files and Path(name).name in files and Path(name).is_absolute(), title
+        assert "nowhere" in message and f"it is in {name} instead" in message and "cannot be written" in message
 
 
 @pytest.mark.parametrize("direction", ["host to headless", "headless to host"])

@@ -293,6 +293,26 @@ def keep_and_save() -> None:
         saved[typed] = outcome(lambda typed=typed: facts.update(said=saving.save([concept], [1.0], typed, *AS_IT_IS)))
         saved[typed] = facts.pop("said").message.splitlines()[0] if saved[typed] == "worked" else saved[typed]
     facts["saved"] = saved
+
+    # Folders that take nothing: the concept goes elsewhere, and what lies there stays.
+    nowhere, output = FOLDER / "nowhere", FOLDER / "output"
+    nowhere.write_text("no folder")
+    before = dict(folder_paths.folder_names_and_paths)
+    for kind in ("concepts", "loras", "embeddings"):
+        folder_paths.folder_names_and_paths[kind] = ([str(nowhere / kind)], {".safetensors"})
+    word = dataclasses.replace(concept, layers={})
+    facts["fallback"] = {}
+    for title, own, form in (
+        ("concept", concept, saving.Format.CONCEPT),
+        ("again", concept, saving.Format.CONCEPT),
+        ("lora", concept, saving.Format.LORA),
+        ("word", word, saving.Format.LORA),
+    ):
+        there = {path.name for path in output.glob("*.safetensors")}
+        done = saving.save([own], [1.0], f"far/{title[:4]}" if title == "again" else "kept", form, True)
+        new = sorted(path.name for path in output.glob("*.safetensors") if path.name not in there)
+        facts["fallback"][title] = [done.name, done.message, new]
+    folder_paths.folder_names_and_paths.update(before)
     facts["problems"] = {typed: saving.name_problem(typed) for typed in plan["typed"]}
 
 

@@ -102,6 +102,67 @@ def main() -> None:
     )
     facts["training"] = training._notes(base, plan)
 
+    # Inputs that mean nothing beside others, by each node itself.
+    def mean_nothing(attempt) -> str:
+        said.clear()
+        attempt()
+        return "\n".join(said)
+
+    node_of = {
+        name: pack_module(f"nodes.{name}") for name in ("bases", "regions", "region_json", "automatic", "concepts")
+    }
+    for module in (*node_of.values(), regional):
+        module.show_text = said.append
+    place, box = node_of["regions"].ConceptRegion.execute, (0.0, 0.0, 0.5, 1.0)
+    mask, bounds = torch.ones(1, 8, 8), {"x": 0, "y": 0, "width": 8, "height": 8}
+    whole = (0.0, 0.0, 1.0, 1.0)
+    drawing = (noise, "euler", "normal", 1)
+    preview = node_of["regions"].RegionPreview.execute
+    picture = torch.ones(1, 32, 32, 3)
+    json_node = node_of["region_json"].RegionsFromJSON.execute
+    sampler, finder = node_of["regions"].RegionalConceptSampler.execute, node_of["automatic"].FindRegions.execute
+    loader = node_of["bases"].OrthoBasisLoader.execute
+    node_of["bases"].load_basis_named = lambda name: pack_module("modular_concepts.bases").OrthogonalBasis()
+    lora_node = node_of["concepts"].LoRAToConcept.execute
+    high = (dataclasses.replace(region()[0], priority=3),)
+    facts["idle"] = {
+        title: mean_nothing(attempt)
+        for title, attempt in {
+            "basis": lambda: loader("x.npy", "haar", 3, "orthogonal", 8, "slot"),
+            "basis as it starts": lambda: loader("x.npy", "hadamard", 0, "orthogonal", 8, "slot"),
+            "basis generated": lambda: loader("generated", "haar", 3, "orthogonal", 8, "slot"),
+            "mask": lambda: place("a dog", "fractions", *box, 0.1, 1.0, mask=mask),
+            "mask and bounding box": lambda: place("a dog", "pixels", *whole, 0.1, 1.0, mask=mask, bounding_box=bounds),
+            "mask alone": lambda: place("a dog", "fractions", *whole, 0.1, 1.0, mask=mask),
+            "bounding box": lambda: place("a dog", "fractions", *box, 0.1, 1.0, bounding_box=bounds),
+            "automatic": lambda: place("a dog", "automatic", *box, 0.1, 1.0),
+            "automatic as it starts": lambda: place("a dog", "automatic", *whole, 0.0, 1.0),
+            "box": lambda: place("a dog", "fractions", *box, 0.1, 1.0),
+            "preview": lambda: preview(region(), 64, 512, "average", picture),
+            "preview as it starts": lambda: preview(region(), 512, 512, "average", picture),
+            "masks": lambda: json_node('[{"prompt": "a dog", "mask": 1}]', torch.ones(3, 8, 8)),
+            "masks named": lambda: json_node('[{"prompt": "a dog", "mask": 0}]', mask),
+            "no guidance": lambda: sampler(model, clip, PROMPT, NEGATIVE, region(), *drawing, 1.0, 0, 1.0),
+            "guidance": lambda: sampler(model, clip, PROMPT, NEGATIVE, region(), *drawing, 2.0, 0, 1.0),
+            "finding": lambda: finder(model, clip, tom, region(), PROMPT, NEGATIVE, *drawing, 1.0, 0, 1.0, "average"),
+            "priority": lambda: node.RegionalConcepts.execute(model, clip, high, PROMPT, "", "merged", "average"),
+            "priority used": lambda: node.RegionalConcepts.execute(model, clip, high, PROMPT, "", "merged", "priority"),
+            "name": lambda: lora_node([], "my lora"),
+            "name as it starts": lambda: lora_node([], "lora"),
+        }.items()
+    }
+    facts["trainers"], common = {}, {"preview_every": 0, "preview_prompt": "a {concept} hat"}
+    idle, trainers = pack_module("nodes.unused").unused, (pack_module("nodes.training"), pack_module("nodes.baselines"))
+    choice = node_of["bases"].OrthoChoice(pack_module("modular_concepts.bases").OrthogonalBasis(), "", 8, "hashed")
+    for name in ("OrthoLoRATrainer", "BlockLoRATrainer", "LoRATrainer", "WordTrainer", "EDLoRATrainer"):
+        trainer = next(getattr(module, name) for module in trainers if hasattr(module, name))
+        with_basis = {"ortho_basis": choice} if "Ortho" in name or "Block" in name else {}
+        facts["trainers"][name] = [
+            idle(trainer, {**common, **with_basis, "slot": 3, "rank": 7}),
+            idle(trainer, {**with_basis, "preview_every": 50, "preview_prompt": "x", "slot": 0, "rank": 16}),
+        ]
+    facts["without basis"] = idle(trainers[0].BlockLoRATrainer, {"rank": 7, "ortho_basis": None})
+
     # Guiders in another order.
     def guided(guider, set_up, parts):
         set_up(guider)
