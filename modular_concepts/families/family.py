@@ -44,7 +44,7 @@ class Network:
     """A denoiser's or text encoder's layers, by the paths that canonical names have behind `unet.` and the like.
 
     layers: matches the path of every layer that there is, from its start; what it does not match is unknown.
-    targets: what a training may choose (`choices.TARGETS`) -> its layers; what is absent is refused, `refusal` says why.
+    targets: what a training may choose (`choices.TARGETS`) -> its layers; what is absent is refused by `refusal`.
     blocks: path -> the block in a person's words, the first that matches; {} is the number.
     tokens: path -> what the layer's tokens are, the first that matches.
     words: parts of paths that hold an underscore, which kohya's keys do not tell from a dot.

@@ -49,10 +49,11 @@ def import_lora(
 
 
 def _refuse_embedding(path: Path) -> None:
-    """Raise AdapterError for a learned word, as embedding files hold it: one tensor of rows, or clip_l and clip_g."""
+    """Raise AdapterError for a learned word, as embedding files hold it: one tensor of rows, or one an encoder."""
     shapes = {key: shape for key, (_, shape) in read_header(path, tuple(BITS), empty=True).tensors.items()}
     alone = len(shapes) == 1 and split_key(next(iter(shapes)))[1] == "unknown"
-    if not alone and set(shapes) != {"clip_l", "clip_g"} or any(len(shape) not in (1, 2) for shape in shapes.values()):
+    encoders = [{encoder.name for encoder in family.text_encoders} for family in families()]
+    if not alone and set(shapes) not in encoders or any(len(shape) not in (1, 2) for shape in shapes.values()):
         return
     (rows, *width), *_ = shapes.values()
     vectors = "one vector" if not width or rows == 1 else f"{rows} vectors"
