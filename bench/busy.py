@@ -32,10 +32,10 @@ def step_times(steps: int) -> list[float]:
     """Seconds of each training step of the demo's orthogonal concept, without the first two."""
     from dataclasses import replace
 
-    from modular_concepts.customisation import Subject, train_concept
     from modular_concepts.toy.base import load_toy_base
     from modular_concepts.toy.presets import UNDESCRIBED
     from modular_concepts.toy.standard import BY_NAME, pictures_of
+    from modular_concepts.training.teach import Subject, train_concept
 
     concept, times = BY_NAME["tom"], []
     pictures, captions = pictures_of(concept)

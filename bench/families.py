@@ -25,25 +25,27 @@ from torch import Tensor
 from bench.family_sheet import family_sheet
 from bench.fusion import SAID, descended, recorded_inputs
 from bench.methods import Method
-from modular_concepts.base_model import BaseModel
+from modular_concepts.adapters.attach import attached
 from modular_concepts.concept import Concept
-from modular_concepts.crosstalk import crosstalk_table
-from modular_concepts.customisation import Subject, Targets, concept_layers, train_concept
-from modular_concepts.evidence import recorded, text_features, usual_text
+from modular_concepts.crosstalk.measures import crosstalk_table
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.moments import Recorded, load_moments, moments_path, save_moments
-from modular_concepts.files.safe import replacing, safe_name
-from modular_concepts.fingerprint import concept_mark
-from modular_concepts.fitting import faded_words
 from modular_concepts.merge import NOTHING, Evidence, Merged, MergeOptions, merge_concepts
+from modular_concepts.merge.compatibility import faded_words
 from modular_concepts.merge.orthogonalize import orthogonal_concepts
 from modular_concepts.merge.truncation import share_kept
+from modular_concepts.models.base import BaseModel
+from modular_concepts.models.fingerprint import concept_mark
+from modular_concepts.models.targets import Targets, concept_layers
+from modular_concepts.recording import recorded, text_features, usual_text
 from modular_concepts.sampling import sample
+from modular_concepts.storage.atomic import replacing
+from modular_concepts.storage.names import safe_name
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.toy.demo import SAMPLING, prompts_for
 from modular_concepts.toy.judges import Judges, load_judges
 from modular_concepts.toy.standard import BY_NAME, pictures_of
-from modular_concepts.training.attach import attached
+from modular_concepts.training.teach import Subject, train_concept
 
 CONCEPTS = ("tom", "tim", "rex", "minka", "ada")
 PICTURES = 8

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modular_concepts.files.safe import replacing
 from modular_concepts.pictures import to_image
+from modular_concepts.storage.atomic import replacing
 from modular_concepts.toy.report import FAINT, INK, PAPER
 
 ZOOM, EACH = 2, 3  # screen pixels per toy pixel, pictures of a concept in a row

@@ -22,18 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from bench.descent import fused_by_descent
-from modular_concepts.base_model import BaseModel
+from modular_concepts.adapters.attach import attached
 from modular_concepts.concept import Concept
-from modular_concepts.customisation import Targets, concept_layers, customised
-from modular_concepts.evidence import DRAWING, trigger_of
 from modular_concepts.files.concept import load_concept
 from modular_concepts.merge import Evidence, MergeOptions, merge_concepts
 from modular_concepts.merge.dense import MergedDense
-from modular_concepts.moments import inputs_of
-from modular_concepts.sampling import sample
+from modular_concepts.merge.moments import inputs_of
+from modular_concepts.models.base import BaseModel
+from modular_concepts.models.targets import Targets, concept_layers
+from modular_concepts.recording import DRAWING, trigger_of
+from modular_concepts.sampling import customised, sample
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.toy.vocabulary import CLASSES
-from modular_concepts.training.attach import attached
 
 # What the moments are recorded with, and what else a concept is then asked for.
 SAID = ("a {concept}", "a {concept} on the beach", "a {concept} in the snow", "a {concept} in the city")

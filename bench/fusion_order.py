@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from bench.fusion import NEW, SAID
-from modular_concepts.base_model import BaseModel
+from modular_concepts.adapters.attach import attached
 from modular_concepts.concept import Concept
-from modular_concepts.customisation import Targets, concept_layers
-from modular_concepts.evidence import trigger_of
 from modular_concepts.files.concept import load_concept
 from modular_concepts.merge import Evidence, Merged, merge_concepts
-from modular_concepts.moments import Moment, recording
+from modular_concepts.merge.moments import Moment, recording
+from modular_concepts.models.base import BaseModel
+from modular_concepts.models.targets import Targets, concept_layers
+from modular_concepts.recording import trigger_of
 from modular_concepts.toy.base import load_toy_base
-from modular_concepts.training.attach import attached
 
 Chosen = Callable[[str], bool]
 

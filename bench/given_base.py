@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from modular_concepts.models.cross_attention import CrossAttention
 from modular_concepts.models.schedules import Schedule
-from modular_concepts.training import Problem
+from modular_concepts.training.problem import Problem
 
 
 @dataclass(frozen=True, eq=False)
 class GivenBase:
-    """What a training asks of a `Base` (`modular_concepts/base_model.py`).
+    """What a training asks of a `Base` (`modular_concepts/models/base.py`).
 
     denoiser: the network that `predict` runs, for gradient checkpointing; None: all of `modules`.
     attentions: what `cross_attentions` gives.

@@ -20,7 +20,7 @@ import torch
 from in_host import pack_module
 from torch import Tensor, nn
 
-from nodes import CLIPTextEncode  # the host's own
+from nodes import CLIPTextEncode
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EFFECT = 1e-2
@@ -66,7 +66,7 @@ class Checks:
         self.noise = torch.randn(self.latent.shape, generator=torch.Generator().manual_seed(5))
 
     def _concept(self, seed: int, word: str):
-        concepts, adapters = pack_module("modular_concepts.concept"), pack_module("modular_concepts.adapters")
+        concepts, adapters = pack_module("modular_concepts.concept"), pack_module("modular_concepts.adapters.low_rank")
         generator, made = torch.Generator().manual_seed(seed), {}
         for name, layer in self.layers.items():
             out, inp = layer.module.weight.shape
@@ -82,7 +82,9 @@ class Checks:
 
     def merged(self, apply: str = "weights", strengths=STRENGTHS):
         stack = [(concept, own) for (concept, _), own in zip(self.stack, strengths, strict=True)]
-        return pack_module("host.patching").merged(self.model, self.clip, stack, beside=apply == "activations")[0]
+        return pack_module("host.merging.weights").merged(self.model, self.clip, stack, beside=apply == "activations")[
+            0
+        ]
 
     def drawn(self, model, conditioning=None, steps: int = STEPS) -> Tensor:
         positive, negative = conditioning or (self._says(PROMPT), self._says(NEGATIVE))
@@ -176,7 +178,7 @@ class Checks:
 
     def regions(self) -> None:
         """One region over everything is plain sampling; halves are drawn in both modes, finite and different."""
-        geometry, regions = pack_module("modular_concepts.regions.geometry"), pack_module("host.regions")
+        geometry, regions = pack_module("modular_concepts.regions.geometry"), pack_module("host.regions.sampling")
         concept = self.stack[0][0]
         whole = [geometry.Region(PROMPT, (0.0, 0.0, 1.0, 1.0))]
         left = [geometry.Region(PROMPT, (0.0, 0.0, 0.5, 1.0), concepts=(concept.name,))]
@@ -196,7 +198,7 @@ class Checks:
     def untouched(self) -> None:
         """A fault in mid-step leaves no hook, no patch, and every weight as it was."""
         before = prints(self.model)
-        geometry, regions = pack_module("modular_concepts.regions.geometry"), pack_module("host.regions")
+        geometry, regions = pack_module("modular_concepts.regions.geometry"), pack_module("host.regions.sampling")
         concept = self.stack[0][0]
         left = [geometry.Region(PROMPT, (0.0, 0.0, 0.5, 1.0), concepts=(concept.name,))]
         ways: dict[str, Callable] = {
@@ -235,7 +237,7 @@ def _fail(*_) -> None:
 @torch.no_grad()
 def weight_of(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """(weight, bias) of a layer as it computes with them on x's device, wherever and however they are kept."""
-    with pack_module("host.base").cast_weights(module, like) as (weight, bias):
+    with pack_module("host.training.base").cast_weights(module, like) as (weight, bias):
         return weight.clone(), None if bias is None else bias.clone()
 
 

@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from merge_work import Machine, made_work, medians, timed
 
 from bench.given_base import GivenBase
-from modular_concepts import adapters
+from modular_concepts.adapters import low_rank as adapters
 from modular_concepts.merge import merge_concepts
 from modular_concepts.models.schedules import NoiseSchedule
-from modular_concepts.training import TrainSettings, train
+from modular_concepts.training.loop import train
 from modular_concepts.training.problem import Examples, Problem
+from modular_concepts.training.settings import TrainSettings
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 WIDTHS = ((320, 768), (640, 640), (1280, 1280), (5120, 1280))

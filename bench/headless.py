@@ -21,10 +21,11 @@ from probe import Probe, Task
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.given_base import GivenBase
-from modular_concepts.layers import find_layers
+from modular_concepts.models.layers import find_layers
 from modular_concepts.models.schedules import NoiseSchedule
-from modular_concepts.training import TrainSettings, train
+from modular_concepts.training.loop import train
 from modular_concepts.training.problem import Examples, Problem
+from modular_concepts.training.settings import TrainSettings
 
 SCHEDULE = NoiseSchedule((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()).cumprod(0))
 

@@ -42,7 +42,7 @@ def load(family: str, size: str, dtype: torch.dtype, disable_dynamic: bool = Fal
     family: sd15, sd2, sdxl, sd3 or toy; size: full or tiny.  The toy base is what it is, in float32.
     """
     if family == "toy":
-        return pack_module("host.toy").load_toy_base()
+        return pack_module("host.toy_base").load_toy_base()
     model = comfy.sd.load_diffusion_model_state_dict(
         model_weights(family, size, dtype), model_options={"dtype": dtype}, disable_dynamic=disable_dynamic
     )

@@ -66,7 +66,7 @@ def counted(args: argparse.Namespace, machine, weights: dict, count: int) -> dic
     """Medians for one number of concepts, each way in turn; the weights are the base's again before each."""
     from merge_work import Peft, core_chain, made_work, medians, peak_extra, timed
 
-    from modular_concepts import adapters
+    from modular_concepts.adapters import low_rank as adapters
     from modular_concepts.merge import add_concepts
 
     work = made_work(adapters, weights, count, args.rank)

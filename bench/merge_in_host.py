@@ -51,9 +51,12 @@ class Bench:
     ):
         self.counts, self.rank, self.repeats, self.with_activations = counts, rank, repeats, activations
         self.core_counts = counts if core_counts is None else core_counts
-        self.patching, layers = pack_module("host.patching"), pack_module("host.layers")
+        self.patching, layers = pack_module("host.merging.weights"), pack_module("host.layers")
         self.concept = pack_module("modular_concepts.concept")
-        self.adapters, self.names = (pack_module("modular_concepts.adapters"), pack_module("modular_concepts.layers"))
+        self.adapters, self.names = (
+            pack_module("modular_concepts.adapters.low_rank"),
+            pack_module("modular_concepts.models.layers"),
+        )
         self.model, self.clip = loaded
         linear = {
             name: layer

@@ -19,18 +19,21 @@ from statistics import mean
 
 import torch
 
-from modular_concepts.base_model import BaseModel
-from modular_concepts.customisation import Subject, Targets, customised, prior_examples, problem_for, train_concept
 from modular_concepts.files.concept import save_concept
-from modular_concepts.files.safe import replacing, safe_name
+from modular_concepts.models.base import BaseModel
+from modular_concepts.models.targets import Targets
 from modular_concepts.pictures import to_image
-from modular_concepts.sampling import SampleSettings, sample
+from modular_concepts.sampling import SampleSettings, customised, sample
+from modular_concepts.storage.atomic import replacing
+from modular_concepts.storage.names import safe_name
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.toy.demo import SAMPLING, prompts_for
 from modular_concepts.toy.judges import Judges, load_judges
 from modular_concepts.toy.presets import UNDESCRIBED
 from modular_concepts.toy.standard import BY_NAME, pictures_of
-from modular_concepts.training import TrainSettings, train
+from modular_concepts.training.loop import train
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, prior_examples, problem_for, train_concept
 
 CONCEPTS = ("tom", "minka")
 PICTURES = 24

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modular_concepts.adapters import new_full
-from modular_concepts.base_model import BaseModel
+from modular_concepts.adapters.low_rank import new_full
 from modular_concepts.concept import Concept, Recipe
-from modular_concepts.customisation import Targets, concept_layers
-from modular_concepts.evidence import length_of, text_features, usual_text
 from modular_concepts.files.concept import load_concept
 from modular_concepts.merge import Evidence, custom_diffusion, merge_concepts
+from modular_concepts.models.base import BaseModel
+from modular_concepts.models.targets import Targets, concept_layers
+from modular_concepts.recording import length_of, text_features, usual_text
 from modular_concepts.seeds import seeded
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.toy.vocabulary import CLASSES, SCENE_PHRASES

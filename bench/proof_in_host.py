@@ -33,10 +33,10 @@ import nodes as core
 class Proof:
     def __init__(self, plan: dict):
         self.plan = plan
-        self.model, self.clip, self.vae = pack_module("host.toy").load_toy_base()
-        files, self.patching = pack_module("modular_concepts.files.concept"), pack_module("host.patching")
-        self.encode = pack_module("host.clip").encode_prompt
-        self.layers = pack_module("modular_concepts.layers")
+        self.model, self.clip, self.vae = pack_module("host.toy_base").load_toy_base()
+        files, self.patching = pack_module("modular_concepts.files.concept"), pack_module("host.merging.weights")
+        self.encode = pack_module("host.text.words").encode_prompt
+        self.layers = pack_module("modular_concepts.models.layers")
         names = {name for group in plan["groups"] for name in group["names"]}
         self.concepts = {name: files.load_concept(Path(plan["concepts"]) / f"{name}.safetensors") for name in names}
 
@@ -51,7 +51,7 @@ class Proof:
             print(f"{self.plan['mode']}: {number} of {len(self.plan['groups'])}", file=sys.stderr, flush=True)
 
     def automatic(self, group: dict, seed: int) -> torch.Tensor:
-        regional = pack_module("host.regions")
+        regional = pack_module("host.regions.sampling")
         region = pack_module("modular_concepts.regions.geometry").Region
         latent = {"samples": torch.zeros(1, 12, 16, 16 * len(group["names"]))}
         how = regional.Sampling("dpmpp_2m", "normal", self.plan["steps"], self.plan["cfg"], seed)

@@ -26,11 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modular_concepts.concept import Concept
-from modular_concepts.customisation import customised
 from modular_concepts.files.concept import load_concept
-from modular_concepts.files.safe import replacing
 from modular_concepts.regions.geometry import Region
-from modular_concepts.sampling import SampleSettings, sample
+from modular_concepts.sampling import SampleSettings, customised, sample
+from modular_concepts.storage.atomic import replacing
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.toy.demo import SAMPLING
 from modular_concepts.toy.judges import Judges, load_judges

@@ -58,7 +58,7 @@ class Bench:
 
     def __init__(self, asked: Asked, loaded: tuple):
         self.asked = asked
-        self.regions, self.patching = pack_module("host.regions"), pack_module("host.patching")
+        self.regions, self.patching = pack_module("host.regions.sampling"), pack_module("host.merging.weights")
         self.geometry = pack_module("modular_concepts.regions.geometry")
         self.model, self.clip, _ = loaded
         side = asked.pixels // 8
@@ -230,7 +230,7 @@ def boxes(count: int) -> list[tuple[float, float, float, float]]:
 
 def made_concept(model, seed: int, rank: int):
     """Random adapters on every Linear layer of the attention blocks, as training makes them, and one learned word."""
-    concepts, adapters = pack_module("modular_concepts.concept"), pack_module("modular_concepts.adapters")
+    concepts, adapters = pack_module("modular_concepts.concept"), pack_module("modular_concepts.adapters.low_rank")
     host_layers = pack_module("host.layers")
     architecture = host_layers.architecture_of(model)
     generator, layers = torch.Generator().manual_seed(seed), {}
@@ -247,7 +247,7 @@ def made_concept(model, seed: int, rank: int):
 
 
 def kohya(concept) -> dict[str, torch.Tensor]:
-    names, lora = pack_module("modular_concepts.layers"), {}
+    names, lora = pack_module("modular_concepts.models.layers"), {}
     for name, adapter in concept.layers.items():
         key = names.file_key(name)
         lora[f"{key}.lora_up.weight"], lora[f"{key}.lora_down.weight"] = adapter.full_up(), adapter.lora_down

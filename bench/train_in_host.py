@@ -33,7 +33,7 @@ def loaded():
 
 def base_of(model, clip, vae):
     """A `HostBase` without the hash of gigabytes of weights, which is no part of a step."""
-    base_module = pack_module("host.base")
+    base_module = pack_module("host.training.base")
     architecture = pack_module("host.layers").architecture_of(model)
     return base_module.HostBase(model, clip, vae, architecture, "", base_module._schedule(model))
 
@@ -41,7 +41,7 @@ def base_of(model, clip, vae):
 def contexts_of(task: Task, device):
     """(latents, what the network is told of each), on a device."""
     latents, texts, pooled = (None if value is None else value.to(device) for value in task.examples())
-    return latents, texts if pooled is None else pack_module("host.texts").HostContext(texts, pooled)
+    return latents, texts if pooled is None else pack_module("host.text.encode").HostContext(texts, pooled)
 
 
 def picked(contexts, indices):

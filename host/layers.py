@@ -1,7 +1,7 @@
 """The layers of the host's models under our canonical names, what family a model is, and which weights it has.
 
 The host keeps Stable Diffusion's U-Nets in their original layout and wraps text encoders; patches name weights
-by those paths.  Here each canonical name (`modular_concepts/layers.py`) meets its weight key and its module.
+by those paths.  Here each canonical name (`modular_concepts/models/layers.py`) meets its weight key and its module.
 A diffusion transformer's layers are called as the host calls them.
 """
 
@@ -16,11 +16,11 @@ import comfy.sd
 import comfy.sd1_clip
 from torch import Tensor, nn
 
-from ..modular_concepts.base_model import tables_hash
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.families import encoder_names, titles
-from ..modular_concepts.fingerprint import base_mark, weights_sample
-from ..modular_concepts.layers import canonical_name
+from ..modular_concepts.models.base import tables_hash
+from ..modular_concepts.models.fingerprint import base_mark, weights_sample
+from ..modular_concepts.models.layers import canonical_name
 from .families.lookup import host_family_of, projected_names
 
 _HASHES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
@@ -57,7 +57,7 @@ def architecture_of(model: comfy.model_patcher.ModelPatcher) -> str:
 
 
 def base_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None) -> str:
-    """The same digits that the headless face gives the same weights (`base_model.weights_hash`), as float32.
+    """The same digits that the headless face gives the same weights (`models.base.weights_hash`), as float32.
 
     Patches that are applied just now do not count: it is the loader's own weights.  T5 does not count either, since
     concepts train without it and go with any.

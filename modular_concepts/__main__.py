@@ -1,4 +1,4 @@
-"""`python -m modular_concepts`: see cli.py."""
+"""`python -m modular_concepts`: see cli/main.py."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from . import before_torch  # noqa: F401 - sets what torch reads when `cli` impo
 def main() -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stopped)
-    from .cli_streams import Streams
+    from .cli.streams import Streams
 
     with Streams():
         try:
@@ -18,7 +18,7 @@ def main() -> int:
         except FileNotFoundError:  # with which torch's libraries end the process
             sys.stderr.write("error: the folder that you are in was deleted; go into one that is there\n")
             return 2
-        from .cli import main
+        from .cli.main import main
 
         return main()
 

@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 
 from torch import Tensor
 
-from .adapters import MAX_SIZE, LowRank, check_adapter
+from .adapters.low_rank import MAX_SIZE, LowRank, check_adapter
 from .errors import AdapterError
 
 MAX_TEXT = 400

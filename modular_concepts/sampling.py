@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base_model import BaseModel
-from .budget import check_pictures
+from .adapters.attach import attached
+from .adapters.sites import with_sites
 from .concept import Concept
 from .errors import AdapterError
-from .fitting import fitted
+from .merge.compatibility import fitted
+from .models.base import BaseModel
+from .models.budget import check_pictures
 from .models.targets import EVERYTHING, concept_layers
-from .regions.acting import Stack, acting
+from .regions.assignment import Stack, acting
+from .regions.conditioning import Speaking
 from .regions.geometry import Region
-from .regions.places import Places
-from .regions.speaking import Speaking
-from .sites import with_sites
-from .training.attach import attached
+from .regions.shares import Places
 
 MODES = ("merged", "gated")
 MOST_CFG = 100.0  # what the hosts' samplers take, either way
@@ -188,7 +188,7 @@ def customised(
 ) -> Iterator[Mapping[str, Tensor]]:
     """Within the block the base draws with the merged concepts; yields their learned tokens for prompts.
 
-    Below strength 1 a learned word goes back towards its class word (`fitting.faded_words`).
+    Below strength 1 a learned word goes back towards its class word (`merge.compatibility.faded_words`).
     Raises AdapterError for a concept of another base.
     """
     everything = with_sites(concept_layers(base, EVERYTHING))

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..host import folders
+from ..host.files import folders
 from .automatic import FindRegions
 from .baselines import CustomDiffusionTrainer, EDLoRATrainer, WordTrainer
 from .bases import OrthoBasisLoader
 from .concepts import ConceptLoader, ConceptSave, ConceptStrength, ConceptTextEncode, LoRAToConcept
 from .datasets import ConceptDataset
-from .merging import (
-    BlockLoRAMerge,
-    ConceptFromModel,
-    ConceptFusion,
-    ConceptHook,
-    ConceptMerge,
-    ConceptOrthogonalize,
-)
+from .merging import BlockLoRAMerge, ConceptFromModel, ConceptFusion, ConceptHook, ConceptMerge, ConceptOrthogonalize
 from .region_drawing import DrawRegions
 from .region_json import RegionsFromJSON
 from .regions import ConceptRegion, RegionalConcepts, RegionalConceptSampler, RegionPreview

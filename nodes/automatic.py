@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host.messages import show_text
-from ..host.regions import Sampling, find_regions
+from ..host.regions.sampling import Sampling, find_regions
 from . import stacks
 from .regions import drawing_inputs, overlap_input, prompt_inputs
 from .types import CONCEPT_REGIONS, concepts_input

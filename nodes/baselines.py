@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..modular_concepts.customisation import Targets
+from ..modular_concepts.models.targets import Targets
 from ..modular_concepts.training.presets import PRESETS, Preset
 from .training_form import Form, Trainer, Way, inputs, outputs, rank_input, train
 from .unused import unused

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from comfy_api.latest import io, ui
 
-from ..host.bases import basis_changed, basis_names, load_basis_named
+from ..host.files.basis import basis_changed, basis_names, load_basis_named
 from ..host.messages import show_text
-from ..modular_concepts.bases import OrthogonalBasis, capacity
+from ..modular_concepts.adapters.basis import OrthogonalBasis, capacity
 from .unused import unused
 
 ORTHO_BASIS = io.Custom("ORTHO_BASIS")

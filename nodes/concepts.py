@@ -6,10 +6,10 @@ from dataclasses import replace as replaced
 
 from comfy_api.latest import io, ui
 
-from ..host import concepts as files
-from ..host.clip import encode_prompt, warnings_of_words
-from ..host.loras import concepts_of
+from ..host.files import concepts as files
+from ..host.files.loras import concepts_of
 from ..host.messages import show_text
+from ..host.text.words import encode_prompt, warnings_of_words
 from ..modular_concepts.files.modelspec import thumbnail as small_picture
 from . import stacks
 from .types import CONCEPT_STACK, LORA_STACK, blocks_input, concepts_input, strength_input, strength_problem

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io, ui
 
-from ..host.folders import input_folder
+from ..host.files.folders import input_folder
 from ..host.messages import show_text
-from ..modular_concepts.buckets import sizes_of
-from ..modular_concepts.dataset import Dataset, load_folder, of_pictures, refuse_single
+from ..modular_concepts.data.buckets import sizes_of
+from ..modular_concepts.data.dataset import Dataset, load_folder, of_pictures, refuse_single
 from ..modular_concepts.errors import AdapterError
 
 CONCEPT_DATASET = io.Custom("CONCEPT_DATASET")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.fusion import Drawing, fused
-from ..host.hooks import hook_of
-from ..host.merging import APPLY, merged_by
+from ..host.merging.fusion import Drawing, fused
+from ..host.merging.hook import hook_of
+from ..host.merging.notices import APPLY, merged_by
+from ..host.merging.weights import concept_inside
 from ..host.messages import show_text
-from ..host.patching import concept_inside
-from ..host.training import lora_of
-from ..modular_concepts.evidence import PROMPTS
+from ..host.training.train import lora_of
 from ..modular_concepts.merge import FAMILIES, MergeOptions
 from ..modular_concepts.merge.orthogonalize import WAYS, orthogonal_concepts
+from ..modular_concepts.recording import PROMPTS
 from . import stacks
 from .types import CONCEPT, CONCEPT_STACK, apply_input, many_concepts_input
 

@@ -6,7 +6,7 @@ from comfy.samplers import SAMPLER_NAMES, SCHEDULER_NAMES
 from comfy_api.latest import io, ui
 
 from ..host.messages import show_text
-from ..host.regions import Sampling, sample_regions, with_regions
+from ..host.regions.sampling import Sampling, sample_regions, with_regions
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.regions.geometry import OVERLAPS, region_from
 from ..modular_concepts.regions.parsing import names_from, region_box

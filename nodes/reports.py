@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..host.fusion import kept_moments
+from ..host.merging.fusion import kept_moments
 from ..host.messages import show_text
-from ..modular_concepts.explain import explained
-from ..modular_concepts.heatmap import draw_report
+from ..modular_concepts.crosstalk.heatmap import draw_report
+from ..modular_concepts.crosstalk.report import explained
 from . import stacks
 from .types import many_concepts_input
 

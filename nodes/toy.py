@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.folders import embedding_folders
-from ..host.toy import load_toy_base
+from ..host.files.folders import embedding_folders
+from ..host.toy_base import load_toy_base
 from ..modular_concepts.toy.standard import BY_NAME, PICTURES, lesson_of
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from comfy_api.latest import io
 
-from ..host.base import host_base
-from ..host.training import Plan, Rates, checked_name, lora_of, settings_for, subject_of, train_in_host
-from ..modular_concepts.bases import OrthogonalBasis
-from ..modular_concepts.customisation import Targets
-from ..modular_concepts.dataset import with_words
+from ..host.training.base import host_base
+from ..host.training.train import Plan, Rates, checked_name, lora_of, settings_for, subject_of, train_in_host
+from ..modular_concepts.adapters.basis import OrthogonalBasis
+from ..modular_concepts.data.dataset import with_words
 from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.models.targets import Targets
 from .datasets import CONCEPT_DATASET
 from .training_options import CONCEPT_TRAINING_OPTIONS
 from .types import CONCEPT

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.merging import APPLY
+from ..host.merging.notices import APPLY
 from ..modular_concepts.errors import AdapterError
-from ..modular_concepts.merge.strengths import EXAMPLE, MOST, check_strength
+from ..modular_concepts.merge.block_strengths import EXAMPLE, MOST, check_strength
 
 LORA_STACK = io.Custom("LORA_STACK")
 CONCEPT = io.Custom("CONCEPT")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from modular_concepts.files.safe import replacing
+from modular_concepts.storage.atomic import replacing
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from random import Random
 import torch
 
 from bench.torture.laws import ROOT, tested
-from modular_concepts.adapters import KINDS
+from modular_concepts.adapters.low_rank import KINDS
 from modular_concepts.concept import Concept
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import load_concept, save_concept

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 
 from bench.torture.rows import PROMISES, Row, rows_of
-from modular_concepts.files.safe import replacing
+from modular_concepts.storage.atomic import replacing
 
 HEAD = """# Trust
 

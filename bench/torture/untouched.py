@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from modular_concepts.base_model import BaseModel, weights_hash
 from modular_concepts.concept import Concept
-from modular_concepts.customisation import Subject, Targets, customised, train_concept
 from modular_concepts.errors import AdapterError
+from modular_concepts.models.base import BaseModel, weights_hash
+from modular_concepts.models.targets import Targets
 from modular_concepts.regions.geometry import Region
-from modular_concepts.sampling import SampleSettings, sample
+from modular_concepts.sampling import SampleSettings, customised, sample
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.toy.standard import BY_NAME, pictures_of
-from modular_concepts.training import TrainSettings
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, train_concept
 
 PRECISIONS = ("fp32", "bf16", "fp16")  # of the training; the headless base itself is float32
 METHODS = ("lora", "orthogonal", "block", "block_orthogonal", "custom_diffusion")

@@ -1,11 +1,11 @@
-"""The toy base in the host; `host/toy.py` loads it."""
+"""The toy base in the host; `host/toy_base.py` loads it."""
 
 from __future__ import annotations
 
 import comfy.model_patcher
 
 from ...modular_concepts.families.toy import TOY
-from ..toy import ToyConfig
+from ..toy_base import ToyConfig
 from .family import HostFamily
 from .unet import cells, weight_names
 

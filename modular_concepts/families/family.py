@@ -52,7 +52,7 @@ class Network:
     checkpointed: classes of blocks that are computed again in backward, as libraries and hosts call them.
     joint: whether text and picture are read in one attention; else by cross-attention.
     in_diffusers: whether diffusers has the layers under the same paths.
-    fused: layers that are several projections, each a site of its own (`sites.py`).
+    fused: layers that are several projections, each a site of its own (`adapters/sites.py`).
     apart: whether a training gives each of those an adapter of its own, rather than one to the whole layer.
     text_first: where text and picture are read in one row, whether the text comes first.
     """
@@ -130,7 +130,7 @@ def _none_unknown(_prompt: str, _triggers: Sequence[str]) -> list[str]:
 
 
 def _people_write() -> Sequence[str]:
-    from ..ordinary import CAPTIONS
+    from ..text.ordinary import CAPTIONS
 
     return CAPTIONS
 

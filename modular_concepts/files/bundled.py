@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters import MAX_SIZE, LowRank
+from ..adapters.low_rank import MAX_SIZE, LowRank
 from ..concept import Concept, check_text, clip
 from ..errors import AdapterError
 from ..families import encoder_names, families, find_family, network_of, reader_names
 from ..families.family import TextEncoder
-from ..layers import is_target
-from ..triggers import heard
+from ..models.layers import is_target
+from ..text.triggers import heard
 
 MOST_ROWS = 75  # as many tokens as a text encoder hears at once
 _ONE = ("string_to_param", "emb_params")
@@ -137,7 +137,7 @@ def with_plain_words(concept: Concept) -> Concept:
 
 
 def _back_to_text(concept: Concept, strength: float) -> Concept:
-    """Noted as a saved merge notes it of its words: `fitting.voice_of`."""
+    """Noted as a saved merge notes it of its words: `merge.compatibility.voice_of`."""
     words = {word: {"class_word": word, "strength": strength} for word in concept.tokens}
     return replace(concept, recipe=replace(concept.recipe, origin={**concept.recipe.origin, "words": words}))
 

@@ -25,20 +25,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters import LowRank, check_adapter, check_size
-from ..bases import OrthogonalBasis, hashed_indices, printed, slot_indices, work_of
+from ..adapters.basis import OrthogonalBasis, hashed_indices, printed, slot_indices, work_of
+from ..adapters.low_rank import LowRank, check_adapter, check_size
 from ..concept import Concept, Recipe, check_concept, check_rows, check_token, clip
 from ..errors import AdapterError
-from ..layers import check_name, file_key
+from ..models.layers import check_name, file_key
+from ..storage.safetensors import check_finite, read_safetensors, tensor_bytes, write_safetensors
+from ..storage.strict_json import parse_json
 from .modelspec import about_of, modelspec
-from .safe import check_finite, parse_json, read_safetensors, tensor_bytes, write_safetensors
 
 FORMAT = 1
 KEY = "modular_concepts"
 TOKENS_KEY = "modular_concepts_tokens"
 MAX_WIDTH = 2**20
 MAX_LAYER_ELEMENTS = 2**24
-FREE_NUMBERS, FREE_WORK = 2**22, 10_000_000  # of any file, however small; work as `bases.work_of`
+FREE_NUMBERS, FREE_WORK = 2**22, 10_000_000  # of any file, however small; work as `adapters.basis.work_of`
 EXPANSION = 64  # numbers left out for each that is there
 MOST_BLOCKS = 1024
 _CHUNK = 128

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 
-from ..adapters import LowRank, check_size
+from ..adapters.low_rank import LowRank, check_size
 from ..concept import Concept
 from ..errors import AdapterError
 from ..families import find_family, network_of
-from ..layers import canonical_name, check_name
+from ..models.layers import canonical_name, check_name
+from ..storage.safetensors import read_foreign, write_safetensors
+from ..storage.strict_json import parse_json
 from .kohya import READ, Imported, Layers, Parse, assemble, imported_concept, require_layers
 from .modelspec import modelspec
 from .peft_config import PeftConfig, config_beside, config_of
-from .safe import parse_json, read_foreign, write_safetensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 _SETTINGS_KEY = "lora_adapter_metadata"

@@ -19,8 +19,9 @@ from ..concept import Concept, check_rows, check_token
 from ..errors import AdapterError
 from ..families import families
 from ..families.family import TextEncoder
+from ..storage.names import safe_child, safe_name
+from ..storage.safetensors import read_safetensors, write_safetensors
 from .modelspec import modelspec
-from .safe import read_safetensors, safe_child, safe_name, write_safetensors
 
 
 def export_embeddings(concept: Concept, folder: Path | str) -> list[Path]:

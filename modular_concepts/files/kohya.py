@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapters import LowRank, check_adapter, check_size, shaped_for
+from ..adapters.low_rank import LowRank, check_adapter, check_size, shaped_for
+from ..adapters.sites import put_together
 from ..concept import Concept, Recipe, clip
 from ..errors import AdapterError, listed
-from ..layers import file_key, name_of_key
-from ..sites import put_together
+from ..models.layers import file_key, name_of_key
+from ..storage.safetensors import DTYPES, FLOATS, check_finite, read_foreign, write_safetensors
 from .concept import layer_tensors, stock_metadata
 from .modelspec import about_of, architecture_said, modelspec, triggers_said
-from .safe import DTYPES, FLOATS, check_finite, read_foreign, write_safetensors
 
 READ = ("up", "down", "mid", "alpha")  # factors whose numbers are needed
 Layers = Mapping[str, nn.Module] | Iterable[str]

@@ -15,15 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters import LowRank, check_adapter, shaped_for
+from ..adapters.low_rank import LowRank, check_adapter, shaped_for
 from ..errors import AdapterError
 from ..families import families
-from ..layers import check_name, name_of_key, name_of_original
+from ..models.layers import check_name, name_of_key, name_of_original
+from ..storage.safetensors import BITS, read_foreign, read_header
 from . import diffusers, kohya
 from .bundled import bundled_words, is_needed, shapes_of, text_width, with_words
 from .concept import KEY, load_concept
 from .kohya import Imported, assemble, imported_concept
-from .safe import BITS, read_foreign, read_header
 
 
 class Place(NamedTuple):

@@ -21,7 +21,7 @@ from ..concept import Concept
 from ..errors import AdapterError
 from ..families import families, find_family
 from ..pictures import to_image
-from .safe import data_hash
+from ..storage.safetensors import data_hash
 
 VERSION = "1.0.1"
 PREFIX = "modelspec."

@@ -1,7 +1,7 @@
 """Moments beside a concept, NAME.moments: a safetensors file with numbers about inputs and no picture in it.
 
 They hold for the weights that were drawn with and for no others, so the file says which: a mark of the concept's
-content and one of the base (`fingerprint.py`).
+content and one of the base (`models/fingerprint.py`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from ..adapters import MAX_SIZE
+from ..adapters.low_rank import MAX_SIZE
 from ..concept import Concept
 from ..errors import AdapterError
-from ..fingerprint import concept_mark, same_base
-from ..layers import check_name
-from ..moments import Moment
-from .safe import read_header, read_safetensors, write_safetensors
+from ..merge.moments import Moment
+from ..models.fingerprint import concept_mark, same_base
+from ..models.layers import check_name
+from ..storage.safetensors import read_header, read_safetensors, write_safetensors
 
 FORMAT = "modular-concepts-moments-1"
 CONCEPT = ".safetensors"

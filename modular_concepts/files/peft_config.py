@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ..concept import clip
 from ..errors import AdapterError
-from .safe import not_a_file, parse_json
+from ..storage.names import not_a_file
+from ..storage.strict_json import parse_json
 
 MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MAX_CONFIG = 2**20

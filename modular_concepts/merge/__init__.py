@@ -8,21 +8,21 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..adapters import LowRank, check_adapter, together
+from ..adapters.low_rank import LowRank, check_adapter, together
+from ..adapters.sites import aligned, layer_of
 from ..choices import FAMILIES
 from ..errors import AdapterError
-from ..layers import is_target
-from ..moments import Moment
-from ..room import check_room
+from ..models.layers import is_target
 from ..seeds import seeded
-from ..sites import aligned, layer_of
+from ..storage.room import check_room
+from .block_strengths import BlockStrengths
 from .blocks import MergedBlocks, check_blocks, merged_blocks
 from .custom_diffusion import constrained_factors
 from .dense import MergedDense
 from .fusion import fused_factors
+from .moments import Moment
 from .options import Evidence, MergeOptions
 from .sparse import dare_merge, magnitude_merge, ties_merge
-from .strengths import BlockStrengths
 from .sums import MergedLayer, MergedSum, average_strengths, mean_strengths, merged_delta, merged_factors
 from .truncation import truncated
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters import ConvGeometry, LowRank, low_rank_product, scatter_rows
+from ..adapters.low_rank import ConvGeometry, LowRank, low_rank_product, scatter_rows
 from ..errors import AdapterError
 from .sums import MergedLayer, MergedSum, merged_factors
 

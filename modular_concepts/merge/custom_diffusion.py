@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..adapters import LowRank
+from ..adapters.low_rank import LowRank
 from ..errors import AdapterError
 from .sums import MergedLayer
 

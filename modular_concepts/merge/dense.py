@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters import ConvGeometry, LowRank, full_product
+from ..adapters.low_rank import ConvGeometry, LowRank, full_product
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,9 +23,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..adapters import LowRank
+from ..adapters.low_rank import LowRank
 from ..choices import RIDGE
-from ..moments import Moment
+from .moments import Moment
 from .sums import MergedLayer, merged_factors
 
 EXACT = 1e-6

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..choices import DENSITY, RANK, RIDGE, SEED
 from ..errors import AdapterError
-from ..moments import Moment
+from .moments import Moment
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class MergeOptions:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What concepts' layers read, one entry for each concept in order; see `moments.py` and `customisation`.
+    """What concepts' layers read, one entry for each concept in order; see `merge/moments.py` and `customisation`.
 
     moments: layer -> second moments of its inputs, (n, n) or in few directions, for fusion.
     texts: (rows, width) text features of prompts with the concept, and usual: (width, width) second moments of

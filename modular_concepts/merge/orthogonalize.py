@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adapters import LowRank, together
+from ..adapters.low_rank import LowRank, together
 from ..concept import Concept
 from ..errors import AdapterError
 

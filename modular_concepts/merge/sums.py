@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..adapters import ConvGeometry, LowRank, at_least_float32, low_rank_product, scatter_rows
+from ..adapters.low_rank import ConvGeometry, LowRank, at_least_float32, low_rank_product, scatter_rows
 from ..errors import AdapterError
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..base_model import Base
-from ..sites import Site
+from ..adapters.sites import Site
+from .base import Base
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..families.unet import CROSS_ATTENTION
-from ..layerwise import cross_attention_transformers
-from .places import Division, Places
+from ..text.layerwise import cross_attention_transformers
+from .shares import Division, Places
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

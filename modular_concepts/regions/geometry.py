@@ -21,7 +21,7 @@ class Region:
     """A prompt and where it holds.
 
     box: (left, top, right, bottom), fractions 0..1 of the picture; mask: (H, W) in 0..1 of any size instead.
-    With neither it has no place yet, and one must be found before it can be drawn (`automatic.py`).
+    With neither it has no place yet, and one must be found before it can be drawn (`regions/find.py`).
     feather: width of the soft edge, half of it on each side, as a fraction of the picture's shorter side.
     strength: how far the prompt replaces the global one inside, 0..1.
     pixels: box and feather count pixels of a picture that is not known yet; see `placed`.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..pictures import as_batch, to_image
-from ..triggers import TRIGGER
+from ..text.triggers import TRIGGER
 from .geometry import Region, region_weights
 
 LONGEST = 640  # pixels of the drawn picture's longer side

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from ..base_model import BaseModel, weights_hash
+from ..models.base import BaseModel, weights_hash
 from ..models.schedules import NoiseSchedule
 from . import model
 from .captions import ordinary_captions, prior_prompts, tokenize, unknown_words

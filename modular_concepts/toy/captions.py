@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..tokens import spelled
-from ..triggers import between
+from ..text.triggers import between
+from ..text.words import spelled
 from .vocabulary import (
     ACCESSORIES,
     CLASSES,

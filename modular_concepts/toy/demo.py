@@ -15,16 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..base_model import BaseModel
 from ..concept import Concept
-from ..crosstalk import crosstalk_table
-from ..customisation import Subject, Targets, customised, train_concept
+from ..crosstalk.measures import crosstalk_table
 from ..files.concept import save_concept
-from ..files.safe import write_atomically
 from ..merge import merge_concepts
+from ..models.base import BaseModel
+from ..models.targets import Targets
 from ..regions.geometry import Region
-from ..sampling import SampleSettings, sample
-from ..training import TrainSettings
+from ..sampling import SampleSettings, customised, sample
+from ..storage.atomic import write_atomically
+from ..training.settings import TrainSettings
+from ..training.teach import Subject, train_concept
 from .judges import Judges
 from .presets import SETTINGS
 from .report import HEADING, contact_sheet, heat_map, joint_sheet, report_text

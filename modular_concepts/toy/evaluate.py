@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..base_model import BaseModel
+from ..models.base import BaseModel
 from ..sampling import SampleSettings, sample
 from .base import load_toy_base
 from .captions import features, scene_phrase, subject_phrase

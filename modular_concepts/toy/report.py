@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files.safe import replacing
 from ..pictures import to_image
+from ..storage.atomic import replacing
 
 INK, PAPER, FAINT = (32, 34, 40), (255, 255, 255), (120, 124, 132)
 TITLES = {"lora": "plain LoRA", "orthogonal": "orthogonal"}

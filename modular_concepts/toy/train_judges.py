@@ -20,14 +20,7 @@ from torch import Tensor
 
 from .judges import HEADS, NOTHING, Reader, Recogniser
 from .vocabulary import STYLES
-from .world import (
-    PALETTE,
-    Subjects,
-    draw,
-    random_poses,
-    random_scenes,
-    random_subjects,
-)
+from .world import PALETTE, Subjects, draw, random_poses, random_scenes, random_subjects
 
 
 def roughen(pictures: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..concept import clip
 from ..errors import AdapterError
-from ..files.safe import read_header, read_safetensors, sync_folder
+from ..storage.atomic import sync_folder
+from ..storage.safetensors import read_header, read_safetensors
 from .checkpoint_checks import Origin, check_state, optimizer_parts, read_origin
 from .optimizers import optimizer_state, set_optimizer_state
 from .ownership import DTYPES, checkpoints_in, prune, refuse_two_runs, remove_if_possible

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..concept import MAX_TEXT, clip
 from ..errors import AdapterError
-from ..files.safe import parse_json
+from ..storage.strict_json import parse_json
 from .optimizers import fresh_state
 from .run import PURPOSES, Run
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .activations import activation_of, remember
-from .adapted import AdaptedLinear, LowRankTerm, computed_in
+from ..adapters.adapted_linear import AdaptedLinear, LowRankTerm, computed_in
+from ..adapters.recompute import activation_of, remember
 
 Weights = Callable[[nn.Module, Tensor], AbstractContextManager[tuple[Tensor | None, Tensor | None]]]
 
@@ -79,7 +79,8 @@ def _rms_norm(module: nn.Module, weights: Weights, input: Tensor) -> Tensor:
 class FrozenForward:
     """What stands in place of a layer's forward.
 
-    low_rank: what gives a term that joins a Linear's output in the same node of autograd, or None (`attach.py`).
+    low_rank: what gives a term that joins a Linear's output in the same node of autograd, or None
+    (`adapters/attach.py`).
     """
 
     def __init__(self, function: type[Function], module: nn.Module, weights: Weights):

@@ -17,16 +17,16 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..bases import OrthogonalBasis
+from ..adapters.basis import OrthogonalBasis
 from ..errors import AdapterError
-from ..files.keeping import check_room
-from ..tokens import bounded
+from ..storage.keeping import check_room
+from ..text.words import bounded
 from .checkpoint import check_resumable, checkpoint_step, restore_checkpoint, save_checkpoint
+from .estimate import Estimate, checkpoint_bytes, rehearse
 from .last_step import LastStep
 from .memory import memory_advice, ran_out_of_memory
 from .ownership import checkpoints_to_come, claimed
 from .problem import Problem
-from .rehearsal import Estimate, checkpoint_bytes, rehearse
 from .run import Run, TrainResult
 from .settings import TrainSettings, learning_rate_factor
 from .step import Step, on_base

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..adapters import LowRank, block_rows, new_block, new_block_orthogonal, new_full, new_lora, new_orthogonal
-from ..bases import OrthogonalBasis, hashed_indices, slot_indices
+from ..adapters.basis import OrthogonalBasis, hashed_indices, slot_indices
+from ..adapters.low_rank import LowRank, block_rows, new_block, new_block_orthogonal, new_full, new_lora, new_orthogonal
 from ..errors import AdapterError
 from ..seeds import seeded
-from ..tokens import new_token, random_and_class
+from ..text.words import new_token, random_and_class
 from .settings import TrainSettings
 
 NEED_SLOT = ("orthogonal", "block", "block_orthogonal")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..adapters import LowRank
+from ..adapters.low_rank import LowRank
 from ..errors import AdapterError
 from .settings import TrainSettings
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import AdapterError
-from ..files.safe import FLOATS, read_header, sync_folder
+from ..storage.atomic import sync_folder
+from ..storage.safetensors import FLOATS, read_header
 from .checkpoint_checks import read_origin
 from .settings import TrainSettings
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..base_model import Base
+from ..adapters.sites import Site
 from ..errors import AdapterError
+from ..models.base import Base
 from ..models.schedules import append_dims
-from ..sites import Site
 from .needs import check_needs
 from .settings import TrainSettings
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters import LowRank
-from ..bases import OrthogonalBasis
+from ..adapters.basis import OrthogonalBasis
+from ..adapters.low_rank import LowRank
 from ..seeds import seeded
 from .methods import new_adapters, new_words
 from .optimizers import new_optimizer
-from .order import Shuffle
 from .precision import LossScale
 from .problem import Problem
 from .settings import TrainSettings
+from .shuffle import Shuffle
 
 PURPOSES = ("order", "noise", "erasure", "flip", "captions")  # what a run may have a generator for
 

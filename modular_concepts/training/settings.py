@@ -21,8 +21,8 @@ WITHOUT_EFFECT_ON_RESULT = ("checkpoint_every", "keep_checkpoints", "gradient_ch
 class TrainSettings:
     """Settings of one concept's training; JSON-able.  Raises AdapterError for values that cannot work.
 
-    method: lora, orthogonal, block, block_orthogonal (adapters.py); custom_diffusion trains the layers' whole weights,
-    words only the learned word.  alpha None means alpha = rank.
+    method: lora, orthogonal, block, block_orthogonal (adapters/low_rank.py); custom_diffusion trains the layers' whole
+    weights, words only the learned word.  alpha None means alpha = rank.
     slot: the concept's own basis columns and rows; without one, orthogonal columns follow from `name`.
     adapter_lr, text_encoder_lr: step size of the layers; the text encoder's own, None is the same for all.
     blocks, layout: row blocks of the block methods.  erasure: BlockLoRA's probability to erase an output row.

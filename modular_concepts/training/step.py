@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from ..adapters import erasure_mask
+from ..adapters.attach import attached, frozen_networks
+from ..adapters.low_rank import erasure_mask
 from ..errors import AdapterError
-from .attach import attached, frozen_networks
 from .attention_regularisation import Watch, attention_outside, watched
 from .batches import Batch, draw_batches
 from .frozen import frozen_forward

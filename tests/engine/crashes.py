@@ -29,16 +29,17 @@ import torch._dynamo  # which the first step would import: here it is forked wit
 from safetensors.torch import load, load_file, save_file
 from tiny_problem import EVERYTHING, RESUME_SETTINGS, learned, problem_with_everything, tiny_basis, tiny_problem
 
-from modular_concepts.adapters import LowRank
+from modular_concepts.adapters.low_rank import LowRank
 from modular_concepts.concept import Concept, Recipe
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import save_concept
 from modular_concepts.files.embeddings import export_embedding
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.moments import save_moments
-from modular_concepts.files.safe import all_or_none, replacing
-from modular_concepts.moments import Moment
-from modular_concepts.training import newest_checkpoint, train
+from modular_concepts.merge.moments import Moment
+from modular_concepts.storage.atomic import all_or_none, replacing
+from modular_concepts.training.checkpoint import newest_checkpoint
+from modular_concepts.training.loop import train
 
 WAYS = ("kill", "full", "broken", "limit")
 REASONS = {"full": errno.ENOSPC, "broken": errno.EIO}

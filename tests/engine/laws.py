@@ -5,7 +5,8 @@ import os
 import torch
 from torch import Tensor
 
-from modular_concepts.adapters import (
+from modular_concepts.adapters.basis import OrthogonalBasis, slot_indices
+from modular_concepts.adapters.low_rank import (
     LowRank,
     block_rows,
     new_block,
@@ -14,7 +15,6 @@ from modular_concepts.adapters import (
     new_lora,
     new_orthogonal,
 )
-from modular_concepts.bases import OrthogonalBasis, slot_indices
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EFFECT = 1e-2

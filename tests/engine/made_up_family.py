@@ -28,11 +28,11 @@ from modular_concepts.families.family import (
     TextEncoder,
     equal_parts,
 )
-from modular_concepts.fingerprint import weights_sample
-from modular_concepts.layers import canonical_name, chosen_layers
 from modular_concepts.models.cross_attention import CrossAttention, first_positions
+from modular_concepts.models.fingerprint import weights_sample
+from modular_concepts.models.layers import canonical_name, chosen_layers
 from modular_concepts.models.schedules import FlowSchedule
-from modular_concepts.tokens import caption_ids, learned_tokens, token_ids
+from modular_concepts.text.words import caption_ids, learned_tokens, token_ids
 
 WORDS = ("<pad>", "a", "man", "on", "the", "beach")
 WIDTH, TEXT_WIDTH, CHANNELS, TOKENS = 12, 8, 4, 10

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from laws import BLOCKS, EFFECT, TOLERANCE, filled_adapter, relative_error, seeded
 from torch import nn
 
-from modular_concepts.adapters import (
+from modular_concepts.adapters.basis import OrthogonalBasis
+from modular_concepts.adapters.low_rank import (
     KINDS,
     LAYOUTS,
     ConvGeometry,
@@ -17,7 +18,6 @@ from modular_concepts.adapters import (
     new_lora,
     new_orthogonal,
 )
-from modular_concepts.bases import OrthogonalBasis
 from modular_concepts.errors import AdapterError
 
 OUT, INP, RANK = 24, 16, 3

@@ -8,13 +8,15 @@ import torch
 from tiny_problem import tiny_problem
 from untrained_toy import traces, untrained_base
 
-from modular_concepts.customisation import Subject, Targets, check_training, problem_for
 from modular_concepts.errors import AdapterError
 from modular_concepts.models.cross_attention import first_positions
-from modular_concepts.training import TrainSettings, train
+from modular_concepts.models.targets import Targets
 from modular_concepts.training.attention_regularisation import attention_outside, watched
+from modular_concepts.training.loop import train
 from modular_concepts.training.run import Run
+from modular_concepts.training.settings import TrainSettings
 from modular_concepts.training.step import on_base
+from modular_concepts.training.teach import Subject, check_training, problem_for
 
 SETTINGS = TrainSettings(
     method="lora", rank=2, batch=4, steps=12, adapter_lr=1e-2, token_lr=1e-2, weight_decay=0.0, seed=3

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from laws import relative_error, seeded
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.regions.automatic import HeardWords, disjoint_masks
+from modular_concepts.regions.find import HeardWords, disjoint_masks
 from modular_concepts.regions.geometry import Region, region_weights
-from modular_concepts.regions.places import Places
+from modular_concepts.regions.shares import Places
 
 
 def hill(height: int, width: int, row: float, column: float, spread: float) -> torch.Tensor:

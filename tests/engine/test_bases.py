@@ -8,8 +8,7 @@ import torch
 from laws import relative_error, seeded
 from safetensors.torch import save_file
 
-from modular_concepts.adapters import new_orthogonal
-from modular_concepts.bases import (
+from modular_concepts.adapters.basis import (
     OrthogonalBasis,
     _generated,
     capacity,
@@ -17,6 +16,7 @@ from modular_concepts.bases import (
     load_basis,
     slot_indices,
 )
+from modular_concepts.adapters.low_rank import new_orthogonal
 from modular_concepts.errors import AdapterError
 
 GOLDEN = {

@@ -11,7 +11,8 @@ from tiny_problem import EVERYTHING, RESUME_SETTINGS, learned, problem_with_ever
 from tiny_problem import tiny_problem as make_problem
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.training import Broken, OutOfMemory, newest_checkpoint, train
+from modular_concepts.training.checkpoint import newest_checkpoint
+from modular_concepts.training.loop import Broken, OutOfMemory, train
 from modular_concepts.training.optimizers import limit_gradients
 from modular_concepts.training.run import Run
 

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
-from modular_concepts.buckets import LONGEST, bucket
-from modular_concepts.dataset import load_folder, of_pictures
+from modular_concepts.data.buckets import LONGEST, bucket
+from modular_concepts.data.dataset import load_folder, of_pictures
 from modular_concepts.errors import AdapterError
-from modular_concepts.training import Examples, TrainSettings, train
+from modular_concepts.training.loop import train
+from modular_concepts.training.problem import Examples
+from modular_concepts.training.settings import TrainSettings
 
 Image = pytest.importorskip("PIL.Image")
 SIZE = (64, 64)

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from modular_concepts.captions import MAX_CAPTION, checked_caption, read_caption
-from modular_concepts.dataset import of_pictures
+from modular_concepts.data.captions import MAX_CAPTION, checked_caption, read_caption
+from modular_concepts.data.dataset import of_pictures
 from modular_concepts.errors import AdapterError
 
 READ = {

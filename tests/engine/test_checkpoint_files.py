@@ -12,9 +12,16 @@ from tiny_problem import EVERYTHING, RESUME_SETTINGS, learned, problem_with_ever
 from tiny_problem import tiny_problem as make_problem
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.training import check_checkpoint, newest_checkpoint, train
-from modular_concepts.training.checkpoint import _state, checkpoint_settings, checkpoint_step, restore_checkpoint
+from modular_concepts.training.checkpoint import (
+    _state,
+    check_checkpoint,
+    checkpoint_settings,
+    checkpoint_step,
+    newest_checkpoint,
+    restore_checkpoint,
+)
 from modular_concepts.training.checkpoint_checks import check_state
+from modular_concepts.training.loop import train
 from modular_concepts.training.run import Run
 
 UP = "adapters.unet.to_q.lora_up"

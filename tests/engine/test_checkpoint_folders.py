@@ -19,8 +19,9 @@ from tiny_problem import RESUME_SETTINGS, learned, tiny_basis
 from tiny_problem import tiny_problem as make_problem
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.training import Occupied, newest_checkpoint, train
-from modular_concepts.training.ownership import check_folder, claimed, owner_of
+from modular_concepts.training.checkpoint import newest_checkpoint
+from modular_concepts.training.loop import train
+from modular_concepts.training.ownership import Occupied, check_folder, claimed, owner_of
 
 ROOT = Path(tiny_problem.__file__).parents[2]
 SETTINGS = replace(RESUME_SETTINGS, steps=6, name="ann")

@@ -12,9 +12,11 @@ from laws import relative_error
 from safetensors.torch import load_file
 from untrained_toy import write_untrained
 
-from modular_concepts import cli, cli_progress, cli_training
+from modular_concepts.cli import main as cli
+from modular_concepts.cli import progress as cli_progress
+from modular_concepts.cli import train as cli_training
 from modular_concepts.errors import AdapterError
-from modular_concepts.files import load_concept
+from modular_concepts.files.concept import load_concept
 from modular_concepts.files.diffusers import import_diffusers
 from modular_concepts.files.kohya import import_kohya
 from modular_concepts.toy import model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modular_concepts import cli
+from modular_concepts.cli import main as cli
 from modular_concepts.unread import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]

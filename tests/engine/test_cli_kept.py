@@ -14,9 +14,9 @@ import pytest
 from test_cli import files, refused, run
 from untrained_toy import write_untrained
 
-from modular_concepts import cli, cli_progress
-from modular_concepts.files import load_concept
-from modular_concepts.files.concept import save_concept
+from modular_concepts.cli import main as cli
+from modular_concepts.cli import progress as cli_progress
+from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.moments import moments_path
 from modular_concepts.toy import model
 
@@ -143,7 +143,7 @@ def test_room_that_is_enough_is_as_much_as_is_written(here, capsys, monkeypatch)
     """What is asked for is no less than the files, and no more than what their headers may add."""
     asked = []
     real = shutil.disk_usage
-    monkeypatch.setattr("modular_concepts.cli_training._announce", asking(asked))
+    monkeypatch.setattr("modular_concepts.cli.train._announce", asking(asked))
     assert run(capsys, *train("ann", "--checkpoints", "steps", "--checkpoint-every", "1"))[0] == 0
     (estimate,) = asked
     concept = Path("concepts/ann.safetensors").stat().st_size
@@ -381,7 +381,7 @@ def test_what_a_library_makes_of_ctrl_c_is_still_ctrl_c(here, capsys, monkeypatc
             raise SystemError("returned a result with an exception set") from None
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr("modular_concepts.cli_paths.concept_at", library)
+    monkeypatch.setattr("modular_concepts.cli.paths.concept_at", library)
     try:
         code, _, err = run(capsys, "inspect", "concepts/tom.safetensors")
     finally:

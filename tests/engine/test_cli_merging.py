@@ -11,18 +11,20 @@ import torch
 from laws import relative_error
 from untrained_toy import write_untrained
 
-from modular_concepts import cli
-from modular_concepts.customisation import Subject, Targets, concept_from, concept_layers
-from modular_concepts.evidence import recorded, text_features, usual_text
-from modular_concepts.files import load_concept, save_concept
+from modular_concepts.cli import main as cli
+from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.moments import load_moments, moments_path
-from modular_concepts.files.safe import read_header
 from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, merge_concepts
+from modular_concepts.models.targets import Targets, concept_layers
+from modular_concepts.recording import recorded, text_features, usual_text
+from modular_concepts.storage.safetensors import read_header
 from modular_concepts.toy import model
 from modular_concepts.toy.base import load_toy_base
-from modular_concepts.training import TrainResult, TrainSettings
 from modular_concepts.training.methods import new_adapters, seeded
+from modular_concepts.training.run import TrainResult
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, concept_from
 from modular_concepts.unread import MERGE
 
 Image = pytest.importorskip("PIL.Image")
@@ -53,7 +55,7 @@ def made(base, name: str, method: str = "lora", seed: int = 3, **settings):
     tokens = {f"<{name}>": base.word_rows("dog") + 0.1 * torch.randn(2, 128, generator=generator)}
     result = TrainResult(layers, tokens, [], 1, True, chosen)
     subject = Subject(name, torch.zeros(2, 3, 32, 32), [f"a <{name}>"] * 2, "dog")
-    from modular_concepts.bases import OrthogonalBasis
+    from modular_concepts.adapters.basis import OrthogonalBasis
 
     concept = concept_from(base, subject, result, OrthogonalBasis(), targets)
     save_concept(concept, f"{name}.safetensors")

@@ -6,8 +6,8 @@ import pytest
 from test_cli import files, refused, run
 from untrained_toy import write_untrained
 
-from modular_concepts import cli
-from modular_concepts.files import load_concept
+from modular_concepts.cli import main as cli
+from modular_concepts.files.concept import load_concept
 from modular_concepts.toy import model
 
 pytest.importorskip("PIL.Image")
@@ -80,7 +80,7 @@ def test_a_resumed_training_replaces_its_own_concept_and_no_other(here, capsys):
 
 def test_what_an_unfinished_training_leaves_takes_no_others_place(here, capsys, monkeypatch):
     """A cancel cannot be refused, so it finds a free name."""
-    monkeypatch.setattr("modular_concepts.cli_progress.Interruption.__call__", lambda self: True)
+    monkeypatch.setattr("modular_concepts.cli.progress.Interruption.__call__", lambda self: True)
     for seed in ("1", "2"):
         assert run(capsys, *train("ann", "--steps", "3", "--seed", seed))[0] == 130
     left = {name: load_concept(here / f"concepts/{name}.safetensors") for name in ("ann-step1", "ann-step1-2")}

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from test_cli import DRAW, QUICK, concept, files, here, made, run, weights  # noqa: F401
 
 from modular_concepts.errors import listed
-from modular_concepts.files import load_concept, save_concept
-from modular_concepts.files.safe import read_header
+from modular_concepts.files.concept import load_concept, save_concept
+from modular_concepts.storage.safetensors import read_header
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -89,7 +89,7 @@ def test_every_line_that_is_printed_goes_through_one_door():
 
 def test_json_of_a_report_is_json(made, here, capsys):
     """What scripts read is not shortened."""
-    from modular_concepts.explain import explained
+    from modular_concepts.crosstalk.report import explained
 
     text = explained([load_concept(concept(made)), load_concept(concept(made, "tim"))]).to_json()
     assert json.loads(text)["pairs"][0]["first"] == "tom"

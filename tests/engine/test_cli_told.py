@@ -5,7 +5,7 @@ import pytest
 from laws import relative_error
 from test_cli import DRAW, concept, files, here, made, run, weights  # noqa: F401
 
-from modular_concepts.files import load_concept
+from modular_concepts.files.concept import load_concept
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -50,7 +50,7 @@ def test_no_number_and_far_too_much_stay_refused(made, here, capsys, strength):
     ],
 )
 def test_what_would_eat_the_machine_is_one_sentence(here, capsys, monkeypatch, more, words):
-    monkeypatch.setattr("modular_concepts.budget.machine_memory", lambda: 4 * 2**30)
+    monkeypatch.setattr("modular_concepts.models.budget.machine_memory", lambda: 4 * 2**30)
     code, out, err = run(capsys, "sample", "a man", *DRAW, *more)
     assert code == 2 and all(word in err for word in words), err
     assert err.count("\n") == 1 and files(here) == {} and out == ""
@@ -72,7 +72,7 @@ def test_what_would_eat_the_machine_is_one_sentence(here, capsys, monkeypatch, m
     ],
 )
 def test_a_training_that_would_eat_the_machine_is_one_sentence(made, here, capsys, monkeypatch, more, words):
-    monkeypatch.setattr("modular_concepts.budget.machine_memory", lambda: 4 * 2**30)
+    monkeypatch.setattr("modular_concepts.models.budget.machine_memory", lambda: 4 * 2**30)
     train = ["train", made / "pictures/tom", "--name", "tom", "--class-word", "man", "--rank", "2", "--steps", "1"]
     code, _, err = run(capsys, *train, *more)
     assert code == 2 and all(word in err for word in words), err
@@ -95,7 +95,7 @@ def lora_of(made, here):
     """tom's layers as another program's LoRA, whose metadata names no trigger."""
     from dataclasses import replace
 
-    from modular_concepts.files import save_concept
+    from modular_concepts.files.concept import save_concept
 
     tom = load_concept(concept(made))
     save_concept(
@@ -193,7 +193,7 @@ def test_a_drawing_says_which_options_it_does_not_read(here, capsys, more, words
 def test_the_table_knows_every_option_of_every_command():
     import argparse
 
-    from modular_concepts import cli
+    from modular_concepts.cli import main as cli
     from modular_concepts.unread import MERGE, SAMPLE, TRAIN
 
     commands = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices

@@ -6,8 +6,8 @@ import pytest
 from test_cli import run
 from untrained_toy import write_untrained
 
-from modular_concepts import cli
-from modular_concepts.files import load_concept
+from modular_concepts.cli import main as cli
+from modular_concepts.files.concept import load_concept
 from modular_concepts.files.embeddings import import_embedding
 from modular_concepts.toy import model
 from modular_concepts.training.presets import PRESETS

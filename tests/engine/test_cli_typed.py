@@ -6,7 +6,7 @@ import os
 import pytest
 from test_cli import DRAW, QUICK, concept, files, here, made, run, weights  # noqa: F401
 
-from modular_concepts.files import load_concept
+from modular_concepts.files.concept import load_concept
 
 Image = pytest.importorskip("PIL.Image")
 

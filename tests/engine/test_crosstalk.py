@@ -7,15 +7,9 @@ import pytest
 import torch
 from laws import filled_adapter, relative_size, seeded
 
-from modular_concepts.adapters import KINDS, new_frozen
-from modular_concepts.bases import slot_indices
-from modular_concepts.crosstalk import (
-    column_overlap,
-    cosine,
-    crosstalk,
-    crosstalk_table,
-    sign_conflicts,
-)
+from modular_concepts.adapters.basis import slot_indices
+from modular_concepts.adapters.low_rank import KINDS, new_frozen
+from modular_concepts.crosstalk.measures import column_overlap, cosine, crosstalk, crosstalk_table, sign_conflicts
 
 OUT, INP, RANK = 24, 64, 4
 

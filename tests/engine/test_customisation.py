@@ -7,22 +7,16 @@ import torch
 from laws import EFFECT, filled_adapter, relative_error
 from untrained_toy import filled_concept, picture, traces, untrained_base
 
-from modular_concepts.bases import OrthogonalBasis, slot_indices
+from modular_concepts.adapters.basis import OrthogonalBasis, slot_indices
 from modular_concepts.concept import Concept
-from modular_concepts.customisation import (
-    Subject,
-    Targets,
-    concept_layers,
-    customised,
-    problem_for,
-    train_concept,
-)
 from modular_concepts.errors import AdapterError
-from modular_concepts.files import load_concept, save_concept
-from modular_concepts.merged import merged_concept
-from modular_concepts.sampling import SampleSettings, sample
+from modular_concepts.files.concept import load_concept, save_concept
+from modular_concepts.merge.as_concept import merged_concept
+from modular_concepts.models.targets import Targets, concept_layers
+from modular_concepts.sampling import SampleSettings, customised, sample
 from modular_concepts.toy.standard import BY_NAME, pictures_of
-from modular_concepts.training import TrainSettings
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, problem_for, train_concept
 
 SETTINGS = TrainSettings(
     method="orthogonal", rank=2, steps=3, batch=2, adapter_lr=0.02, token_lr=0.1, token_vectors=2, warmup=0

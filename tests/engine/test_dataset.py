@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from modular_concepts.dataset import filled_in, load_folder, of_pictures
+from modular_concepts.data.dataset import filled_in, load_folder, of_pictures
 from modular_concepts.errors import AdapterError
 
 Image = pytest.importorskip("PIL.Image")
@@ -174,7 +174,7 @@ def test_empty_missing_and_impossible_are_refused(tmp_path):
 
 
 def test_too_large_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("modular_concepts.dataset.MAX_PIXELS", 1000)
+    monkeypatch.setattr("modular_concepts.data.dataset.MAX_PIXELS", 1000)
     picture(tmp_path / "a.png")
     with pytest.raises(AdapterError, match="too many"):
         load_folder(tmp_path, SIZE)

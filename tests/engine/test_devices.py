@@ -16,24 +16,27 @@ from torch import Tensor, nn
 from untrained_toy import QUICK, filled_concept, untrained_base, write_untrained
 
 from bench.given_base import with_base
-from modular_concepts.adapters import ConvGeometry
-from modular_concepts.base_model import BaseModel
+from modular_concepts.adapters.low_rank import ConvGeometry
 from modular_concepts.concept import Concept, Recipe
-from modular_concepts.crosstalk import crosstalk_table
-from modular_concepts.customisation import Subject, Targets, customised, prior_examples, train_concept
-from modular_concepts.diffusers_base import load_diffusers_base
-from modular_concepts.evidence import recorded, text_features, usual_text
-from modular_concepts.explain import explained
-from modular_concepts.files import load_concept, save_concept
+from modular_concepts.crosstalk.measures import crosstalk_table
+from modular_concepts.crosstalk.report import explained
+from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, add_concepts, merge_concepts
+from modular_concepts.merge.as_concept import merged_concept
+from modular_concepts.merge.moments import Moment
 from modular_concepts.merge.orthogonalize import orthogonal_concepts
-from modular_concepts.merged import merged_concept
-from modular_concepts.moments import Moment
-from modular_concepts.regions.automatic import HeardWords, disjoint_masks
+from modular_concepts.models.base import BaseModel
+from modular_concepts.models.diffusers_folder import load_diffusers_base
+from modular_concepts.models.targets import Targets
+from modular_concepts.recording import recorded, text_features, usual_text
+from modular_concepts.regions.find import HeardWords, disjoint_masks
 from modular_concepts.regions.geometry import Region
-from modular_concepts.sampling import SampleSettings, sample
+from modular_concepts.sampling import SampleSettings, customised, sample
 from modular_concepts.toy.base import load_toy_base
-from modular_concepts.training import Problem, TrainSettings, train
+from modular_concepts.training.loop import train
+from modular_concepts.training.problem import Problem
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, prior_examples, train_concept
 
 NEAR = 1e-4
 

@@ -9,17 +9,18 @@ from laws import relative_error, seeded
 from safetensors.torch import load_file, save_file
 from tiny_sd import END, LENGTH, edit_json, write_tiny_sd
 
-from modular_concepts import diffusers_base
-from modular_concepts.base_model import weights_hash
-from modular_concepts.cli import main
-from modular_concepts.customisation import Subject, Targets, customised, train_concept
-from modular_concepts.diffusers_base import load_diffusers_base
+from modular_concepts.cli.main import main
 from modular_concepts.errors import AdapterError
-from modular_concepts.files import load_concept, save_concept
+from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.diffusers import export_diffusers
-from modular_concepts.merged import merged_concept
-from modular_concepts.sampling import SampleSettings, sample
-from modular_concepts.training import TrainSettings
+from modular_concepts.merge.as_concept import merged_concept
+from modular_concepts.models import diffusers_folder as diffusers_base
+from modular_concepts.models.base import weights_hash
+from modular_concepts.models.diffusers_folder import load_diffusers_base
+from modular_concepts.models.targets import Targets
+from modular_concepts.sampling import SampleSettings, customised, sample
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, train_concept
 
 diffusers = pytest.importorskip("diffusers")
 PROMPT = "a photo of a dog, on the beach"

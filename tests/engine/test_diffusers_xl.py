@@ -10,18 +10,19 @@ from safetensors.torch import load_file
 from tiny_sd import LENGTH, edit_json
 from tiny_xl import POOLED, WIDTHS, write_tiny_xl
 
-from modular_concepts.base_model import weights_hash
-from modular_concepts.customisation import Subject, Targets, customised, train_concept
-from modular_concepts.diffusers_base import load_diffusers_base
 from modular_concepts.errors import AdapterError
-from modular_concepts.evidence import text_features, usual_text
-from modular_concepts.files import load_concept, save_concept
+from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.embeddings import export_embeddings
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.merge import Evidence, merge_concepts
+from modular_concepts.models.base import weights_hash
+from modular_concepts.models.diffusers_folder import load_diffusers_base
+from modular_concepts.models.targets import Targets
+from modular_concepts.recording import text_features, usual_text
 from modular_concepts.regions.geometry import Region
-from modular_concepts.sampling import SampleSettings, sample
-from modular_concepts.training import TrainSettings
+from modular_concepts.sampling import SampleSettings, customised, sample
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, train_concept
 
 diffusers = pytest.importorskip("diffusers")
 PROMPT = "a photo of a dog, on the beach"

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modular_concepts.regions.doubtful import doubtful_places
 from modular_concepts.regions.geometry import Region
+from modular_concepts.regions.warnings import doubtful_places
 
 LEFT, RIGHT = Region("a dog", (0.0, 0.0, 0.5, 1.0)), Region("a cat", (0.5, 0.0, 1.0, 1.0))
 

@@ -8,13 +8,13 @@ import torch
 from laws import filled_adapter, relative_size, seeded
 from untrained_toy import filled_concept
 
-from modular_concepts.adapters import new_orthogonal
-from modular_concepts.bases import OrthogonalBasis, slot_indices
+from modular_concepts.adapters.basis import OrthogonalBasis, slot_indices
+from modular_concepts.adapters.low_rank import new_orthogonal
 from modular_concepts.concept import Concept, Recipe
-from modular_concepts.crosstalk import crosstalk_table
+from modular_concepts.crosstalk.measures import crosstalk_table
+from modular_concepts.crosstalk.report import explained, shared_columns
 from modular_concepts.errors import AdapterError
-from modular_concepts.explain import explained, shared_columns
-from modular_concepts.moments import Moment
+from modular_concepts.merge.moments import Moment
 
 LAYER, OTHER = "unet.mid_block.attentions.0.proj_in", "unet.up_blocks.1.attentions.0.proj_in"
 OUT, INP, RANK = 24, 320, 20

@@ -12,10 +12,11 @@ from laws import EFFECT, relative_error, seeded
 from made_up_family import CHANNELS, MADE_UP, NETWORK, TOKENS, WIDTH, MadeUpBase, made_up_family
 from torch import Tensor
 
-from modular_concepts.adapters import new_lora
+from modular_concepts.adapters.attach import attached
+from modular_concepts.adapters.low_rank import new_lora
+from modular_concepts.adapters.sites import Site, layer_of, put_together, rows_of_sites, with_sites
 from modular_concepts.concept import Concept, Recipe
-from modular_concepts.crosstalk import crosstalk_table
-from modular_concepts.customisation import Subject, Targets, train_concept
+from modular_concepts.crosstalk.measures import crosstalk_table
 from modular_concepts.errors import AdapterError
 from modular_concepts.families import families, find_family, titles
 from modular_concepts.families.family import JOINT, NEITHER, POSITIONS, TEXTS
@@ -23,15 +24,15 @@ from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.diffusers import export_diffusers
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.lora import import_lora
-from modular_concepts.fitting import fitted
-from modular_concepts.layers import block_of, file_key, name_of_key, tokens_of
 from modular_concepts.merge import merge_concepts
-from modular_concepts.regions.gated import Gate
+from modular_concepts.merge.compatibility import fitted
+from modular_concepts.models.layers import block_of, file_key, name_of_key, tokens_of
+from modular_concepts.models.targets import Targets
+from modular_concepts.regions.gating import Gate
 from modular_concepts.regions.geometry import Region
-from modular_concepts.regions.places import Places
-from modular_concepts.sites import Site, layer_of, put_together, rows_of_sites, with_sites
-from modular_concepts.training import TrainSettings
-from modular_concepts.training.attach import attached
+from modular_concepts.regions.shares import Places
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, train_concept
 
 ROOT = Path(__file__).parents[2]
 QKV = "unet.stream_blocks.0.attn.qkv"

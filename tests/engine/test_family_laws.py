@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from laws import EFFECT, TOLERANCE, relative_error, seeded
 
-from modular_concepts.adapters import (
+from modular_concepts.adapters.basis import OrthogonalBasis, slot_indices
+from modular_concepts.adapters.low_rank import (
     KINDS,
     ConvGeometry,
     block_rows,
@@ -18,9 +19,8 @@ from modular_concepts.adapters import (
     new_lora,
     new_orthogonal,
 )
-from modular_concepts.bases import OrthogonalBasis, slot_indices
 from modular_concepts.concept import Concept, Recipe
-from modular_concepts.crosstalk import sign_conflicts
+from modular_concepts.crosstalk.measures import sign_conflicts
 from modular_concepts.files.diffusers import export_diffusers, import_diffusers
 from modular_concepts.files.kohya import export_kohya, import_kohya
 from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, merge_concepts

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modular_concepts.explain import warnings_on_base
-from modular_concepts.fingerprint import same_weights, weights_sample
+from modular_concepts.crosstalk.report import warnings_on_base
+from modular_concepts.models.fingerprint import same_weights, weights_sample
 
 
 def table(seed: int = 0, count: int = 200) -> dict[str, torch.Tensor]:

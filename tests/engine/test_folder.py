@@ -7,7 +7,7 @@ import pytest
 from test_cli import run
 from untrained_toy import write_untrained
 
-from modular_concepts.dataset import load_folder
+from modular_concepts.data.dataset import load_folder
 from modular_concepts.errors import AdapterError
 from modular_concepts.toy import model
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from laws import relative_error, seeded
 from torch import nn
 
-from modular_concepts.adapters import block_rows, new_block, new_full, new_lora
-from modular_concepts.training.attach import attached
+from modular_concepts.adapters.attach import attached
+from modular_concepts.adapters.low_rank import block_rows, new_block, new_full, new_lora
 from modular_concepts.training.frozen import frozen_forward, own_weights
 
 

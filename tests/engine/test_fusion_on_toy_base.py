@@ -7,11 +7,11 @@ import torch
 from laws import relative_error, seeded
 
 from bench.descent import fused_by_descent
-from modular_concepts.adapters import new_lora
-from modular_concepts.customisation import Targets, concept_layers
+from modular_concepts.adapters.low_rank import new_lora
 from modular_concepts.merge.fusion import RIDGE, fused_factors
+from modular_concepts.merge.moments import inputs_of
 from modular_concepts.merge.sums import merged_factors
-from modular_concepts.moments import inputs_of
+from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.sampling import SampleSettings, sample
 from modular_concepts.toy import model
 from modular_concepts.toy.base import load_toy_base

@@ -10,17 +10,17 @@ from laws import EFFECT, relative_error, seeded
 from torch import nn
 from untrained_toy import QUICK, filled_concept, traces, untrained_base
 
-from modular_concepts.adapters import ConvGeometry, LowRank, new_block, new_full, new_lora
+from modular_concepts.adapters.low_rank import ConvGeometry, LowRank, new_block, new_full, new_lora
 from modular_concepts.concept import Concept
-from modular_concepts.customisation import Targets, concept_layers, customised
 from modular_concepts.errors import AdapterError
 from modular_concepts.families.family import NEITHER, POSITIONS, TEXTS
-from modular_concepts.layers import tokens_of
-from modular_concepts.regions.acting import acting
-from modular_concepts.regions.gated import Gate, Gated, Held
+from modular_concepts.models.layers import tokens_of
+from modular_concepts.models.targets import Targets, concept_layers
+from modular_concepts.regions.assignment import acting
+from modular_concepts.regions.gating import Gate, Gated, Held
 from modular_concepts.regions.geometry import Region
-from modular_concepts.regions.places import Places
-from modular_concepts.sampling import SampleSettings, sample
+from modular_concepts.regions.shares import Places
+from modular_concepts.sampling import SampleSettings, customised, sample
 
 WHOLE, LEFT, RIGHT = (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 EVERYWHERE = "a man on the beach"

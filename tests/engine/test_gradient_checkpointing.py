@@ -9,14 +9,16 @@ from tiny_problem import hook_count, tiny_problem
 from torch import nn
 from untrained_toy import untrained_base
 
-from modular_concepts.customisation import Subject, Targets, problem_for
 from modular_concepts.errors import AdapterError
-from modular_concepts.training import TrainSettings, train
+from modular_concepts.models.targets import Targets
+from modular_concepts.training.estimate import LiveMemory
 from modular_concepts.training.frozen import frozen_forward
 from modular_concepts.training.gradient_checkpointing import checkpointed, outermost_blocks
-from modular_concepts.training.rehearsal import LiveMemory
+from modular_concepts.training.loop import train
 from modular_concepts.training.run import Run
+from modular_concepts.training.settings import TrainSettings
 from modular_concepts.training.step import on_base
+from modular_concepts.training.teach import Subject, problem_for
 
 SETTINGS = TrainSettings(method="block", rank=2, slot=1, blocks=4, batch=2, steps=4, erasure=0.3, adapter_lr=1e-2)
 

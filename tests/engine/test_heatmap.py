@@ -6,8 +6,8 @@ import pytest
 import torch
 from untrained_toy import filled_concept
 
-from modular_concepts.crosstalk import crosstalk_table, distinct_names
-from modular_concepts.heatmap import CELL, COLOURS, draw_report
+from modular_concepts.crosstalk.heatmap import CELL, COLOURS, draw_report
+from modular_concepts.crosstalk.measures import crosstalk_table, distinct_names
 
 
 def concepts(count: int):

@@ -7,11 +7,11 @@ import torch
 from tiny_problem import learned
 from untrained_toy import untrained_base
 
-from modular_concepts.customisation import Subject, prior_examples, problem_for, train_concept
+from modular_concepts.data.latents import encoded, latent_masks
 from modular_concepts.errors import AdapterError
-from modular_concepts.latents import encoded, latent_masks
 from modular_concepts.sampling import SampleSettings
-from modular_concepts.training import TrainSettings
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, prior_examples, problem_for, train_concept
 
 SETTINGS = TrainSettings(method="lora", rank=2, steps=3, batch=2, flip=True)
 

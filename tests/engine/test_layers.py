@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.layers import block_of, chosen_layers, file_key, find_layers, name_of_key
+from modular_concepts.models.layers import block_of, chosen_layers, file_key, find_layers, name_of_key
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -7,14 +7,13 @@ from tiny_layers import ORDER, tiny_base
 from untrained_toy import QUICK, filled_concept, picture, traces, untrained_base
 
 from modular_concepts.concept import Concept, Recipe
-from modular_concepts.customisation import customised
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import load_concept, save_concept
-from modular_concepts.layerwise import cross_attention_transformers, routed
-from modular_concepts.merged import merged_concept
+from modular_concepts.merge.as_concept import merged_concept
 from modular_concepts.regions.geometry import Region
-from modular_concepts.sampling import SampleSettings
-from modular_concepts.tokens import layer_count, learned_rows
+from modular_concepts.sampling import SampleSettings, customised
+from modular_concepts.text.layerwise import cross_attention_transformers, routed
+from modular_concepts.text.words import layer_count, learned_rows
 
 LAYERS = 4
 PROMPTS = ["a man", "a <x> on the beach", "at night", "<x> and a dog"]

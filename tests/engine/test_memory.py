@@ -17,12 +17,14 @@ from tiny_sd import write_tiny_sd
 from untrained_toy import untrained_base
 
 from bench.given_base import with_base
-from modular_concepts.customisation import Subject, Targets, problem_for
-from modular_concepts.diffusers_base import load_diffusers_base
 from modular_concepts.errors import AdapterError
-from modular_concepts.training import OutOfMemory, TrainSettings, rehearse, train
+from modular_concepts.models.diffusers_folder import load_diffusers_base
+from modular_concepts.models.targets import Targets
+from modular_concepts.training.estimate import Estimate, LiveMemory, rehearse
+from modular_concepts.training.loop import OutOfMemory, train
 from modular_concepts.training.memory import memory_advice, ran_out_of_memory
-from modular_concepts.training.rehearsal import Estimate, LiveMemory
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, problem_for
 
 SETTINGS = TrainSettings(rank=2, slot=1, steps=8, batch=3, adapter_lr=1e-2, token_lr=1e-2)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from laws import BLOCKS, EFFECT, TOLERANCE, filled_adapter, relative_error, seeded
 
-from modular_concepts.adapters import KINDS, ConvGeometry, block_rows, new_block
+from modular_concepts.adapters.low_rank import KINDS, ConvGeometry, block_rows, new_block
 from modular_concepts.errors import AdapterError
 from modular_concepts.merge import MergedSum, merge_concepts, merged_delta, merged_factors
 

@@ -13,12 +13,13 @@ from tiny_layers import CAPTIONS, LENGTH, ORDER, tiny_base, tiny_problem
 from torch import nn
 
 from bench.given_base import GivenBase
-from modular_concepts.bases import OrthogonalBasis
+from modular_concepts.adapters.basis import OrthogonalBasis
 from modular_concepts.models.schedules import NoiseSchedule
 from modular_concepts.seeds import seeded as seeded_by
-from modular_concepts.training import Examples, Problem, TrainSettings, train
+from modular_concepts.training.loop import train
+from modular_concepts.training.problem import Examples, Problem
 from modular_concepts.training.run import Run
-from modular_concepts.training.settings import METHODS
+from modular_concepts.training.settings import METHODS, TrainSettings
 from modular_concepts.training.step import on_base
 
 SETTINGS = {

@@ -10,7 +10,7 @@ from torch import nn
 from untrained_toy import filled_concept, untrained_base
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.files import load_concept, save_concept
+from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.moments import (
     Recorded,
     is_moments,
@@ -20,8 +20,8 @@ from modular_concepts.files.moments import (
     save_moments,
     why_not,
 )
-from modular_concepts.fingerprint import base_mark, concept_mark, same_base
-from modular_concepts.moments import Moment, recording
+from modular_concepts.merge.moments import Moment, recording
+from modular_concepts.models.fingerprint import base_mark, concept_mark, same_base
 
 
 def layers():
@@ -132,7 +132,7 @@ def test_a_bases_mark_is_the_same_in_half_precision_and_another_for_any_network(
 
 
 def test_other_files_are_refused(tmp_path):
-    from modular_concepts.files.safe import write_safetensors
+    from modular_concepts.storage.safetensors import write_safetensors
 
     path = tmp_path / "x.safetensors"
     write_safetensors(path, {"a": torch.ones(2)}, {})

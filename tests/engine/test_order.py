@@ -7,8 +7,8 @@ from tiny_problem import EVERYTHING, problem_with_everything, tiny_basis
 
 from modular_concepts.seeds import seeded
 from modular_concepts.training.batches import draw_batches
-from modular_concepts.training.order import Shuffle
 from modular_concepts.training.run import Run
+from modular_concepts.training.shuffle import Shuffle
 
 GROUPS = [0, 0, 1, 0, 2]
 

@@ -14,17 +14,20 @@ from untrained_toy import QUICK, filled_concept, write_untrained
 
 from bench.given_base import with_base
 from modular_concepts.concept import Concept, Recipe
-from modular_concepts.customisation import Subject, Targets, customised, train_concept
-from modular_concepts.diffusers_base import load_diffusers_base
 from modular_concepts.errors import AdapterError
 from modular_concepts.merge import MergeOptions, merge_concepts
+from modular_concepts.models.diffusers_folder import load_diffusers_base
+from modular_concepts.models.targets import Targets
 from modular_concepts.regions.geometry import Region
-from modular_concepts.sampling import sample
+from modular_concepts.sampling import customised, sample
 from modular_concepts.toy.base import load_toy_base
-from modular_concepts.training import Diverged, TrainSettings, newest_checkpoint, train
+from modular_concepts.training.checkpoint import newest_checkpoint
+from modular_concepts.training.loop import Diverged, train
 from modular_concepts.training.precision import LossScale
 from modular_concepts.training.run import Run
+from modular_concepts.training.settings import TrainSettings
 from modular_concepts.training.step import on_base
+from modular_concepts.training.teach import Subject, train_concept
 
 HALF = (torch.float16, torch.bfloat16)
 SETTINGS = TrainSettings(rank=2, slot=1, steps=8, batch=3, adapter_lr=1e-2, token_lr=1e-2)

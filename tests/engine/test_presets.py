@@ -7,8 +7,7 @@ from untrained_toy import untrained_base
 
 from modular_concepts.errors import AdapterError
 from modular_concepts.toy.presets import on_toy_base
-from modular_concepts.training import new_adapters
-from modular_concepts.training.methods import new_words
+from modular_concepts.training.methods import new_adapters, new_words
 from modular_concepts.training.presets import PRESETS, preset_named
 
 PUBLISHED = {

@@ -3,7 +3,7 @@
 import pytest
 from untrained_toy import write_untrained
 
-from modular_concepts.prompts import falls_off, unheard_of
+from modular_concepts.models.prompts import falls_off, unheard_of
 from modular_concepts.toy.base import load_toy_base
 
 END = "a dog in the snow"

@@ -9,8 +9,9 @@ from laws import seeded
 from tiny_problem import KINDS, tiny_basis, tiny_problem, token_ids
 
 from modular_concepts.models.schedules import FlowSchedule, NoiseSchedule
-from modular_concepts.training import Examples, TrainSettings
+from modular_concepts.training.problem import Examples
 from modular_concepts.training.run import Run
+from modular_concepts.training.settings import TrainSettings
 from modular_concepts.training.step import on_base
 
 SETTINGS = TrainSettings(rank=2, slot=1, blocks=3, batch=3, alpha=3.0, seed=5, clip_norm=0.0)

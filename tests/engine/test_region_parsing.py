@@ -9,14 +9,7 @@ import torch
 
 from modular_concepts.errors import AdapterError
 from modular_concepts.regions.geometry import Region
-from modular_concepts.regions.parsing import (
-    FIELDS,
-    json_problem,
-    names_from,
-    one_mask,
-    region_box,
-    regions_from_json,
-)
+from modular_concepts.regions.parsing import FIELDS, json_problem, names_from, one_mask, region_box, regions_from_json
 
 DOG = {"prompt": "a dog", "box": [0, 0, 0.5, 1]}
 EVERYTHING = DOG | {

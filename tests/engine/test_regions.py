@@ -7,12 +7,11 @@ import torch
 from laws import EFFECT, relative_error, seeded
 from untrained_toy import QUICK, filled_concept, picture, traces, untrained_base
 
-from modular_concepts.customisation import customised
 from modular_concepts.errors import AdapterError
 from modular_concepts.regions.attention import attend_by_region, regional_attention
 from modular_concepts.regions.geometry import Region, grid_of, region_from, region_weights
-from modular_concepts.regions.places import Division, Places
-from modular_concepts.sampling import SampleSettings
+from modular_concepts.regions.shares import Division, Places
+from modular_concepts.sampling import SampleSettings, customised
 
 WHOLE, LEFT, RIGHT = (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 EVERYWHERE, HERE = "a man on the beach", "a red car at night"

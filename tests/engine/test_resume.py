@@ -19,7 +19,9 @@ from tiny_problem import tiny_problem as make_problem
 
 from bench.given_base import with_base
 from modular_concepts.errors import AdapterError
-from modular_concepts.training import Cancelled, Examples, newest_checkpoint, train
+from modular_concepts.training.checkpoint import newest_checkpoint
+from modular_concepts.training.loop import Cancelled, train
+from modular_concepts.training.problem import Examples
 
 ROOT = Path(tiny_problem.__file__).parents[2]
 

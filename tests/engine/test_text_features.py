@@ -7,7 +7,9 @@ from tiny_problem import learned, tiny_basis, tiny_problem
 from torch import Tensor
 
 from bench.given_base import with_base
-from modular_concepts.training import Examples, TrainSettings, train
+from modular_concepts.training.loop import train
+from modular_concepts.training.problem import Examples
+from modular_concepts.training.settings import TrainSettings
 from modular_concepts.training.text_features import TextFeatures
 
 SETTINGS = TrainSettings(rank=2, slot=1, steps=6, batch=2, adapter_lr=1e-2)

@@ -6,14 +6,7 @@ from laws import seeded
 from torch import nn
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.tokens import (
-    bounded,
-    caption_ids,
-    learned_rows,
-    learned_tokens,
-    new_token,
-    token_ids,
-)
+from modular_concepts.text.words import bounded, caption_ids, learned_rows, learned_tokens, new_token, token_ids
 
 
 def generator(seed=0):

@@ -9,22 +9,15 @@ from tiny_problem import KINDS, hook_count, learned, tiny_basis, tiny_problem, w
 from torch import nn
 
 from bench.given_base import GivenBase, with_base
-from modular_concepts.adapters import ConvGeometry
+from modular_concepts.adapters.attach import attached, frozen_networks
+from modular_concepts.adapters.low_rank import ConvGeometry
 from modular_concepts.errors import AdapterError
 from modular_concepts.models.schedules import NoiseSchedule
-from modular_concepts.training import (
-    Cancelled,
-    Diverged,
-    Examples,
-    Problem,
-    TrainSettings,
-    attached,
-    frozen_networks,
-    new_adapters,
-    train,
-)
+from modular_concepts.training.loop import Cancelled, Diverged, train
+from modular_concepts.training.methods import new_adapters
+from modular_concepts.training.problem import Examples, Problem
 from modular_concepts.training.run import Run
-from modular_concepts.training.settings import learning_rate_factor
+from modular_concepts.training.settings import TrainSettings, learning_rate_factor
 
 SETTINGS = TrainSettings(rank=2, slot=1, blocks=3, steps=8, batch=3, adapter_lr=1e-2, token_lr=1e-2)
 WIDTH = 16

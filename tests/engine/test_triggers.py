@@ -5,14 +5,14 @@ import torch
 from untrained_toy import write_untrained
 
 from modular_concepts.concept import Concept, Recipe
-from modular_concepts.customisation import Subject, check_training
 from modular_concepts.errors import AdapterError
-from modular_concepts.regions.acting import called
-from modular_concepts.tokens import caption_ids
+from modular_concepts.regions.assignment import called
+from modular_concepts.text.triggers import between, heard, replaced, says
+from modular_concepts.text.words import caption_ids
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.toy.captions import tokenize, unknown_words
-from modular_concepts.training import TrainSettings
-from modular_concepts.triggers import between, heard, replaced, says
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, check_training
 
 SAID = [
     ("一张<tom>的照片", "<tom>"),

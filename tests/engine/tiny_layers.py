@@ -12,10 +12,10 @@ from laws import SHIFT, seeded
 from torch import Tensor, nn
 
 from bench.given_base import GivenBase, with_base
-from modular_concepts.base_model import BaseModel
+from modular_concepts.models.base import BaseModel
 from modular_concepts.models.schedules import NoiseSchedule
-from modular_concepts.tokens import spelled
-from modular_concepts.training import Examples, Problem
+from modular_concepts.text.words import spelled
+from modular_concepts.training.problem import Examples, Problem
 
 WORDS = ("<pad>", "a", "man", "on", "the", "beach")
 CAPTIONS = ("a <x> man", "the beach", "on the <x>")

@@ -22,11 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench.given_base import GivenBase, with_base
-from modular_concepts.bases import OrthogonalBasis
+from modular_concepts.adapters.basis import OrthogonalBasis
 from modular_concepts.models.cross_attention import CrossAttention, first_positions
 from modular_concepts.models.schedules import NoiseSchedule
-from modular_concepts.tokens import caption_ids, learned_tokens
-from modular_concepts.training import Examples, Problem, TrainSettings, train
+from modular_concepts.text.words import caption_ids, learned_tokens
+from modular_concepts.training.loop import train
+from modular_concepts.training.problem import Examples, Problem
+from modular_concepts.training.settings import TrainSettings
 
 WORDS = ("<pad>", "a", "man", "on", "the", "beach")
 KINDS = ("lora", "orthogonal", "block", "block_orthogonal", "custom_diffusion")

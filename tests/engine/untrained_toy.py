@@ -12,9 +12,9 @@ from laws import SHIFT, seeded
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modular_concepts.base_model import BaseModel, weights_hash
 from modular_concepts.concept import Concept, Recipe
-from modular_concepts.customisation import Targets, concept_layers
+from modular_concepts.models.base import BaseModel, weights_hash
+from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.sampling import SampleSettings, sample
 from modular_concepts.toy import model
 from modular_concepts.toy.base import load_toy_base
@@ -46,7 +46,7 @@ def picture(prompt: str, seed: int = 0, tokens=None, settings: SampleSettings = 
 
 def filled_concept(name: str, seed: int) -> Concept:
     """A concept as a training could leave it: every attention layer moves, and one learned word of two rows."""
-    from modular_concepts.adapters import new_lora
+    from modular_concepts.adapters.low_rank import new_lora
 
     generator, base = seeded(seed), untrained_base()
     layers = {}

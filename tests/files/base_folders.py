@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from modular_concepts.base_model import BaseModel
-from modular_concepts.diffusers_base import load_diffusers_base
 from modular_concepts.errors import AdapterError
+from modular_concepts.models.base import BaseModel
+from modular_concepts.models.diffusers_folder import load_diffusers_base
 from modular_concepts.sampling import SampleSettings, sample
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "engine"))  # for the tiny folders

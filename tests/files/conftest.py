@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modular_concepts.adapters import KINDS, LowRank, block_rows, new_full
-from modular_concepts.bases import OrthogonalBasis
+from modular_concepts.adapters.basis import OrthogonalBasis
+from modular_concepts.adapters.low_rank import KINDS, LowRank, block_rows, new_full
 from modular_concepts.concept import Concept, Recipe
 
 BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"

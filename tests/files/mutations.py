@@ -36,7 +36,8 @@ from base_folders import changed_texts, read_texts, read_weights, use_base, writ
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from modular_concepts.adapters import (
+from modular_concepts.adapters.basis import OrthogonalBasis, load_basis
+from modular_concepts.adapters.low_rank import (
     LowRank,
     block_rows,
     new_block,
@@ -45,25 +46,24 @@ from modular_concepts.adapters import (
     new_lora,
     new_orthogonal,
 )
-from modular_concepts.bases import OrthogonalBasis, load_basis
 from modular_concepts.concept import Concept, Recipe, check_concept
-from modular_concepts.crosstalk import crosstalk_table
-from modular_concepts.customisation import Targets, concept_layers, customised
-from modular_concepts.dataset import Dataset, load_folder
+from modular_concepts.crosstalk.measures import crosstalk_table
+from modular_concepts.data.dataset import Dataset, load_folder
+from modular_concepts.data.latents import kept
 from modular_concepts.errors import AdapterError
-from modular_concepts.evidence import text_features, usual_text
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.diffusers import export_diffusers
 from modular_concepts.files.embeddings import export_embedding, export_embeddings, import_embedding
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.lora import read_concept
 from modular_concepts.files.moments import load_moments, save_moments
-from modular_concepts.latents import kept
 from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, merge_concepts
-from modular_concepts.merged import merged_concept
-from modular_concepts.moments import Moment
+from modular_concepts.merge.as_concept import merged_concept
+from modular_concepts.merge.moments import Moment
+from modular_concepts.models.targets import Targets, concept_layers
+from modular_concepts.recording import text_features, usual_text
 from modular_concepts.regions.parsing import json_problem, regions_from_json
-from modular_concepts.sampling import SampleSettings, sample
+from modular_concepts.sampling import SampleSettings, customised, sample
 from modular_concepts.toy.base import load_toy_base
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "engine"))  # for the tiny training
@@ -560,7 +560,7 @@ def use_file(value: object, path: Path, out: Path) -> None:
 
 def in_shell(*arguments: str) -> None:
     """A command, whose answer is 0, or 2 with one sentence."""
-    from modular_concepts.cli import main
+    from modular_concepts.cli.main import main
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         code = main(arguments)
@@ -648,7 +648,8 @@ def _training():
 
 
 def _write_checkpoint(place: Path) -> Path:
-    from modular_concepts.training import newest_checkpoint, train
+    from modular_concepts.training.checkpoint import newest_checkpoint
+    from modular_concepts.training.loop import train
 
     problem, settings, basis = _training()
     train(problem, settings, lambda at: at.step == 3, basis=basis, checkpoints=place)
@@ -666,7 +667,7 @@ def _read_checkpoint(path: Path):
 
 
 def _use_checkpoint(value: object, path: Path, out: Path) -> None:
-    from modular_concepts.training import train
+    from modular_concepts.training.loop import train
 
     problem, settings, basis = _training()
     with contextlib.suppress(AdapterError):

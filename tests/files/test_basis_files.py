@@ -9,7 +9,7 @@ import torch
 from mutations import peak_memory, run
 from safetensors.torch import save_file
 
-from modular_concepts.bases import load_basis
+from modular_concepts.adapters.basis import load_basis
 from modular_concepts.errors import AdapterError
 
 SHAPE, DESCR, ORDER = "'shape': (8, 8)", "'descr': '<f8'", "'fortran_order': False"

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from modular_concepts.bases import OrthogonalBasis, hashed_indices, slot_indices
+from modular_concepts.adapters.basis import OrthogonalBasis, hashed_indices, slot_indices
 from modular_concepts.concept import Recipe
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import KEY, load_concept, save_concept
-from modular_concepts.files.safe import read_safetensors, write_safetensors
-from modular_concepts.layers import file_key
+from modular_concepts.models.layers import file_key
+from modular_concepts.storage.safetensors import read_safetensors, write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_KIND = "block_orthogonal"

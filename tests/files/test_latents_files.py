@@ -5,8 +5,8 @@ import torch
 from mutations import run, toy_base
 from safetensors.torch import load_file, save_file
 
-from modular_concepts.files.safe import read_header
-from modular_concepts.latents import kept
+from modular_concepts.data.latents import kept
+from modular_concepts.storage.safetensors import read_header
 
 FIRST, SECOND = ([torch.full((3, 4, 4), value), torch.full((3, 4, 8), value)] for value in (0.25, 0.5))
 

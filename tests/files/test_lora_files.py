@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from laws import seeded
 from safetensors.torch import load_file, save_file
 
-from modular_concepts.adapters import shaped_for
+from modular_concepts.adapters.low_rank import shaped_for
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.diffusers import export_diffusers
 from modular_concepts.files.kohya import export_kohya, import_kohya

@@ -13,7 +13,8 @@ from modular_concepts.errors import AdapterError
 from modular_concepts.files.diffusers import import_diffusers
 from modular_concepts.files.kohya import import_kohya
 from modular_concepts.files.lora import read_concept
-from modular_concepts.files.safe import MAX_HEADER, parse_json
+from modular_concepts.storage.safetensors import MAX_HEADER
+from modular_concepts.storage.strict_json import parse_json
 
 PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 STEM, LAYER = f"lora_unet_{PATH.replace('.', '_')}", f"unet.{PATH}"

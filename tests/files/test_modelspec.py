@@ -20,7 +20,7 @@ from modular_concepts.files.diffusers import export_diffusers
 from modular_concepts.files.embeddings import export_embeddings
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.modelspec import COVERS, JPEG, MAX_THUMBNAIL, dated, saying, thumbnail
-from modular_concepts.files.safe import read_safetensors, write_safetensors
+from modular_concepts.storage.safetensors import read_safetensors, write_safetensors
 
 WRITE = {"concept": save_concept, "kohya": export_kohya, "diffusers": export_diffusers}
 SAID = {"author": "Ana", "license": "CC0", "tags": "dog, cartoon", "usage_hint": "a <kodo> dog"}

@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modular_concepts.cli_paths import concepts_at
+from modular_concepts.cli.paths import concepts_at
 from modular_concepts.concept import same_concept
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.lora import import_lora, told_apart
-from modular_concepts.regions.acting import acting
+from modular_concepts.regions.assignment import acting
 from modular_concepts.regions.geometry import Region
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"

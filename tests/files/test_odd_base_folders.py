@@ -15,10 +15,18 @@ from base_folders import PROMPT, QUICK, VAE_WEIGHTS, swept, tiny_folder
 from mutations import peak_memory
 from safetensors.torch import load_file, save_file
 
-from modular_concepts.cli import main
-from modular_concepts.diffusers_base import load_diffusers_base
-from modular_concepts.diffusers_configs import MAX_TEXT, SCHEDULER, TEXT_ENCODER, UNET, VAE, check_depth, check_facts
+from modular_concepts.cli.main import main
 from modular_concepts.errors import AdapterError
+from modular_concepts.models.diffusers_configs import (
+    MAX_TEXT,
+    SCHEDULER,
+    TEXT_ENCODER,
+    UNET,
+    VAE,
+    check_depth,
+    check_facts,
+)
+from modular_concepts.models.diffusers_folder import load_diffusers_base
 from modular_concepts.sampling import SampleSettings, sample
 
 pytest.importorskip("diffusers")

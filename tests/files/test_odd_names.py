@@ -5,11 +5,11 @@ import time
 import pytest
 from mutations import in_shell
 
-from modular_concepts.cli import main
+from modular_concepts.cli.main import main
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.lora import read_concept
-from modular_concepts.files.safe import parse_json
 from modular_concepts.regions.parsing import regions_from_json
+from modular_concepts.storage.strict_json import parse_json
 
 NAMES = ("a\nerror: b", "a\x1b[2J", "a\u202eb", "a\u2028b", "a\tb")
 

@@ -7,7 +7,7 @@ import pytest
 from mutations import peak_memory
 from PIL import Image
 
-from modular_concepts.dataset import load_folder, load_picture
+from modular_concepts.data.dataset import load_folder, load_picture
 from modular_concepts.errors import AdapterError
 
 

@@ -13,14 +13,10 @@ import pytest
 import torch
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.files.safe import (
-    parse_json,
-    read_safetensors,
-    replacing,
-    safe_child,
-    safe_name,
-    write_safetensors,
-)
+from modular_concepts.storage.atomic import replacing
+from modular_concepts.storage.names import safe_child, safe_name
+from modular_concepts.storage.safetensors import read_safetensors, write_safetensors
+from modular_concepts.storage.strict_json import parse_json
 
 A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 B = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}

@@ -8,16 +8,24 @@ import pytest
 import torch
 from mutations import in_shell, peak_memory
 
-from modular_concepts import budget, room
-from modular_concepts.adapters import LowRank, block_rows, check_size, new_block_orthogonal, new_full, new_orthogonal
-from modular_concepts.bases import OrthogonalBasis
+from modular_concepts.adapters.basis import OrthogonalBasis
+from modular_concepts.adapters.low_rank import (
+    LowRank,
+    block_rows,
+    check_size,
+    new_block_orthogonal,
+    new_full,
+    new_orthogonal,
+)
 from modular_concepts.concept import Concept, Recipe
-from modular_concepts.crosstalk import crosstalk_table, delta_norm
+from modular_concepts.crosstalk.measures import crosstalk_table, delta_norm
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import KEY, load_concept, save_concept
 from modular_concepts.files.lora import read_concept
-from modular_concepts.files.safe import write_safetensors
 from modular_concepts.merge import merge_concepts
+from modular_concepts.models import budget
+from modular_concepts.storage import room
+from modular_concepts.storage.safetensors import write_safetensors
 
 MIB = 2**20
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.{}.attn2.to_k"
@@ -288,7 +296,7 @@ def sparse(path, tensors, size):
 
 
 def test_a_file_that_was_never_written_is_not_read(tmp_path):
-    from modular_concepts.bases import load_basis
+    from modular_concepts.adapters.basis import load_basis
     from modular_concepts.files.embeddings import import_embedding
     from modular_concepts.files.moments import load_moments
 
@@ -304,7 +312,7 @@ def test_a_file_that_was_never_written_is_not_read(tmp_path):
 
 
 def test_a_file_larger_than_memory_says_so(tmp_path, monkeypatch):
-    from modular_concepts.files import safe
+    from modular_concepts.storage import safetensors as safe
 
     adapter = LowRank(torch.ones(2**21, 8), torch.ones(8, 8), 1.0, "lora", None, 2**21)
     save_concept(concept(adapter), tmp_path / "x.safetensors")

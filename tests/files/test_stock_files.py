@@ -17,7 +17,7 @@ from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.diffusers import FILE_NAME, export_diffusers, import_diffusers
 from modular_concepts.files.embeddings import export_embeddings, import_embedding
 from modular_concepts.files.kohya import export_kohya, import_kohya
-from modular_concepts.layers import find_layers, name_of_key
+from modular_concepts.models.layers import find_layers, name_of_key
 
 ROUND_TRIPS = {"kohya": (export_kohya, import_kohya), "diffusers": (export_diffusers, import_diffusers)}
 
@@ -273,7 +273,7 @@ def test_diffusers_takes_a_concept_file_with_words_for_a_kohya_file(make_concept
 
 
 def test_kohya_keys_of_a_real_model_are_understood_without_it(unet):
-    from modular_concepts.layers import file_key
+    from modular_concepts.models.layers import file_key
 
     names = list(find_layers(unet, None, "all_linear"))
     assert len(names) > 20

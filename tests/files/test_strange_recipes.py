@@ -7,11 +7,11 @@ from mutations import in_shell, made_concept, toy_base
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from modular_concepts.customisation import customised
+from modular_concepts.crosstalk.report import warnings_on_base
 from modular_concepts.errors import AdapterError
-from modular_concepts.explain import warnings_on_base
 from modular_concepts.files.concept import KEY, load_concept, save_concept
-from modular_concepts.merged import merged_concept
+from modular_concepts.merge.as_concept import merged_concept
+from modular_concepts.sampling import customised
 
 
 def nested(depth):

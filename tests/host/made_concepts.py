@@ -7,12 +7,14 @@ from functools import cache
 
 import torch
 
-from modular_concepts.bases import OrthogonalBasis
+from modular_concepts.adapters.basis import OrthogonalBasis
 from modular_concepts.concept import Concept
-from modular_concepts.customisation import Subject, Targets, concept_from, concept_layers
+from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.toy.base import load_toy_base
-from modular_concepts.training import TrainResult, TrainSettings
 from modular_concepts.training.methods import new_adapters, seeded
+from modular_concepts.training.run import TrainResult
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, concept_from
 
 toy_base = cache(load_toy_base)
 

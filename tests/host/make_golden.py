@@ -19,7 +19,7 @@ from conftest import find_host
 from server import HostServer
 
 from modular_concepts.concept import Concept
-from modular_concepts.files import load_concept
+from modular_concepts.files.concept import load_concept
 
 FOLDER = Path(__file__).parent / "golden"
 # Small: one column or row block of rank 1 in the layers that hear the prompt.

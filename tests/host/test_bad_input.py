@@ -12,8 +12,8 @@ import pytest
 from made_concepts import foreign_concept, made_concept
 from server import Fault, HostServer
 
-from modular_concepts.bases import OrthogonalBasis
-from modular_concepts.files import save_concept
+from modular_concepts.adapters.basis import OrthogonalBasis
+from modular_concepts.files.concept import save_concept
 from scripts.queue_workflow import Refused
 
 BASE = {"class_type": "ToyBaseLoader", "inputs": {}}

@@ -10,7 +10,7 @@ from made_concepts import made_concept
 from safetensors.torch import load_file
 from test_patching import relative_error
 
-from modular_concepts.files import save_concept
+from modular_concepts.files.concept import save_concept
 
 
 @pytest.fixture(scope="module")

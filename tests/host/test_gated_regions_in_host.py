@@ -9,11 +9,11 @@ import torch
 from made_concepts import made_concept, toy_base
 from safetensors.torch import load_file, save_file
 
-from modular_concepts.files import save_concept
-from modular_concepts.regions.acting import acting
+from modular_concepts.files.concept import save_concept
+from modular_concepts.regions.assignment import acting
+from modular_concepts.regions.conditioning import Speaking
 from modular_concepts.regions.geometry import Region
-from modular_concepts.regions.places import Places
-from modular_concepts.regions.speaking import Speaking
+from modular_concepts.regions.shares import Places
 
 PROMPT, NEGATIVE, INSIDE = "a man and a dog and a cat on the beach", "a car", "a <rex> dog in the snow"
 STACK = [["tom", 0.8], ["rex", 1.0]]

@@ -12,8 +12,8 @@ import torch
 from make_golden import FOLDER, LESSON, digest
 from server import HostServer, Run
 
-from modular_concepts.files import load_concept, save_concept
-from modular_concepts.files.safe import read_safetensors
+from modular_concepts.files.concept import load_concept, save_concept
+from modular_concepts.storage.safetensors import read_safetensors
 from modular_concepts.toy.judges import load_judges
 from modular_concepts.toy.standard import BY_NAME, pictures_of
 

@@ -11,13 +11,13 @@ from made_concepts import made_concept, toy_base
 from safetensors.torch import load_file, save_file
 from test_patching import CONVOLUTIONS, relative_error, wide_concept
 
-from modular_concepts.evidence import text_features, usual_text
-from modular_concepts.files import save_concept
+from modular_concepts.files.concept import save_concept
 from modular_concepts.files.diffusers import export_diffusers
 from modular_concepts.files.kohya import export_kohya
-from modular_concepts.fingerprint import weights_sample
-from modular_concepts.layers import file_key
 from modular_concepts.merge import Evidence, merge_concepts
+from modular_concepts.models.fingerprint import weights_sample
+from modular_concepts.models.layers import file_key
+from modular_concepts.recording import text_features, usual_text
 from modular_concepts.training.methods import seeded
 
 FILES = ["kohya.safetensors", "peft.safetensors", "locon.safetensors", "own.safetensors"]

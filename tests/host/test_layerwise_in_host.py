@@ -11,8 +11,8 @@ from made_concepts import made_concept, toy_base
 from safetensors.torch import load_file, save_file
 
 from modular_concepts.concept import Concept, Recipe
-from modular_concepts.customisation import customised
-from modular_concepts.files import save_concept
+from modular_concepts.files.concept import save_concept
+from modular_concepts.sampling import customised
 
 LAYERS = 4  # of the toy base and of the tiny checkpoint
 MODELS = ["", "sd_"]

@@ -12,14 +12,14 @@ from made_concepts import made_concept
 from safetensors.torch import load_file
 from test_patching import CONVOLUTIONS, relative_error, wide_concept
 
-from modular_concepts.evidence import PROMPTS
-from modular_concepts.files import save_concept
+from modular_concepts.files.concept import save_concept
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.moments import load_moments, moments_path
 from modular_concepts.merge import FAMILIES as MERGES
 from modular_concepts.merge import BlockStrengths, Evidence, MergeOptions, merge_concepts
+from modular_concepts.merge.moments import Moment
 from modular_concepts.merge.orthogonalize import orthogonal_concepts
-from modular_concepts.moments import Moment
+from modular_concepts.recording import PROMPTS
 from modular_concepts.seeds import seeded
 
 EVERY = list(MERGES)

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import save_file
 from test_training_in_host import relative_error
 
-from modular_concepts.bases import OrthogonalBasis
-from modular_concepts.customisation import Subject, Targets, train_concept
-from modular_concepts.dataset import filled_in, of_pictures
+from modular_concepts.adapters.basis import OrthogonalBasis
+from modular_concepts.data.dataset import filled_in, of_pictures
 from modular_concepts.files.concept import load_concept
+from modular_concepts.models.targets import Targets
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.toy.standard import BY_NAME, pictures_of
-from modular_concepts.training import TrainSettings
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, train_concept
 
 STEPS = 12
 COMMON = {"steps": STEPS, "batch": 2, "seed": 4}

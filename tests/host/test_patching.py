@@ -10,10 +10,10 @@ import torch
 from made_concepts import made_concept, toy_base
 from safetensors.torch import load_file
 
-from modular_concepts.adapters import new_lora
-from modular_concepts.files import save_concept
-from modular_concepts.layers import find_layers
+from modular_concepts.adapters.low_rank import new_lora
+from modular_concepts.files.concept import save_concept
 from modular_concepts.merge import merge_concepts
+from modular_concepts.models.layers import find_layers
 from modular_concepts.training.methods import seeded
 
 STRENGTHS = {"tom": 0.7, "rex": 1.0, "wide": -0.5, "none": 0.0, "first": 1.0, "second": 0.6}

@@ -9,7 +9,7 @@ import torch
 from made_concepts import made_concept
 from safetensors.torch import load_file
 
-from modular_concepts.files import save_concept
+from modular_concepts.files.concept import save_concept
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from server import HostServer, Run
 from test_workflows import NAMES, SAMPLERS, TRAINERS, brief, check_progress
 
-from modular_concepts.files import load_concept
+from modular_concepts.files.concept import load_concept
 from scripts.queue_workflow import find_node
 
 SIDE = 64  # pixels of a tile

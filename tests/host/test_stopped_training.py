@@ -11,7 +11,7 @@ from safetensors import safe_open
 from server import HostServer
 from test_bad_input import taught
 
-from modular_concepts.files import load_concept
+from modular_concepts.files.concept import load_concept
 
 STEPS, EVERY = 40, 4
 SHOWN = 16  # steps between previews: the host tells of these steps however fast they are

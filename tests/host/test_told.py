@@ -7,7 +7,7 @@ import json
 import pytest
 from made_concepts import made_concept
 
-from modular_concepts.files import save_concept
+from modular_concepts.files.concept import save_concept
 
 SHARED = "has taken over the model's cross-attention, which regions cannot share"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modular_concepts.layers import file_key, find_layers
+from modular_concepts.models.layers import file_key, find_layers
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.toy.model import WEIGHTS
 

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from server import HostServer
 from test_bad_input import taught
 
-from modular_concepts.customisation import customised
-from modular_concepts.files import load_concept
+from modular_concepts.files.concept import load_concept
+from modular_concepts.sampling import customised
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.toy.standard import BY_NAME, pictures_of
 

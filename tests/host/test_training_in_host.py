@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modular_concepts.bases import OrthogonalBasis
-from modular_concepts.customisation import Subject, Targets, customised, train_concept
-from modular_concepts.dataset import filled_in, of_pictures
+from modular_concepts.adapters.basis import OrthogonalBasis
+from modular_concepts.data.dataset import filled_in, of_pictures
 from modular_concepts.files.concept import load_concept, save_concept
-from modular_concepts.sampling import SampleSettings, sample
+from modular_concepts.models.targets import Targets
+from modular_concepts.sampling import SampleSettings, customised, sample
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.toy.standard import BY_NAME, pictures_of
-from modular_concepts.training import TrainSettings
+from modular_concepts.training.settings import TrainSettings
+from modular_concepts.training.teach import Subject, train_concept
 
 STEPS = 16
 COMMON = {"steps": STEPS, "batch": 3, "token_vectors": 3}

@@ -16,7 +16,7 @@ from PIL import Image
 from server import HostServer, Run
 from ui_form import NOTES, api_form
 
-from modular_concepts.files import load_concept
+from modular_concepts.files.concept import load_concept
 from modular_concepts.toy.judges import load_judges
 from modular_concepts.toy.standard import BY_NAME, pictures_of
 from scripts.queue_workflow import Server, find_node, run_all, variants

@@ -25,23 +25,27 @@ folder_paths.set_output_directory(str(FOLDER / "output"))
 folder_paths.add_model_folder_path("concepts", str(FOLDER / "concepts"))
 folder_paths.folder_names_and_paths["loras"] = ([str(FOLDER)], {".safetensors"})
 
-base_of, layers, training = (pack_module("host.base"), pack_module("host.layers"), pack_module("host.training"))
+base_of, layers, training = (
+    pack_module("host.training.base"),
+    pack_module("host.layers"),
+    pack_module("host.training.train"),
+)
 patching, clip_words, regions_host = (
-    pack_module("host.patching"),
-    pack_module("host.clip"),
-    pack_module("host.regions"),
+    pack_module("host.merging.weights"),
+    pack_module("host.text.words"),
+    pack_module("host.regions.sampling"),
 )
 customisation, dataset, bases = (
-    pack_module("modular_concepts.customisation"),
-    pack_module("modular_concepts.dataset"),
-    pack_module("modular_concepts.bases"),
+    pack_module("modular_concepts.training.teach"),
+    pack_module("modular_concepts.data.dataset"),
+    pack_module("modular_concepts.adapters.basis"),
 )
 concept_files, kohya, embeddings = (
     pack_module("modular_concepts.files.concept"),
     pack_module("modular_concepts.files.kohya"),
     pack_module("modular_concepts.files.embeddings"),
 )
-attach, adapters = pack_module("modular_concepts.training.attach"), pack_module("modular_concepts.adapters")
+attach, adapters = pack_module("modular_concepts.adapters.attach"), pack_module("modular_concepts.adapters.low_rank")
 geometry, AdapterError = (
     pack_module("modular_concepts.regions.geometry"),
     pack_module("modular_concepts.errors").AdapterError,
@@ -257,7 +261,7 @@ def regions(run: Run, concept) -> None:
     said_by = {text: clip_words.encode_prompt(clip, text) for text in (here, elsewhere, "a car")}
     # A region has a text of its own; the pooled one, which is no position's, is the global prompt's, and a gate lets
     # no concept read that which a region has.
-    outside = pack_module("host.gated").with_words(*run.loaded[:2], stack)
+    outside = pack_module("host.regions.gating").with_words(*run.loaded[:2], stack)
 
     def pooled_outside(text: str) -> list:
         return [[said_by[text][0][0], clip_words.encode_prompt(outside, text)[0][1]]]
@@ -285,7 +289,7 @@ def refusals(run: Run, made: dict, toy: tuple) -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    toy = pack_module("host.toy").load_toy_base()
+    toy = pack_module("host.toy_base").load_toy_base()
     steps = {"gradients": gradients, "merge": merge, "texts": texts, "one step": one_step, "regions": regions}
     for title, plan in json.loads((FOLDER / "plans.json").read_text()).items():
         tiny_models.write(plan["model"])

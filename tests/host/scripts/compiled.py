@@ -24,10 +24,14 @@ torch.set_num_threads(1)
 @torch.inference_mode()
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    patching, regions, fusion = (pack_module("host.patching"), pack_module("host.regions"), pack_module("host.fusion"))
+    patching, regions, fusion = (
+        pack_module("host.merging.weights"),
+        pack_module("host.regions.sampling"),
+        pack_module("host.merging.fusion"),
+    )
     Region = pack_module("modular_concepts.regions.geometry").Region
-    encode = pack_module("host.clip").encode_prompt
-    model, clip, _ = pack_module("host.toy").load_toy_base()
+    encode = pack_module("host.text.words").encode_prompt
+    model, clip, _ = pack_module("host.toy_base").load_toy_base()
     concept = pack_module("modular_concepts.files.concept").load_concept(FOLDER / "tom.safetensors")
     layers = {name: own for name, own in concept.layers.items() if name.startswith("unet.")}
     concept = replace(concept, tokens={}, layers=layers)

@@ -37,28 +37,31 @@ folder_paths.add_model_folder_path("concepts", str(FOLDER / "concepts"))
 
 asyncio.run(pack_module("nodes").ModularConcepts().on_load())
 host = {
-    "base": pack_module("host.base"),
-    "fusion": pack_module("host.fusion"),
-    "hooks": pack_module("host.hooks"),
+    "base": pack_module("host.training.base"),
+    "fusion": pack_module("host.merging.fusion"),
+    "hooks": pack_module("host.merging.hook"),
     "layers": pack_module("host.layers"),
-    "layerwise": pack_module("host.layerwise"),
-    "merging": pack_module("host.merging"),
-    "patching": pack_module("host.patching"),
-    "regions": pack_module("host.regions"),
-    "toy": pack_module("host.toy"),
-    "training": pack_module("host.training"),
+    "layerwise": pack_module("host.text.layerwise"),
+    "merging": pack_module("host.merging.notices"),
+    "patching": pack_module("host.merging.weights"),
+    "regions": pack_module("host.regions.sampling"),
+    "toy": pack_module("host.toy_base"),
+    "training": pack_module("host.training.train"),
 }
 adapters, concept_of, files = (
-    pack_module("modular_concepts.adapters"),
+    pack_module("modular_concepts.adapters.low_rank"),
     pack_module("modular_concepts.concept"),
     pack_module("modular_concepts.files.concept"),
 )
 customisation, merge, training = (
-    pack_module("modular_concepts.customisation"),
+    pack_module("modular_concepts.training.teach"),
     pack_module("modular_concepts.merge"),
     pack_module("modular_concepts.training.settings"),
 )
-encode_prompt, Region = pack_module("host.clip").encode_prompt, pack_module("modular_concepts.regions.geometry").Region
+encode_prompt, Region = (
+    pack_module("host.text.words").encode_prompt,
+    pack_module("modular_concepts.regions.geometry").Region,
+)
 Sampling = host["regions"].Sampling
 
 found: dict[str, torch.Tensor] = {}

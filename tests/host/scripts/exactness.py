@@ -101,15 +101,15 @@ def fused_keys(patching, clip, found: dict, facts: dict, output) -> None:
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
     toy, patching, layers, merging = (
-        pack_module("host.toy"),
-        pack_module("host.patching"),
+        pack_module("host.toy_base"),
+        pack_module("host.merging.weights"),
         pack_module("host.layers"),
-        pack_module("host.merging"),
+        pack_module("host.merging.notices"),
     )
-    regions, gating = pack_module("modular_concepts.regions.geometry"), pack_module("host.gated")
-    tokens_of = pack_module("modular_concepts.layers").tokens_of
-    Places = pack_module("modular_concepts.regions.places").Places
-    adapters, concept_of = pack_module("modular_concepts.adapters"), pack_module("modular_concepts.concept")
+    regions, gating = pack_module("modular_concepts.regions.geometry"), pack_module("host.regions.gating")
+    tokens_of = pack_module("modular_concepts.models.layers").tokens_of
+    Places = pack_module("modular_concepts.regions.shares").Places
+    adapters, concept_of = pack_module("modular_concepts.adapters.low_rank"), pack_module("modular_concepts.concept")
     clip, weights = toy.load_toy_base()[1], random_weights()
     found, facts = {}, {"untouched": {}, "names": {}, "warned": {}, "called": {}}
     latent, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([2.0])

@@ -18,7 +18,7 @@ import comfy.sdxl_clip
 import torch
 from tiny_models import SD3_UNET, SDXL_UNET
 
-layers, names = pack_module("host.layers"), pack_module("modular_concepts.layers")
+layers, names = pack_module("host.layers"), pack_module("modular_concepts.models.layers")
 WITHOUT_WEIGHTS = dict(dtype=torch.float16, device="meta", operations=comfy.ops.disable_weight_init)
 
 

@@ -25,8 +25,8 @@ import nodes
 torch.set_num_threads(1)
 plan = json.loads((FOLDER / "plan.json").read_text())
 asked = load_file(FOLDER / "asked.safetensors")
-regions_host, patching = pack_module("host.regions"), pack_module("host.patching")
-layers_host, clip_words = pack_module("host.layers"), pack_module("host.clip")
+regions_host, patching = pack_module("host.regions.sampling"), pack_module("host.merging.weights")
+layers_host, clip_words = pack_module("host.layers"), pack_module("host.text.words")
 geometry = pack_module("modular_concepts.regions.geometry")
 found: dict[str, torch.Tensor] = {}
 facts: dict = {"refused": {}, "hooks": {}, "calls": {}}
@@ -157,7 +157,7 @@ def common(look: Look) -> None:
 
 
 def toy() -> None:
-    model, clip, _ = pack_module("host.toy").load_toy_base()
+    model, clip, _ = pack_module("host.toy_base").load_toy_base()
     load = pack_module("modular_concepts.files.concept").load_concept
     stack = [(load(FOLDER / f"{name}.safetensors"), strength) for name, strength in plan["stack"]]
     noise = {"samples": torch.zeros(1, 12, 16, 48)}
@@ -284,7 +284,7 @@ def stable_diffusion() -> None:
     model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
         str(FOLDER / "tiny_sd15.safetensors"), model_options=whole, te_model_options=whole
     )
-    adapters, concept = pack_module("modular_concepts.adapters"), pack_module("modular_concepts.concept")
+    adapters, concept = pack_module("modular_concepts.adapters.low_rank"), pack_module("modular_concepts.concept")
     every = layers_host.host_layers(model, clip)
     stack = []
     for number, name in enumerate(("tom", "rex")):

@@ -26,11 +26,15 @@ folder_paths.set_output_directory(str(FOLDER / "output"))
 folder_paths.set_temp_directory(str(FOLDER / "temp"))
 folder_paths.add_model_folder_path("concepts", str(FOLDER / "concepts"))
 
-host_base, layers, training = (pack_module("host.base"), pack_module("host.layers"), pack_module("host.training"))
-files, bases = pack_module("modular_concepts.files.concept"), pack_module("modular_concepts.bases")
-customisation, dataset = (pack_module("modular_concepts.customisation"), pack_module("modular_concepts.dataset"))
+host_base, layers, training = (
+    pack_module("host.training.base"),
+    pack_module("host.layers"),
+    pack_module("host.training.train"),
+)
+files, bases = pack_module("modular_concepts.files.concept"), pack_module("modular_concepts.adapters.basis")
+customisation, dataset = (pack_module("modular_concepts.training.teach"), pack_module("modular_concepts.data.dataset"))
 attach, AdapterError = (
-    pack_module("modular_concepts.training.attach"),
+    pack_module("modular_concepts.adapters.attach"),
     pack_module("modular_concepts.errors").AdapterError,
 )
 
@@ -288,7 +292,7 @@ def keep_and_save() -> None:
     (FOLDER / "aside").rename(place)
     facts["kept_unfinished"] = kept
     (place / "aux").mkdir()
-    saving, saved = pack_module("host.concepts"), {}
+    saving, saved = pack_module("host.files.concepts"), {}
     for typed in plan["typed"]:
         saved[typed] = outcome(lambda typed=typed: facts.update(said=saving.save([concept], [1.0], typed, *AS_IT_IS)))
         saved[typed] = facts.pop("said").message.splitlines()[0] if saved[typed] == "worked" else saved[typed]
@@ -316,12 +320,12 @@ def keep_and_save() -> None:
     facts["problems"] = {typed: saving.name_problem(typed) for typed in plan["typed"]}
 
 
-AS_IT_IS = (pack_module("host.concepts").Format.CONCEPT, True)
+AS_IT_IS = (pack_module("host.files.concepts").Format.CONCEPT, True)
 
 
 def main() -> None:
     if "cases" in plan:
-        loaded = pack_module("host.toy").load_toy_base()
+        loaded = pack_module("host.toy_base").load_toy_base()
         train_cases(loaded)
         core_lora(loaded)
         stop_and_resume(loaded)

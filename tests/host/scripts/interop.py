@@ -43,11 +43,11 @@ def hooks_on(model, clip) -> int:
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
     toy, patching, merging_words, wording, files = (
-        pack_module("host.toy"),
-        pack_module("host.patching"),
-        pack_module("host.merging"),
-        pack_module("host.wording"),
-        pack_module("host.concepts"),
+        pack_module("host.toy_base"),
+        pack_module("host.merging.weights"),
+        pack_module("host.merging.notices"),
+        pack_module("host.merging.text_features"),
+        pack_module("host.files.concepts"),
     )
     loading, merging = pack_module("nodes.concepts"), pack_module("nodes.merging")
     plan = json.loads((FOLDER / "plan.json").read_text())
@@ -112,7 +112,7 @@ def main() -> None:
     facts["stack"] = [[concept.name, strength] for concept, strength in stack]
 
     # LoRAs that bring the words they were trained with.
-    telling = pack_module("host.clip")
+    telling = pack_module("host.text.words")
     core = nodes.LoraLoader().load_lora(model, clip, "bundled.safetensors", 0.7, 0.3)
     look("core bundled", *core)
     for title, strengths in {"loud": (1.0, 1.0), "two": (0.7, 0.3), "silent": (1.0, 0.0), "off": (0.0, 0.0)}.items():
@@ -237,7 +237,7 @@ def main() -> None:
     )
     facts["warnings"] = merging_words.warnings_of(model, clip, [(concepts["tom"], 1.0), (other, 1.0)])
     facts["no warnings"] = merging_words.warnings_of(model, clip, [(concepts["tom"], 1.0)])
-    regional, said = pack_module("host.regions"), []
+    regional, said = pack_module("host.regions.sampling"), []
     regional.show_text = said.append
     places = [pack_module("modular_concepts.regions.geometry").Region("a man", (0.0, 0.0, 1.0, 1.0))]
     for mode in regional.MODES:

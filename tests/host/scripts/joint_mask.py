@@ -11,8 +11,8 @@ start()
 
 import torch
 
-joint, listening = pack_module("host.joint"), pack_module("host.listening")
-geometry, places = (pack_module("modular_concepts.regions.geometry"), pack_module("modular_concepts.regions.places"))
+joint, listening = pack_module("host.regions.joint_attention"), pack_module("host.regions.cross_attention")
+geometry, places = (pack_module("modular_concepts.regions.geometry"), pack_module("modular_concepts.regions.shares"))
 
 TEXT, SIDE, WIDTH = 5, 8, 16
 context = torch.randn(2, TEXT, WIDTH, generator=torch.Generator().manual_seed(0))

@@ -34,7 +34,7 @@ def said(attempt) -> str:
 @torch.inference_mode()
 def look(prefix: str, model, clip) -> None:
     """Draw with words of each kind; prefix: of the concepts' files and of what is found."""
-    layerwise, patching = pack_module("host.layerwise"), pack_module("host.patching")
+    layerwise, patching = pack_module("host.text.layerwise"), pack_module("host.merging.weights")
     regions, concepts_node = pack_module("nodes.regions"), pack_module("nodes.concepts")
     load_concept = pack_module("modular_concepts.files.concept").load_concept
     concept = {kind: load_concept(FOLDER / f"{prefix}{kind}.safetensors") for kind in ("flat", "even", "varied")}
@@ -122,8 +122,8 @@ def look_at_sdxl() -> None:
     """Two text models and fewer layers; the words are those of `words`, made for as many layers as there are."""
     tiny_models.write("vega")
     model, clip, _ = tiny_models.load("vega")
-    layerwise, patching = pack_module("host.layerwise"), pack_module("host.patching")
-    encode_prompt = pack_module("host.clip").encode_prompt
+    layerwise, patching = pack_module("host.text.layerwise"), pack_module("host.merging.weights")
+    encode_prompt = pack_module("host.text.words").encode_prompt
     layers = layerwise.cross_attention_layers(model)
     rows = 0.3 * torch.randn(layers, 2, 768 + 1280, generator=torch.Generator().manual_seed(4))
     noise = nodes.EmptyLatentImage().generate(64, 64)[0]
@@ -154,13 +154,13 @@ def look_at_sd3() -> None:
     tiny_models.write("sd3")
     model, clip, vae = tiny_models.load("sd3")
     customisation, training = (
-        pack_module("modular_concepts.customisation"),
+        pack_module("modular_concepts.training.teach"),
         pack_module("modular_concepts.training.settings"),
     )
-    merged = pack_module("host.patching").merged
+    merged = pack_module("host.merging.weights").merged
     rows = torch.zeros(4, 2, 768 + 1280)
     facts["refused"]["sd3_merged"] = said(lambda: merged(model, clip, [(word_alone("varied", rows, "sd3"), 1.0)]))
-    base = pack_module("host.base").host_base(model, clip, vae)
+    base = pack_module("host.training.base").host_base(model, clip, vae)
     subject = customisation.Subject("new", torch.zeros(2, 3, 64, 64), ["a <new>"] * 2, "dog")
     for kind, layerwise in (("trained", True), ("trained flat", False)):
         settings = training.TrainSettings(method="words", layerwise=layerwise)
@@ -171,7 +171,7 @@ def look_at_sd3() -> None:
 
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    look("", *pack_module("host.toy").load_toy_base()[:2])
+    look("", *pack_module("host.toy_base").load_toy_base()[:2])
     checkpoint = FOLDER / "tiny_sd15.safetensors"
     if checkpoint.is_file():
         model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_vae=False)

@@ -15,12 +15,12 @@ import torch
 from left_behind import traces
 
 torch.set_num_threads(1)
-host_base = pack_module("host.base")
-customisation = pack_module("modular_concepts.customisation")
+host_base = pack_module("host.training.base")
+customisation = pack_module("modular_concepts.training.teach")
 training = pack_module("modular_concepts.training.settings")
 run_module, step_module = (pack_module("modular_concepts.training.run"), pack_module("modular_concepts.training.step"))
 checkpointing = pack_module("modular_concepts.training.gradient_checkpointing")
-LiveMemory = pack_module("modular_concepts.training.rehearsal").LiveMemory
+LiveMemory = pack_module("modular_concepts.training.estimate").LiveMemory
 AdapterError = pack_module("modular_concepts.errors").AdapterError
 
 SETTINGS = training.TrainSettings(method="block", rank=2, slot=1, blocks=4, batch=2, erasure=0.3)

@@ -38,9 +38,9 @@ def hooks_on(model, clip) -> list:
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
     toy, fusion, merging_words = (
-        pack_module("host.toy"),
-        pack_module("host.fusion"),
-        pack_module("host.merging"),
+        pack_module("host.toy_base"),
+        pack_module("host.merging.fusion"),
+        pack_module("host.merging.notices"),
     )
     loading, merging = pack_module("nodes.concepts"), pack_module("nodes.merging")
     plan = json.loads((FOLDER / "plan.json").read_text())
@@ -83,7 +83,7 @@ def main() -> None:
     found |= {f"base|{name}": before[key_of(name)] for name in plan["layers"]}
     found["base|by_weight"] = model.model.apply_model(latent, sigma, c_crossattn=context)
     stacks = {name: loading.ConceptLoader.execute(f"{name}.safetensors", s)[0] for name, s in plan["strengths"].items()}
-    facts["listed"] = pack_module("host.concepts").concept_names()
+    facts["listed"] = pack_module("host.files.concepts").concept_names()
     sockets = {f"concept{index}": stack for index, stack in enumerate(stacks.values())}
     for family in plan["families"]:
         result = merging.ConceptMerge.execute(model, clip, sockets, family, **plan["options"]).args
@@ -122,11 +122,11 @@ def main() -> None:
     facts["report"], facts["figures"] = report[1], json.loads(report[2])
     half = loading.ConceptStrength.execute(stacks["tom"], 1.0, "mid=0.5")[0]
     facts["changed"] = fusion.fused(model, clip, half, drawing, plan["ridge"])[2]
-    facts["listed again"] = pack_module("host.concepts").concept_names()
+    facts["listed again"] = pack_module("host.files.concepts").concept_names()
     # A concept called like another one's moments, and moments under their former name.
     for name, like in {"minka.moments": "tom.safetensors", "rex.moments": "rex.moments"}.items():
         (FOLDER / "concepts" / f"{name}.safetensors").write_bytes((FOLDER / "concepts" / like).read_bytes())
-    facts["listed at last"] = pack_module("host.concepts").concept_names()
+    facts["listed at last"] = pack_module("host.files.concepts").concept_names()
     for name in ("minka.moments", "rex.moments"):
         (FOLDER / "concepts" / f"{name}.safetensors").unlink()
     back_to_base()

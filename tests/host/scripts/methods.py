@@ -115,7 +115,7 @@ def short_of_something(base, loaded, case: dict) -> None:
 @torch.inference_mode()
 def main() -> None:
     if "cases" in plan:
-        loaded = pack_module("host.toy").load_toy_base()
+        loaded = pack_module("host.toy_base").load_toy_base()
         base = host_base.host_base(*loaded)
         for case in plan["cases"]:
             learn(base, loaded, case, "")

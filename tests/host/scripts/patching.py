@@ -42,7 +42,11 @@ def traces(model, clip) -> list:
 def main() -> None:
     pack = pack_module("nodes")
     asyncio.run(pack.ModularConcepts().on_load())
-    toy, clip_module, patching = (pack_module("host.toy"), pack_module("host.clip"), pack_module("host.patching"))
+    toy, clip_module, patching = (
+        pack_module("host.toy_base"),
+        pack_module("host.text.words"),
+        pack_module("host.merging.weights"),
+    )
     concepts, merging = pack_module("nodes.concepts"), pack_module("nodes.merging")
     plan = json.loads((FOLDER / "plan.json").read_text())
     model, clip, _ = toy.load_toy_base(embeddings=[str(FOLDER / "embeddings")])

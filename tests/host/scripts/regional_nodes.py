@@ -25,7 +25,7 @@ def main() -> None:
     node, stacking = pack_module("nodes.regions"), pack_module("nodes.stacking")
     from_json = pack_module("nodes.region_json").RegionsFromJSON
     finder, drawing = pack_module("nodes.automatic").FindRegions, pack_module("nodes.region_drawing").DrawRegions
-    model, clip, _ = pack_module("host.toy").load_toy_base()
+    model, clip, _ = pack_module("host.toy_base").load_toy_base()
     load = pack_module("modular_concepts.files.concept").load_concept
     concepts = {f"concept{index}": load(FOLDER / f"{name}.safetensors") for index, name in enumerate(("tom", "rex"))}
     stack = stacking.ConceptStack.execute(concepts)[0]
@@ -83,7 +83,7 @@ def main() -> None:
         ("bare", LEFT, None),
     ):
         spoken = facts["said"][title] = []
-        pack_module("host.regions").show_text = spoken.append
+        pack_module("host.regions.sampling").show_text = spoken.append
         regional = region(prompt, 0.0, 1.0)
         node.RegionalConcepts.execute(model, clip, regional, *PROMPTS, "gated", "average", own)
     facts["said"]["prompt"] = spoken = []

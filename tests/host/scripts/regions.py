@@ -21,8 +21,12 @@ torch.set_num_threads(1)
 @torch.inference_mode()
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    toy, regional, patching = (pack_module("host.toy"), pack_module("host.regions"), pack_module("host.patching"))
-    places = pack_module("modular_concepts.regions.places")
+    toy, regional, patching = (
+        pack_module("host.toy_base"),
+        pack_module("host.regions.sampling"),
+        pack_module("host.merging.weights"),
+    )
+    places = pack_module("modular_concepts.regions.shares")
     node, encode = pack_module("nodes.regions"), nodes.CLIPTextEncode().encode
     asked, plan = load_file(FOLDER / "asked.safetensors"), json.loads((FOLDER / "plan.json").read_text())
     model, clip, _ = toy.load_toy_base()
@@ -52,7 +56,7 @@ def main() -> None:
     placed = [region.placed(*size) for region in regions(plan["regions"])]
     own = [encode(merged_clip, region.prompt)[0][0][0] for region in placed]
     own_negatives = [bare if r.negative is None else encode(merged_clip, r.negative)[0][0][0] for r in placed]
-    heard = pack_module("host.listening").Listening(places.Places(placed), own, own_negatives, True)
+    heard = pack_module("host.regions.cross_attention").Listening(places.Places(placed), own, own_negatives, True)
     listening = regional.listening(merged, heard)
     comfy.model_management.load_models_gpu([listening])
     count = len(asked["noisy"])

@@ -32,8 +32,12 @@ def refused(attempt) -> str:
 @torch.inference_mode()
 def main() -> None:
     asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    node, regional, concepts = pack_module("nodes.regions"), pack_module("host.regions"), pack_module("nodes.concepts")
-    model, clip, _ = pack_module("host.toy").load_toy_base()
+    node, regional, concepts = (
+        pack_module("nodes.regions"),
+        pack_module("host.regions.sampling"),
+        pack_module("nodes.concepts"),
+    )
+    model, clip, _ = pack_module("host.toy_base").load_toy_base()
     tom = pack_module("modular_concepts.files.concept").load_concept(FOLDER / "tom.safetensors")
     lora = dataclasses.replace(tom, name="sketch", tokens={}, recipe=dataclasses.replace(tom.recipe, triggers=()))
     said, facts = [], {}
@@ -82,14 +86,14 @@ def main() -> None:
     facts["the same with and without spaces"] = torch.equal(spaced, close)
 
     # Options that nothing reads.
-    merging, options = pack_module("host.merging"), pack_module("modular_concepts.merge").MergeOptions
+    merging, options = pack_module("host.merging.notices"), pack_module("modular_concepts.merge").MergeOptions
     merging.show_text = said.append
     for method in ("sum", "ties"):
         said.clear()
         merging.merged_by(model, clip, ((tom, 1.0),), method, options(density=0.3))
         facts[f"density in {method}"] = " ".join(said)
-    training, custom_plan = pack_module("host.training"), pack_module("modular_concepts.customisation")
-    base = pack_module("host.base").host_base(model, clip, pack_module("host.toy").load_toy_base()[2])
+    training, custom_plan = pack_module("host.training.train"), pack_module("modular_concepts.training.teach")
+    base = pack_module("host.training.base").host_base(model, clip, pack_module("host.toy_base").load_toy_base()[2])
     settings = pack_module("modular_concepts.training.settings").TrainSettings(method="words")
     plan = training.Plan(
         None,
@@ -122,7 +126,7 @@ def main() -> None:
     json_node = node_of["region_json"].RegionsFromJSON.execute
     sampler, finder = node_of["regions"].RegionalConceptSampler.execute, node_of["automatic"].FindRegions.execute
     loader = node_of["bases"].OrthoBasisLoader.execute
-    node_of["bases"].load_basis_named = lambda name: pack_module("modular_concepts.bases").OrthogonalBasis()
+    node_of["bases"].load_basis_named = lambda name: pack_module("modular_concepts.adapters.basis").OrthogonalBasis()
     lora_node = node_of["concepts"].LoRAToConcept.execute
     high = (dataclasses.replace(region()[0], priority=3),)
     facts["idle"] = {
@@ -153,7 +157,9 @@ def main() -> None:
     }
     facts["trainers"], common = {}, {"preview_every": 0, "preview_prompt": "a {concept} hat"}
     idle, trainers = pack_module("nodes.unused").unused, (pack_module("nodes.training"), pack_module("nodes.baselines"))
-    choice = node_of["bases"].OrthoChoice(pack_module("modular_concepts.bases").OrthogonalBasis(), "", 8, "hashed")
+    choice = node_of["bases"].OrthoChoice(
+        pack_module("modular_concepts.adapters.basis").OrthogonalBasis(), "", 8, "hashed"
+    )
     for name in ("OrthoLoRATrainer", "BlockLoRATrainer", "LoRATrainer", "WordTrainer", "EDLoRATrainer"):
         trainer = next(getattr(module, name) for module in trainers if hasattr(module, name))
         with_basis = {"ortho_basis": choice} if "Ortho" in name or "Block" in name else {}
@@ -208,7 +214,7 @@ def main() -> None:
         other.set_model_attn2_patch(lambda n, context, value, options: (n, context, value))
         return other
 
-    every = pack_module("host.listening").blocks_of(model.model.diffusion_model)
+    every = pack_module("host.regions.cross_attention").blocks_of(model.model.diffusion_model)
     facts["displaced"] = {
         "all": refused(lambda: draw((replaced(every), *parts[1:]))),
         "one": refused(lambda: draw((replaced(every[-1:]), *parts[1:]))),

@@ -37,7 +37,7 @@ def velocity(model, noisy, timesteps, context):
 
 @torch.inference_mode()
 def main() -> None:
-    toy, clip_module = pack_module("host.toy"), pack_module("host.clip")
+    toy, clip_module = pack_module("host.toy_base"), pack_module("host.text.words")
     asked, plan = load_file(FOLDER / "asked.safetensors"), json.loads((FOLDER / "asked.json").read_text())
     model, clip, vae = toy.load_toy_base(Path(plan["weights"]), [str(FOLDER)])
     before = {key: value.clone() for key, value in model.model.state_dict().items()}

@@ -1,0 +1,75 @@
+"""Merging as a node asks for it: patched clones, and words for what a family costs and what does not belong there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import comfy.model_patcher
+import comfy.sd
+
+from ...modular_concepts.concept import Concept
+from ...modular_concepts.crosstalk.report import warnings_between, warnings_on_base
+from ...modular_concepts.merge import NOTHING, MergeOptions, merge_concepts
+from ...modular_concepts.merge.truncation import share_kept
+from ...modular_concepts.unread import MERGE, unread
+from ..layers import base_sample, known_hash, quantised
+from ..messages import show_text
+from .text_features import spoken_evidence
+from .weights import merged
+
+APPLY = ("weights", "activations")
+
+
+def merged_by(
+    model: comfy.model_patcher.ModelPatcher,
+    clip: comfy.sd.CLIP,
+    stack: Sequence[tuple[Concept, float]],
+    family: str,
+    options: MergeOptions,
+    literal: bool = False,
+    apply: str = APPLY[0],
+) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP]:
+    """`merged`, and on the node: warnings, and what a cut to a lower rank keeps of the sum.
+
+    family: any but fusion, which draws first (`fusion.fused`).  apply: one of `APPLY`.
+    """
+    evidence = spoken_evidence(model, clip, stack) if family == "custom_diffusion" else NOTHING
+    result = merged(model, clip, stack, family, literal, options, evidence, apply == "activations")
+    given = [name for name, value in asdict(options).items() if value != getattr(MergeOptions(), name)]
+    said = [*unread(MERGE, given, family), *warnings_of(model, clip, stack, apply)]
+    if family == "svd":
+        said.append(kept_by_cut(stack, options))
+    if said:
+        show_text("\n".join(said))
+    return result
+
+
+def warnings_of(
+    model: comfy.model_patcher.ModelPatcher,
+    clip: comfy.sd.CLIP | None,
+    stack: Sequence[tuple[Concept, float]],
+    apply: str = "",
+) -> list[str]:
+    """What a person should know of these concepts together and on this model, each with the way out."""
+    said = [*warnings_between([concept for concept, _ in stack]), *warnings_here(model, clip, stack)]
+    if apply == "weights" and quantised(model):
+        said.append(
+            "the model's weights are quantised: the sum is rounded to their few bits, which can lose as much as the "
+            "concepts bring; set apply to activations"
+        )
+    return said
+
+
+def warnings_here(
+    model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None, stack: Sequence[tuple[Concept, float]]
+) -> list[str]:
+    """What a person should know of each of these concepts on this model."""
+    return warnings_on_base([concept for concept, _ in stack], known_hash(model, clip), base_sample(model))
+
+
+def kept_by_cut(stack: Sequence[tuple[Concept, float]], options: MergeOptions) -> str:
+    concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
+    cut = merge_concepts(concepts, strengths, "svd", options=options)
+    kept = share_kept(cut, merge_concepts(concepts, strengths))
+    return f"rank {options.rank} keeps {kept:.1%} of the sum's energy, {1 - kept:.1%} is lost"

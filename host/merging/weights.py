@@ -1,0 +1,239 @@
+"""Concepts in the host's MODEL and CLIP: one adapter for each layer, whatever the number of concepts.
+
+The loaded model is never written by us: the host's ModelPatcher keeps every weight aside before it patches a
+clone's, and brings it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import torch
+from comfy.weight_adapter.base import WeightAdapterBase
+from torch import Tensor
+
+from ...modular_concepts.adapters.low_rank import ConvGeometry, LowRank
+from ...modular_concepts.concept import Concept, same_concept
+from ...modular_concepts.errors import AdapterError
+from ...modular_concepts.merge import (
+    DEFAULTS,
+    NOTHING,
+    Evidence,
+    Merged,
+    MergedBlocks,
+    MergedDense,
+    MergedLayer,
+    MergedSum,
+    MergeOptions,
+    merged_factors,
+)
+from ...modular_concepts.merge.as_concept import as_concept
+from ...modular_concepts.merge.compatibility import fitted
+from ..layers import architecture_of, host_layers
+from ..text.layerwise import cross_attention_layers, refuse_other_layers, with_layers
+from ..text.words import class_words_of, learned_words, with_tokens, word_rows
+from .activations import set_beside
+
+INSIDE = "modular_concepts"
+BESIDE = "modular_concepts_beside"
+
+
+@dataclass(frozen=True, eq=False)
+class Inside:
+    """A merge that a MODEL went through.  layers: canonical name -> what was merged there, of MODEL and CLIP."""
+
+    stack: tuple[tuple[Concept, float], ...]
+    how: str
+    layers: Mapping[str, Merged]
+
+
+# One summand: up, down, rows, out_features, and what its product is multiplied with.
+Summand = tuple[Tensor, Tensor, Tensor | None, int, float]
+
+
+class MergedWeight(WeightAdapterBase):
+    """All concepts of one layer as one of the host's adapters, for weights and for bypass.
+
+    weights: the summands of each part (one part, or one for each block), or ((values,),) of a dense merge; plain, so
+    that the host can move the tensors.  They are the concepts' own: nothing is copied before a weight is patched.
+    """
+
+    name = "modular concepts"
+
+    def __init__(self, loaded_keys: set[str], weights: Sequence[Sequence[tuple]]):
+        self.loaded_keys, self.weights = loaded_keys, weights
+        self._beside: Merged | None = None
+        self._on: torch.device | None = None
+
+    @classmethod
+    def of(cls, merged: Merged) -> MergedWeight:
+        if isinstance(merged, MergedDense):
+            return cls(set(), [((merged.values,),)])
+        parts = merged.parts if isinstance(merged, MergedBlocks) else (merged,)
+        return cls(set(), [_summands(part) for part in parts])
+
+    def merged(self) -> Merged:
+        if len(self.weights[0][0]) == 1:
+            return MergedDense(*self.weights[0][0])
+        parts = tuple(_sum_of(summands) for summands in self.weights)
+        return parts[0] if len(parts) == 1 else MergedBlocks(parts, parts[0].out_features)
+
+    def calculate_weight(
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset,
+        function,
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight=None,
+    ) -> Tensor:
+        """weight + strength * delta, in place as the host expects.
+
+        The host hands a copy of the base's weight whenever a strength changed, and all concepts are added to it in one
+        product: a changed strength patches anew, which is exact and nearly as quick as the arithmetic allows.  Adding
+        only the difference would not be exact, keeping sums would cost a second set of weights.  Activations
+        (`activations.py`) take a changed strength at once and cost at every step: half as much again for fifteen
+        concepts of rank 20 at 256 pixels (`bench/merge.py`), which a picture of a few steps has not won back.
+        """
+        merged = self.merged().to(weight.device)
+        if function(weight) is weight:
+            return merged.add_to(weight, strength)
+        return weight.add_(function(strength * merged.delta().reshape(weight.shape)))
+
+    def h(self, x: Tensor, base_out: Tensor) -> Tensor:
+        """What bypass adds to a layer's output; the host tells of convolutions in attributes."""
+        conv = ConvGeometry(**getattr(self, "kw_dict", {})) if getattr(self, "is_conv", False) else None
+        if self._beside is None or self._on != x.device:
+            # Joined and moved once, for the host does not see the tensors inside the parts.
+            self._beside, self._on = self.merged().to(x.device), x.device
+        return self.multiplier * self._beside.residual(x, conv)
+
+
+def _summands(part: MergedLayer | MergedSum) -> tuple[Summand, ...]:
+    if isinstance(part, MergedLayer):
+        return ((part.up, part.down, part.rows, part.out_features, 1.0),)
+    return tuple(
+        (a.lora_up.detach(), a.lora_down.detach(), a.rows, a.out_features, strength * a.scale)
+        for a, strength in zip(part.adapters, part.strengths, strict=True)
+    )
+
+
+def _sum_of(summands: Sequence[Summand]) -> MergedSum:
+    adapters = [
+        LowRank(up, down, float(len(down)), "lora" if rows is None else "block", rows, out)
+        for up, down, rows, out, _ in summands
+    ]
+    return MergedSum(tuple(adapters), tuple(strength for *_, strength in summands))
+
+
+def merged(
+    model: comfy.model_patcher.ModelPatcher,
+    clip: comfy.sd.CLIP,
+    stack: Sequence[tuple[Concept, float]],
+    how: str = "sum",
+    literal: bool = False,
+    options: MergeOptions = DEFAULTS,
+    evidence: Evidence = NOTHING,
+    beside: bool = False,
+) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP]:
+    """Clones of MODEL and CLIP with the concepts in their weights, and their words in the CLIP.
+
+    how and all after it: as `merge_concepts`.  beside: compute them beside the weights instead (`activations.py`).
+    Raises AdapterError for concepts that do not fit the model, each other, or are in it already.
+    """
+    if not stack:
+        raise AdapterError("there is nothing to merge; connect at least one concept")
+    concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
+    for concept in concepts:
+        if is_inside(model, concept):
+            raise AdapterError(
+                f"{concept.name} is in this model already; take the model from before the first merge, or leave "
+                "the concept out"
+            )
+    layers = host_layers(model, clip)
+    shapes = {name: layer.module.weight.shape for name, layer in layers.items()}
+    adapters, tokens = fitted(
+        architecture_of(model),
+        shapes,
+        concepts,
+        strengths,
+        how,
+        literal,
+        options,
+        evidence,
+        lambda words: word_rows(clip, words),
+    )
+    refuse_other_layers(tokens, cross_attention_layers(model))
+    model, clip = (
+        model.clone(),
+        with_tokens(clip.clone(), tokens, class_words_of(concepts), learned_words(concepts)),
+    )
+    for part, patcher in (("unet", model), ("text_encoder", clip.patcher)):
+        _put({layers[name].key: own for name, own in adapters.items() if layers[name].part == part}, patcher, beside)
+    if any(rows.dim() == 3 for rows in tokens.values()):
+        with_layers(model)
+    model.set_attachments(INSIDE, (*_merges_in(model), Inside(tuple(stack), how, adapters)))
+    return model, clip
+
+
+def _put(found: Mapping[str, Merged], patcher: comfy.model_patcher.ModelPatcher, beside: bool) -> None:
+    """Into a clone: merged layers by weight key.
+
+    Layers to which nothing is added are left alone: on a GPU the host casts a weight to float16 before it is patched,
+    and one in float32 would come back rounded.
+    """
+    found = {key: own for key, own in found.items() if not own.is_zero}
+    if not beside:
+        patcher.add_patches({key: MergedWeight.of(own) for key, own in found.items()})
+    elif found:
+        before = patcher.get_attachment(BESIDE) or {}
+        every = {key: (*before.get(key, ()), *((found[key],) if key in found else ())) for key in {**before, **found}}
+        patcher.set_attachments(BESIDE, every)
+        set_beside(patcher, every)
+
+
+def concepts_in(model: comfy.model_patcher.ModelPatcher) -> tuple[str, ...]:
+    """Names of the concepts that were merged into a MODEL."""
+    return tuple(concept.name for concept in merged_concepts(model))
+
+
+def is_inside(model: comfy.model_patcher.ModelPatcher, concept: Concept) -> bool:
+    """Whether this very concept, and not only one of its name, was merged into a MODEL."""
+    return any(same_concept(concept, own) for own in merged_concepts(model))
+
+
+def merged_concepts(model: comfy.model_patcher.ModelPatcher) -> tuple[Concept, ...]:
+    return tuple(concept for merge in _merges_in(model) for concept, _ in merge.stack)
+
+
+def _merges_in(model: comfy.model_patcher.ModelPatcher) -> tuple[Inside, ...]:
+    return model.get_attachment(INSIDE) or ()
+
+
+def concept_inside(model: comfy.model_patcher.ModelPatcher, name: str = "") -> Concept:
+    """All that was merged into a MODEL and its CLIP, by whatever family, as one concept: exactly what is in them.
+
+    name: the concept's; its parts' names otherwise.  Raises AdapterError for a MODEL without concepts.
+    """
+    merges = _merges_in(model)
+    if not merges:
+        raise AdapterError("there is no concept in this model; connect the MODEL of Merge Concepts or Fuse Concepts")
+    stack = [pair for merge in merges for pair in merge.stack]
+    concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
+    parts: dict[str, list[LowRank]] = {}
+    for merge in merges:
+        for layer, own in merge.layers.items():
+            parts.setdefault(layer, []).append(own.as_low_rank())
+    layers = {
+        layer: own[0] if len(own) == 1 else merged_factors(own, [1.0] * len(own)).as_low_rank()
+        for layer, own in parts.items()
+    }
+    how = ", ".join(dict.fromkeys(merge.how for merge in merges))
+    title = name.strip() or "+".join(concept.name for concept in concepts)
+    return as_concept(title[:100], concepts, strengths, how, layers)

@@ -1,0 +1,144 @@
+"""Places for regions that have none: the first steps are drawn once to hear where each concept's words are said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import comfy.model_patcher
+import comfy.sd
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from torch import Tensor
+
+from nodes import common_ksampler
+
+from ...modular_concepts.concept import Concept
+from ...modular_concepts.errors import AdapterError
+from ...modular_concepts.regions.assignment import Stack, acting, called
+from ...modular_concepts.regions.find import HeardWords, disjoint_masks
+from ...modular_concepts.regions.geometry import Region
+from ...modular_concepts.regions.shares import Places
+from ..families.lookup import host_family_of
+from ..layers import architecture_of
+from ..text.layerwise import with_layers
+from ..text.words import encode_prompt, word_positions
+from .cross_attention import attention, replace_cross_attention
+from .gating import HostGate, fitting_stack, with_concepts, with_words
+from .kinds import POSITIVE, kinds_of
+
+if TYPE_CHECKING:
+    from .sampling import Sampling
+
+FIRST = 0.4  # of the steps; the earlier half of them shows noise alone
+KEY = "modular_concepts_scout"
+
+
+def found_regions(
+    model: comfy.model_patcher.ModelPatcher,
+    clip: comfy.sd.CLIP,
+    stack: Stack,
+    regions: Sequence[Region],
+    prompts: tuple[str, str],
+    latent: dict,
+    how: Sampling,
+) -> list[Region]:
+    """Regions of which those without a place have a mask, where their concepts' words are heard in the first steps.
+
+    The steps are drawn with the noise and the settings `how` of the picture itself, all concepts acting everywhere.
+    prompts: the global one, which should call the concepts, and the negative one; where it does not, the regions'
+    prompts are said behind it.
+    Raises AdapterError for a region without a concept, for several pictures at once and for diffusion transformers.
+    """
+    searched = [number for number, region in enumerate(regions) if region.unplaced]
+    if not searched:
+        return list(regions)
+    _check(model, regions, latent)
+    stack = fitting_stack(model, clip, stack)
+    acts = [acting(stack, "", regions)[1:][number] for number in searched]
+    for number, own in zip(searched, acts, strict=True):
+        if not own:
+            raise AdapterError(
+                f"region {regions[number].prompt!r} has neither a place nor a concept, so there is no word to look "
+                "for; draw a box or a mask, or name a concept of the stack in it"
+            )
+    prompt = _scene(stack, prompts[0], [regions[number] for number in searched], acts)
+    clip = with_words(model, clip, stack)
+    words = [
+        _positions(clip, prompt, regions[number], [stack[n][0] for n in own])
+        for number, own in zip(searched, acts, strict=True)
+    ]
+    everyone = tuple(range(len(stack)))
+    reading = with_concepts(architecture_of(model), clip, stack)
+    positive, negative = (encode_prompt(reading, text) for text in (prompt, prompts[1]))
+    heard = HeardWords(words, positive[0][0].shape[1], tuple(latent["samples"].shape[-2:]))
+    steps = max(1, round(FIRST * how.steps))
+    scout = _scouting(model, HostGate(model, stack, [everyone], Places([])), heard, steps // 2)
+    if any(rows.dim() == 3 for concept, _ in stack for rows in concept.tokens.values()):
+        with_layers(scout)
+    common_ksampler(
+        scout, how.seed, how.steps, how.cfg, how.sampler, how.scheduler, positive, negative, latent, how.denoise,
+        last_step=steps,
+    )  # fmt: skip
+    masks = disjoint_masks(heard.maps())
+    placed = list(regions)
+    for number, mask in zip(searched, masks, strict=True):
+        placed[number] = replace(regions[number], mask=mask)
+    return placed
+
+
+def _check(model: comfy.model_patcher.ModelPatcher, regions: Sequence[Region], latent: dict) -> None:
+    if host_family_of(model).family.denoiser.joint:
+        raise AdapterError(
+            "the model is a diffusion transformer, whose words' places are not looked for; draw a box or a mask for "
+            "each region"
+        )
+    if len(latent["samples"]) != 1:
+        raise AdapterError(
+            f"{len(latent['samples'])} pictures are drawn at once, and regions without a place lie elsewhere in each; "
+            "draw one at a time, or give each region a box or a mask"
+        )
+
+
+def _scene(stack: Stack, prompt: str, regions: Sequence[Region], acts: Sequence[tuple[int, ...]]) -> str:
+    """The global prompt if it calls all concepts that are looked for; else with the regions' prompts behind it."""
+    if {number for own in acts for number in own} <= set(called(stack, prompt)):
+        return prompt
+    return ", ".join(part for part in (prompt.strip(), *(region.prompt for region in regions)) if part)
+
+
+def _positions(clip: comfy.sd.CLIP, prompt: str, region: Region, concepts: Sequence[Concept]) -> list[int]:
+    words = {word for concept in concepts for word in (*concept.tokens, *concept.recipe.triggers)}
+    found = sorted({position for word in words for position in word_positions(clip, prompt, word)})
+    if not found:
+        raise AdapterError(
+            f"region {region.prompt!r} has no place, and neither it nor the global prompt says "
+            f"{' or '.join(sorted(words))}, by which one could be found; say it in one of them"
+        )
+    return found
+
+
+def _scouting(
+    model: comfy.model_patcher.ModelPatcher, gate: HostGate, heard: HeardWords, first: int
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone in which all concepts act everywhere, and whose attention to words is noted from step `first` on."""
+    model = model.clone()
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor:
+        if options[KEY]:
+            kinds = kinds_of(options)
+            each = len(query) // len(kinds)
+            for chunk, kind in enumerate(kinds):
+                if kind == POSITIVE:
+                    rows = slice(chunk * each, (chunk + 1) * each)
+                    heard.hear(query[rows], key[rows], options["n_heads"])
+        return attention(query, key, value, options)
+
+    def call(apply_model, x, sigma, concat=None, context=None, control=None, options=None, **more):
+        late = bool(sigma.flatten()[0] <= options["sample_sigmas"][first])
+        with gate.attached(apply_model.class_obj.diffusion_model, tuple(x.shape[-2:]), 0.0, (), options):
+            return apply_model(x, sigma, concat, context, control, {**options, KEY: late}, **more)
+
+    replace_cross_attention(model, attend)
+    add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, call, model.model_options, is_model_options=True)
+    return model

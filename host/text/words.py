@@ -1,0 +1,279 @@
+"""Learned words in the host's CLIP: a trigger word in a prompt becomes its learned rows.
+
+The host's text models take vectors where a token id stands, each with a prompt weight of its own; so nothing
+is written into the vocabulary, and any node that encodes text with the returned CLIP knows the triggers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import comfy.sd
+import comfy.sd1_clip
+import torch
+from torch import Tensor
+
+from ...modular_concepts.concept import Concept
+from ...modular_concepts.errors import AdapterError, listed
+from ...modular_concepts.families import encoder_names, reader_names
+from ...modular_concepts.merge.compatibility import faded_words, refuse_shared_triggers
+from ...modular_concepts.models.cross_attention import first_positions
+from ...modular_concepts.text.triggers import TRIGGER, between, heard, replaced
+from ...modular_concepts.text.words import caption_ids, learned_rows, token_ids
+from ..layers import text_encoders_of
+from .layerwise import LAYERS
+
+# On a tokenizer: all learned words, what other text models read for them, and the words at full strength.
+KNOWN = "modular_concepts_words"
+MEAN = "mean"
+
+
+def encode_prompt(clip: comfy.sd.CLIP, text: str, stack: Sequence[tuple[Concept, float]] = ()) -> list:
+    """CONDITIONING of a prompt; the concepts' learned words stand for their rows, as loud as the stack has them.
+
+    A concept that the CLIP knows already keeps the strength that it has there.
+
+    With a layer-wise word in it, its tensor is made with the mean of the layers' rows, and `layerwise.LAYERS` holds a
+    context for each layer, which the samplers of a MODEL with the concept listen to.
+    """
+    concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
+    refuse_shared_triggers(concepts)
+    said = faded_words(concepts, strengths, lambda words: word_rows(clip, words))
+    clip = with_tokens(clip, said, class_words_of(concepts), learned_words(concepts))
+    layers = layers_in(clip, text)
+    if not layers:
+        return _encoded(clip, text)
+    by_layer = [_encoded(at_layer(clip, layer), text) for layer in range(layers)]
+    mean = _encoded(at_layer(clip, MEAN), text)
+    return [
+        [context, {**about, LAYERS: torch.stack([entries[number][0] for entries in by_layer], dim=1)}]
+        for number, (context, about) in enumerate(mean)
+    ]
+
+
+def _encoded(clip: comfy.sd.CLIP, text: str) -> list:
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def warnings_of_words(clip: comfy.sd.CLIP, texts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+    """A sentence for trigger words in the texts that neither the CLIP nor a concept knows; none if there are none."""
+    known, *_ = getattr(clip.tokenizer, KNOWN, ({},))
+    triggers = {*known, *(word for concept in concepts for word in (*concept.tokens, *concept.recipe.triggers))}
+    unknown = [match[0] for text in texts for part in between(text, triggers) for match in TRIGGER.finditer(part)]
+    if not unknown:
+        return []
+    words = listed(dict.fromkeys(unknown))
+    return [
+        f"no concept here has the trigger word {words}, which so changes nothing; connect its concept, or leave it out"
+    ]
+
+
+def learned_words(concepts: Sequence[Concept]) -> dict[str, Tensor]:
+    """Trigger word -> rows at full strength."""
+    return {word: rows for concept in concepts for word, rows in concept.tokens.items()}
+
+
+def class_words_of(concepts: Sequence[Concept]) -> dict[str, str]:
+    """Trigger word -> what a text model reads that cannot learn words."""
+    return {word: concept.recipe.class_word for concept in concepts for word in concept.tokens}
+
+
+def with_tokens(
+    clip: comfy.sd.CLIP,
+    tokens: Mapping[str, Tensor],
+    class_words: Mapping[str, str] | None = None,
+    learned: Mapping[str, Tensor] | None = None,
+) -> comfy.sd.CLIP:
+    """A clone of `clip` whose tokenizers know the trigger words too; the weights are shared.
+
+    tokens: trigger word -> (vectors, width) float32, or (layers, vectors, width), of which `at_layer` chooses.
+    width: that of all CLIP text models together, CLIP-L's columns first.  T5 reads `class_words` instead.
+    learned: the same at full strength, by which a word that the CLIP knows already is told from another of its name.
+    Raises AdapterError for a width that is not the text models', and for a word that they know otherwise.
+    """
+    if not tokens:
+        return clip
+    stock = _stock(clip.tokenizer)
+    if not stock:
+        raise AdapterError(
+            f"the CLIP is a {type(clip.tokenizer).__name__}, whose prompts cannot hold learned words; "
+            "load the text encoder of the base that the concept was trained on"
+        )
+    known, known_classes, known_learned = getattr(clip.tokenizer, KNOWN, ({}, {}, {}))
+    learned = {**tokens, **(learned or {})}
+    for word, rows in learned.items():
+        if word in known_learned and not torch.equal(known_learned[word], rows):
+            raise AdapterError(f"{word} means another concept in this CLIP already; train one under another name")
+    every, classes = {**tokens, **known}, {**known_classes, **(class_words or {})}
+    widths = [part.embedding_size for part in stock.values()]
+    for word, rows in every.items():
+        if rows.shape[-1] != sum(widths):
+            raise AdapterError(
+                f"{word}: the learned tokens are {rows.shape[-1]} wide, the text model's {sum(widths)}; "
+                "they were trained on another base"
+            )
+    clone = _own_tokenizer(clip)
+    setattr(clone.tokenizer, KNOWN, (every, classes, {**learned, **known_learned}))
+    split = {word: rows.split(widths, dim=-1) for word, rows in every.items()}
+    for number, (name, part) in enumerate(stock.items()):
+        own = {word: columns[number] for word, columns in split.items()}
+        setattr(clone.tokenizer, name, LearnedWords(part, own))
+    for name in reader_names():
+        if (reader := getattr(clip.tokenizer, name, None)) is not None:
+            setattr(clone.tokenizer, name, ClassWords(getattr(reader, "stock", reader), classes))
+    return clone
+
+
+def at_layer(clip: comfy.sd.CLIP, layer: int | str) -> comfy.sd.CLIP:
+    """A clone for which layer-wise words are those of one cross-attention layer, or the mean of all (MEAN)."""
+    clone = _own_tokenizer(clip)
+    for name, part in _parts(clip.tokenizer).items():
+        if isinstance(part, LearnedWords):
+            setattr(clone.tokenizer, name, LearnedWords(part.stock, part.tokens, layer))
+    return clone
+
+
+def layers_in(clip: comfy.sd.CLIP, text: str) -> int:
+    """For how many layers the learned words in a prompt were learned; 0 where there is no layer-wise word."""
+    known, *_ = getattr(clip.tokenizer, KNOWN, ({},))
+    found = {place.word: len(known[place.word]) for place in heard(text, known) if known[place.word].dim() == 3}
+    if len(set(found.values())) > 1:
+        raise AdapterError(f"{' and '.join(found)} were learned for different numbers of layers; use one at a time")
+    return next(iter(found.values()), 0)
+
+
+def word_rows(clip: comfy.sd.CLIP, words: str) -> Tensor:
+    """(k, width) rows of the token tables for some words, without start, end and padding; CLIP-L's columns first."""
+    columns = []
+    for name, encoder in text_encoders_of(clip).items():
+        ids, bare = (
+            [token for section in clip.tokenize(text)[key_of(name)] for token, *_ in section] for text in (words, "")
+        )
+        known = [token for token in ids if isinstance(token, int) and token not in bare]
+        table = encoder.transformer.get_input_embeddings()
+        with torch.no_grad():
+            columns.append(table(torch.tensor(known, dtype=torch.long), out_dtype=torch.float32).float().cpu().clone())
+    return torch.cat(columns, dim=1)
+
+
+def key_of(name: str) -> str:
+    """The host's tokenizers leave out what its encoders' names begin with."""
+    return name.removeprefix("clip_")
+
+
+def trigger_positions(clip: comfy.sd.CLIP, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
+    """(B, all rows of tokens) int64: where each stands first in the context of each prompt, -1 for nowhere."""
+    reader = next(iter(_parts(with_tokens(clip, tokens).tokenizer).values()))
+    rows = [reader.ids_of(prompt) for prompt in prompts]
+    wanted = [number for word in tokens for number in reader.ids[word.lower()]]
+    longest = max(map(len, rows))
+    return first_positions(torch.tensor([row + [-1] * (longest - len(row)) for row in rows]), wanted)
+
+
+def word_positions(clip: comfy.sd.CLIP, prompt: str, word: str) -> list[int]:
+    """Where a word's tokens stand in the context of a prompt, wherever it is said; learned words and others alike."""
+    reader = next(iter(_parts(clip.tokenizer).values()))
+
+    def ids(text: str) -> list[int]:
+        if isinstance(reader, LearnedWords):
+            return reader.ids_of(text)
+        return [token for section in reader.tokenize_with_weights(text, disable_weights=True) for token, *_ in section]
+
+    bare = set(ids(""))
+    own, every = [token for token in ids(word) if token not in bare], ids(prompt)
+    starts = [place for place in range(len(every)) if own and every[place : place + len(own)] == own]
+    return [place + step for place in starts for step in range(len(own))]
+
+
+def _parts(tokenizer: object) -> dict[str, object]:
+    """Attribute -> tokenizer of each text model that can learn words, in the order of the learned rows' columns."""
+    names = (tokenizer.clip,) if hasattr(tokenizer, "clip") else encoder_names()
+    return {name: getattr(tokenizer, name) for name in names if hasattr(tokenizer, name)}
+
+
+def _stock(tokenizer: object) -> dict[str, comfy.sd1_clip.SDTokenizer]:
+    """`_parts` without words of ours."""
+    return {name: part.stock if isinstance(part, LearnedWords) else part for name, part in _parts(tokenizer).items()}
+
+
+def _own_tokenizer(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    clone = clip.clone()
+    clone.tokenizer = copy.copy(clip.tokenizer)
+    return clone
+
+
+class LearnedWords:
+    """An SDTokenizer of the host that reads trigger words as extra ids and hands on their rows instead.
+
+    stock: the tokenizer without them; tokens: trigger word -> (vectors, width) or (layers, vectors, width);
+    layer: which of the layers' rows, MEAN, or None where layer-wise words cannot be said.
+    """
+
+    def __init__(self, stock: comfy.sd1_clip.SDTokenizer, tokens: Mapping[str, Tensor], layer: int | str | None = None):
+        self.stock, self.tokens = stock, dict(tokens)
+        self._reader, self._words = copy.copy(stock), stock.tokenizer
+        self._reader.tokenizer = self._ids
+        # CLIP's vocabulary has no capitals, and neither have the words that people are told to type.
+        self._spelled = {word.lower(): _of_layer(rows, layer) for word, rows in tokens.items()}
+        self._rows = learned_rows(self._spelled)
+        self._vocab_size = max(stock.inv_vocab) + 1
+        self.ids = token_ids(self._spelled, self._vocab_size)
+        self._unsaid = {
+            self.ids[word.lower()][0]: word for word, rows in tokens.items() if layer is None and rows.dim() == 3
+        }
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_reader"], name)
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **settings) -> list[list[tuple]]:
+        sections = self._reader.tokenize_with_weights(text, return_word_ids, **settings)
+        return [[(self._vector(token), *rest) for token, *rest in section] for section in sections]
+
+    def ids_of(self, text: str) -> list[int]:
+        """Token ids of a whole prompt, section behind section, `ids` where a trigger word stands."""
+        sections = self._reader.tokenize_with_weights(text, disable_weights=True)
+        return [int(token) if isinstance(token, int) else -1 for section in sections for token, *_ in section]
+
+    def _ids(self, text: str) -> dict[str, list[int]]:
+        first = self.stock.tokens_start
+        bare = self._words("")["input_ids"]
+
+        def inner(part: str) -> list[int]:
+            ids = self._words(part)["input_ids"]
+            return ids[first : len(ids) - (len(bare) - first)]
+
+        ids = caption_ids(text.lower(), self._spelled, self._vocab_size, inner)
+        return {"input_ids": [*bare[:first], *ids, *bare[first:]]}
+
+    def _vector(self, token: int | Tensor) -> int | Tensor:
+        learned = isinstance(token, int) and token >= self._vocab_size
+        if learned and token in self._unsaid:
+            raise AdapterError(
+                f"{self._unsaid[token]} was learned for each layer apart, which this node cannot say; write the prompt "
+                "in Concept Prompt, and sample with the MODEL from Merge Concepts"
+            )
+        return self._rows[token - self._vocab_size] if learned else token
+
+
+class ClassWords:
+    """A tokenizer of a text model that learns nothing: it reads the class word where a trigger word stands."""
+
+    def __init__(self, stock: object, class_words: Mapping[str, str]):
+        self.stock = stock
+        self._words = {trigger.lower(): word for trigger, word in class_words.items() if word}
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["stock"], name)
+
+    def tokenize_with_weights(self, text: str, *args, **settings) -> list[list[tuple]]:
+        return self.stock.tokenize_with_weights(replaced(text, self._words), *args, **settings)
+
+
+def _of_layer(rows: Tensor, layer: int | str | None) -> Tensor:
+    if rows.dim() == 2:
+        return rows
+    if isinstance(layer, int):
+        return rows[layer]
+    # So that equal rows come back to the bit.
+    return rows[0] + (rows - rows[0]).mean(0)

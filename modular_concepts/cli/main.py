@@ -1,0 +1,265 @@
+"""The headless face: demo, pictures, train, merge, sample, inspect, export.
+
+Every command reads its arguments, calls the engine once and says what it wrote.  A fault that a person can
+mend is one sentence on the error stream and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import io
+import itertools
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .. import __version__
+from ..errors import AdapterError, in_one_line, listed
+from ..families.toy import TOY
+from ..toy.vocabulary import STANDARD_NAMES
+from .merge import add_export, add_inspect, add_merge
+from .paths import add_overwrite, base_named, folder, note_repeated, refuse_existing, say, typed_path
+from .progress import Bar, Interrupts, close_bars
+from .sample import add_sample
+from .train import add_train
+
+EXTRA = ("diffusers", "transformers", "tqdm", "matplotlib", "PIL")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0, 2 for a fault that a person can mend, 130 when interrupted."""
+    with Interrupts() as interrupts:
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt:
+            return _stopped()
+        except Exception:
+            if interrupts.asked:  # a library's own words for what Ctrl-C did to it
+                return _stopped()
+            raise
+
+
+def _stopped() -> int:
+    close_bars()
+    print("stopped", file=sys.stderr)
+    return 130
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except AdapterError as error:
+        return _fault(str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in EXTRA:
+            raise
+        return _fault(
+            f"{error.name} is not installed; install the headless extra: pip install 'modular-concepts[headless]'"
+        )
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        way_out = (
+            "give a shorter one" if error.errno == errno.ENAMETOOLONG else "check the path, and that the disk has room"
+        )
+        return _fault(f"{place}{error.strerror or error}; {way_out}")
+    return 0
+
+
+def _fault(sentence: str) -> int:
+    print(f"error: {in_one_line(_shortened(sentence))}", file=sys.stderr)
+    return 2
+
+
+def _shortened(sentence: str) -> str:
+    return re.sub(r"\S{250,}", lambda word: f"{word[0][:60]}…", sentence)
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from ..toy.demo import Steps, run_demo
+    from ..toy.judges import load_judges
+
+    if not args.overwrite:
+        _keep_persons_files(args.out)
+    note_repeated(args)
+    out = folder(args.out)
+    report = run_demo(base_named(TOY.name), load_judges(), out, Steps(print, Bar))
+    print((out / "report.md").read_text(encoding="utf-8"))
+    say(f"pictures and figures are in {out} ({report['seconds']:.0f} s)")
+
+
+def _keep_persons_files(out: Path) -> None:
+    """Refuse to replace what no demo has written; one that was broken off has begun its report."""
+    from ..toy.demo import OUTPUTS
+    from ..toy.report import HEADING
+
+    report = out / "report.md"
+    if report.is_file() and report.read_bytes().startswith(HEADING.encode()):
+        return
+    if there := [out / name for name in OUTPUTS if os.path.lexists(out / name)]:
+        refuse_existing(there[0])
+
+
+def _pictures(args: argparse.Namespace) -> None:
+    from ..pictures import to_image
+    from ..storage.atomic import all_or_none, write_atomically
+    from ..toy.standard import BY_NAME, lesson_of
+
+    if args.concept not in BY_NAME:
+        raise AdapterError(f"there is no standard concept {args.concept!r}; choose one of {', '.join(BY_NAME)}")
+    out = args.out or Path("pictures") / args.concept
+    lesson, files = lesson_of(BY_NAME[args.concept]), {}
+    for number, (picture, caption) in enumerate(zip(lesson.pictures, lesson.captions, strict=True)):
+        to_image(picture).save(png := io.BytesIO(), "PNG")
+        files |= {out / f"{number:02d}.png": png.getvalue(), out / f"{number:02d}.txt": caption.encode()}
+    for path, data in files.items():
+        if not args.overwrite and os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
+            refuse_existing(path)
+    others = (
+        sorted(path.name for path in out.iterdir() if path not in files and not path.name.startswith("."))
+        if out.is_dir()
+        else []
+    )
+    if others and not args.overwrite:
+        raise AdapterError(
+            f"{out} holds other files ({listed(others, 3)}), among which a training would find these pictures; "
+            "choose another --out, or write there all the same with --overwrite"
+        )
+    note_repeated(args)
+    folder(out)
+    with all_or_none():
+        for path, data in files.items():
+            write_atomically(path, data)
+    say(
+        f"wrote {len(lesson.pictures)} pictures with captions to {out}; train on them with this, in which each concept "
+        "has a slot of its own:"
+    )
+    told = f' --description "{lesson.description}"' if lesson.description else ""
+    train = f"train {out} --name {args.concept} --class-word {lesson.class_word}"
+    say(f"  python -m modular_concepts {train}{told} --slot {list(BY_NAME).index(args.concept)}")
+
+
+# --- reading arguments --------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with faults in one sentence, which names every option that there is not, or that is there twice."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        for name in (None, "store"):
+            self.register("action", name, _Once)
+        self.register("type", int, _whole)
+        self.register("type", float, _number)
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.unknown = [text.partition("=")[0] for text in _before_two_dashes(args or ()) if self._is_unknown(text)]
+        self.seen: dict[str, object] = {}
+        namespace, left = super().parse_known_args(args, namespace)
+        if left and self._subparsers is None:  # here and not in the parser above, whose --help says less
+            several = (
+                "put a text of several words in quotes, and an option that can come again before each of its values"
+            )
+            self.error("" if self.unknown else f"nothing is meant by {' '.join(left)}; {several}")
+        return namespace, left
+
+    def error(self, message: str) -> NoReturn:
+        unknown = [f"there is no option {name}{self._meant(name)}" for name in self.unknown]
+        if any(not name.startswith("--") for name in self.unknown):
+            unknown.append("what begins with - and is no option stands behind an =, and a path as ./-name")
+            message = ""
+        sentence = _shortened("; ".join([*unknown, *filter(None, [message])]))
+        self.exit(2, f"error: {sentence}; see {self.prog} --help\n")
+
+    def _is_unknown(self, text: str) -> bool:
+        """Whether a text looks like an option and is none; a number below 0 is a value."""
+        name = text.partition("=")[0]
+        if self._subparsers is not None or not name.startswith("-") or name == "-":
+            return False
+        if self._negative_number_matcher.match(text) or any(option.startswith(name) for option in self._options()):
+            return False
+        return name.startswith("--") or not any(name.startswith(short) for short in self._options() if len(short) == 2)
+
+    def _options(self) -> list[str]:
+        return list(self._option_string_actions)
+
+    def _meant(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self._option_string_actions, 1, 0.7)
+        return f", perhaps {near[0]}" if near else ""
+
+
+def _before_two_dashes(args: Sequence[str]) -> list[str]:
+    """What can be options: all before a --, behind which all is meant as it stands."""
+    return list(itertools.takewhile(lambda text: text != "--", args))
+
+
+class _Once(argparse._StoreAction):
+    """Stores a value; a second, other one is said before the work, and a second list refused: both may be meant."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = parser.seen.get(self.dest, values)
+        if option_string and before != values and before is not values:
+            if self.nargs == "+":
+                raise argparse.ArgumentError(self, f"is there twice; give all of them after one {option_string}")
+            sentence = f"{option_string} is there twice; the last counts, {values!s:.60}, and not {before!s:.60}"
+            namespace.repeated = [*getattr(namespace, "repeated", ()), sentence]
+        parser.seen[self.dest] = values
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m modular_concepts", description="Train concepts apart, sum them, draw them together."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="three concepts trained, summed, drawn and judged on the toy base",
+        description="Train three concepts on the toy base, sum them, draw them alone and together and judge the "
+        "pictures; writes concepts, pictures and a report.",
+    )
+    demo.add_argument("--out", type=typed_path, default=Path("demo_output"), help="folder (default demo_output)")
+    add_overwrite(demo)
+    demo.set_defaults(run=_demo)
+
+    pictures = commands.add_parser(
+        "pictures",
+        help="write the 16 pictures of a standard toy concept, to train on",
+        description="Write the 16 pictures of one of the toy base's standard concepts, with captions, and say the "
+        "command that trains on them.",
+    )
+    pictures.add_argument("concept", metavar="CONCEPT", help=f"one of {', '.join(STANDARD_NAMES)}")
+    pictures.add_argument("--out", type=typed_path, help="folder (default pictures/CONCEPT)")
+    add_overwrite(pictures)
+    pictures.set_defaults(run=_pictures)
+
+    add_train(commands)
+    add_merge(commands)
+    add_sample(commands)
+    add_inspect(commands)
+    add_export(commands)
+    return parser

@@ -1,0 +1,225 @@
+"""The command that draws: a prompt, any concepts with strengths, any regions."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from ..errors import AdapterError, listed
+from ..families.toy import TOY
+from .paths import (
+    add_overwrite,
+    base_named,
+    check_output,
+    concepts_at,
+    folder,
+    note,
+    note_repeated,
+    refuse_existing,
+    say,
+    typed_file,
+)
+from .progress import Bar
+
+MOST = 10_000  # pictures of one command
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
+
+
+def add_sample(commands) -> None:
+    sample = commands.add_parser(
+        "sample",
+        help="draw a prompt with any number of concepts and regions",
+        description="Draw a prompt with any number of concepts, each at its strength, and with prompts of their own "
+        "for parts of the picture.",
+    )
+    sample.add_argument("prompt", help="what to draw; a concept's trigger word, such as <rex>, calls it")
+    sample.add_argument(
+        "--concept",
+        action="append",
+        metavar="FILE[:STRENGTH]",
+        help="a concept or a LoRA (kohya's or diffusers' keys), at a strength from -100 to 100 (default 1); once for "
+        "each",
+    )
+    sample.add_argument(
+        "--region",
+        action="append",
+        metavar="LEFT,TOP,RIGHT,BOTTOM:PROMPT",
+        help="a box with a prompt of its own, as in 0,0,0.5,1:a <rex>; once for each",
+    )
+    sample.add_argument(
+        "--units",
+        choices=["fractions", "pixels"],
+        help="what boxes count: fractions of the picture, from 0 to 1 (default), or its pixels",
+    )
+    sample.add_argument(
+        "--mode",
+        choices=["gated", "merged"],
+        help="with regions: a concept acts in those alone that call it (gated, default), or everywhere (merged)",
+    )
+    sample.add_argument(
+        "--out",
+        type=typed_file,
+        help=f"the picture's file (default sample.png, or the first of sample-2.png, sample-3.png, ... that is free), "
+        f"ending in {', '.join(FORMATS)}; several are numbered",
+    )
+    add_overwrite(sample)
+    sample.add_argument("--base", default=TOY.name, help="toy (default), or the folder of a diffusers model")
+    sample.add_argument("--negative", default="", metavar="PROMPT", help="what not to draw (default nothing)")
+    sample.add_argument("--width", type=int, metavar="PIXELS", help="default the base's own, 32 for toy")
+    sample.add_argument("--height", type=int, metavar="PIXELS", help="default the base's own, 32 for toy")
+    sample.add_argument("--steps", type=int, default=20, help="how often the noise is taken down (default 20)")
+    sample.add_argument(
+        "--cfg", type=float, default=4.0, help="how strictly the prompt is followed; 1 is no guidance (default 4)"
+    )
+    sample.add_argument(
+        "--seed", type=int, default=0, help="the first picture's noise; the next has the next (default 0)"
+    )
+    sample.add_argument("--count", type=_count, default=1, help="how many pictures (default 1)")
+    sample.add_argument(
+        "--zoom", type=_count, default=1, help="enlarge the file, each pixel to ZOOM x ZOOM (default 1)"
+    )
+    sample.set_defaults(run=run_sample)
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    from ..crosstalk.report import warnings_on_base
+    from ..models.budget import check_zoom
+    from ..models.prompts import unheard_of
+    from ..regions.assignment import unheard
+    from ..regions.warnings import doubtful_places
+    from ..sampling import SampleSettings, check_drawing, customised, sample, warnings_on_guidance
+
+    paths = _outputs(args)
+    base = base_named(args.base)
+    concepts, strengths, _ = concepts_at(args.concept or [])
+    for sentence in warnings_on_base(concepts, base.hash, base.sample):
+        note(sentence)
+    settings = SampleSettings(args.steps, args.cfg, args.height, args.width, args.negative)
+    height = base.size[0] if args.height is None else args.height
+    width = base.size[1] if args.width is None else args.width
+    regions = [_region(text, args.units or "fractions", width, height) for text in args.region or []]
+    check_zoom(width, height, args.zoom)
+    seeds = [args.seed + number for number in range(args.count)]
+    check_drawing(base, seeds, settings)
+    written: list[Path] = []
+    bar = Bar("sample", args.steps * -(-args.count // settings.batch))
+    texts = [args.prompt, *(region.prompt for region in regions)]
+    learned = {word: rows.shape[-2] for concept in concepts for word, rows in concept.tokens.items()}
+    _warn_unknown(base, texts, list(learned))
+    for sentence in unheard_of(base, [*texts, *([args.negative] if args.negative else [])], learned):
+        note(sentence)
+    gated = bool(regions) and args.mode != "merged"
+    note_repeated(args)
+    size = (height // base.downscale, width // base.downscale)
+    for sentence in [
+        *_unread(args),
+        *_odd_prompts(args),
+        *warnings_on_guidance(args.cfg),
+        *doubtful_places(regions, size),
+    ]:
+        note(sentence)
+    stack = list(zip(concepts, strengths, strict=True))
+    for sentence in unheard(stack, args.prompt, regions, gated, "draw with --mode merged, where it acts everywhere"):
+        note(sentence)
+    how = dict(mode="gated", stack=stack) if gated else {}
+    try:
+        with bar as advance, nullcontext() if gated else customised(base, concepts, strengths) as tokens:
+            # A batch at a time, written before the next: all of them at once could be more than the memory holds.
+            for first in range(0, args.count, settings.batch):
+                some = seeds[first : first + settings.batch]
+
+                def step_done(done: int, _: int, before: int = args.steps * (first // settings.batch)) -> None:
+                    advance(before + done)
+
+                drawn = sample(base, [args.prompt] * len(some), some, tokens, settings, regions, step_done, **how)
+                for number, picture in enumerate(drawn, first):
+                    written.append(_write(paths[number], args.zoom, picture))
+    finally:
+        for number, path in enumerate(written):
+            say(f"wrote {path} (seed {seeds[number]})")
+
+
+def _unread(args: argparse.Namespace) -> list[str]:
+    """A sentence for each option that was typed and that this drawing does not read."""
+    from ..unread import GUIDANCE, SAMPLE, unread
+
+    given = [name for name in SAMPLE if getattr(args, name) not in (None, "", [])]
+    present = [*(["region"] if args.region else []), *([GUIDANCE] if args.cfg != 1 else [])]
+    return unread(SAMPLE, given, present=present, called=lambda name: f"--{name}")
+
+
+def _odd_prompts(args: argparse.Namespace) -> list[str]:
+    """Sentences on prompts that are empty, or the name of a file."""
+    said = [] if args.prompt.strip() else ["the prompt is empty, so what is drawn is by chance; say what to draw"]
+    for text in (args.prompt, args.negative):
+        if text.strip() and len(text) < 200 and os.path.isfile(text):
+            said.append(f"{text} is a file, but its name is read as the prompt; give the words that are in it")
+    return said
+
+
+def _outputs(args: argparse.Namespace) -> list[Path]:
+    """The files of all pictures, none of which is there, unless it may be replaced."""
+    out = args.out or Path("sample.png")
+    if out.suffix.lower() not in FORMATS:
+        raise AdapterError(f"{out}: a picture is written as {', '.join(FORMATS)}; give --out such an ending")
+    check_output(out)
+    for number in itertools.count(1):
+        stem = out.stem if number == 1 else f"{out.stem}-{number}"
+        stems = [stem] if args.count == 1 else [f"{stem}-{place:02d}" for place in range(args.count)]
+        paths = [out.with_stem(each) for each in stems]
+        if args.overwrite and (folders := [path for path in paths if path.is_dir()]):
+            raise AdapterError(f"{folders[0]} is a folder, which no picture replaces; choose another --out")
+        there = [] if args.overwrite else [path for path in paths if os.path.lexists(path)]
+        if there and args.out is not None:
+            refuse_existing(there[0])
+        if not there:
+            return paths
+    raise AssertionError
+
+
+def _write(path: Path, zoom: int, picture) -> Path:
+    from ..pictures import to_image
+    from ..storage.atomic import replacing
+
+    image = to_image(picture)
+    if zoom > 1:
+        image = image.resize((image.width * zoom, image.height * zoom), 0)
+    folder(path.parent)
+    with replacing(path) as file:
+        image.save(file, FORMATS[path.suffix.lower()])
+    return path
+
+
+def _region(text: str, units: str, width: int, height: int):
+    from ..regions.geometry import region_from
+
+    box, colon, prompt = text.partition(":")
+    try:
+        numbers = tuple(_as_typed(number) for number in box.split(","))
+    except ValueError:
+        numbers = ()
+    if not colon or len(numbers) != 4 or not prompt.strip():
+        raise AdapterError(f"region {text!r} is not LEFT,TOP,RIGHT,BOTTOM:PROMPT, as in 0,0,0.5,1:a <tom> on the beach")
+    return region_from(prompt.strip(), numbers, units == "pixels", None, 0.0, 1.0, "").placed(width, height)
+
+
+def _as_typed(text: str) -> float:
+    """A number that a message shows as it was typed: 2 and not 2.0."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+def _warn_unknown(base, prompts: Sequence[str], triggers: Sequence[str]) -> None:
+    unknown = sorted({word for prompt in prompts for word in base.unknown_words(prompt, triggers)})
+    if unknown:
+        note(f"the base does not know {listed(unknown, 10)}; these words change nothing")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of at least 1 and at most {MOST}")
+    return int(text)

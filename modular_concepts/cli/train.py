@@ -1,0 +1,353 @@
+"""The command that trains: a folder of pictures becomes a concept file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import AdapterError
+from ..families.toy import TOY
+from .options import add_training_options, chosen_preset
+from .paths import (
+    add_overwrite,
+    base_named,
+    check_concept_output,
+    folder,
+    named,
+    note,
+    note_repeated,
+    refuse_existing,
+    say,
+    typed_file,
+    typed_path,
+)
+from .progress import Bar, Interruption
+
+if TYPE_CHECKING:
+    from ..storage.keeping import Kept
+    from ..training.estimate import Estimate
+    from ..training.run import TrainResult
+    from ..training.settings import TrainSettings
+
+CHECKPOINT_EVERY = 100
+
+
+def add_train(commands) -> None:
+    train = commands.add_parser(
+        "train",
+        help="a folder of pictures, optional captions and masks -> a concept file",
+        description="Train one concept on a folder of pictures, with captions and masks where there are any, and write "
+        "it as a file that merge, sample and other programs read.",
+    )
+    train.add_argument("pictures", type=typed_path, help="folder: NAME.png, optional NAME.txt and NAME.mask.png")
+    train.add_argument("--name", required=True, help="the concept's name; its trigger word is <NAME>")
+    train.add_argument("--class-word", required=True, help="what the base calls it: man, dog, ...")
+    train.add_argument(
+        "--description",
+        type=str.strip,
+        default="",
+        metavar="WORDS",
+        help="what it looks like, in words that the base knows, such as 'man red shirt brown hair': the learned word "
+        "starts there (default: from the class word)",
+    )
+    train.add_argument("--out", type=typed_file, help="concept file (default concepts/NAME.safetensors)")
+    add_overwrite(train)
+    train.add_argument("--base", default=TOY.name, help="toy (default), or a diffusers folder")
+    add_training_options(train)
+    train.add_argument("--size", type=_size, help="WIDTHxHEIGHT to train at (default: the base's own)")
+    train.add_argument(
+        "--buckets", action="store_true", help="keep each picture's aspect, at sizes of about the same area"
+    )
+    train.add_argument("--cache", type=typed_path, metavar="DIR", help="folder to keep the pictures' latents in")
+    train.add_argument("--compact", action="store_true", help="leave the frozen factors out of the file")
+    train.add_argument(
+        "--checkpoints", type=typed_path, help="folder for checkpoints (default none: the training cannot be resumed)"
+    )
+    train.add_argument("--checkpoint-every", type=int, metavar="STEPS", help=f"default {CHECKPOINT_EVERY}")
+    train.add_argument("--resume", type=typed_path, help="a checkpoint, or a folder for its newest")
+    train.add_argument(
+        "--accept-changes", action="store_true", help="resume although pictures, captions, base or settings changed"
+    )
+    train.set_defaults(run=run_train)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from ..adapters.basis import OrthogonalBasis
+    from ..data.dataset import filled_in, load_folder, refuse_single
+    from ..files.modelspec import dated
+    from ..models.budget import check_pictures
+    from ..models.prompts import unheard_of
+    from ..models.targets import Targets
+    from ..toy.presets import SETTINGS, UNDESCRIBED, on_toy_base
+    from ..training.checkpoint import Changed, check_checkpoint
+    from ..training.loop import Unfinished
+    from ..training.ownership import Occupied
+    from ..training.settings import TrainSettings
+    from ..training.teach import Subject, check_training, concept_from, train_concept, trigger_of
+
+    name = named(args.name)
+    out = args.out or Path("concepts") / f"{name}.safetensors"
+    # Whether it holds the training that is resumed can be told once the pictures are read.
+    check_concept_output(out, args.overwrite or args.resume is not None)
+    if args.resume:
+        check_checkpoint(args.resume)
+    if args.checkpoints:
+        _check_checkpoints(args)
+    if args.cache:
+        folder(args.cache, "--cache")
+    base = base_named(args.base)
+    toy = base.architecture == TOY.name
+    usual = (SETTINGS if args.description else UNDESCRIBED) if toy else TrainSettings()
+    preset = chosen_preset(args, usual, lambda own: on_toy_base(own, described=bool(args.description)) if toy else own)
+    settings = replace(preset.settings, name=name)
+    if args.compact and settings.method in ("lora", "words"):
+        raise AdapterError(
+            f"--compact leaves out what is frozen, and method {settings.method} freezes nothing; leave it"
+        )
+    if args.checkpoints:
+        settings = replace(settings, checkpoint_every=_every(args))
+    height, width = args.size or base.size
+    if height % base.multiple or width % base.multiple:
+        raise AdapterError(
+            f"training size {width}x{height} does not fit this base; choose multiples of {base.multiple}"
+        )
+    check_pictures(base, width, height, 1, training=True)
+    trigger = trigger_of(name)
+    template = "a {concept}" if toy else "a photo of {concept}"
+    data = load_folder(
+        args.pictures, (height, width), (trigger,), template=template, buckets=args.buckets, multiple=base.multiple
+    )
+    note_repeated(args)
+    for sentence in _unread(args, settings.method, preset, base):
+        note(sentence)
+    for sentence in unheard_of(
+        base, filled_in(data, (trigger,)).captions, {trigger: settings.token_vectors}, "caption"
+    ):
+        note(sentence)
+    say(data.report.summary())
+    for remark in data.report.remarks():
+        note(remark)
+    refuse_single(data)
+    data = filled_in(data, (trigger,))
+    subject = Subject(
+        name,
+        data.pictures,
+        data.captions,
+        args.class_word,
+        data.masks,
+        data.fingerprint,
+        args.description,
+        data.repeats,
+    )
+    targets = Targets(preset.targets, preset.text_encoder_targets)
+    check_training(base, subject, settings, targets)
+    if args.resume and out.exists() and not args.overwrite and not _of_this_training(out, args.resume, subject, base):
+        refuse_existing(out)
+    prior, basis = _prior(base, args.class_word, preset.prior, height, width), OrthogonalBasis()
+    told: list[TrainResult] = []
+    fault = None
+    with Bar(f"train {name} ({settings.method})", settings.steps) as advance, Interruption() as interrupted:
+
+        def after_step(at) -> bool:
+            advance(at.step)
+            return interrupted()
+
+        try:
+            concept, result = train_concept(
+                base,
+                subject,
+                settings,
+                targets,
+                basis,
+                after_step,
+                args.checkpoints,
+                args.resume,
+                prior,
+                accept_changes=args.accept_changes,
+                set_aside=args.overwrite,
+                cache=args.cache,
+                estimate=partial(_announce, args, out, settings),
+                on_fault=told.append,
+            )
+        except Changed as error:
+            raise AdapterError(f"{error}; --accept-changes resumes all the same") from error
+        except Occupied as error:
+            raise _occupied(error, args.checkpoints) from error
+        except Unfinished as error:
+            fault, result = error, error.result
+        except Exception as error:
+            if not told:
+                raise
+            (result,) = told
+            fault = _unexpected(error, result)
+        interrupted.hold()
+        if fault is not None:
+            concept = concept_from(base, subject, result, basis, targets)
+        kept = _keep(args, dated(concept), result, out) if result.step else None
+    _end(args, result, kept, fault)
+
+
+def _keep(args: argparse.Namespace, concept, result: TrainResult, out: Path) -> Kept:
+    """Write what was learned: where it was to be, or, if that fails, wherever it can be."""
+    from ..files.concept import save_concept
+    from ..storage.keeping import keep, last_places
+
+    if not result.finished:
+        out = _free(out.with_name(f"{out.stem}-step{result.step}.safetensors"), args.overwrite)
+    places = [*filter(None, [args.checkpoints]), *last_places()]
+    kept = keep(lambda path: save_concept(concept, path, compact=args.compact), out, places)
+    say(f"wrote {kept.path}: {_what_learned(concept)}, last loss {result.losses[-1]:.4f}")
+    return kept
+
+
+def _end(args: argparse.Namespace, result: TrainResult, kept: Kept | None, fault: AdapterError | None) -> None:
+    """Raise what there is to say of a training that did not end as it should."""
+    from ..training.loop import Diverged
+
+    elsewhere = (
+        "" if kept is None or kept.fault is None else f"{kept.fault}. What was learned is in {kept.path} instead"
+    )
+    if fault is not None:
+        place = f" in {kept.path}" if kept else ""
+        rates = ". The learning rates are --adapter-lr and --token-lr" if isinstance(fault, Diverged) else ""
+        raise AdapterError(f"{fault}{place}{rates}{f', for {kept.fault}' if elsewhere else ''}") from fault
+    if elsewhere:
+        raise AdapterError(f"{kept.fault}. What was learned is in {kept.path} instead") from kept.fault
+    if not result.finished:
+        raise KeyboardInterrupt
+
+
+def _every(args: argparse.Namespace) -> int:
+    return CHECKPOINT_EVERY if args.checkpoint_every is None else args.checkpoint_every
+
+
+def _unread(args: argparse.Namespace, method: str, preset, base) -> list[str]:
+    """A sentence for each option that was typed and that this training does not read."""
+    from ..training.settings import TOKEN_STARTS
+    from ..unread import NOISE, ONE_ROW, TRAIN, unread
+
+    given = [name for name in TRAIN if getattr(args, name, None) not in (None, False, "")]
+    alone = len(base.word_rows(args.description or args.class_word)) == 1
+    there = {
+        "text_encoder": bool(preset.text_encoder_targets),
+        "prior": preset.prior > 0,
+        "checkpoints": args.checkpoints is not None,
+        "resume": args.resume is not None,
+        NOISE: True,
+        ONE_ROW: alone and preset.settings.token_start == TOKEN_STARTS[0],
+    }
+    present = [name for name, is_there in there.items() if is_there]
+    late = args.warmup is not None and args.warmup >= preset.settings.steps
+    said = [f"--warmup {args.warmup} is no shorter than --steps, so no rate is ever reached in full"] if late else []
+    rates = [preset.settings.token_lr, *([] if method == "words" else [preset.settings.adapter_lr])]
+    if not any(rates):
+        said.append("all learning rates are 0, so nothing is learned; leave --token-lr or --adapter-lr away")
+    return said + unread(TRAIN, given, method, present, lambda name: f"--{name.replace('_', '-')}")
+
+
+def _unexpected(error: Exception, result: TrainResult) -> AdapterError:
+    said = " ".join(str(error).split())[:300]
+    kind = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return AdapterError(
+        f"an unexpected fault after step {result.step} ({kind}). What was learned up to step {result.step} is kept"
+    )
+
+
+def _occupied(error, checkpoints: Path) -> AdapterError:
+    """With the ways out that the shell has."""
+    if not error.movable:
+        return AdapterError(str(error))
+    return AdapterError(
+        f"{error}: --resume {checkpoints}, another --checkpoints, or --overwrite, which moves them to "
+        f"{checkpoints / 'before'}"
+    )
+
+
+def _check_checkpoints(args: argparse.Namespace) -> None:
+    """Refuse another training's folder before the base is loaded; say what will be moved."""
+    from ..training.ownership import Occupied, check_folder
+
+    folder(args.checkpoints, "--checkpoints")
+    try:
+        check_folder(args.checkpoints, args.resume)
+    except Occupied as error:
+        if not (args.overwrite and error.movable):
+            raise _occupied(error, args.checkpoints) from error
+        there = str(error).partition(";")[0]
+        note(f"{there}; they move to {args.checkpoints / 'before'}")
+
+
+def _announce(args: argparse.Namespace, out: Path, settings: TrainSettings, estimate: Estimate) -> None:
+    """Say what the training will take, and refuse what this machine does not have."""
+    from ..models.budget import machine_memory
+    from ..storage.keeping import check_room
+    from ..training.ownership import checkpoints_to_come
+
+    room = machine_memory()
+    if room is not None and estimate.memory_bytes > room:
+        raise AdapterError(
+            f"this training would take about {estimate.memory_bytes / 2**30:.3g} GiB of memory beside the model, and "
+            f"this machine has {room / 2**30:.3g} GiB; lower --batch or --size, or add --gradient-checkpointing"
+        )
+    needs = [(out.parent, estimate.concept_bytes)]
+    if args.checkpoints:
+        count = checkpoints_to_come(args.checkpoints, settings, estimate.done)
+        needs.append((args.checkpoints, count * estimate.checkpoint_bytes))
+    check_room(needs)
+    say(str(estimate))
+
+
+def _of_this_training(out: Path, checkpoint: Path, subject, base) -> bool:
+    """Whether a concept file came from the training that a checkpoint is of: settings, pictures and base."""
+    from ..files.concept import load_concept
+    from ..training.checkpoint import checkpoint_settings
+
+    try:
+        recipe = load_concept(out).recipe
+    except AdapterError:
+        return False
+    settings = checkpoint_settings(checkpoint)
+    same = {name: recipe.training.get(name) for name in settings} == settings
+    return same and (recipe.base_hash, recipe.origin.get("fingerprint")) == (base.hash, subject.fingerprint)
+
+
+def _free(path: Path, overwrite: bool) -> Path:
+    """The path, or with a number where a file is there already: what was learned must find a place."""
+    number, free = 1, path
+    while os.path.lexists(free) and not overwrite:
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
+
+
+def _what_learned(concept) -> str:
+    ranks = sorted({adapter.rank for adapter in concept.layers.values()})
+    if not ranks:
+        return f"{' '.join(concept.tokens)}, no layers"
+    if all(adapter.kind == "full" for adapter in concept.layers.values()):
+        return f"{len(concept.layers)} layers in full"
+    return f"{len(concept.layers)} layers of rank {ranks[-1]}"
+
+
+def _prior(base, class_word: str, count: int, height: int, width: int):
+    """Pictures of the base's own for prior preservation, in the training's size, or None."""
+    from ..sampling import SampleSettings
+    from ..training.teach import prior_examples
+
+    if count < 1:
+        return None
+    settings = SampleSettings(steps=12, height=height, width=width, batch=24)
+    with Bar("draw what the base knows", settings.steps * -(-count // settings.batch)) as advance:
+        return prior_examples(base, class_word, count, 1000, settings, lambda done, total: advance(done))
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(height), int(width)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as in 512x512") from error

@@ -1,0 +1,93 @@
+"""Several concepts as one: the exact merge as a concept of its own, for files and for any program that reads LoRAs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .. import __version__
+from ..adapters.low_rank import LowRank
+from ..concept import Concept, Recipe
+from ..errors import AdapterError
+from . import DEFAULTS, NOTHING, Evidence, MergeOptions, merge_concepts
+from .compatibility import refuse_other_basis, refuse_shared_triggers, voice_of
+
+SAMPLE = "base_sample"
+
+
+def merged_concept(
+    name: str,
+    concepts: Sequence[Concept],
+    strengths: Sequence[float],
+    how: str = "sum",
+    literal: bool = False,
+    options: MergeOptions = DEFAULTS,
+    evidence: Evidence = NOTHING,
+) -> Concept:
+    """One concept that holds the exact merge of several: ranks add up, strengths are inside, trigger words are kept.
+
+    how and all after it: as `merge_concepts`.  Families that drop single weights leave a layer no low rank, and its
+    adapter is then as wide as the layer is.
+    Raises AdapterError for concepts of two architectures, of two orthogonal bases, or with one trigger word.
+    """
+    check_together(concepts)
+    merged = merge_concepts(concepts, strengths, how, literal, options, evidence)
+    return as_concept(name, concepts, strengths, how, {layer: own.as_low_rank() for layer, own in merged.items()})
+
+
+def check_together(concepts: Sequence[Concept]) -> None:
+    """Raise AdapterError for concepts that no merge can hold, whatever the model."""
+    known = {concept.recipe.architecture: concept.name for concept in concepts if concept.recipe.architecture}
+    if len(known) > 1:
+        (first, one), (second, other), *_ = known.items()
+        raise AdapterError(
+            f"{one} was trained on {first!r} and {other} on {second!r}: they were trained on different architectures; "
+            "merge concepts of one"
+        )
+    refuse_shared_triggers(concepts)
+    refuse_other_basis(concepts)
+
+
+def as_concept(
+    name: str, concepts: Sequence[Concept], strengths: Sequence[float], how: str, layers: Mapping[str, LowRank]
+) -> Concept:
+    """The concept of a merge whose layers are there already: words, triggers and where it comes from are its parts'."""
+    rank = max((adapter.rank for adapter in layers.values()), default=1)
+    parts = list(zip(concepts, strengths, strict=True))
+    sample = _common(concept.recipe.origin.get(SAMPLE) for concept in concepts)
+    recipe = Recipe(
+        method="lora",
+        rank=rank,
+        alpha=float(rank),
+        base_hash=_common(concept.recipe.base_hash for concept in concepts),
+        architecture=_common(concept.recipe.architecture for concept in concepts),
+        triggers=tuple(
+            dict.fromkeys(word for concept in concepts for word in concept.recipe.triggers or tuple(concept.tokens))
+        ),
+        origin={
+            "program": f"modular-concepts {__version__}",
+            SAMPLE: sample,
+            "merge": how,
+            "words": {
+                word: {"class_word": class_word, "strength": share * min(1.0, max(0.0, strength))}
+                for concept, strength in parts
+                for word in concept.tokens
+                for class_word, share in (voice_of(concept, word),)
+            },
+            "parts": [
+                {"name": concept.name, "strength": strength, "origin": _origin(concept, sample)}
+                for concept, strength in parts
+            ],
+        },
+    )
+    return Concept(name, layers, {word: rows for concept in concepts for word, rows in concept.tokens.items()}, recipe)
+
+
+def _origin(concept: Concept, sample: str) -> dict[str, object]:
+    """A part's origin, without the sample of the base that the whole says already."""
+    return {key: value for key, value in concept.recipe.origin.items() if key != SAMPLE or value != sample}
+
+
+def _common(values) -> str:
+    """What all that say something say, or ""."""
+    said = {value for value in values if isinstance(value, str) and value}
+    return said.pop() if len(said) == 1 else ""

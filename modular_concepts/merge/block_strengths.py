@@ -1,0 +1,94 @@
+"""Strengths for parts of a model: "mid=0.5, up 1=0, text=0.8" on top of a concept's own strength.
+
+Blocks go by name (`layers.block_of`), so that a model with fewer of them shifts nothing: down 0, mid, up 1, text 3.
+`down`, `up` and `text` stand for all of their kind; `other` for what is in none.  Later entries win.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..adapters.low_rank import LowRank
+from ..errors import AdapterError
+from ..models.layers import block_of
+
+_ENTRY = re.compile(
+    r"\s*(?:(?P<kind>down|up|text)(?:\s+(?P<number>\d{1,3}))?|(?P<single>mid|other))\s*=\s*(?P<value>.+?)\s*"
+)
+EXAMPLE = "mid=0.5, up 1=0, text=0.8"
+MOST = 100.0  # what the host's own loaders take; LoRAs that are sliders are used far beyond 1
+
+
+def check_strength(what: str, strength: float) -> None:
+    """Raise AdapterError for a strength of a whole concept that is no number, or beyond MOST either way."""
+    if not -MOST <= strength <= MOST:
+        raise AdapterError(
+            f"{what}: strength is {strength:g}; give one from -{MOST:g} to {MOST:g}, 1 is as it was trained"
+        )
+
+
+def unfelt(names: Sequence[str], strengths: Sequence[float]) -> list[str]:
+    """A sentence on concepts of strength 0, by their names in order."""
+    silent = [name for name, strength in zip(names, strengths, strict=True) if strength == 0]
+    if silent and len(silent) == len(names):
+        return ["every strength is 0, so the merge changes no layer; 1 is a concept as it was trained"]
+    return [f"{name} has strength 0, so nothing of what its layers learned is in the merge" for name in silent]
+
+
+@dataclass(frozen=True)
+class BlockStrengths:
+    """(block or kind, factor) in order; a block that none names has factor 1."""
+
+    entries: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> BlockStrengths:
+        """Read what a person typed; commas, semicolons or lines between entries.  Raises AdapterError."""
+        entries = []
+        for part in re.split(r"[,;\n]", text):
+            if not part.strip():
+                continue
+            found = _ENTRY.fullmatch(part.lower())
+            value = _number(found["value"]) if found else None
+            if value is None:
+                raise AdapterError(
+                    f"block strength {part.strip()[:60]!r} is not like {EXAMPLE}; blocks are down N, mid, up N and "
+                    "text N, or down, up, text for all of a kind"
+                )
+            name = found["single"] or " ".join(
+                filter(None, (found["kind"], found["number"] and str(int(found["number"]))))
+            )
+            entries.append((name, value))
+        return cls(tuple(entries))
+
+    def of(self, layer: str) -> float:
+        """The factor of a layer, by its canonical name."""
+        block, factor = block_of(layer), 1.0
+        for name, value in self.entries:
+            if name in (block, block.split(" ")[0]):
+                factor = value
+        return factor
+
+    def unmet(self, layers: Iterable[str]) -> list[str]:
+        """The blocks that are named and of which there is no layer, by its canonical name."""
+        blocks = {part for layer in layers for block in (block_of(layer),) for part in (block, block.split(" ")[0])}
+        return [name for name in dict.fromkeys(name for name, _ in self.entries) if name not in blocks]
+
+    def on(self, layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
+        """The adapters times their blocks' factors; those of factor 0 are left out."""
+        return {
+            name: adapter.replace(alpha=adapter.alpha * factor)
+            for name, adapter in layers.items()
+            if (factor := self.of(name)) != 0
+        }
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

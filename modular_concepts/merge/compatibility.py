@@ -1,0 +1,145 @@
+"""Whether concepts fit a base and each other, and what they then are for it: merged layers and learned words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..adapters.low_rank import check_adapter, shaped_for
+from ..concept import Concept
+from ..errors import AdapterError
+from . import DEFAULTS, NOTHING, Evidence, Merged, MergeOptions, merge_concepts
+
+WordRows = Callable[[str], Tensor]
+
+
+def fitted(
+    architecture: str,
+    shapes: Mapping[str, Sequence[int]],
+    concepts: Sequence[Concept],
+    strengths: Sequence[float],
+    how: str = "sum",
+    literal: bool = False,
+    options: MergeOptions = DEFAULTS,
+    evidence: Evidence = NOTHING,
+    word_rows: WordRows | None = None,
+) -> tuple[dict[str, Merged], dict[str, Tensor]]:
+    """(canonical layer name -> merged layer, trigger word -> rows) of concepts on a base.
+
+    architecture, shapes (canonical name -> weight's shape): the base's.  how and all after it: as `merge_concepts`.
+    word_rows: the base's, and learned words follow their concepts' strengths (`faded_words`); None: as learned.
+    Raises AdapterError for a concept of another base, for two that share a trigger word, and for concepts on
+    different orthogonal bases.
+    """
+    concepts = fitting_concepts(architecture, shapes, concepts)
+    refuse_other_basis(concepts)
+    merged = merge_concepts(concepts, strengths, how, literal, options, evidence) if concepts else {}
+    return merged, faded_words(concepts, strengths, word_rows)
+
+
+def fitting_concepts(
+    architecture: str, shapes: Mapping[str, Sequence[int]], concepts: Sequence[Concept]
+) -> list[Concept]:
+    """Concepts with adapters in the shapes of a base's weights, each by itself.
+
+    Raises AdapterError for a concept of another base, and for two that share a trigger word.
+    """
+    for concept in concepts:
+        check_architecture(concept, architecture)
+    refuse_shared_triggers(concepts)
+    return [_on_base(concept, shapes) for concept in concepts]
+
+
+def _on_base(concept: Concept, shapes: Mapping[str, Sequence[int]]) -> Concept:
+    """The concept with adapters in the shapes of the base's weights.  Raises AdapterError where one does not fit."""
+    layers = {}
+    for layer, adapter in concept.layers.items():
+        if layer not in shapes:
+            raise AdapterError(
+                f"{concept.name}, {layer}: the base has no layer of this name; "
+                "the concept was trained on another architecture"
+            )
+        layers[layer] = shaped_for(adapter, shapes[layer])
+        check_adapter(f"{concept.name}, {layer}", layers[layer], shapes[layer])
+    changed = any(layers[layer] is not adapter for layer, adapter in concept.layers.items())
+    return replace(concept, layers=layers) if changed else concept
+
+
+def faded_words(
+    concepts: Sequence[Concept], strengths: Sequence[float], word_rows: WordRows | None
+) -> dict[str, Tensor]:
+    """Trigger word -> rows, between the class word's (strength 0) and as learned (1 and above).
+
+    A concept's word says as much of it as its layers do, so a strength that left the word alone would leave the
+    concept in the picture.  Without a class word that the base knows, or without word_rows, words stay as learned.
+    word_rows(text): (k, width) rows of the base's token table.
+    """
+    words = {}
+    for concept, strength in zip(concepts, strengths, strict=True):
+        for word, rows in concept.tokens.items():
+            class_word, own = voice_of(concept, word)
+            share = own * min(1.0, max(0.0, strength))
+            start = word_rows(class_word) if word_rows and share < 1 else rows[:0]
+            if len(start) and start.shape[-1] == rows.shape[-1]:
+                start = start.to(rows)[torch.arange(rows.shape[-2]) % len(start)]
+                rows = torch.lerp(start.expand_as(rows), rows, share)
+            words[word] = rows
+    return words
+
+
+def voice_of(concept: Concept, word: str) -> tuple[str, float]:
+    """(the class word that a trigger goes back to, how much of it is said at strength 1).
+
+    A saved merge notes both for each of its words (`merge.as_concept.merged_concept`), for its parts had strengths.
+    """
+    noted = concept.recipe.origin.get("words")
+    entry = noted.get(word) if isinstance(noted, Mapping) else None
+    if isinstance(entry, Mapping):
+        class_word, share = entry.get("class_word"), entry.get("strength")
+        if isinstance(class_word, str) and isinstance(share, int | float) and 0 <= share <= 1:
+            return class_word, float(share)
+    return concept.recipe.class_word, 1.0
+
+
+def check_architecture(concept: Concept, architecture: str) -> None:
+    """Raise AdapterError for a concept that was trained on another family of models."""
+    if concept.recipe.architecture not in ("", architecture):
+        raise AdapterError(
+            f"{concept.name} was trained on {concept.recipe.architecture!r}, "
+            f"this base is {architecture!r}; train it on this base or load the base it belongs to"
+        )
+
+
+def refuse_shared_triggers(concepts: Sequence[Concept]) -> None:
+    """Raise AdapterError when two concepts answer to one word."""
+    owners: dict[str, Concept] = {}
+    for concept in concepts:
+        for word, rows in concept.tokens.items():
+            if word in owners:
+                raise AdapterError(_shared(word, owners[word], concept, rows.equal(owners[word].tokens[word])))
+            owners[word] = concept
+
+
+def _shared(word: str, one: Concept, other: Concept, same: bool) -> str:
+    if one.name != other.name:
+        return f"{one.name} and {other.name} both answer to {word}; use one of them, or train one under another name"
+    if same:
+        return f"{one.name} is there twice, and both answer to {word}; leave one away and set the strength of the other"
+    return f"two concepts called {one.name} both answer to {word}; use one of them, or train one under another name"
+
+
+def refuse_other_basis(concepts: Sequence[Concept]) -> None:
+    """Raise AdapterError for two shared bases: slots keep concepts apart only within one."""
+    seen: dict[str, str] = {}
+    for concept in concepts:
+        if concept.recipe.basis is not None:
+            seen.setdefault(concept.recipe.basis, concept.name)
+    if len(seen) > 1:
+        (first, one), (second, other), *_ = seen.items()
+        raise AdapterError(
+            f"{one} was trained on shared basis {first}, {other} on {second}, so they would disturb each other; "
+            "train them on one basis, or save one as a plain LoRA to merge it all the same"
+        )

@@ -1,0 +1,95 @@
+"""What the prompts of one batch of pictures say to a headless base, and which concepts act on it meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ..adapters.attach import attached
+from ..adapters.sites import with_sites
+from ..merge.compatibility import faded_words, fitted, fitting_concepts
+from ..models.base import BaseModel
+from ..text.contexts import Context, joined, text_of
+from .assignment import Stack
+from .attention import regional_attention
+from .gating import Gate
+from .shares import Places
+
+
+class Speaking:
+    """The global prompt and the regions' own, on a base that is not changed.
+
+    tokens: learned words beside those of the stack.  acts: which concepts act where, as `acting` has it.
+    Raises AdapterError for concepts that do not fit the base.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        places: Places,
+        tokens: Mapping[str, Tensor],
+        stack: Stack,
+        acts: Sequence[tuple[int, ...]],
+    ):
+        self.base, self.places = base, places
+        self.layers = with_sites(base.layers(("all_linear",), ("all_linear",))) if stack else {}
+        self.acts = acts
+        concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
+        self.shapes = {name: module.weight.shape for name, module in self.layers.items()}
+        fitting = fitting_concepts(base.architecture, self.shapes, concepts)
+        self.stack = list(zip(fitting, strengths, strict=True))
+        self.tokens = {**tokens, **faded_words(concepts, strengths, base.word_rows)}
+        self.gate = Gate(self.stack, self.acts, places, self.layers) if stack else None
+
+    def contexts(self, prompts: Sequence[str], negative: str | None) -> tuple[Context, list[Tensor]]:
+        """(the pictures' context, each region's text), rows of the negative first where there is one."""
+        count = len(prompts)
+        whole = self._context(0, prompts)
+        if negative is not None:
+            whole = joined([self._context(0, [negative] * count), whole])
+        regional = []
+        for number, region in enumerate(self.places.regions, start=1):
+            own = self._context(number, [region.prompt] * count)
+            if negative is not None:
+                said = negative if region.negative is None else region.negative
+                own = joined([self._context(number, [said] * count), own])
+            regional.append(text_of(own))
+        return whole, regional
+
+    def _context(self, text: int, prompts: Sequence[str]) -> Context:
+        """Prompts as the text encoder reads them with the concepts of one text."""
+        own = [self.stack[number] for number in self.acts[text]]
+        adapters = {}
+        if own:
+            merged, _ = fitted(self.base.architecture, self.shapes, *zip(*own, strict=True))
+            adapters = {name: layer for name, layer in merged.items() if not name.startswith("unet.")}
+        with attached(self.layers, adapters):
+            return self.base.context(prompts, self.tokens)
+
+    @contextmanager
+    def acting(self, texts: Sequence[Tensor], latent_size: tuple[int, int]) -> Iterator[Callable[[float], None]]:
+        """Within the block the base draws by region; yields what to tell how far the sampling is, 0..1.
+
+        texts: each region's, from `contexts`; latent_size: (height, width) of the latents.
+        """
+        now, gate = [0.0], self.gate
+
+        def at(progress: float) -> None:
+            now[0] = progress
+            if gate is not None:
+                gate.now = (latent_size, progress)
+
+        def speak(text: int) -> None:
+            if gate is not None:
+                gate.speaking = text
+
+        at(0.0)
+        regional = torch.stack(list(texts)) if texts else None
+        with (
+            regional_attention(self.base.unet, self.places, regional, latent_size, lambda: now[0], speak),
+            gate.attached(self.layers) if gate is not None else nullcontext(),
+        ):
+            yield at
