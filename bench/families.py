@@ -30,10 +30,10 @@ from modular_concepts.concept import Concept
 from modular_concepts.crosstalk.measures import crosstalk_table
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.moments import Recorded, load_moments, moments_path, save_moments
-from modular_concepts.merge import NOTHING, Evidence, Merged, MergeOptions, merge_concepts
-from modular_concepts.merge.compatibility import faded_words
-from modular_concepts.merge.orthogonalize import orthogonal_concepts
-from modular_concepts.merge.truncation import share_kept
+from modular_concepts.merging import NOTHING, Evidence, Merged, MergeOptions, merge_concepts
+from modular_concepts.merging.compatibility import faded_words
+from modular_concepts.merging.orthogonalize import orthogonal_concepts
+from modular_concepts.merging.truncation import share_kept
 from modular_concepts.models.base import BaseModel
 from modular_concepts.models.fingerprint import concept_mark
 from modular_concepts.models.targets import Targets, concept_layers
@@ -65,7 +65,7 @@ GROUPS = {"lora": "LoRA", "orthogonal": "orthogonal", "block": "block", "custom_
 class Family:
     """A row.  how: "alone", "descent" (fusion by L-BFGS) or one of `merge.FAMILIES`.
 
-    first: how the concepts are made orthogonal before, see `merge/orthogonalize.py`.
+    first: how the concepts are made orthogonal before, see `merging/orthogonalize.py`.
     """
 
     name: str

@@ -25,9 +25,9 @@ from bench.descent import fused_by_descent
 from modular_concepts.adapters.attach import attached
 from modular_concepts.concept import Concept
 from modular_concepts.files.concept import load_concept
-from modular_concepts.merge import Evidence, MergeOptions, merge_concepts
-from modular_concepts.merge.dense import MergedDense
-from modular_concepts.merge.moments import inputs_of
+from modular_concepts.merging import Evidence, MergeOptions, merge_concepts
+from modular_concepts.merging.dense import MergedDense
+from modular_concepts.merging.moments import inputs_of
 from modular_concepts.models.base import BaseModel
 from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.recording import DRAWING, trigger_of

@@ -24,8 +24,8 @@ from bench.fusion import NEW, SAID
 from modular_concepts.adapters.attach import attached
 from modular_concepts.concept import Concept
 from modular_concepts.files.concept import load_concept
-from modular_concepts.merge import Evidence, Merged, merge_concepts
-from modular_concepts.merge.moments import Moment, recording
+from modular_concepts.merging import Evidence, Merged, merge_concepts
+from modular_concepts.merging.moments import Moment, recording
 from modular_concepts.models.base import BaseModel
 from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.recording import trigger_of

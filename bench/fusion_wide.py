@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from modular_concepts.adapters.low_rank import LowRank, new_lora
-from modular_concepts.merge.fusion import EXACT, fused_factors
-from modular_concepts.merge.moments import Moment
+from modular_concepts.merging.fusion import EXACT, fused_factors
+from modular_concepts.merging.moments import Moment
 from modular_concepts.seeds import seeded
 
 WIDTH, OUT, RANK = 768, 64, 4

@@ -20,7 +20,7 @@ from merge_work import Machine, made_work, medians, timed
 
 from bench.given_base import GivenBase
 from modular_concepts.adapters import low_rank as adapters
-from modular_concepts.merge import merge_concepts
+from modular_concepts.merging import merge_concepts
 from modular_concepts.models.schedules import NoiseSchedule
 from modular_concepts.training.loop import train
 from modular_concepts.training.problem import Examples, Problem

@@ -67,7 +67,7 @@ def counted(args: argparse.Namespace, machine, weights: dict, count: int) -> dic
     from merge_work import Peft, core_chain, made_work, medians, peak_extra, timed
 
     from modular_concepts.adapters import low_rank as adapters
-    from modular_concepts.merge import add_concepts
+    from modular_concepts.merging import add_concepts
 
     work = made_work(adapters, weights, count, args.rank)
     base = {name: weight.clone() for name, weight in list(weights.items())[::12]}
@@ -100,7 +100,7 @@ def check(work, base: dict, count: int) -> None:
     """What is timed is right: our sum and core's arithmetic give one weight, and it moved."""
     from merge_work import STRENGTH
 
-    from modular_concepts.merge import merge_concepts
+    from modular_concepts.merging import merge_concepts
 
     merged = merge_concepts(work.sums, work.strengths)
     for name, kept in base.items():

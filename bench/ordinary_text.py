@@ -23,7 +23,7 @@ from torch import Tensor
 from modular_concepts.adapters.low_rank import new_full
 from modular_concepts.concept import Concept, Recipe
 from modular_concepts.files.concept import load_concept
-from modular_concepts.merge import Evidence, custom_diffusion, merge_concepts
+from modular_concepts.merging import Evidence, custom_diffusion, merge_concepts
 from modular_concepts.models.base import BaseModel
 from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.recording import length_of, text_features, usual_text

@@ -18,4 +18,4 @@ FAMILIES = {
     "ties": "the weights that agree with the majority's sign, averaged; destroys orthogonality",
     "svd": "the sum cut to a lower rank; small files, but orthogonal concepts lose most by it",
 }
-DENSITY, SEED, RANK, RIDGE = 0.5, 0, 64, 0.1  # of a merge: see `merge/options.py`
+DENSITY, SEED, RANK, RIDGE = 0.5, 0, 64, 0.1  # of a merge: see `merging/options.py`

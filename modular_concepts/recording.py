@@ -14,7 +14,7 @@ from torch import Tensor
 from .adapters.sites import with_sites
 from .concept import Concept
 from .errors import AdapterError
-from .merge.moments import Recorder, recording
+from .merging.moments import Recorder, recording
 from .models.base import BaseModel
 from .models.targets import EVERYTHING, concept_layers
 from .sampling import SampleSettings, customised, sample

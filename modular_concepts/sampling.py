@@ -16,7 +16,7 @@ from .adapters.attach import attached
 from .adapters.sites import with_sites
 from .concept import Concept
 from .errors import AdapterError
-from .merge.compatibility import fitted
+from .merging.compatibility import fitted
 from .models.base import BaseModel
 from .models.budget import check_pictures
 from .models.targets import EVERYTHING, concept_layers

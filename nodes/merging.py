@@ -10,8 +10,8 @@ from ..host.merging.notices import APPLY, merged_by
 from ..host.merging.weights import concept_inside
 from ..host.messages import show_text
 from ..host.training.train import lora_of
-from ..modular_concepts.merge import FAMILIES, MergeOptions
-from ..modular_concepts.merge.orthogonalize import WAYS, orthogonal_concepts
+from ..modular_concepts.merging import FAMILIES, MergeOptions
+from ..modular_concepts.merging.orthogonalize import WAYS, orthogonal_concepts
 from ..modular_concepts.recording import PROMPTS
 from . import stacks
 from .types import CONCEPT, CONCEPT_STACK, apply_input, many_concepts_input

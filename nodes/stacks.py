@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
-from ..modular_concepts.merge import BlockStrengths
+from ..modular_concepts.merging import BlockStrengths
 from ..modular_concepts.regions.assignment import called
 
 Stack = tuple[tuple[Concept, float], ...]

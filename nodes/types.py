@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..host.merging.notices import APPLY
 from ..modular_concepts.errors import AdapterError
-from ..modular_concepts.merge.block_strengths import EXAMPLE, MOST, check_strength
+from ..modular_concepts.merging.block_strengths import EXAMPLE, MOST, check_strength
 
 LORA_STACK = io.Custom("LORA_STACK")
 CONCEPT = io.Custom("CONCEPT")

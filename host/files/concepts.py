@@ -22,7 +22,7 @@ from ...modular_concepts.files.kohya import export_kohya
 from ...modular_concepts.files.lora import read_concept
 from ...modular_concepts.files.modelspec import dated, saying, trigger_phrase
 from ...modular_concepts.files.moments import FORMER, is_moments
-from ...modular_concepts.merge.as_concept import merged_concept
+from ...modular_concepts.merging.as_concept import merged_concept
 from ...modular_concepts.storage.atomic import all_or_none
 from ...modular_concepts.storage.keeping import Kept, free_name, keep, last_places
 from ...modular_concepts.storage.names import safe_child, safe_name

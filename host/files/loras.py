@@ -19,7 +19,7 @@ from ...modular_concepts.concept import Concept
 from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.files.bundled import with_plain_words
 from ...modular_concepts.files.lora import Place, by_rule, import_lora, lora_concept, told_apart
-from ...modular_concepts.merge.block_strengths import check_strength
+from ...modular_concepts.merging.block_strengths import check_strength
 from ..layers import host_layers
 from .folders import path_of
 

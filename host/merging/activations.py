@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...modular_concepts.adapters.low_rank import ConvGeometry
-from ...modular_concepts.merge import Merged, MergedSum
+from ...modular_concepts.merging import Merged, MergedSum
 from ..called import Called, uncompiled
 
 NAME = "modular_concepts"
@@ -26,8 +26,8 @@ NAME = "modular_concepts"
 class Beside:
     """One merged layer on the device and in the precision of what its module reads, prepared once for each.
 
-    A sum prepares its factors without strengths (`merge/sums.py`), and shares them with the sum of the same concepts at
-    other strengths: a slider that moves copies nothing.
+    A sum prepares its factors without strengths (`modular_concepts/merging/sums.py`), and shares them with the sum of
+    the same concepts at other strengths: a slider that moves copies nothing.
     """
 
     def __init__(self, merged: Merged):

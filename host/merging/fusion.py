@@ -19,8 +19,8 @@ import torch
 from ...modular_concepts.concept import Concept
 from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.files.moments import Recorded, load_moments, moments_path, recorded_from, save_moments, why_not
-from ...modular_concepts.merge import Evidence, MergeOptions
-from ...modular_concepts.merge.moments import Moment, recording
+from ...modular_concepts.merging import Evidence, MergeOptions
+from ...modular_concepts.merging.moments import Moment, recording
 from ...modular_concepts.models.fingerprint import concept_mark
 from ...modular_concepts.recording import PROMPTS, trigger_of
 from ..called import uncompiled
@@ -67,7 +67,7 @@ def fused(
     anew: bool = False,
     beside: bool = False,
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, str]:
-    """(MODEL, CLIP, where each concept's moments came from and warnings, for a person); see `merge/fusion.py`.
+    """(MODEL, CLIP, where each concept's moments came from and warnings, for a person); see `merging/fusion.py`.
 
     anew: record also what a file beside the concept already says.  beside: as `merged`.
     """

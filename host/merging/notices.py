@@ -10,8 +10,8 @@ import comfy.sd
 
 from ...modular_concepts.concept import Concept
 from ...modular_concepts.crosstalk.report import warnings_between, warnings_on_base
-from ...modular_concepts.merge import NOTHING, MergeOptions, merge_concepts
-from ...modular_concepts.merge.truncation import share_kept
+from ...modular_concepts.merging import NOTHING, MergeOptions, merge_concepts
+from ...modular_concepts.merging.truncation import share_kept
 from ...modular_concepts.unread import MERGE, unread
 from ..layers import base_sample, known_hash, quantised
 from ..messages import show_text

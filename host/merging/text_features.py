@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...modular_concepts.concept import Concept
-from ...modular_concepts.merge import Evidence
+from ...modular_concepts.merging import Evidence
 from ...modular_concepts.recording import PROMPTS, length_of, refuse_layerwise, rows_of_word, trigger_of, usual_rows
 from ..families.lookup import host_family_of
 from ..text.words import encode_prompt

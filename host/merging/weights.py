@@ -19,7 +19,7 @@ from torch import Tensor
 from ...modular_concepts.adapters.low_rank import ConvGeometry, LowRank
 from ...modular_concepts.concept import Concept, same_concept
 from ...modular_concepts.errors import AdapterError
-from ...modular_concepts.merge import (
+from ...modular_concepts.merging import (
     DEFAULTS,
     NOTHING,
     Evidence,
@@ -31,8 +31,8 @@ from ...modular_concepts.merge import (
     MergeOptions,
     merged_factors,
 )
-from ...modular_concepts.merge.as_concept import as_concept
-from ...modular_concepts.merge.compatibility import fitted
+from ...modular_concepts.merging.as_concept import as_concept
+from ...modular_concepts.merging.compatibility import fitted
 from ..layers import architecture_of, host_layers
 from ..text.layerwise import cross_attention_layers, refuse_other_layers, with_layers
 from ..text.words import class_words_of, learned_words, with_tokens, word_rows

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ...modular_concepts.errors import AdapterError
-from ...modular_concepts.merge.compatibility import faded_words, fitted, fitting_concepts
+from ...modular_concepts.merging.compatibility import faded_words, fitted, fitting_concepts
 from ...modular_concepts.regions.assignment import Stack
 from ...modular_concepts.regions.gating import Gate
 from ...modular_concepts.regions.shares import Places

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...modular_concepts.concept import Concept
 from ...modular_concepts.errors import AdapterError, listed
 from ...modular_concepts.families import encoder_names, reader_names
-from ...modular_concepts.merge.compatibility import faded_words, refuse_shared_triggers
+from ...modular_concepts.merging.compatibility import faded_words, refuse_shared_triggers
 from ...modular_concepts.models.cross_attention import first_positions
 from ...modular_concepts.text.triggers import TRIGGER, between, heard, replaced
 from ...modular_concepts.text.words import caption_ids, learned_rows, token_ids

@@ -30,7 +30,7 @@ from .paths import (
 )
 
 if TYPE_CHECKING:
-    from ..merge import Evidence, MergeOptions
+    from ..merging import Evidence, MergeOptions
 
 FORMATS = ("kohya", "diffusers", "concept", "compact")
 MOST_WORDS, LONGEST = 20, 1000  # of what inspect shows of one file
@@ -149,10 +149,10 @@ def _add_said(command: argparse.ArgumentParser) -> None:
 def run_merge(args: argparse.Namespace) -> None:
     from ..crosstalk.report import warnings_between, warnings_on_base
     from ..files.concept import save_concept
-    from ..merge import MergeOptions
-    from ..merge.as_concept import check_together, merged_concept
-    from ..merge.block_strengths import unfelt
-    from ..merge.fusion import EXACT
+    from ..merging import MergeOptions
+    from ..merging.as_concept import check_together, merged_concept
+    from ..merging.block_strengths import unfelt
+    from ..merging.fusion import EXACT
     from ..unread import MERGE, unread
 
     check_concept_output(args.out, args.overwrite)
@@ -189,7 +189,7 @@ def run_merge(args: argparse.Namespace) -> None:
 
 
 def _evidence(args: argparse.Namespace, concepts: Sequence, paths: Sequence[Path], base) -> Evidence:
-    from ..merge import Evidence
+    from ..merging import Evidence
 
     if args.how == "fusion":
         files = _moment_files(args, paths)
@@ -274,8 +274,8 @@ def _check_one_base(files: Sequence[Path]) -> None:
 
 
 def _kept(merged, concepts: Sequence, strengths: Sequence[float], options: MergeOptions) -> str:
-    from ..merge import merge_concepts
-    from ..merge.truncation import share_kept
+    from ..merging import merge_concepts
+    from ..merging.truncation import share_kept
 
     kept = share_kept(merge_concepts([merged], [1.0]), merge_concepts(concepts, strengths))
     return f"rank {options.rank} keeps {kept:.1%} of the sum's energy, {1 - kept:.1%} is lost"
@@ -297,7 +297,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     from ..adapters.low_rank import LowRank
     from ..crosstalk.measures import delta_norm
     from ..crosstalk.report import warnings_between
-    from ..merge.as_concept import SAMPLE
+    from ..merging.as_concept import SAMPLE
     from ..models.layers import block_of
     from ..unread import INSPECT, RECORDED, unread
 

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import AdapterError, in_one_line
-from ..families.toy import TOY
 from ..storage.names import check_new_path, safe_name
+
+if TYPE_CHECKING:
+    from ..models.base import BaseModel
 
 ENDINGS = (".safetensors", ".st")  # of a concept
 
@@ -34,24 +36,17 @@ def typed_file(text: str) -> Path:
     return path
 
 
-def base_named(name: str):
-    """toy, or the folder of a diffusers model, as a base."""
-    name = os.path.expanduser(name)
-    if name == TOY.name:
-        from ..toy.base import load_toy_base
+def base_named(name: str) -> BaseModel:
+    """The base of an option's value; loading it takes seconds."""
+    from ..load import load_base
 
-        return load_toy_base()
-    if not name.strip() or not Path(name).is_dir():
-        raise AdapterError(f"there is no base {name!r}; give toy, or the folder of a diffusers model")
-    from ..models.diffusers_folder import load_diffusers_base
-
-    return load_diffusers_base(Path(name))
+    return load_base(name)
 
 
 def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
     """(concepts, strengths, files) of FILE or FILE:STRENGTH each; also of a LoRA with kohya's or diffusers' keys."""
     from ..files.lora import told_apart
-    from ..merge.block_strengths import check_strength
+    from ..merging.block_strengths import check_strength
 
     concepts, strengths, paths = [], [], []
     texts = [os.path.expanduser(str(text)) for text in texts]

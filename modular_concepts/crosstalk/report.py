@@ -1,7 +1,7 @@
 """What concepts do to each other when they are merged, pair by pair, as figures, as JSON and in plain words.
 
 Everything is read from the adapters themselves, so it holds for files of other programs too; with second moments
-of what a concept's layers read (`merge/moments.py`) it also tells how loudly the others answer what is meant for it.
+of what a concept's layers read (`merging/moments.py`) it also tells how loudly the others answer what is meant for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..adapters.low_rank import LowRank, at_least_float32, together
 from ..adapters.sites import aligned, layer_of
 from ..concept import Concept
 from ..errors import AdapterError, listed
-from ..merge.moments import Moment
+from ..merging.moments import Moment
 from ..models.fingerprint import same_weights
 from ..models.layers import block_of
 from .measures import crosstalk_table, distinct_names, shared_layers

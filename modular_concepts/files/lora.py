@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.low_rank import LowRank, check_adapter, shaped_for
+from ..concept import Concept
 from ..errors import AdapterError
 from ..families import families
 from ..models.layers import check_name, name_of_key, name_of_original
@@ -178,3 +179,11 @@ def read_concept(path: Path | str) -> Imported:
     if KEY in read_header(path, tuple(BITS), empty=True).metadata:
         return Imported(load_concept(path), [])
     return import_lora(path)
+
+
+def concept_of_file(path: Path | str) -> Concept:
+    """A concept file, or any program's LoRA as a concept with the learned words that came in its file.
+
+    What finds no place in it is left out; `read_concept` names it.  Raises AdapterError that names the file.
+    """
+    return read_concept(path).concept

@@ -16,7 +16,7 @@ import torch
 from ..adapters.low_rank import MAX_SIZE
 from ..concept import Concept
 from ..errors import AdapterError
-from ..merge.moments import Moment
+from ..merging.moments import Moment
 from ..models.fingerprint import concept_mark, same_base
 from ..models.layers import check_name
 from ..storage.safetensors import read_header, read_safetensors, write_safetensors

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapters.attach import attached
 from ..adapters.sites import with_sites
-from ..merge.compatibility import faded_words, fitted, fitting_concepts
+from ..merging.compatibility import faded_words, fitted, fitting_concepts
 from ..models.base import BaseModel
 from ..text.contexts import Context, joined, text_of
 from .assignment import Stack

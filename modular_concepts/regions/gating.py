@@ -23,7 +23,7 @@ from ..adapters.low_rank import ConvGeometry, LowRank, scatter_rows
 from ..adapters.sites import Site
 from ..families import network_of
 from ..families.family import JOINT, NEITHER, TEXTS
-from ..merge.sums import MergedLayer, MergedSum, merged_factors
+from ..merging.sums import MergedLayer, MergedSum, merged_factors
 from ..models.layers import tokens_of
 from .assignment import Stack
 from .shares import Part, Places

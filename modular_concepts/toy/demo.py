@@ -18,7 +18,7 @@ from torch import Tensor
 from ..concept import Concept
 from ..crosstalk.measures import crosstalk_table
 from ..files.concept import save_concept
-from ..merge import merge_concepts
+from ..merging import merge_concepts
 from ..models.base import BaseModel
 from ..models.targets import Targets
 from ..regions.geometry import Region

@@ -36,7 +36,7 @@ from modular_concepts.files.concept import save_concept
 from modular_concepts.files.embeddings import export_embedding
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.moments import save_moments
-from modular_concepts.merge.moments import Moment
+from modular_concepts.merging.moments import Moment
 from modular_concepts.storage.atomic import all_or_none, replacing
 from modular_concepts.training.checkpoint import newest_checkpoint
 from modular_concepts.training.loop import train

@@ -4,7 +4,7 @@ import pytest
 from laws import filled_adapter, relative_error
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.merge import BlockStrengths
+from modular_concepts.merging import BlockStrengths
 
 NAMES = {
     "down 0": "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",

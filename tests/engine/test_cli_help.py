@@ -24,7 +24,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 )
 def test_help_loads_no_library(line):
     code = (
-        "import sys\nfrom modular_concepts import cli\n"
+        "import sys\nfrom modular_concepts.cli import main as cli\n"
         f"try:\n    cli.main({line.split()!r})\nexcept SystemExit:\n    pass\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     )
@@ -58,7 +58,7 @@ def test_the_names_in_the_help_are_the_standard_concepts():
 
 
 def test_the_defaults_in_the_help_of_merge_are_those_of_a_merge():
-    from modular_concepts.merge import MergeOptions
+    from modular_concepts.merging import MergeOptions
 
     text, usual = " ".join(commands()["merge"].format_help().split()), MergeOptions()
     for value in (usual.density, usual.rank, usual.seed, usual.ridge):

@@ -15,7 +15,7 @@ from modular_concepts.cli import main as cli
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.moments import load_moments, moments_path
-from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, merge_concepts
+from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, merge_concepts
 from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.recording import recorded, text_features, usual_text
 from modular_concepts.storage.safetensors import read_header

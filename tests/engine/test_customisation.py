@@ -11,7 +11,7 @@ from modular_concepts.adapters.basis import OrthogonalBasis, slot_indices
 from modular_concepts.concept import Concept
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import load_concept, save_concept
-from modular_concepts.merge.as_concept import merged_concept
+from modular_concepts.merging.as_concept import merged_concept
 from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.sampling import SampleSettings, customised, sample
 from modular_concepts.toy.standard import BY_NAME, pictures_of

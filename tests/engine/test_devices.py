@@ -21,10 +21,10 @@ from modular_concepts.concept import Concept, Recipe
 from modular_concepts.crosstalk.measures import crosstalk_table
 from modular_concepts.crosstalk.report import explained
 from modular_concepts.files.concept import load_concept, save_concept
-from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, add_concepts, merge_concepts
-from modular_concepts.merge.as_concept import merged_concept
-from modular_concepts.merge.moments import Moment
-from modular_concepts.merge.orthogonalize import orthogonal_concepts
+from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, add_concepts, merge_concepts
+from modular_concepts.merging.as_concept import merged_concept
+from modular_concepts.merging.moments import Moment
+from modular_concepts.merging.orthogonalize import orthogonal_concepts
 from modular_concepts.models.base import BaseModel
 from modular_concepts.models.diffusers_folder import load_diffusers_base
 from modular_concepts.models.targets import Targets

@@ -13,7 +13,7 @@ from modular_concepts.cli.main import main
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.diffusers import export_diffusers
-from modular_concepts.merge.as_concept import merged_concept
+from modular_concepts.merging.as_concept import merged_concept
 from modular_concepts.models import diffusers_folder as diffusers_base
 from modular_concepts.models.base import weights_hash
 from modular_concepts.models.diffusers_folder import load_diffusers_base

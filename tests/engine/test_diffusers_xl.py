@@ -14,7 +14,7 @@ from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.embeddings import export_embeddings
 from modular_concepts.files.kohya import export_kohya
-from modular_concepts.merge import Evidence, merge_concepts
+from modular_concepts.merging import Evidence, merge_concepts
 from modular_concepts.models.base import weights_hash
 from modular_concepts.models.diffusers_folder import load_diffusers_base
 from modular_concepts.models.targets import Targets

@@ -9,7 +9,7 @@ from untrained_toy import filled_concept, untrained_base
 
 from bench.ordinary_text import CLASS_OF, answers, held_out, made, rows_of, wrong_on_words
 from modular_concepts.errors import AdapterError
-from modular_concepts.merge import Evidence, merge_concepts
+from modular_concepts.merging import Evidence, merge_concepts
 from modular_concepts.recording import BATCH, PADDING, length_of, recorded, text_features, usual_rows, usual_text
 from modular_concepts.sampling import SampleSettings, customised
 from modular_concepts.text.ordinary import CAPTIONS

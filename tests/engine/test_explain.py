@@ -14,7 +14,7 @@ from modular_concepts.concept import Concept, Recipe
 from modular_concepts.crosstalk.measures import crosstalk_table
 from modular_concepts.crosstalk.report import explained, shared_columns
 from modular_concepts.errors import AdapterError
-from modular_concepts.merge.moments import Moment
+from modular_concepts.merging.moments import Moment
 
 LAYER, OTHER = "unet.mid_block.attentions.0.proj_in", "unet.up_blocks.1.attentions.0.proj_in"
 OUT, INP, RANK = 24, 320, 20

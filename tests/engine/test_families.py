@@ -24,8 +24,8 @@ from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.diffusers import export_diffusers
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.lora import import_lora
-from modular_concepts.merge import merge_concepts
-from modular_concepts.merge.compatibility import fitted
+from modular_concepts.merging import merge_concepts
+from modular_concepts.merging.compatibility import fitted
 from modular_concepts.models.layers import block_of, file_key, name_of_key, tokens_of
 from modular_concepts.models.targets import Targets
 from modular_concepts.regions.gating import Gate

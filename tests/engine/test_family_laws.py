@@ -23,8 +23,8 @@ from modular_concepts.concept import Concept, Recipe
 from modular_concepts.crosstalk.measures import sign_conflicts
 from modular_concepts.files.diffusers import export_diffusers, import_diffusers
 from modular_concepts.files.kohya import export_kohya, import_kohya
-from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, merge_concepts
-from modular_concepts.merge.custom_diffusion import RIDGE
+from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, merge_concepts
+from modular_concepts.merging.custom_diffusion import RIDGE
 from modular_concepts.seeds import seeded as seeded_by
 
 STRENGTHS = [-1.0, 0.3, 1.0, 2.0]

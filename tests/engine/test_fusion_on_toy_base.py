@@ -8,9 +8,9 @@ from laws import relative_error, seeded
 
 from bench.descent import fused_by_descent
 from modular_concepts.adapters.low_rank import new_lora
-from modular_concepts.merge.fusion import RIDGE, fused_factors
-from modular_concepts.merge.moments import inputs_of
-from modular_concepts.merge.sums import merged_factors
+from modular_concepts.merging.fusion import RIDGE, fused_factors
+from modular_concepts.merging.moments import inputs_of
+from modular_concepts.merging.sums import merged_factors
 from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.sampling import SampleSettings, sample
 from modular_concepts.toy import model

@@ -9,7 +9,7 @@ from untrained_toy import QUICK, filled_concept, picture, traces, untrained_base
 from modular_concepts.concept import Concept, Recipe
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import load_concept, save_concept
-from modular_concepts.merge.as_concept import merged_concept
+from modular_concepts.merging.as_concept import merged_concept
 from modular_concepts.regions.geometry import Region
 from modular_concepts.sampling import SampleSettings, customised
 from modular_concepts.text.layerwise import cross_attention_transformers, routed

@@ -10,7 +10,7 @@ from laws import BLOCKS, EFFECT, TOLERANCE, filled_adapter, relative_error, seed
 
 from modular_concepts.adapters.low_rank import KINDS, ConvGeometry, block_rows, new_block
 from modular_concepts.errors import AdapterError
-from modular_concepts.merge import MergedSum, merge_concepts, merged_delta, merged_factors
+from modular_concepts.merging import MergedSum, merge_concepts, merged_delta, merged_factors
 
 OUT, INP, RANK = 24, 64, 3
 STRENGTHS = [0.6, 1.0, -0.5, 2.0]

@@ -11,13 +11,13 @@ from modular_concepts.adapters.low_rank import KINDS, ConvGeometry
 from modular_concepts.concept import Concept, Recipe, check_concept
 from modular_concepts.crosstalk.measures import crosstalk
 from modular_concepts.errors import AdapterError
-from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, add_concepts, merge_concepts, merged_factors
-from modular_concepts.merge.dense import MergedDense
-from modular_concepts.merge.fusion import EXACT, RIDGE, fused_factors
-from modular_concepts.merge.moments import Moment
-from modular_concepts.merge.orthogonalize import orthogonal_concepts, orthogonalised
-from modular_concepts.merge.sparse import trimmed
-from modular_concepts.merge.truncation import share_kept, truncated
+from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, add_concepts, merge_concepts, merged_factors
+from modular_concepts.merging.dense import MergedDense
+from modular_concepts.merging.fusion import EXACT, RIDGE, fused_factors
+from modular_concepts.merging.moments import Moment
+from modular_concepts.merging.orthogonalize import orthogonal_concepts, orthogonalised
+from modular_concepts.merging.sparse import trimmed
+from modular_concepts.merging.truncation import share_kept, truncated
 
 OUT, INP, RANK = 24, 64, 3
 STRENGTHS = [0.6, 1.0, -0.5]

@@ -20,7 +20,7 @@ from modular_concepts.files.moments import (
     save_moments,
     why_not,
 )
-from modular_concepts.merge.moments import Moment, recording
+from modular_concepts.merging.moments import Moment, recording
 from modular_concepts.models.fingerprint import base_mark, concept_mark, same_base
 
 

@@ -12,7 +12,7 @@ Image = pytest.importorskip("PIL.Image")
 
 READ = """
 import resource, sys
-from modular_concepts.dataset import load_folder
+from modular_concepts.data.dataset import load_folder
 data = load_folder(sys.argv[1], (512, 512), ("<tom>",))
 print(len(data.pictures), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

@@ -15,7 +15,7 @@ from untrained_toy import QUICK, filled_concept, write_untrained
 from bench.given_base import with_base
 from modular_concepts.concept import Concept, Recipe
 from modular_concepts.errors import AdapterError
-from modular_concepts.merge import MergeOptions, merge_concepts
+from modular_concepts.merging import MergeOptions, merge_concepts
 from modular_concepts.models.diffusers_folder import load_diffusers_base
 from modular_concepts.models.targets import Targets
 from modular_concepts.regions.geometry import Region

@@ -57,9 +57,9 @@ from modular_concepts.files.embeddings import export_embedding, export_embedding
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.lora import read_concept
 from modular_concepts.files.moments import load_moments, save_moments
-from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, merge_concepts
-from modular_concepts.merge.as_concept import merged_concept
-from modular_concepts.merge.moments import Moment
+from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, merge_concepts
+from modular_concepts.merging.as_concept import merged_concept
+from modular_concepts.merging.moments import Moment
 from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.recording import text_features, usual_text
 from modular_concepts.regions.parsing import json_problem, regions_from_json

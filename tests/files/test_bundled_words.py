@@ -12,8 +12,8 @@ from modular_concepts.files.bundled import with_plain_words
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.embeddings import export_embeddings, import_embedding
 from modular_concepts.files.lora import lora_concept, read_concept
-from modular_concepts.merge.as_concept import merged_concept
-from modular_concepts.merge.compatibility import faded_words
+from modular_concepts.merging.as_concept import merged_concept
+from modular_concepts.merging.compatibility import faded_words
 
 ATTENTION = "down_blocks_0_attentions_0_transformer_blocks_0"
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"

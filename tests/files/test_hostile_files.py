@@ -21,7 +21,7 @@ from modular_concepts.files.embeddings import import_embedding
 from modular_concepts.files.kohya import export_kohya, import_kohya
 from modular_concepts.files.lora import import_lora
 from modular_concepts.files.moments import load_moments, save_moments
-from modular_concepts.merge.moments import Moment
+from modular_concepts.merging.moments import Moment
 from modular_concepts.storage.safetensors import write_safetensors
 
 CASES = int(os.environ.get("MODULAR_CONCEPTS_FUZZ_CASES", "1000"))

@@ -11,7 +11,7 @@ from laws import SHIFT, seeded
 from modular_concepts.adapters.low_rank import block_rows, new_block, new_lora
 from modular_concepts.concept import Concept, Recipe
 from modular_concepts.files.diffusers import FILE_NAME, export_diffusers
-from modular_concepts.merge import FAMILIES, Evidence, MergeOptions, merge_concepts
+from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, merge_concepts
 from modular_concepts.models.layers import find_layers
 
 STRENGTHS = [0.6, 1.0, -0.5]

@@ -22,7 +22,7 @@ from modular_concepts.crosstalk.measures import crosstalk_table, delta_norm
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import KEY, load_concept, save_concept
 from modular_concepts.files.lora import read_concept
-from modular_concepts.merge import merge_concepts
+from modular_concepts.merging import merge_concepts
 from modular_concepts.models import budget
 from modular_concepts.storage import room
 from modular_concepts.storage.safetensors import write_safetensors

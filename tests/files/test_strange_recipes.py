@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from modular_concepts.crosstalk.report import warnings_on_base
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import KEY, load_concept, save_concept
-from modular_concepts.merge.as_concept import merged_concept
+from modular_concepts.merging.as_concept import merged_concept
 from modular_concepts.sampling import customised
 
 

@@ -14,7 +14,7 @@ from test_patching import CONVOLUTIONS, relative_error, wide_concept
 from modular_concepts.files.concept import save_concept
 from modular_concepts.files.diffusers import export_diffusers
 from modular_concepts.files.kohya import export_kohya
-from modular_concepts.merge import Evidence, merge_concepts
+from modular_concepts.merging import Evidence, merge_concepts
 from modular_concepts.models.fingerprint import weights_sample
 from modular_concepts.models.layers import file_key
 from modular_concepts.recording import text_features, usual_text

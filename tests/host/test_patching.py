@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from modular_concepts.adapters.low_rank import new_lora
 from modular_concepts.files.concept import save_concept
-from modular_concepts.merge import merge_concepts
+from modular_concepts.merging import merge_concepts
 from modular_concepts.models.layers import find_layers
 from modular_concepts.training.methods import seeded
 

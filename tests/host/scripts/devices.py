@@ -55,7 +55,7 @@ adapters, concept_of, files = (
 )
 customisation, merge, training = (
     pack_module("modular_concepts.training.teach"),
-    pack_module("modular_concepts.merge"),
+    pack_module("modular_concepts.merging"),
     pack_module("modular_concepts.training.settings"),
 )
 encode_prompt, Region = (

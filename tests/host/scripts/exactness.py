@@ -135,7 +135,7 @@ def main() -> None:
     keys = {name: layer.key for name, layer in layers.host_layers(plain, None).items()}
 
     def with_delta(base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        summed = pack_module("modular_concepts.merge").merge_concepts(*map(list, zip(*concepts, strict=True)))
+        summed = pack_module("modular_concepts.merging").merge_concepts(*map(list, zip(*concepts, strict=True)))
         changed = dict(base)
         for name, own in summed.items():
             key = keys[name].removeprefix("diffusion_model.")
@@ -227,7 +227,7 @@ def main() -> None:
     ]  # fmt: skip
     found["float32|saved"] = output(loaded(saved, torch.float32))
     # What a device in half precision gives the host's patching.
-    own = pack_module("modular_concepts.merge").merge_concepts(*map(list, zip(*concepts, strict=True)))[name]
+    own = pack_module("modular_concepts.merging").merge_concepts(*map(list, zip(*concepts, strict=True)))[name]
     for dtype in (torch.float16, torch.bfloat16):
         weight = plain.model.state_dict()[keys[name]].to(dtype)
         exact = weight.double() + own.delta().double()

@@ -89,7 +89,7 @@ def main() -> None:
         result = merging.ConceptMerge.execute(model, clip, sockets, family, **plan["options"]).args
         look(family, *result[:2])
         look_by_bypass(family, result[0])
-    options = pack_module("modular_concepts.merge").MergeOptions(**plan["options"])
+    options = pack_module("modular_concepts.merging").MergeOptions(**plan["options"])
     facts["svd"] = merging_words.kept_by_cut(sum(stacks.values(), ()), options)
 
     # Fusion: drawn once, then read from beside the files.

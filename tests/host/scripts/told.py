@@ -86,7 +86,7 @@ def main() -> None:
     facts["the same with and without spaces"] = torch.equal(spaced, close)
 
     # Options that nothing reads.
-    merging, options = pack_module("host.merging.notices"), pack_module("modular_concepts.merge").MergeOptions
+    merging, options = pack_module("host.merging.notices"), pack_module("modular_concepts.merging").MergeOptions
     merging.show_text = said.append
     for method in ("sum", "ties"):
         said.clear()

@@ -8,6 +8,7 @@ from .. import __version__
 from ..adapters.low_rank import LowRank
 from ..concept import Concept, Recipe
 from ..errors import AdapterError
+from ..stack import Stack
 from . import DEFAULTS, NOTHING, Evidence, MergeOptions, merge_concepts
 from .compatibility import refuse_other_basis, refuse_shared_triggers, voice_of
 
@@ -32,6 +33,15 @@ def merged_concept(
     check_together(concepts)
     merged = merge_concepts(concepts, strengths, how, literal, options, evidence)
     return as_concept(name, concepts, strengths, how, {layer: own.as_low_rank() for layer, own in merged.items()})
+
+
+def merged_stack(name: str, stack: Stack, how: str = "sum", options: MergeOptions = DEFAULTS) -> Concept:
+    """One concept that holds the exact merge of a stack, strengths inside; see `merged_concept`.
+
+    how: a method that needs nothing beside the concepts (all but fusion and custom_diffusion).
+    """
+    stack = Stack.of(stack)
+    return merged_concept(name, stack.concepts, stack.strengths, how, options=options)
 
 
 def check_together(concepts: Sequence[Concept]) -> None:

@@ -37,7 +37,7 @@ class MergeOptions:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What concepts' layers read, one entry for each concept in order; see `merge/moments.py` and `customisation`.
+    """What concepts' layers read, one entry for each concept in order; see `merging/moments.py` and `customisation`.
 
     moments: layer -> second moments of its inputs, (n, n) or in few directions, for fusion.
     texts: (rows, width) text features of prompts with the concept, and usual: (width, width) second moments of
