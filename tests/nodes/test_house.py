@@ -70,6 +70,35 @@ def test_locals_are_called_what_they_are():
     assert not fewer, "take these out of house.json, which may only shrink"
 
 
+# Each room may import those behind it.
+HOST_ROOMS = ("regions", "training", "merging", "files", "text", "layers", "families", "toy_base", "called", "messages")
+
+
+def test_the_rooms_of_the_host_import_one_way():
+    upwards = []
+    for path in sorted((ROOT / "host").rglob("*.py")):
+        place = path.relative_to(ROOT).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                target = (*place[: len(place) - node.level], *(node.module or "").split("."))
+                rooms = place[1], target[1] if target[0] == "host" and len(target) > 1 else ""
+                if all(room in HOST_ROOMS for room in rooms) and HOST_ROOMS.index(rooms[0]) > HOST_ROOMS.index(
+                    rooms[1]
+                ):
+                    upwards.append(f"{'.'.join(place)} -> {'.'.join(target)}")
+    assert upwards == []
+
+
+def test_one_version():
+    import tomllib
+
+    import modular_concepts
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == modular_concepts.__version__
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("kind", ["long", "parameters", "nameless"])
 def test_the_list_of_exceptions_is_in_order(kind):
     assert list(ALLOWED[kind]) == sorted(ALLOWED[kind])
