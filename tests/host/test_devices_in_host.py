@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 @pytest.fixture(scope="module")
 def found(host, tmp_path_factory):
     folder = tmp_path_factory.mktemp("devices")
-    (folder / "plan.json").write_text(json.dumps({"families": ["toy"], "places": ["elsewhere"]}))
+    (folder / "plan.json").write_text(json.dumps({"families": ["toy", "sd3"], "places": ["elsewhere"]}))
     host.run("devices.py", folder)
     return load_file(folder / "found.safetensors"), json.loads((folder / "faults.json").read_text())
 
@@ -23,8 +23,10 @@ def found(host, tmp_path_factory):
 def test_no_path_meets_two_devices_in_one_operation(found):
     tensors, faults = found
     assert faults == {}
-    ways = {title.split("|")[2] for title in tensors}
+    ways = {title.split("|")[2] for title in tensors if "|toy|" in title}
     wanted = {"hooks", "fusion", "layer-wise words", "regions, found", "regions, two, gated", "training, resumed"}
     wanted |= {"offloaded as weights", "offloaded as activations", "sum as weights", "training, words"}
     assert wanted <= ways
+    of_sd3 = {title.split("|")[2] for title in tensors if "|sd3|" in title}
+    assert {"regions, two, gated", "offloaded as weights", "offloaded as activations", "training, orthogonal"} <= of_sd3
     assert all(torch.isfinite(tensor).all() and tensor.abs().max() > 0 for tensor in tensors.values())
