@@ -11,13 +11,18 @@ from ..host.merging.weights import concept_inside
 from ..host.messages import show_text
 from ..host.training.train import lora_of
 from ..modular_concepts.merging import FAMILIES, MergeOptions
+from ..modular_concepts.merging.blocks import BLOCK
+from ..modular_concepts.merging.fusion import FUSION
+from ..modular_concepts.merging.method import TEXTS
+from ..modular_concepts.merging.methods import METHODS
 from ..modular_concepts.merging.orthogonalize import WAYS, orthogonal_concepts
 from ..modular_concepts.recording import PROMPTS
 from . import stacks
 from .types import CONCEPT, CONCEPT_STACK, apply_input, many_concepts_input
 
-# Families that need no more than model, clip and concepts; the others have nodes of their own.
-SUMS = ("sum", "mean", "average", "magnitude", "dare", "ties", "svd", "custom_diffusion")
+# Methods that have nodes of their own; all others are on Merge Concepts, the one that needs texts last.
+APART = (BLOCK.name, FUSION.name)
+SUMS = tuple(sorted((name for name in FAMILIES if name not in APART), key=lambda name: METHODS[name].needs == TEXTS))
 DEFAULTS = MergeOptions()
 
 OUTPUTS = (
@@ -134,7 +139,7 @@ class BlockLoRAMerge(io.ComfyNode):
     def execute(cls, model, clip, concepts: dict, strengths: str, apply: str = APPLY[0]) -> io.NodeOutput:
         stack = stacks.joined(concepts)
         literal = strengths == "sum to one"
-        return io.NodeOutput(*merged_by(model, clip, stack, "block", DEFAULTS, literal, apply), stack)
+        return io.NodeOutput(*merged_by(model, clip, stack, BLOCK.name, DEFAULTS, literal, apply), stack)
 
 
 class ConceptFusion(io.ComfyNode):

@@ -11,7 +11,9 @@ import comfy.sd
 from ...modular_concepts.concept import Concept
 from ...modular_concepts.crosstalk.report import warnings_between, warnings_on_base
 from ...modular_concepts.merging import NOTHING, MergeOptions, merge_concepts
-from ...modular_concepts.merging.truncation import share_kept
+from ...modular_concepts.merging.method import TEXTS
+from ...modular_concepts.merging.methods import METHODS
+from ...modular_concepts.merging.truncation import SVD, share_kept
 from ...modular_concepts.unread import MERGE, unread
 from ..layers import base_sample, known_hash, quantised
 from ..messages import show_text
@@ -34,11 +36,11 @@ def merged_by(
 
     family: any but fusion, which draws first (`fusion.fused`).  apply: one of `APPLY`.
     """
-    evidence = spoken_evidence(model, clip, stack) if family == "custom_diffusion" else NOTHING
+    evidence = spoken_evidence(model, clip, stack) if METHODS[family].needs == TEXTS else NOTHING
     result = merged(model, clip, stack, family, literal, options, evidence, apply == "activations")
     given = [name for name, value in asdict(options).items() if value != getattr(MergeOptions(), name)]
     said = [*unread(MERGE, given, family), *warnings_of(model, clip, stack, apply)]
-    if family == "svd":
+    if family == SVD.name:
         said.append(kept_by_cut(stack, options))
     if said:
         show_text("\n".join(said))
@@ -70,6 +72,6 @@ def warnings_here(
 
 def kept_by_cut(stack: Sequence[tuple[Concept, float]], options: MergeOptions) -> str:
     concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
-    cut = merge_concepts(concepts, strengths, "svd", options=options)
+    cut = merge_concepts(concepts, strengths, SVD.name, options=options)
     kept = share_kept(cut, merge_concepts(concepts, strengths))
     return f"rank {options.rank} keeps {kept:.1%} of the sum's energy, {1 - kept:.1%} is lost"

@@ -190,16 +190,19 @@ def run_merge(args: argparse.Namespace) -> None:
 
 def _evidence(args: argparse.Namespace, concepts: Sequence, paths: Sequence[Path], base) -> Evidence:
     from ..merging import Evidence
+    from ..merging.method import MOMENTS, TEXTS
+    from ..merging.methods import METHODS
 
-    if args.how == "fusion":
+    needs = METHODS[args.how].needs
+    if needs == MOMENTS:
         files = _moment_files(args, paths)
         found = [_moments(*one, base, args.moments is not None) for one in zip(concepts, files, strict=True)]
         _check_one_base([file for file in files if file.is_file()])
         return Evidence(found)
-    if args.how != "custom_diffusion":
+    if needs != TEXTS:
         return Evidence()
     if base is None:
-        raise AdapterError("custom_diffusion reads the concepts' words with the base's text encoder; give --base")
+        raise AdapterError(f"{args.how} reads the concepts' words with the base's text encoder; give --base")
     from ..recording import text_features, usual_text
 
     return Evidence(texts=[text_features(base, concept) for concept in concepts], usual=usual_text(base))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..adapters.low_rank import ConvGeometry, LowRank, low_rank_product, scatter_rows
 from ..errors import AdapterError
+from .method import LayerStack, Mergeable, Method
 from .sums import MergedLayer, MergedSum, merged_factors
 
 
@@ -101,3 +102,23 @@ def check_blocks(layer: str, names: Sequence[str], adapters: Sequence[LowRank]) 
 def _packed(part: MergedLayer | MergedSum) -> MergedLayer:
     """The part's own rows as a whole layer."""
     return MergedLayer(part.up, part.down, None, part.up.shape[0])
+
+
+def _merge_layer(stack: LayerStack) -> MergedBlocks:
+    check_blocks(stack.layer, stack.names, stack.adapters)
+    return merged_blocks(stack.adapters, stack.strengths)
+
+
+def _check_partitions(concepts: Sequence[Mergeable]) -> None:
+    """Recipes, where there are any, must agree on how the rows were cut."""
+    cut = {}
+    for concept in concepts:
+        recipe = getattr(concept, "recipe", None)
+        if recipe is not None and recipe.blocks is not None:
+            cut.setdefault((recipe.blocks, recipe.layout or "contiguous"), concept.name)
+    if len(cut) > 1:
+        cuts = " but ".join(f"{name} was trained with {n} {layout} blocks" for (n, layout), name in cut.items())
+        raise AdapterError(f"{cuts}; a block merge needs the same number and layout for all, or use sum")
+
+
+BLOCK = Method("block", _merge_layer, check=_check_partitions)

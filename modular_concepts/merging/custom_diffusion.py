@@ -17,7 +17,10 @@ from torch import Tensor
 
 from ..adapters.low_rank import LowRank
 from ..errors import AdapterError
-from .sums import MergedLayer
+from ..models.layers import is_target
+from .dense import MergedDense
+from .method import TEXTS, LayerStack, Method
+from .sums import MergedLayer, MergedSum, summed
 
 RIDGE = 1e-2  # of C_reg^T C_reg, relative to its mean eigenvalue
 ALIKE = 1e-6  # of d C^T, likewise: features of two prompts with one word can be almost alike
@@ -65,3 +68,13 @@ def _distinct(rows: Tensor) -> Tensor:
         if all((row - other).norm() > 1e-4 * row.norm() for other in kept):
             kept.append(row)
     return torch.stack(kept)
+
+
+def _merge_layer(stack: LayerStack) -> MergedLayer | MergedSum | MergedDense:
+    """Layers that do not read text are summed."""
+    if not is_target(stack.layer, "cross_attention_kv"):
+        return summed(stack)
+    return constrained_factors(stack.adapters, stack.strengths, stack.evidence.texts, stack.evidence.usual)
+
+
+CUSTOM_DIFFUSION = Method("custom_diffusion", _merge_layer, needs=TEXTS)

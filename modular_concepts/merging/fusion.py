@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..adapters.low_rank import LowRank
 from ..choices import RIDGE
+from .method import MOMENTS, LayerStack, Method
 from .moments import Moment
 from .sums import MergedLayer, merged_factors
 
@@ -79,3 +80,10 @@ def _solved_by_directions(read: Tensor, moments: Sequence[Moment]) -> Tensor:
     stacked, rest = torch.cat([moment.factor.double() for moment in moments]), sum(moment.rest for moment in moments)
     inner = stacked @ stacked.mT + rest * torch.eye(len(stacked)).to(stacked)
     return (read - torch.linalg.solve(inner, stacked @ read.mT).mT @ stacked) / rest
+
+
+def _merge_layer(stack: LayerStack) -> MergedLayer:
+    return fused_factors(stack.adapters, stack.strengths, stack.moments, stack.options.ridge)
+
+
+FUSION = Method("fusion", _merge_layer, needs=MOMENTS)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..seeds import seeded
 from .dense import MergedDense
+from .method import LayerStack, Method
 
 
 def magnitude_merge(deltas: Sequence[Tensor], strengths: Sequence[float], density: float) -> MergedDense:
@@ -61,3 +63,26 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
 def _check_density(density: float) -> None:
     if not 0 < density <= 1:
         raise AdapterError(f"density is {density}; it must be above 0 and at most 1, the share of weights that stay")
+
+
+def _deltas(stack: LayerStack, how: str) -> list[Tensor]:
+    stack.check_room(how, whole=True)
+    return [adapter.delta().detach() for adapter in stack.adapters]
+
+
+def _magnitude_layer(stack: LayerStack) -> MergedDense:
+    return magnitude_merge(_deltas(stack, "magnitude"), stack.strengths, stack.options.density)
+
+
+def _dare_layer(stack: LayerStack) -> MergedDense:
+    generators = [seeded(stack.options.seed, "dare", name, stack.layer) for name in stack.names]
+    return dare_merge(_deltas(stack, "dare"), stack.strengths, stack.options.density, generators)
+
+
+def _ties_layer(stack: LayerStack) -> MergedDense:
+    return ties_merge(_deltas(stack, "ties"), stack.strengths, stack.options.density)
+
+
+MAGNITUDE = Method("magnitude", _magnitude_layer)
+DARE = Method("dare", _dare_layer)
+TIES = Method("ties", _ties_layer)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..adapters.low_rank import ConvGeometry, LowRank, at_least_float32, low_rank_product, scatter_rows
 from ..errors import AdapterError
+from .dense import MergedDense
+from .method import LayerStack, Method
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,3 +248,16 @@ def _plain(factor: Tensor, device: torch.device) -> Tensor:
 def _common_dtype(factors: Sequence[Tensor]) -> list[Tensor]:
     dtype = torch.float64 if any(factor.dtype == torch.float64 for factor in factors) else torch.float32
     return [factor.to(dtype) for factor in factors]
+
+
+def summed(stack: LayerStack) -> MergedSum | MergedDense:
+    """One layer's adapters side by side; whole weights, which have no narrow middle, are added up."""
+    stack.check_room("sum")
+    if any(adapter.kind == "full" for adapter in stack.adapters):
+        return MergedDense(merged_delta(stack.adapters, stack.strengths))
+    return MergedSum(tuple(stack.adapters), tuple(stack.strengths))
+
+
+SUM = Method("sum", summed)
+MEAN = Method("mean", summed, mean_strengths)
+AVERAGE = Method("average", summed, average_strengths)

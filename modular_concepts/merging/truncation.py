@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import AdapterError
-from .sums import MergedLayer, MergedSum
+from .method import LayerStack, Method
+from .sums import MergedLayer, MergedSum, merged_factors
 
 
 @torch.no_grad()
@@ -41,3 +42,10 @@ def share_kept(cut: Mapping[str, MergedLayer], whole: Mapping[str, MergedLayer |
 def _energy(layer: MergedLayer | MergedSum) -> float:
     up, down = layer.up.double(), layer.down.flatten(1).double()
     return float(((up.mT @ up) * (down @ down.mT)).sum())
+
+
+def _merge_layer(stack: LayerStack) -> MergedLayer:
+    return truncated(merged_factors(stack.adapters, stack.strengths), stack.options.rank)[0]
+
+
+SVD = Method("svd", _merge_layer)
