@@ -14,6 +14,8 @@ from modular_concepts.errors import AdapterError
 from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, add_concepts, merge_concepts, merged_factors
 from modular_concepts.merging.dense import MergedDense
 from modular_concepts.merging.fusion import EXACT, RIDGE, fused_factors
+from modular_concepts.merging.method import LayerStack, Method
+from modular_concepts.merging.methods import METHODS
 from modular_concepts.merging.moments import Moment
 from modular_concepts.merging.orthogonalize import orthogonal_concepts, orthogonalised
 from modular_concepts.merging.sparse import trimmed
@@ -413,3 +415,25 @@ def test_options_that_cannot_work_are_refused(wrong):
 def test_a_dense_merge_of_a_convolution_asks_for_its_geometry():
     with pytest.raises(AdapterError, match="without the convolution's geometry"):
         MergedDense(torch.ones(4, 3, 3, 3)).residual(torch.ones(1, 3, 8, 8))
+
+
+def test_a_made_up_method_is_a_file_a_name_and_a_sentence(monkeypatch):
+    def loudest(stack: LayerStack) -> MergedDense:
+        """Each weight of the concept that moves it most."""
+        deltas = torch.stack(
+            [a.delta() * strength for a, strength in zip(stack.adapters, stack.strengths, strict=True)]
+        )
+        return MergedDense(deltas.gather(0, deltas.abs().argmax(0, keepdim=True))[0])
+
+    monkeypatch.setitem(METHODS, "loudest", Method("loudest", loudest))
+    monkeypatch.setitem(FAMILIES, "loudest", "each weight of the concept that moves it most")
+    adapters = [filled_adapter("lora", 6, 5, 2, slot) for slot in range(2)]
+    concepts = [SimpleNamespace(name=name, layers={"layer": a}) for name, a in zip("ab", adapters, strict=True)]
+    merged = merge_concepts(concepts, [1.0, 0.5], "loudest")["layer"].delta()
+    first, second = adapters[0].delta(), 0.5 * adapters[1].delta()
+    assert torch.equal(merged, torch.where(first.abs() >= second.abs(), first, second))
+
+
+def test_every_method_has_a_sentence_and_every_sentence_a_method():
+    assert set(METHODS) == set(FAMILIES)
+    assert all(name == method.name for name, method in METHODS.items())
