@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import AdapterError
 from ..families.toy import TOY
@@ -28,10 +28,16 @@ from .paths import (
 from .progress import Bar, Interruption
 
 if TYPE_CHECKING:
+    from ..adapters.basis import OrthogonalBasis
+    from ..models.base import BaseModel
+    from ..models.targets import Targets
     from ..storage.keeping import Kept
     from ..training.estimate import Estimate
+    from ..training.presets import Preset
+    from ..training.problem import Examples
     from ..training.run import TrainResult
     from ..training.settings import TrainSettings
+    from ..training.teach import Subject
 
 CHECKPOINT_EVERY = 100
 
@@ -77,20 +83,39 @@ def add_train(commands) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     from ..adapters.basis import OrthogonalBasis
-    from ..data.dataset import filled_in, load_folder, refuse_single
-    from ..files.modelspec import dated
-    from ..models.budget import check_pictures
-    from ..models.prompts import unheard_of
     from ..models.targets import Targets
-    from ..toy.presets import SETTINGS, UNDESCRIBED, on_toy_base
-    from ..training.checkpoint import Changed, check_checkpoint
-    from ..training.loop import Unfinished
-    from ..training.ownership import Occupied
-    from ..training.settings import TrainSettings
-    from ..training.teach import Subject, check_training, concept_from, train_concept, trigger_of
+    from ..training.teach import check_training
 
     name = named(args.name)
     out = args.out or Path("concepts") / f"{name}.safetensors"
+    _check_places(args, out)
+    base = base_named(args.base)
+    preset, settings = _chosen_settings(args, base, name)
+    size = _training_size(args, base)
+    subject = _subject(args, base, preset, settings, size)
+    targets = Targets(preset.targets, preset.text_encoder_targets)
+    check_training(base, subject, settings, targets)
+    if args.resume and out.exists() and not args.overwrite and not _of_this_training(out, args.resume, subject, base):
+        refuse_existing(out)
+    prior = _prior(base, args.class_word, preset.prior, *size)
+    _teach(args, Lesson(base, subject, settings, targets, OrthogonalBasis(), prior), out)
+
+
+class Lesson(NamedTuple):
+    """What one training is of; see `training.teach.train_concept`."""
+
+    base: BaseModel
+    subject: Subject
+    settings: TrainSettings
+    targets: Targets
+    basis: OrthogonalBasis
+    prior: Examples | None
+
+
+def _check_places(args: argparse.Namespace, out: Path) -> None:
+    """Refuse, before anything is loaded, what cannot be read or written."""
+    from ..training.checkpoint import check_checkpoint
+
     # Whether it holds the training that is resumed can be told once the pictures are read.
     check_concept_output(out, args.overwrite or args.resume is not None)
     if args.resume:
@@ -99,7 +124,12 @@ def run_train(args: argparse.Namespace) -> None:
         _check_checkpoints(args)
     if args.cache:
         folder(args.cache, "--cache")
-    base = base_named(args.base)
+
+
+def _chosen_settings(args: argparse.Namespace, base: BaseModel, name: str) -> tuple[Preset, TrainSettings]:
+    from ..toy.presets import SETTINGS, UNDESCRIBED, on_toy_base
+    from ..training.settings import TrainSettings
+
     toy = base.architecture == TOY.name
     usual = (SETTINGS if args.description else UNDESCRIBED) if toy else TrainSettings()
     preset = chosen_preset(args, usual, lambda own: on_toy_base(own, described=bool(args.description)) if toy else own)
@@ -108,33 +138,45 @@ def run_train(args: argparse.Namespace) -> None:
         raise AdapterError(
             f"--compact leaves out what is frozen, and method {settings.method} freezes nothing; leave it"
         )
-    if args.checkpoints:
-        settings = replace(settings, checkpoint_every=_every(args))
+    return preset, replace(settings, checkpoint_every=_every(args)) if args.checkpoints else settings
+
+
+def _training_size(args: argparse.Namespace, base: BaseModel) -> tuple[int, int]:
+    """(height, width) of the pictures, if the base and the memory can take them."""
+    from ..models.budget import check_pictures
+
     height, width = args.size or base.size
     if height % base.multiple or width % base.multiple:
         raise AdapterError(
             f"training size {width}x{height} does not fit this base; choose multiples of {base.multiple}"
         )
     check_pictures(base, width, height, 1, training=True)
-    trigger = trigger_of(name)
-    template = "a {concept}" if toy else "a photo of {concept}"
-    data = load_folder(
-        args.pictures, (height, width), (trigger,), template=template, buckets=args.buckets, multiple=base.multiple
-    )
+    return height, width
+
+
+def _subject(
+    args: argparse.Namespace, base: BaseModel, preset: Preset, settings: TrainSettings, size: tuple[int, int]
+) -> Subject:
+    """The folder's pictures as what is taught; what was left out, and what is not used, is noted."""
+    from ..data.dataset import filled_in, load_folder, refuse_single
+    from ..models.prompts import unheard_of
+    from ..training.teach import Subject, trigger_of
+
+    trigger = trigger_of(settings.name)
+    template = "a {concept}" if base.architecture == TOY.name else "a photo of {concept}"
+    data = load_folder(args.pictures, size, (trigger,), template=template, buckets=args.buckets, multiple=base.multiple)
     note_repeated(args)
-    for sentence in _unread(args, settings.method, preset, base):
-        note(sentence)
-    for sentence in unheard_of(
-        base, filled_in(data, (trigger,)).captions, {trigger: settings.token_vectors}, "caption"
-    ):
+    captions = filled_in(data, (trigger,)).captions
+    unheard = unheard_of(base, captions, {trigger: settings.token_vectors}, "caption")
+    for sentence in [*_unread(args, settings.method, preset, base), *unheard]:
         note(sentence)
     say(data.report.summary())
     for remark in data.report.remarks():
         note(remark)
     refuse_single(data)
     data = filled_in(data, (trigger,))
-    subject = Subject(
-        name,
+    return Subject(
+        settings.name,
         data.pictures,
         data.captions,
         args.class_word,
@@ -143,14 +185,19 @@ def run_train(args: argparse.Namespace) -> None:
         args.description,
         data.repeats,
     )
-    targets = Targets(preset.targets, preset.text_encoder_targets)
-    check_training(base, subject, settings, targets)
-    if args.resume and out.exists() and not args.overwrite and not _of_this_training(out, args.resume, subject, base):
-        refuse_existing(out)
-    prior, basis = _prior(base, args.class_word, preset.prior, height, width), OrthogonalBasis()
-    told: list[TrainResult] = []
+
+
+def _teach(args: argparse.Namespace, lesson: Lesson, out: Path) -> None:
+    """Train, and keep what was learned whatever becomes of it."""
+    from ..files.modelspec import dated
+    from ..training.checkpoint import Changed
+    from ..training.loop import Unfinished
+    from ..training.ownership import Occupied
+    from ..training.teach import concept_from, train_concept
+
+    settings, broken = lesson.settings, []
     fault = None
-    with Bar(f"train {name} ({settings.method})", settings.steps) as advance, Interruption() as interrupted:
+    with Bar(f"train {settings.name} ({settings.method})", settings.steps) as advance, Interruption() as interrupted:
 
         def after_step(at) -> bool:
             advance(at.step)
@@ -158,20 +205,16 @@ def run_train(args: argparse.Namespace) -> None:
 
         try:
             concept, result = train_concept(
-                base,
-                subject,
-                settings,
-                targets,
-                basis,
+                *lesson[:5],
                 after_step,
                 args.checkpoints,
                 args.resume,
-                prior,
+                lesson.prior,
                 accept_changes=args.accept_changes,
                 set_aside=args.overwrite,
                 cache=args.cache,
                 estimate=partial(_announce, args, out, settings),
-                on_fault=told.append,
+                on_fault=broken.append,
             )
         except Changed as error:
             raise AdapterError(f"{error}; --accept-changes resumes all the same") from error
@@ -180,15 +223,15 @@ def run_train(args: argparse.Namespace) -> None:
         except Unfinished as error:
             fault, result = error, error.result
         except Exception as error:
-            if not told:
+            if not broken:
                 raise
-            (result,) = told
+            (result,) = broken
             fault = _unexpected(error, result)
         interrupted.hold()
         if fault is not None:
-            concept = concept_from(base, subject, result, basis, targets)
-        kept = _keep(args, dated(concept), result, out) if result.step else None
-    _end(args, result, kept, fault)
+            concept = concept_from(lesson.base, lesson.subject, result, lesson.basis, lesson.targets)
+        written = _keep(args, dated(concept), result, out) if result.step else None
+    _end(args, result, written, fault)
 
 
 def _keep(args: argparse.Namespace, concept, result: TrainResult, out: Path) -> Kept:

@@ -23,71 +23,91 @@ def draw_report(names: Sequence[str], table: Mapping) -> Tensor:
 
     table: of `crosstalk_table`; names: of `distinct_names`.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    sheet = _Sheet(names, table)
+    sheet.text((EDGE, EDGE), "Crosstalk of concepts", 22)
+    sheet.draw_pairs(EDGE, "crosstalk |A B'| / |A| |B|", "crosstalk")
+    sheet.draw_pairs(EDGE + sheet.label + sheet.square + 2 * EDGE, "cosine <A, B> / |A| |B|", "cosine")
+    sheet.draw_blocks()
+    return as_batch(sheet.image)
 
-    fonts = {size: ImageFont.load_default(size) for size in (14, 15, 22)}
-    blocks = _by_block(table)
-    columns = list(table["pairs"]) if len(table["pairs"]) <= MOST_PAIRS else []
-    headings = [f"{a} x {b}" for a, b in columns] or ["mean", "most"]
-    name_width, heading_width, block_width = (
-        16 + max(int(fonts[15].getlength(text)) for text in texts) for texts in (names, headings, blocks)
-    )
-    label = max(name_width, block_width)
-    square = len(names) * CELL
-    wide = EDGE * 2 + max(2 * (label + square) + 2 * EDGE, label + len(headings) * CELL, 640)
-    below = EDGE + 44 + 34 + name_width + square + EDGE
-    image = Image.new("RGB", (wide, below + 34 + heading_width + len(blocks) * (CELL // 2) + EDGE + 40), PAPER)
-    draw = ImageDraw.Draw(image)
-    draw.text((EDGE, EDGE), "Crosstalk of concepts", INK, fonts[22])
 
-    def cell(x: int, y: int, height: int, value: float | None, top: float) -> None:
+class _Sheet:
+    """The report's paper: where its parts lie, and how a cell and a heading are drawn."""
+
+    def __init__(self, names: Sequence[str], table: Mapping):
+        from PIL import Image, ImageDraw, ImageFont
+
+        self.names, self.table, self.blocks = names, table, _by_block(table)
+        self.fonts = {size: ImageFont.load_default(size) for size in (14, 15, 22)}
+        self.columns = list(table["pairs"]) if len(table["pairs"]) <= MOST_PAIRS else []
+        self.headings = [f"{a} x {b}" for a, b in self.columns] or ["mean", "most"]
+        self.name_width, self.heading_width, block_width = (
+            16 + max(int(self.fonts[15].getlength(text)) for text in texts)
+            for texts in (names, self.headings, self.blocks)
+        )
+        self.label, self.square = max(self.name_width, block_width), len(names) * CELL
+        self.below = EDGE + 44 + 34 + self.name_width + self.square + EDGE
+        wide = EDGE * 2 + max(2 * (self.label + self.square) + 2 * EDGE, self.label + len(self.headings) * CELL, 640)
+        high = self.below + 34 + self.heading_width + len(self.blocks) * (CELL // 2) + EDGE + 40
+        self.image = Image.new("RGB", (wide, high), PAPER)
+        self._draw = ImageDraw.Draw(self.image)
+
+    def text(
+        self, place: tuple[float, float], text: str, size: int, ink: tuple = INK, anchor: str | None = None
+    ) -> None:
+        self._draw.text(place, text, ink, self.fonts[size], anchor=anchor)
+
+    def cell(self, x: int, y: int, height: int, value: float | None, top: float) -> None:
+        """A field in the colour of value / top, with the value in it; grey where there is none."""
         box = (x, y, x + CELL - GAP, y + height - GAP)
-        draw.rectangle(box, NOTHING if value is None else _colour(abs(value) / top))
+        self._draw.rectangle(box, NOTHING if value is None else _colour(abs(value) / top))
         if value is not None:
-            ink = PAPER if abs(value) / top > 0.5 else INK
             middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-            draw.text(middle, f"{value:.3f}".replace("-0.000", "0.000"), ink, fonts[14], anchor="mm")
+            ink = PAPER if abs(value) / top > 0.5 else INK
+            self.text(middle, f"{value:.3f}".replace("-0.000", "0.000"), 14, ink, "mm")
 
-    def across(x: int, y: int, texts: Sequence[str], length: int) -> None:
+    def titles(self, x: int, y: int, texts: Sequence[str], length: int) -> None:
         """Column titles, turned by a quarter, that end at y."""
+        from PIL import Image, ImageDraw
+
         for index, text in enumerate(texts):
             strip = Image.new("RGB", (length, 20), PAPER)
-            ImageDraw.Draw(strip).text((4, 10), text, INK, fonts[15], anchor="lm")
-            image.paste(strip.rotate(90, expand=True), (x + index * CELL + CELL // 2 - 11, y - length))
+            ImageDraw.Draw(strip).text((4, 10), text, INK, self.fonts[15], anchor="lm")
+            self.image.paste(strip.rotate(90, expand=True), (x + index * CELL + CELL // 2 - 11, y - length))
 
-    def grid(x: int, y: int, title: str, key: str) -> None:
-        top = _top(abs(figures[key]) for figures in table["pairs"].values())
-        draw.text((x, y), f"{title}, colours 0 to {top:g}", FAINT, fonts[15])
-        y += 34 + name_width
-        across(x + label, y, names, name_width)
-        for row, first in enumerate(names):
-            draw.text((x, y + row * CELL + (CELL - GAP) // 2), first, INK, fonts[15], anchor="lm")
-            for column, second in enumerate(names):
-                figures = table["pairs"].get((first, second)) or table["pairs"].get((second, first))
-                value = figures[key] if figures else None
-                cell(x + label + column * CELL, y + row * CELL, CELL, value if row != column else None, top)
+    def draw_pairs(self, x: int, title: str, key: str) -> None:
+        """A square of all pairs."""
+        pairs, y = self.table["pairs"], EDGE + 44
+        top = _top(abs(figures[key]) for figures in pairs.values())
+        self.text((x, y), f"{title}, colours 0 to {top:g}", 15, FAINT)
+        y += 34 + self.name_width
+        self.titles(x + self.label, y, self.names, self.name_width)
+        for row, first in enumerate(self.names):
+            self.text((x, y + row * CELL + (CELL - GAP) // 2), first, 15, anchor="lm")
+            for column, second in enumerate(self.names):
+                figures = pairs.get((first, second)) or pairs.get((second, first))
+                value = figures[key] if figures and row != column else None
+                self.cell(x + self.label + column * CELL, y + row * CELL, CELL, value, top)
 
-    grid(EDGE, EDGE + 44, "crosstalk |A B'| / |A| |B|", "crosstalk")
-    grid(EDGE + label + square + 2 * EDGE, EDGE + 44, "cosine <A, B> / |A| |B|", "cosine")
-    rows = {
-        block: [pairs.get(pair) for pair in columns] or [_mean(pairs.values()), max(pairs.values())]
-        for block, pairs in blocks.items()
-    }
-    top = _top(value for row in rows.values() for value in row if value is not None)
-    draw.text((EDGE, below), f"crosstalk in each part of the model, colours 0 to {top:g}", FAINT, fonts[15])
-    across(EDGE + label, below + 34 + heading_width, headings, heading_width)
-    for index, (block, row) in enumerate(rows.items()):
-        y = below + 34 + heading_width + index * (CELL // 2)
-        draw.text((EDGE, y + CELL // 4 - GAP // 2), block, INK, fonts[15], anchor="lm")
-        for column, value in enumerate(row):
-            cell(EDGE + label + column * CELL, y, CELL // 2, value, top)
-    draw.text(
-        (EDGE, image.height - EDGE - 10),
-        "crosstalk 0: neither reads what the other reads; cosine 0: their changes have nothing in common, 1 two copies",
-        FAINT,
-        fonts[14],
-    )
-    return as_batch(image)
+    def draw_blocks(self) -> None:
+        """A row for each part of the model, a column for each pair, or for the mean and the most of many."""
+        rows = {
+            block: [pairs.get(pair) for pair in self.columns] or [_mean(pairs.values()), max(pairs.values())]
+            for block, pairs in self.blocks.items()
+        }
+        top = _top(value for row in rows.values() for value in row if value is not None)
+        self.text((EDGE, self.below), f"crosstalk in each part of the model, colours 0 to {top:g}", 15, FAINT)
+        start = self.below + 34 + self.heading_width
+        self.titles(EDGE + self.label, start, self.headings, self.heading_width)
+        for index, (block, row) in enumerate(rows.items()):
+            y = start + index * (CELL // 2)
+            self.text((EDGE, y + CELL // 4 - GAP // 2), block, 15, anchor="lm")
+            for column, value in enumerate(row):
+                self.cell(EDGE + self.label + column * CELL, y, CELL // 2, value, top)
+        legend = (
+            "crosstalk 0: neither reads what the other reads; cosine 0: their changes have nothing in common, 1 two"
+        )
+        self.text((EDGE, self.image.height - EDGE - 10), f"{legend} copies", 14, FAINT)
 
 
 def _by_block(table: Mapping) -> dict[str, dict[Pair, float]]:
