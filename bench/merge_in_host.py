@@ -53,6 +53,7 @@ class Bench:
         self.core_counts = counts if core_counts is None else core_counts
         self.patching, layers = pack_module("host.merging.weights"), pack_module("host.layers")
         self.concept = pack_module("modular_concepts.concept")
+        self.merge = pack_module("modular_concepts.merging.compatibility").Merge
         self.adapters, self.names = (
             pack_module("modular_concepts.adapters.low_rank"),
             pack_module("modular_concepts.models.layers"),
@@ -81,7 +82,7 @@ class Bench:
         recipe = self.concept.Recipe(architecture=self.architecture)
         stack = [(self.concept.Concept(c.name, c.layers, {}, recipe), STRENGTH) for c in concepts]
         stack[-1] = (stack[-1][0], last)
-        return self.patching.merged(self.model, self.clip, stack, how, beside=beside)[0]
+        return self.patching.merged(self.model, self.clip, stack, self.merge(how), beside)[0]
 
     def chain(self, loras: list[dict], last: float = STRENGTH, start=None):
         """start: a MODEL with all but the last LoRA, which the host keeps from the run before."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.model_patcher
 import comfy.sd
 import comfy.sd1_clip
 from torch import Tensor, nn
 
+from ..modular_concepts.adapters.sites import rows_of_sites
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.families import encoder_names, titles
 from ..modular_concepts.models.base import tables_hash
@@ -32,12 +33,19 @@ _SAMPLES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary(
 class HostLayer:
     """part: "unet" (patches go to MODEL) or "text_encoder" (to CLIP, any of its text models).
 
-    key: the weight's name in the patcher.
+    key: the weight's name in the patcher.  rows: (first, how many) of its rows, of a site of a fused layer.
     """
 
     part: str
     key: str
     module: nn.Module
+    rows: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, or of the site's part of it."""
+        out, *rest = self.module.weight.shape
+        return (out if self.rows is None else self.rows[1], *rest)
 
 
 def host_layers(model: comfy.model_patcher.ModelPatcher | None, clip: comfy.sd.CLIP | None) -> dict[str, HostLayer]:
@@ -46,6 +54,19 @@ def host_layers(model: comfy.model_patcher.ModelPatcher | None, clip: comfy.sd.C
     Either may be None.  Raises AdapterError for a MODEL of another family than Stable Diffusion's.
     """
     return (_unet_layers(model) if model is not None else {}) | (_text_layers(clip) if clip is not None else {})
+
+
+def host_places(model: comfy.model_patcher.ModelPatcher | None, clip: comfy.sd.CLIP | None) -> dict[str, HostLayer]:
+    """`host_layers`, and the sites of those that are fused: all that an adapter may be for."""
+    places: dict[str, HostLayer] = {}
+    for name, layer in host_layers(model, clip).items():
+        places[name] = layer
+        out, *inp = layer.module.weight.shape
+        sites = rows_of_sites(name, inp[0]) if len(inp) == 1 else {}
+        # A layer of another height than its family's is one that nobody has described.
+        if sites and max(start + count for start, count in sites.values()) == out:
+            places |= {site: replace(layer, rows=rows) for site, rows in sites.items()}
+    return places
 
 
 def architecture_of(model: comfy.model_patcher.ModelPatcher) -> str:

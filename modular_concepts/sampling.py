@@ -16,14 +16,15 @@ from .adapters.attach import attached
 from .adapters.sites import with_sites
 from .concept import Concept
 from .errors import AdapterError
-from .merging.compatibility import fitted
+from .merging.compatibility import Merge, fitted
 from .models.base import BaseModel
 from .models.budget import check_pictures
 from .models.targets import EVERYTHING, concept_layers
-from .regions.assignment import Stack, acting
+from .regions.assignment import acting
 from .regions.conditioning import Speaking
 from .regions.geometry import Region
 from .regions.shares import Places
+from .stack import NO_CONCEPTS, Stack
 
 MODES = ("merged", "gated")
 MOST_CFG = 100.0  # what the hosts' samplers take, either way
@@ -94,7 +95,7 @@ def sample(
     callback: Callable[[int, int], None] | None = None,
     *,
     mode: str = "merged",
-    stack: Stack = (),
+    stack: Stack = NO_CONCEPTS,
     overlap: str = "average",
 ) -> Tensor:
     """One picture per (prompt, seed): (N, 3, H, W) in 0..1, on the CPU wherever the base is.
@@ -193,6 +194,7 @@ def customised(
     """
     everything = with_sites(concept_layers(base, EVERYTHING))
     shapes = {name: module.weight.shape for name, module in everything.items()}
-    merged, tokens = fitted(base.architecture, shapes, concepts, strengths, how, word_rows=base.word_rows)
+    stack = Stack(zip(concepts, strengths, strict=True))
+    merged, tokens = fitted(base.architecture, shapes, stack, Merge(how), base.word_rows)
     with attached(everything, merged):
         yield tokens

@@ -30,3 +30,6 @@ class Stack(tuple[tuple[Concept, float], ...]):
     def scaled(self, factor: float) -> Stack:
         """All strengths times a factor."""
         return Stack((concept, strength * factor) for concept, strength in self)
+
+
+NO_CONCEPTS = Stack()

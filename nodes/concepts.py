@@ -11,6 +11,7 @@ from ..host.files.loras import concepts_of
 from ..host.messages import show_text
 from ..host.text.words import encode_prompt, warnings_of_words
 from ..modular_concepts.files.modelspec import thumbnail as small_picture
+from ..modular_concepts.stack import Stack
 from . import stacks
 from .types import CONCEPT_STACK, LORA_STACK, blocks_input, concepts_input, strength_input, strength_problem
 from .unused import unused
@@ -261,6 +262,6 @@ class ConceptTextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, clip, text: str, concepts=None) -> io.NodeOutput:
         stack = stacks.as_stack(concepts)
-        warnings = [*warnings_of_words(clip, [text], [concept for concept, _ in stack]), *stacks.unsaid(stack, text)]
+        warnings = [*warnings_of_words(clip, [text], Stack.of(stack).concepts), *stacks.unsaid(stack, text)]
         _tell(warnings)
         return io.NodeOutput(encode_prompt(clip, text, stack))

@@ -10,20 +10,17 @@ from ..modular_concepts.concept import Concept
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.merging import BlockStrengths
 from ..modular_concepts.regions.assignment import called
-
-Stack = tuple[tuple[Concept, float], ...]
+from ..modular_concepts.stack import Stack
 
 
 def as_stack(value: Concept | Stack | None) -> Stack:
     """A CONCEPT (strength 1), a CONCEPT_STACK or nothing, as a stack."""
-    if value is None:
-        return ()
-    return ((value, 1.0),) if isinstance(value, Concept) else tuple(value)
+    return Stack.of(value)
 
 
 def joined(values: Mapping[str, Concept | Stack] | Iterable[Concept | Stack]) -> Stack:
     """The stacks of several sockets as one, in the sockets' order."""
-    return tuple(
+    return Stack(
         pair for value in (values.values() if isinstance(values, Mapping) else values) for pair in as_stack(value)
     )
 
@@ -39,8 +36,8 @@ def scaled(value: Concept | Stack, strength: float, blocks: str = "") -> Stack:
         raise AdapterError(f"{names}: strength is {strength}; it must be a finite number, 1 for as trained")
     chosen = BlockStrengths.parse(blocks)
     if chosen.entries:
-        stack = tuple((replace(concept, layers=chosen.on(concept.layers)), own) for concept, own in stack)
-    return tuple((concept, own * strength) for concept, own in stack)
+        stack = Stack((replace(concept, layers=chosen.on(concept.layers)), own) for concept, own in stack)
+    return stack.scaled(strength)
 
 
 def unmet_blocks(value: Concept | Stack, blocks: str) -> list[str]:
@@ -54,7 +51,7 @@ def unmet_blocks(value: Concept | Stack, blocks: str) -> list[str]:
 
 def parts(stack: Stack) -> tuple[list[Concept], list[float]]:
     """(concepts, strengths), as the engine takes them."""
-    return [concept for concept, _ in stack], [strength for _, strength in stack]
+    return Stack.of(stack).concepts, Stack.of(stack).strengths
 
 
 def unsaid(stack: Stack, text: str) -> list[str]:

@@ -20,10 +20,9 @@ from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.files.bundled import with_plain_words
 from ...modular_concepts.files.lora import Place, by_rule, import_lora, lora_concept, told_apart
 from ...modular_concepts.merging.block_strengths import check_strength
+from ...modular_concepts.stack import Stack
 from ..layers import host_layers
 from .folders import path_of
-
-Stack = tuple[tuple[Concept, float], ...]
 
 
 class HostNames:
@@ -31,7 +30,7 @@ class HostNames:
 
     def __init__(self, model: comfy.model_patcher.ModelPatcher | None, clip: comfy.sd.CLIP | None):
         layers = host_layers(model, clip)
-        self.shapes = {name: tuple(layer.module.weight.shape) for name, layer in layers.items()}
+        self.shapes = {name: layer.shape for name, layer in layers.items()}
         self._canonical = {layer.key: name for name, layer in layers.items()}
         self._keys = comfy.lora.model_lora_keys_unet(model.model, {}) if model is not None else {}
         if clip is not None:

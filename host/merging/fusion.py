@@ -20,6 +20,7 @@ from ...modular_concepts.concept import Concept
 from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.files.moments import Recorded, load_moments, moments_path, recorded_from, save_moments, why_not
 from ...modular_concepts.merging import Evidence, MergeOptions
+from ...modular_concepts.merging.compatibility import Merge
 from ...modular_concepts.merging.fusion import FUSION
 from ...modular_concepts.merging.moments import Moment, recording
 from ...modular_concepts.models.fingerprint import concept_mark
@@ -80,7 +81,7 @@ def fused(
         said.append(f"{concept.name}: {source}")
         bar.update(1)
     options, evidence = MergeOptions(ridge=ridge), Evidence(moments)
-    result = merged(model, clip, stack, FUSION.name, options=options, evidence=evidence, beside=beside)
+    result = merged(model, clip, stack, Merge(FUSION.name, options=options, evidence=evidence), beside)
     return *result, "\n".join([*said, *warnings_of(model, clip, stack, "" if beside else "weights")])
 
 

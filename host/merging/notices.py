@@ -11,9 +11,11 @@ import comfy.sd
 from ...modular_concepts.concept import Concept
 from ...modular_concepts.crosstalk.report import warnings_between, warnings_on_base
 from ...modular_concepts.merging import NOTHING, MergeOptions, merge_concepts
+from ...modular_concepts.merging.compatibility import Merge
 from ...modular_concepts.merging.method import TEXTS
 from ...modular_concepts.merging.methods import METHODS
 from ...modular_concepts.merging.truncation import SVD, share_kept
+from ...modular_concepts.stack import Stack
 from ...modular_concepts.unread import MERGE, unread
 from ..layers import base_sample, known_hash, quantised
 from ..messages import show_text
@@ -37,7 +39,7 @@ def merged_by(
     family: any but fusion, which draws first (`fusion.fused`).  apply: one of `APPLY`.
     """
     evidence = spoken_evidence(model, clip, stack) if METHODS[family].needs == TEXTS else NOTHING
-    result = merged(model, clip, stack, family, literal, options, evidence, apply == "activations")
+    result = merged(model, clip, stack, Merge(family, literal, options, evidence), apply == "activations")
     given = [name for name, value in asdict(options).items() if value != getattr(MergeOptions(), name)]
     said = [*unread(MERGE, given, family), *warnings_of(model, clip, stack, apply)]
     if family == SVD.name:
@@ -54,7 +56,7 @@ def warnings_of(
     apply: str = "",
 ) -> list[str]:
     """What a person should know of these concepts together and on this model, each with the way out."""
-    said = [*warnings_between([concept for concept, _ in stack]), *warnings_here(model, clip, stack)]
+    said = [*warnings_between(Stack.of(stack).concepts), *warnings_here(model, clip, stack)]
     if apply == "weights" and quantised(model):
         said.append(
             "the model's weights are quantised: the sum is rounded to their few bits, which can lose as much as the "
@@ -67,11 +69,11 @@ def warnings_here(
     model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None, stack: Sequence[tuple[Concept, float]]
 ) -> list[str]:
     """What a person should know of each of these concepts on this model."""
-    return warnings_on_base([concept for concept, _ in stack], known_hash(model, clip), base_sample(model))
+    return warnings_on_base(Stack.of(stack).concepts, known_hash(model, clip), base_sample(model))
 
 
 def kept_by_cut(stack: Sequence[tuple[Concept, float]], options: MergeOptions) -> str:
-    concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
+    concepts, strengths = Stack.of(stack).concepts, Stack.of(stack).strengths
     cut = merge_concepts(concepts, strengths, SVD.name, options=options)
     kept = share_kept(cut, merge_concepts(concepts, strengths))
     return f"rank {options.rank} keeps {kept:.1%} of the sum's energy, {1 - kept:.1%} is lost"

@@ -19,21 +19,12 @@ from torch import Tensor
 from ...modular_concepts.adapters.low_rank import ConvGeometry, LowRank
 from ...modular_concepts.concept import Concept, same_concept
 from ...modular_concepts.errors import AdapterError
-from ...modular_concepts.merging import (
-    DEFAULTS,
-    NOTHING,
-    Evidence,
-    Merged,
-    MergedBlocks,
-    MergedDense,
-    MergedLayer,
-    MergedSum,
-    MergeOptions,
-    merged_factors,
-)
+from ...modular_concepts.merging import Merged, MergedBlocks, MergedDense, MergedLayer, MergedSum, merged_factors
 from ...modular_concepts.merging.as_concept import as_concept
-from ...modular_concepts.merging.compatibility import fitted
-from ..layers import architecture_of, host_layers
+from ...modular_concepts.merging.compatibility import SUMMED, Merge, fitted
+from ...modular_concepts.merging.lift import lift
+from ...modular_concepts.stack import Stack
+from ..layers import HostLayer, architecture_of, host_places
 from ..text.layerwise import cross_attention_layers, refuse_other_layers, with_layers
 from ..text.words import class_words_of, learned_words, with_tokens, word_rows
 from .activations import set_beside
@@ -136,64 +127,64 @@ def merged(
     model: comfy.model_patcher.ModelPatcher,
     clip: comfy.sd.CLIP,
     stack: Sequence[tuple[Concept, float]],
-    how: str = "sum",
-    literal: bool = False,
-    options: MergeOptions = DEFAULTS,
-    evidence: Evidence = NOTHING,
+    merge: Merge = SUMMED,
     beside: bool = False,
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP]:
     """Clones of MODEL and CLIP with the concepts in their weights, and their words in the CLIP.
 
-    how and all after it: as `merge_concepts`.  beside: compute them beside the weights instead (`activations.py`).
+    beside: compute them beside the weights instead (`activations.py`).
     Raises AdapterError for concepts that do not fit the model, each other, or are in it already.
     """
+    stack = Stack.of(stack)
     if not stack:
         raise AdapterError("there is nothing to merge; connect at least one concept")
-    concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
-    for concept in concepts:
+    for concept in stack.concepts:
         if is_inside(model, concept):
             raise AdapterError(
                 f"{concept.name} is in this model already; take the model from before the first merge, or leave "
                 "the concept out"
             )
-    layers = host_layers(model, clip)
-    shapes = {name: layer.module.weight.shape for name, layer in layers.items()}
-    adapters, tokens = fitted(
-        architecture_of(model),
-        shapes,
-        concepts,
-        strengths,
-        how,
-        literal,
-        options,
-        evidence,
-        lambda words: word_rows(clip, words),
-    )
+    places = host_places(model, clip)
+    shapes = {name: place.shape for name, place in places.items()}
+    adapters, tokens = fitted(architecture_of(model), shapes, stack, merge, lambda words: word_rows(clip, words))
     refuse_other_layers(tokens, cross_attention_layers(model))
-    model, clip = (
-        model.clone(),
-        with_tokens(clip.clone(), tokens, class_words_of(concepts), learned_words(concepts)),
-    )
+    words = with_tokens(clip.clone(), tokens, class_words_of(stack.concepts), learned_words(stack.concepts))
+    model, clip = model.clone(), words
     for part, patcher in (("unet", model), ("text_encoder", clip.patcher)):
-        _put({layers[name].key: own for name, own in adapters.items() if layers[name].part == part}, patcher, beside)
+        _put(_by_key(adapters, places, part), patcher, beside)
     if any(rows.dim() == 3 for rows in tokens.values()):
         with_layers(model)
-    model.set_attachments(INSIDE, (*_merges_in(model), Inside(tuple(stack), how, adapters)))
+    model.set_attachments(INSIDE, (*_merges_in(model), Inside(stack, merge.how, adapters)))
     return model, clip
 
 
-def _put(found: Mapping[str, Merged], patcher: comfy.model_patcher.ModelPatcher, beside: bool) -> None:
+def _by_key(adapters: Mapping[str, Merged], places: Mapping[str, HostLayer], part: str) -> dict[str, list[Merged]]:
+    """Weight key -> what is merged there: one layer, or each of its sites, lifted to the whole weight."""
+    by_key: dict[str, list[Merged]] = {}
+    for name, merged_layer in adapters.items():
+        place = places[name]
+        if place.part == part:
+            whole = place.rows is None
+            lifted = merged_layer if whole else lift(merged_layer, place.rows[0], place.module.weight.shape[0])
+            by_key.setdefault(place.key, []).append(lifted)
+    return by_key
+
+
+def _put(layers: Mapping[str, Sequence[Merged]], patcher: comfy.model_patcher.ModelPatcher, beside: bool) -> None:
     """Into a clone: merged layers by weight key.
 
     Layers to which nothing is added are left alone: on a GPU the host casts a weight to float16 before it is patched,
     and one in float32 would come back rounded.
     """
-    found = {key: own for key, own in found.items() if not own.is_zero}
+    layers = {key: [part for part in parts if not part.is_zero] for key, parts in layers.items()}
+    layers = {key: parts for key, parts in layers.items() if parts}
     if not beside:
-        patcher.add_patches({key: MergedWeight.of(own) for key, own in found.items()})
-    elif found:
+        for turn in range(max(map(len, layers.values()), default=0)):
+            now = {key: parts[turn] for key, parts in layers.items() if turn < len(parts)}
+            patcher.add_patches({key: MergedWeight.of(part) for key, part in now.items()})
+    elif layers:
         before = patcher.get_attachment(BESIDE) or {}
-        every = {key: (*before.get(key, ()), *((found[key],) if key in found else ())) for key in {**before, **found}}
+        every = {key: (*before.get(key, ()), *layers.get(key, ())) for key in {**before, **layers}}
         patcher.set_attachments(BESIDE, every)
         set_beside(patcher, every)
 
@@ -225,7 +216,7 @@ def concept_inside(model: comfy.model_patcher.ModelPatcher, name: str = "") -> C
     if not merges:
         raise AdapterError("there is no concept in this model; connect the MODEL of Merge Concepts or Fuse Concepts")
     stack = [pair for merge in merges for pair in merge.stack]
-    concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
+    concepts, strengths = Stack.of(stack).concepts, Stack.of(stack).strengths
     parts: dict[str, list[LowRank]] = {}
     for merge in merges:
         for layer, own in merge.layers.items():

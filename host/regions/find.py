@@ -15,10 +15,11 @@ from nodes import common_ksampler
 
 from ...modular_concepts.concept import Concept
 from ...modular_concepts.errors import AdapterError
-from ...modular_concepts.regions.assignment import Stack, acting, called
+from ...modular_concepts.regions.assignment import acting, called
 from ...modular_concepts.regions.find import HeardWords, disjoint_masks
 from ...modular_concepts.regions.geometry import Region
 from ...modular_concepts.regions.shares import Places
+from ...modular_concepts.stack import Stack
 from ..families.lookup import host_family_of
 from ..layers import architecture_of
 from ..text.layerwise import with_layers

@@ -17,14 +17,15 @@ import comfy.sd
 import torch
 from torch import nn
 
+from ...modular_concepts.adapters.sites import Site
 from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.merging.compatibility import faded_words, fitted, fitting_concepts
-from ...modular_concepts.regions.assignment import Stack
 from ...modular_concepts.regions.gating import Gate
 from ...modular_concepts.regions.shares import Places
+from ...modular_concepts.stack import Stack
 from ..called import Called, uncompiled
 from ..families.family import DENOISER
-from ..layers import architecture_of, host_layers
+from ..layers import HostLayer, architecture_of, host_layers, host_places
 from ..merging.weights import MergedWeight, is_inside
 from ..text.layerwise import cross_attention_layers, refuse_other_layers
 from ..text.words import class_words_of, learned_words, with_tokens, word_rows
@@ -40,9 +41,9 @@ class HostGate:
         texts: Sequence[tuple[int, ...]],
         places: Places,
     ):
-        layers = {name: layer for name, layer in host_layers(model, None).items() if layer.part == "unet"}
-        self.paths = {name: layer.key.removeprefix(DENOISER).removesuffix(".weight") for name, layer in layers.items()}
-        self.gate = Gate(stack, texts, places, {name: layer.module for name, layer in layers.items()})
+        self.places = host_places(model, None)
+        network = model.model.diffusion_model
+        self.gate = Gate(stack, texts, places, {name: _in(network, place) for name, place in self.places.items()})
         self.watch = Called("gated concepts", "choose the merged mode")
 
     @contextmanager
@@ -62,10 +63,16 @@ class HostGate:
         self.watch.look_at(network, options)
         self.gate.now, self.gate.lengths = (latent_size, progress), lengths
         self.gate.called.clear()
-        modules = {name: network.get_submodule(self.paths[name]) for name in self.gate.gated}
+        modules = {name: _in(network, self.places[name]) for name in self.gate.gated}
         with self.gate.attached(modules), uncompiled():
             yield
         self.watch.count([name for name in self.gate.gated if name not in self.gate.called], len(self.gate.gated))
+
+
+def _in(network: nn.Module, place: HostLayer) -> nn.Module | Site:
+    """A layer, or a site of one, in a network that may be a copy of the model's own."""
+    module = network.get_submodule(place.key.removeprefix(DENOISER).removesuffix(".weight"))
+    return module if place.rows is None else Site(module, *place.rows)
 
 
 def fitting_stack(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, stack: Stack) -> Stack:
@@ -79,8 +86,8 @@ def fitting_stack(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, 
                 f"{concept.name} is merged into this model already, so it acts everywhere and no region can hold it; "
                 "take the model and the text encoder from before Merge Concepts, or choose the merged mode"
             )
-    shapes = {name: layer.module.weight.shape for name, layer in host_layers(model, clip).items()}
-    concepts = fitting_concepts(architecture_of(model), shapes, [concept for concept, _ in stack])
+    shapes = {name: place.shape for name, place in host_places(model, clip).items()}
+    concepts = fitting_concepts(architecture_of(model), shapes, Stack.of(stack).concepts)
     return [(concept, strength) for concept, (_, strength) in zip(concepts, stack, strict=True)]
 
 
@@ -101,7 +108,7 @@ def check_memory(model: comfy.model_patcher.ModelPatcher, stack: Stack) -> None:
 
 def with_words(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, stack: Stack) -> comfy.sd.CLIP:
     """A CLIP that knows all learned words of the stack; no concept acts on it."""
-    concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
+    concepts, strengths = Stack.of(stack).concepts, Stack.of(stack).strengths
     words = faded_words(concepts, strengths, lambda text: word_rows(clip, text))
     refuse_other_layers(words, cross_attention_layers(model))
     return with_tokens(clip, words, class_words_of(concepts), learned_words(concepts))
@@ -110,12 +117,12 @@ def with_words(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, sta
 def with_concepts(architecture: str, clip: comfy.sd.CLIP, stack: Stack) -> comfy.sd.CLIP:
     """A clone of a CLIP that reads with the concepts' text encoder layers; it knows their words already."""
     layers = host_layers(None, clip)
-    shapes = {name: layer.module.weight.shape for name, layer in layers.items()}
-    concepts = [
-        replace(concept, layers={name: own for name, own in concept.layers.items() if name in shapes})
-        for concept, _ in stack
+    shapes = {name: layer.shape for name, layer in layers.items()}
+    there = [
+        (replace(concept, layers={name: own for name, own in concept.layers.items() if name in shapes}), strength)
+        for concept, strength in stack
     ]
-    merged, _ = fitted(architecture, shapes, concepts, [strength for _, strength in stack])
+    merged, _ = fitted(architecture, shapes, there)
     if not merged:
         return clip
     clip = clip.clone()

@@ -19,6 +19,7 @@ from ...modular_concepts.errors import AdapterError, listed
 from ...modular_concepts.families import encoder_names, reader_names
 from ...modular_concepts.merging.compatibility import faded_words, refuse_shared_triggers
 from ...modular_concepts.models.cross_attention import first_positions
+from ...modular_concepts.stack import Stack
 from ...modular_concepts.text.triggers import TRIGGER, between, heard, replaced
 from ...modular_concepts.text.words import caption_ids, learned_rows, token_ids
 from ..layers import text_encoders_of
@@ -37,7 +38,7 @@ def encode_prompt(clip: comfy.sd.CLIP, text: str, stack: Sequence[tuple[Concept,
     With a layer-wise word in it, its tensor is made with the mean of the layers' rows, and `layerwise.LAYERS` holds a
     context for each layer, which the samplers of a MODEL with the concept listen to.
     """
-    concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
+    concepts, strengths = Stack.of(stack).concepts, Stack.of(stack).strengths
     refuse_shared_triggers(concepts)
     said = faded_words(concepts, strengths, lambda words: word_rows(clip, words))
     clip = with_tokens(clip, said, class_words_of(concepts), learned_words(concepts))

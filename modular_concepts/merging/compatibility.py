@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,33 +11,46 @@ from torch import Tensor
 from ..adapters.low_rank import check_adapter, shaped_for
 from ..concept import Concept
 from ..errors import AdapterError
+from ..stack import Stack
 from . import DEFAULTS, NOTHING, Evidence, Merged, MergeOptions, merge_concepts
 
 WordRows = Callable[[str], Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """How concepts become one; see `methods.merge_concepts`."""
+
+    how: str = "sum"
+    literal: bool = False
+    options: MergeOptions = DEFAULTS
+    evidence: Evidence = NOTHING
+
+
+SUMMED = Merge()
+
+
 def fitted(
     architecture: str,
     shapes: Mapping[str, Sequence[int]],
-    concepts: Sequence[Concept],
-    strengths: Sequence[float],
-    how: str = "sum",
-    literal: bool = False,
-    options: MergeOptions = DEFAULTS,
-    evidence: Evidence = NOTHING,
+    stack: Iterable[tuple[Concept, float]],
+    merge: Merge = SUMMED,
     word_rows: WordRows | None = None,
 ) -> tuple[dict[str, Merged], dict[str, Tensor]]:
-    """(canonical layer name -> merged layer, trigger word -> rows) of concepts on a base.
+    """(canonical name of a layer or site -> what is merged there, trigger word -> rows) of concepts on a base.
 
-    architecture, shapes (canonical name -> weight's shape): the base's.  how and all after it: as `merge_concepts`.
+    architecture, shapes (canonical name -> weight's shape): the base's.
     word_rows: the base's, and learned words follow their concepts' strengths (`faded_words`); None: as learned.
     Raises AdapterError for a concept of another base, for two that share a trigger word, and for concepts on
     different orthogonal bases.
     """
-    concepts = fitting_concepts(architecture, shapes, concepts)
+    stack = Stack.of(stack)
+    concepts = fitting_concepts(architecture, shapes, stack.concepts)
     refuse_other_basis(concepts)
-    merged = merge_concepts(concepts, strengths, how, literal, options, evidence) if concepts else {}
-    return merged, faded_words(concepts, strengths, word_rows)
+    merged = {}
+    if concepts:
+        merged = merge_concepts(concepts, stack.strengths, merge.how, merge.literal, merge.options, merge.evidence)
+    return merged, faded_words(concepts, stack.strengths, word_rows)
 
 
 def fitting_concepts(

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from ..concept import Concept
 from ..crosstalk.measures import distinct_names
 from ..errors import AdapterError, listed
+from ..stack import Stack
 from ..text.triggers import heard
 from .geometry import Region
-
-Stack = Sequence[tuple[Concept, float]]
 
 
 def acting(stack: Stack, prompt: str, regions: Sequence[Region]) -> list[tuple[int, ...]]:
@@ -21,7 +20,7 @@ def acting(stack: Stack, prompt: str, regions: Sequence[Region]) -> list[tuple[i
     Raises AdapterError for a concept that a region names and the stack lacks.
     """
     check_names(regions, [concept.name for concept, _ in stack])
-    refuse_ambiguous(regions, [concept for concept, _ in stack])
+    refuse_ambiguous(regions, Stack.of(stack).concepts)
     regional = [_named(stack, region) for region in regions]
     taken = {number for own in regional for number in own}
     return [tuple(number for number in called(stack, prompt) if number not in taken), *regional]
@@ -94,5 +93,5 @@ def check_names(regions: Sequence[Region], known: Sequence[str]) -> None:
 def _named(stack: Stack, region: Region) -> tuple[int, ...]:
     if region.concepts is None:
         return called(stack, region.prompt)
-    names = distinct_names([concept for concept, _ in stack])
+    names = distinct_names(Stack.of(stack).concepts)
     return tuple(number for number, name in enumerate(names) if name in region.concepts)

@@ -12,8 +12,8 @@ from ..adapters.attach import attached
 from ..adapters.sites import with_sites
 from ..merging.compatibility import faded_words, fitted, fitting_concepts
 from ..models.base import BaseModel
+from ..stack import Stack
 from ..text.contexts import Context, joined, text_of
-from .assignment import Stack
 from .attention import regional_attention
 from .gating import Gate
 from .shares import Places
@@ -37,7 +37,8 @@ class Speaking:
         self.base, self.places = base, places
         self.layers = with_sites(base.layers(("all_linear",), ("all_linear",))) if stack else {}
         self.acts = acts
-        concepts, strengths = [concept for concept, _ in stack], [strength for _, strength in stack]
+        stack = Stack.of(stack)
+        concepts, strengths = stack.concepts, stack.strengths
         self.shapes = {name: module.weight.shape for name, module in self.layers.items()}
         fitting = fitting_concepts(base.architecture, self.shapes, concepts)
         self.stack = list(zip(fitting, strengths, strict=True))
@@ -64,7 +65,7 @@ class Speaking:
         own = [self.stack[number] for number in self.acts[text]]
         adapters = {}
         if own:
-            merged, _ = fitted(self.base.architecture, self.shapes, *zip(*own, strict=True))
+            merged, _ = fitted(self.base.architecture, self.shapes, own)
             adapters = {name: layer for name, layer in merged.items() if not name.startswith("unet.")}
         with attached(self.layers, adapters):
             return self.base.context(prompts, self.tokens)

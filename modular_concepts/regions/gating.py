@@ -25,7 +25,7 @@ from ..families import network_of
 from ..families.family import JOINT, NEITHER, TEXTS
 from ..merging.sums import MergedLayer, MergedSum, merged_factors
 from ..models.layers import tokens_of
-from .assignment import Stack
+from ..stack import Stack
 from .shares import Part, Places
 
 # Moving a row in and out costs about as much as this much more rank.

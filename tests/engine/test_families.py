@@ -170,7 +170,7 @@ def test_a_sum_of_whole_layers_and_parts_is_that_of_the_deltas():
     base, stack, strengths = MadeUpBase(), concepts(), [0.8, -0.5]
     places = with_sites(base.every_layer())
     shapes = {name: place.weight.shape for name, place in places.items() if hasattr(place, "weight")}
-    merged, _ = fitted(MADE_UP.name, shapes, stack, strengths)
+    merged, _ = fitted(MADE_UP.name, shapes, zip(stack, strengths, strict=True))
     assert f"{QKV}.k" in merged and QKV not in merged  # taken apart, for another has a part of it
     with attached(places, merged):
         summed = answers(base)
