@@ -37,17 +37,22 @@ def train(name: str, *more) -> list:
 
 def test_a_concept_is_replaced_only_when_asked(here, capsys, monkeypatch):
     tom, tim, way_out = "concepts/tom.safetensors", "concepts/tim.safetensors", "replace it with --overwrite"
+    both = "both.safetensors"
+    (here / both).write_bytes(b"something of a person's")
     with monkeypatch.context() as patch:
         patch.setattr(model, "WEIGHTS", here / "nowhere")  # refused before anything is loaded
         refused(capsys, here, train("tom"), f"{tom} is there already", way_out)
-        refused(capsys, here, ["merge", tom, tim, "--out", tom], f"{tom} is there already", way_out)
+        refused(capsys, here, ["merge", tom, tim, "--out", both], f"{both} is there already", way_out)
+        refused(
+            capsys, here, ["merge", tom, tim, "--out", tom, "--overwrite"], f"would replace {tom}, one of its parts"
+        )
         refused(capsys, here, ["export", tom, "--out", tim], f"{tim} is there already", way_out)
     before = files(here)
-    for command in (train("tim", "--steps", "2"), ["merge", tom, tim, "--out", tom]):
+    for command in (train("tim", "--steps", "2"), ["merge", tom, tim, "--out", both]):
         assert run(capsys, *command, "--overwrite")[0] == 0
     after = files(here)
-    assert {name for name in before if before[name] != after[name]} == {tom, tim}
-    assert set(load_concept(tom).tokens) == {"<tom>", "<tim>"}
+    assert {name for name in before if before[name] != after[name]} == {tim, both}
+    assert set(load_concept(both).tokens) == {"<tom>", "<tim>"}
 
 
 def test_an_export_in_a_second_format_keeps_the_word_and_another_concepts_word_is_not_replaced(here, capsys):
