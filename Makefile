@@ -20,6 +20,8 @@ PIP_INSTALL := $(PIP) install --no-compile
 # On a terminal pip shows its progress; in a log only what goes wrong.
 QUIET := $(if $(shell [ -t 2 ] && echo terminal),,--quiet --quiet)
 PYTEST := $(BIN)/python -m pytest
+# A process for each core, up to four, of one thread each; a file's tests stay together, for they share what is slow.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTEST) -n auto --maxprocesses=4 --dist loadfile
 FAST_TESTS = $(wildcard tests/engine tests/files tests/nodes)
 
 # Nothing is downloaded when it runs, and compiled modules are kept.
@@ -47,8 +49,12 @@ help:
 demo: $(STAMP)
 	$(BIN)/python -m modular_concepts demo
 
+# The tests without a host side by side, those in the host one after another; all run, whatever fails.
 test: $(STAMP)
-	$(PYTEST) tests $(PYTEST_FLAGS)
+	@status=0; \
+	$(SIDE_BY_SIDE) $(FAST_TESTS) $(PYTEST_FLAGS) || { code=$$?; [ $$code -eq 5 ] || status=$$code; }; \
+	$(PYTEST) tests/host $(PYTEST_FLAGS) || { code=$$?; [ $$code -eq 5 ] || status=$$code; }; \
+	exit $$status
 
 test-host: $(STAMP)
 	$(PYTEST) tests/host $(PYTEST_FLAGS)
@@ -82,7 +88,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
-	$(PYTEST) $(FAST_TESTS) -m "not slow" $(PYTEST_FLAGS)
+	$(SIDE_BY_SIDE) $(FAST_TESTS) -m "not slow" $(PYTEST_FLAGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -55,6 +55,15 @@ def reader_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for family in _FAMILIES.values() for name in family.readers))
 
 
+def block_kinds() -> dict[str, bool]:
+    """What blocks are called in a person's words -> whether they are counted: down (down 0, down 1, ...), mid."""
+    words = [words for network in networks("unet") for _, words in network.blocks]
+    words += [
+        f"{prefix}{words}" for prefix in ("", "second ") for net in networks("text_encoder") for _, words in net.blocks
+    ]
+    return {word.removesuffix(" {}"): word.endswith(" {}") for word in words} | {"other": False}
+
+
 def block_classes() -> frozenset[str]:
     """Classes of the blocks that are computed again in backward, as diffusers and hosts call them."""
     return frozenset(name for network in networks("unet") for name in network.checkpointed)

@@ -1,7 +1,7 @@
 """Strengths for parts of a model: "mid=0.5, up 1=0, text=0.8" on top of a concept's own strength.
 
 Blocks go by name (`layers.block_of`), so that a model with fewer of them shifts nothing: down 0, mid, up 1, text 3.
-`down`, `up` and `text` stand for all of their kind; `other` for what is in none.  Later entries win.
+Without its number a kind stands for all of it (`down`, `text`); `other` for what is in none.  Later entries win.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 from ..adapters.low_rank import LowRank
 from ..errors import AdapterError
+from ..families import block_kinds
 from ..models.layers import block_of
 
-_ENTRY = re.compile(
-    r"\s*(?:(?P<kind>down|up|text)(?:\s+(?P<number>\d{1,3}))?|(?P<single>mid|other))\s*=\s*(?P<value>.+?)\s*"
-)
+_ENTRY = re.compile(r"\s*(?P<kind>[a-z][a-z ]*?)(?:\s+(?P<number>\d{1,3}))?\s*=\s*(?P<value>.+?)\s*")
 EXAMPLE = "mid=0.5, up 1=0, text=0.8"
 MOST = 100.0  # what the host's own loaders take; LoRAs that are sliders are used far beyond 1
 
@@ -51,30 +50,30 @@ class BlockStrengths:
         for part in re.split(r"[,;\n]", text):
             if not part.strip():
                 continue
-            found = _ENTRY.fullmatch(part.lower())
-            value = _number(found["value"]) if found else None
-            if value is None:
+            entry = _ENTRY.fullmatch(part.lower())
+            value = _number(entry["value"]) if entry else None
+            kind = " ".join(entry["kind"].split()) if entry else ""
+            counted = block_kinds().get(kind)
+            if value is None or counted is None or (entry["number"] and not counted):
+                names = ", ".join(f"{kind} N" if counted else kind for kind, counted in block_kinds().items())
                 raise AdapterError(
-                    f"block strength {part.strip()[:60]!r} is not like {EXAMPLE}; blocks are down N, mid, up N and "
-                    "text N, or down, up, text for all of a kind"
+                    f"block strength {part.strip()[:60]!r} is not like {EXAMPLE}; blocks are {names}, and without N "
+                    "all of a kind"
                 )
-            name = found["single"] or " ".join(
-                filter(None, (found["kind"], found["number"] and str(int(found["number"]))))
-            )
-            entries.append((name, value))
+            entries.append((f"{kind} {int(entry['number'])}" if entry["number"] else kind, value))
         return cls(tuple(entries))
 
     def of(self, layer: str) -> float:
         """The factor of a layer, by its canonical name."""
         block, factor = block_of(layer), 1.0
         for name, value in self.entries:
-            if name in (block, block.split(" ")[0]):
+            if name in (block, _kind(block)):
                 factor = value
         return factor
 
     def unmet(self, layers: Iterable[str]) -> list[str]:
         """The blocks that are named and of which there is no layer, by its canonical name."""
-        blocks = {part for layer in layers for block in (block_of(layer),) for part in (block, block.split(" ")[0])}
+        blocks = {part for layer in layers for block in (block_of(layer),) for part in (block, _kind(block))}
         return [name for name in dict.fromkeys(name for name, _ in self.entries) if name not in blocks]
 
     def on(self, layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
@@ -84,6 +83,12 @@ class BlockStrengths:
             for name, adapter in layers.items()
             if (factor := self.of(name)) != 0
         }
+
+
+def _kind(block: str) -> str:
+    """down 0 -> down, second text 3 -> second text."""
+    kind, _, number = block.rpartition(" ")
+    return kind if number.isdigit() else block
 
 
 def _number(text: str) -> float | None:

@@ -49,3 +49,14 @@ def test_blocks_that_no_layer_lies_in_are_named():
     strengths = BlockStrengths.parse("down 7=5, mid=0, text=0.5, up 1=1, down 7=2")
     assert strengths.unmet([NAMES["mid"], NAMES["up 1"]]) == ["down 7", "text"]
     assert strengths.unmet(NAMES.values()) == ["down 7"] and BlockStrengths.parse("").unmet([]) == []
+
+
+def test_blocks_of_every_family_can_be_named():
+    strengths = BlockStrengths.parse("joint=0.5, joint 2=0, second text 3=0.25, second text=2")
+    assert strengths.of("unet.joint_blocks.1.x_block.attn.qkv") == 0.5
+    assert strengths.of("unet.joint_blocks.2.x_block.attn.qkv.k") == 0
+    assert strengths.of("text_encoder_2.text_model.encoder.layers.3.mlp.fc1") == 2
+    assert strengths.of("text_encoder.text_model.encoder.layers.3.mlp.fc1") == 1
+    for wrong in ("middle=1", "mid 3=1", "other 1=1", "joint x=1", "second=1"):
+        with pytest.raises(AdapterError, match="blocks are down N, mid, up N, joint N, text N, second text N, other"):
+            BlockStrengths.parse(wrong)
