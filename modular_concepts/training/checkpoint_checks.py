@@ -16,16 +16,19 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from ..adapters.low_rank import MAX_SIZE
 from ..concept import MAX_TEXT, clip
 from ..errors import AdapterError
 from ..storage.strict_json import parse_json
-from .optimizers import fresh_state
+from .optimizers import MOST_MOMENT, fresh_state
 from .run import PURPOSES, Run
+from .shuffle import Shuffle
 
 OPTIMIZER = "optimizer."
 MAX_SCALE = 2.0**127
 MAX_NORMAL = 40.0  # no draw of a normal distribution from 64 random bits comes near it
 _TWISTER, _TWISTER_BYTES = 624, 5056  # words of the Mersenne Twister, and bytes of a generator's state
+_UNDERFLOW = 1e-18  # a moment so small may have a square that is 0 in single precision
 _STEP = re.compile(r"[0-9]{1,9}")
 
 
@@ -72,7 +75,7 @@ def check_state(tensors: Mapping[str, Tensor], step: int, run: Run, changed: boo
         _check_generator(f"generators.{name}", tensors[f"generators.{name}"], run.generators["noise"])
     for name in _below(tensors, "orders."):
         order = run.orders.get(name)
-        _check_order(f"orders.{name}", tensors[f"orders.{name}"], None if changed or order is None else order.entries)
+        _check_order(f"orders.{name}", tensors[f"orders.{name}"], None if changed else order)
     if "loss_scale" in tensors:
         _check_loss_scale(tensors["loss_scale"])
 
@@ -99,6 +102,8 @@ def _check_losses(tensors: Mapping[str, Tensor], step: int) -> None:
     losses = tensors.get("losses")
     if losses is None or losses.dtype != torch.float64 or losses.dim() != 1 or len(losses) != step:
         raise AdapterError(f"its losses {_described(losses)} are not one number for each of its {step} steps")
+    if len(losses) and losses.min() < 0:
+        raise AdapterError(f"its losses go down to {losses.min().item():.3g}, and a loss is never below 0")
 
 
 def _check_options(tensors: Mapping[str, Tensor], run: Run, changed: bool) -> None:
@@ -119,6 +124,13 @@ def _check_options(tensors: Mapping[str, Tensor], run: Run, changed: bool) -> No
 def _check_parameter(name: str, tensor: Tensor, parameter: Tensor) -> None:
     if tensor.dtype != parameter.dtype or tensor.shape != parameter.shape:
         raise AdapterError(f"{name} {_described(tensor)} is not {_described(parameter)}")
+    _check_reach(name, tensor, MAX_SIZE)
+
+
+def _check_reach(what: str, tensor: Tensor, most: float) -> None:
+    largest = tensor.abs().max().item()
+    if largest > most:
+        raise AdapterError(f"{what} reaches {largest:.1e}, which no training survives")
 
 
 def _check_optimizer_state(name: str, parts: Mapping[str, Tensor], fresh: Mapping[str, Tensor], step: int) -> None:
@@ -142,6 +154,17 @@ def _check_optimizer_state(name: str, parts: Mapping[str, Tensor], fresh: Mappin
             raise AdapterError(f"{what} has negative numbers")
         if part.startswith("qmap") and not torch.equal(tensor.cpu(), pattern.cpu()):
             raise AdapterError(f"{what} is not the optimizer's own")
+    if {"exp_avg", "exp_avg_sq"} <= set(parts):
+        _check_moments(name, parts["exp_avg"], parts["exp_avg_sq"], parts["step"])
+
+
+def _check_moments(name: str, mean: Tensor, square: Tensor, step: Tensor) -> None:
+    """Both are means of the same gradients, so that one bounds the other; before the first there are none."""
+    _check_reach(f"the optimizer's exp_avg of {name}", mean, MAX_SIZE)
+    if (mean.abs() > MOST_MOMENT * square.sqrt() + _UNDERFLOW).any():
+        raise AdapterError(f"the optimizer's exp_avg of {name} is larger than its exp_avg_sq allows")
+    if not step.item() and (mean.any() or square.any()):
+        raise AdapterError(f"the optimizer's state of {name} is no longer 0, but after 0 steps it would be")
 
 
 def _check_generator(what: str, state: Tensor, generator: torch.Generator) -> None:
@@ -153,17 +176,21 @@ def _check_generator(what: str, state: Tensor, generator: torch.Generator) -> No
         return
     raw = state.numpy().tobytes()
     left, seeded, following = struct.unpack_from("=iiQ", raw, 8)
+    words = struct.unpack_from(f"={_TWISTER}Q", raw, 24)
     normals = (*struct.unpack_from("=3d", raw, 24 + 8 * _TWISTER), *struct.unpack_from("=f", raw, size - 8))
     started = (left, following) == (1, 0) or (1 <= left <= _TWISTER and left + following == _TWISTER + 1)
-    if seeded != 1 or not started or not all(abs(normal) <= MAX_NORMAL for normal in normals):
+    possible = max(words) < 2**32 and any(words)  # all zero, it gives nothing but zeros for ever
+    if seeded != 1 or not started or not possible or not all(abs(normal) <= MAX_NORMAL for normal in normals):
         raise AdapterError(f"{what} is not a state that a generator can be in")
 
 
-def _check_order(what: str, pending: Tensor, entries: Tensor | None) -> None:
+def _check_order(what: str, pending: Tensor, order: Shuffle | None) -> None:
     if pending.dtype != torch.int64 or pending.dim() != 1 or (len(pending) and pending.min() < 0):
         raise AdapterError(f"{what} {_described(pending)} is not a list of pictures")
-    if entries is not None and not torch.isin(pending, entries).all():
+    if order is not None and not torch.isin(pending, order.entries).all():
         raise AdapterError(f"{what} names pictures that there are not")
+    if order is not None and not torch.equal(pending, order.possible(pending)):
+        raise AdapterError(f"{what} names a picture more often than it comes")
 
 
 def _check_loss_scale(state: Tensor) -> None:

@@ -12,6 +12,8 @@ from ..errors import AdapterError
 from .settings import TrainSettings
 
 BETAS = (0.9, 0.999)
+# The first moment over the root of the second, at most (Cauchy and Schwarz): 7.3, and somewhat for rounding.
+MOST_MOMENT = 8.0
 
 
 def new_optimizer(

@@ -49,7 +49,8 @@ class Run:
         self.generators = {name: seeded(settings.seed, name) for name in _purposes(settings)}
         parts = {"examples": problem.examples} | ({} if problem.prior is None else {"prior": problem.prior})
         self.orders = {
-            name: Shuffle(part.entries(), self.generators["order"], part.groups()) for name, part in parts.items()
+            name: Shuffle(part.entries(), self.generators["order"], part.groups(), settings.batch)
+            for name, part in parts.items()
         }
         self.loss_scale = LossScale() if settings.precision == "fp16" else None
         self.step = 0

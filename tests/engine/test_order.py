@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from tiny_problem import EVERYTHING, problem_with_everything, tiny_basis
 
@@ -44,6 +45,17 @@ def test_what_is_left_is_gone_on_from_without_pictures_that_are_gone():
     fewer = Shuffle(torch.arange(3), seeded(1))
     fewer.set_pending(torch.tensor([4, 2, 3, 0]))
     assert fewer.pending.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS, [0, 1, 2, 3, 4], [0, 0, 0, 0, 1]])
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_what_a_run_leaves_is_possible_and_a_picture_more_is_not(groups, batch):
+    order = Shuffle(torch.tensor([0, 1, 1, 2, 3, 4]), seeded(2), groups, batch)
+    for _ in range(200):
+        order.take(batch)
+        assert torch.equal(order.possible(order.pending), order.pending)
+    endless = torch.cat([order.pending, torch.zeros(order.batch + 2, dtype=torch.int64)])
+    assert len(order.possible(endless)) < len(endless)
 
 
 def batches(**changed):
