@@ -13,8 +13,10 @@ from torch import Tensor
 from ..errors import AdapterError
 from ..models.base import Base
 from ..storage.safetensors import read_safetensors, tensor_bytes, write_safetensors
+from .buckets import sizes_of
 
 ALIKE = 1e-2
+MOST = 1e4  # times the probe's largest number: no picture's latent comes near it
 PROBE = "probe"
 
 
@@ -29,7 +31,7 @@ def encoded(base: Base, pictures: Tensor | Sequence[Tensor], cache: Path | None 
             return list(base.encode(pictures))
         return [base.encode(picture[None])[0] for picture in pictures]
 
-    latents = encode() if cache is None else kept(base, cache, _digest(pictures), encode)
+    latents = encode() if cache is None else kept(base, cache, _digest(pictures), encode, sizes_of(pictures))
     latents = [latent.to(base.device) for latent in latents]
     return torch.stack(latents) if isinstance(pictures, Tensor) else latents
 
@@ -51,11 +53,14 @@ def latent_masks(
     return [latent_masks(mask[None], latent[None])[0] for mask, latent in zip(masks, latents, strict=True)]
 
 
-def kept(base: Base, cache: Path, key: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+def kept(
+    base: Base, cache: Path, key: str, make: Callable[[], list[Tensor]], sizes: Sequence[tuple[int, int]] | None = None
+) -> list[Tensor]:
     """What `make` gives, or what it gave before for the same key and base, from a file in `cache`.
 
     A small picture's latent lies beside them: where it comes out otherwise now, they are of another VAE and made anew,
-    as they are where the file says that it is of other pictures, or is not as it was written.
+    as they are where the file says that it is of other pictures, is not as it was written, or holds what no pictures
+    become, of these sizes, (height, width) each, where they are known.
     Raises AdapterError when the folder cannot be written.
     """
     of = sha256(f"{base.hash} {key}".encode()).hexdigest()
@@ -63,7 +68,9 @@ def kept(base: Base, cache: Path, key: str, make: Callable[[], list[Tensor]]) ->
     probe = base.encode(_probe(base.multiple))[0]
     found = _read(path, of)
     if PROBE in found and _alike(found.pop(PROBE), probe):
-        return [found[name].to(probe.device) for name in sorted(found)]
+        latents = [found[name].to(probe.device) for name in sorted(found)]
+        if _could_be(latents, probe, _side(base.multiple), sizes):
+            return latents
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -101,9 +108,26 @@ def _alike(before: Tensor, now: Tensor) -> bool:
     return bool((before.to(now) - now).norm() <= ALIKE * now.norm())
 
 
+def _could_be(latents: Sequence[Tensor], probe: Tensor, side: int, sizes: Sequence[tuple[int, int]] | None) -> bool:
+    """Whether pictures of these sizes become latents of these shapes and numbers, where a square of `side` is `probe`.
+
+    A file can say that it is whole and be another's all the same.
+    """
+    if sizes is not None:
+        shapes = [(*probe.shape[:-2], *(size * probe.shape[-1] // side for size in both)) for both in sizes]
+        if [tuple(latent.shape) for latent in latents] != shapes:
+            return False
+    most = MOST * probe.abs().max()
+    return all(latent.dtype == probe.dtype and latent.abs().max() <= most for latent in latents)
+
+
+def _side(multiple: int) -> int:
+    return multiple * -(-64 // multiple)
+
+
 def _probe(multiple: int) -> Tensor:
     """(1, 3, side, side) with something of every frequency in it."""
-    side = multiple * -(-64 // multiple)
+    side = _side(multiple)
     return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 

@@ -84,7 +84,8 @@ def prior_examples(
 
     # How they were made and not their bits, so that a training resumes where drawing is not exact to the bit.
     made = f"{base.hash} {draw.__name__} {prompts} {seed} {settings}"
-    latents = drawn() if cache is None else kept(base, cache, made, drawn)
+    size = (settings.height or base.size[0], settings.width or base.size[1])
+    latents = drawn() if cache is None else kept(base, cache, made, drawn, [size] * count)
     return Examples(torch.stack(latents), prompts, fingerprint=sha256(made.encode()).hexdigest()[:16])
 
 
