@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .adapters.low_rank import MAX_SIZE, LowRank, check_adapter
 from .errors import AdapterError
+from .storage.strict_json import is_deep
 
 MAX_TEXT = 400
 MAX_VECTORS = 64
@@ -50,7 +51,9 @@ class Recipe:
             text = json.dumps(asdict(self), allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise AdapterError(f"the recipe cannot be written as JSON: {error}") from error
-        return json.loads(text)
+        if is_deep(data := json.loads(text)):
+            raise AdapterError("the recipe cannot be written as JSON: it is nested too deeply")
+        return data
 
     @classmethod
     def from_json(cls, data: object) -> Recipe:
@@ -138,7 +141,10 @@ def check_text(what: str, value: object) -> str:
 
 def clip(value: object, length: int = 60) -> str:
     """repr of an untrusted value, ASCII and short enough for a sentence."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:  # lists in lists in lists
+        text = f"a {type(value).__name__} that is nested too deeply"
     return text if len(text) <= length else text[:length] + "..."
 
 

@@ -25,7 +25,7 @@ from ...modular_concepts.files.moments import FORMER, is_moments
 from ...modular_concepts.merging.as_concept import merged_concept
 from ...modular_concepts.storage.atomic import all_or_none
 from ...modular_concepts.storage.keeping import Kept, free_name, keep, last_places
-from ...modular_concepts.storage.names import safe_child, safe_name
+from ...modular_concepts.storage.names import resolved, safe_child, safe_name
 from ..messages import show_text
 from .folders import names, path_of
 
@@ -179,7 +179,7 @@ def name_problem(filename: str) -> str:
     try:
         typed = filename.strip().replace("\\", "/").removesuffix(SUFFIX)
         if typed:
-            _place(Path(folder_paths.get_folder_paths("concepts")[0]).resolve(), typed)
+            _place(resolved(folder_paths.get_folder_paths("concepts")[0]), typed)
     except AdapterError as error:
         return str(error)
     return ""
@@ -187,7 +187,7 @@ def name_problem(filename: str) -> str:
 
 def _target(kind: str, typed: str) -> tuple[Path, Path]:
     """(the kind's folder, a file in it that may be written)."""
-    folder = Path(folder_paths.get_folder_paths(kind)[0]).resolve()
+    folder = resolved(folder_paths.get_folder_paths(kind)[0])
     return folder, _place(folder, typed)
 
 

@@ -153,6 +153,7 @@ def run_merge(args: argparse.Namespace) -> None:
     from ..merging.as_concept import check_together, merged_concept
     from ..merging.block_strengths import unfelt
     from ..merging.fusion import EXACT
+    from ..storage.names import resolved
     from ..unread import MERGE, unread
 
     check_concept_output(args.out, args.overwrite)
@@ -165,7 +166,7 @@ def run_merge(args: argparse.Namespace) -> None:
     note_repeated(args)
     about = _about(args)
     concepts, strengths, paths = concepts_at(args.concepts)
-    if any(path.resolve() == args.out.resolve() for path in paths):
+    if resolved(args.out) in map(resolved, paths):
         raise AdapterError(f"the merge would replace {args.out}, one of its parts; choose another --out")
     check_together(concepts)
     base = base_named(args.base) if args.base is not None else None
@@ -356,16 +357,16 @@ def run_export(args: argparse.Namespace) -> None:
     from ..files.embeddings import embedding_files, export_embedding
     from ..files.kohya import export_kohya
     from ..storage.atomic import all_or_none
-    from ..storage.names import safe_name
+    from ..storage.names import resolved, safe_name
 
     (concept,), (own,) = concepts_alone([args.concept], "export")
     note_repeated(args)
     concept = _said(_about(args), concept)
     out = args.out or Path("exports") / f"{safe_name(concept.name)}_{args.format}.safetensors"
     check_concept_output(out)
-    own, words = own.resolve(), out.parent / "embeddings"
+    own, words = resolved(own), out.parent / "embeddings"
     whole = args.format in ("concept", "compact")
-    if own == out.resolve() or (own.parent == words.resolve() and not whole):
+    if own == resolved(out) or (own.parent == resolved(words) and not whole):
         raise AdapterError(f"the export would replace {args.concept} itself; choose another --out")
     if whole or concept.layers:
         check_concept_output(out, args.overwrite)

@@ -140,6 +140,8 @@ def assemble(
             adapters[name] = _adapter(name, factors, module)
         except AdapterError as error:
             raise AdapterError(f"{path.name}: {error}") from error
+    if not tensors:
+        raise AdapterError(f"{path.name}: the file holds no tensor at all; it was saved empty, so get it again")
     if not adapters:
         raise AdapterError(
             f"{path.name}: none of its {len(tensors)} keys fits a layer of this model, for example "

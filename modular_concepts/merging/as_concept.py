@@ -9,10 +9,12 @@ from ..adapters.low_rank import LowRank
 from ..concept import Concept, Recipe
 from ..errors import AdapterError
 from ..stack import Stack
+from ..storage.strict_json import is_deep
 from . import DEFAULTS, NOTHING, Evidence, MergeOptions, merge_concepts
 from .compatibility import refuse_other_basis, refuse_shared_triggers, voice_of
 
 SAMPLE = "base_sample"
+MOST_DEPTH = 60  # of a part's origin, to which each merge adds three
 
 
 def merged_concept(
@@ -93,8 +95,14 @@ def as_concept(
 
 
 def _origin(concept: Concept, sample: str) -> dict[str, object]:
-    """A part's origin, without the sample of the base that the whole says already."""
-    return {key: value for key, value in concept.recipe.origin.items() if key != SAMPLE or value != sample}
+    """A part's origin, without the sample of the base that the whole says already.
+
+    Of merges of merges of merges the innermost parts are left out, or no reader would go so deep.
+    """
+    told = {SAMPLE} if concept.recipe.origin.get(SAMPLE) == sample else set()
+    if is_deep(concept.recipe.origin, MOST_DEPTH):
+        told.add("parts")
+    return {key: value for key, value in concept.recipe.origin.items() if key not in told}
 
 
 def _common(values) -> str:

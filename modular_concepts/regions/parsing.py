@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..concept import clip
 from ..errors import AdapterError
+from ..storage.strict_json import is_deep
 from .geometry import Region
 
 FIELDS = {
@@ -56,6 +57,8 @@ def regions_from_json(text: str, masks: Tensor | None = None) -> list[Region]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise AdapterError("the regions' JSON is nested too deeply or holds a number that is too long") from error
+    if is_deep(data):
+        raise AdapterError("the regions' JSON is nested too deeply; a region's entries are texts, numbers and lists")
     if isinstance(data, dict) and set(data) == {"regions"}:
         data = data["regions"]
     if not isinstance(data, list):
@@ -206,9 +209,10 @@ def _whole(what: str, value: object) -> int:
     return value
 
 
-def _flat(value: object) -> list:
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [box for part in value for box in _flat(part)]
+def _flat(value: object, lists: int = 8) -> list:
+    """What lies in lists, within so many of each other; a list within more comes as it is."""
+    if lists and isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [box for part in value for box in _flat(part, lists - 1)]
     return [value]
 
 

@@ -69,15 +69,20 @@ def safe_name(name: str) -> str:
     return f"_{cleaned}" if RESERVED.fullmatch(cleaned) else cleaned
 
 
+def resolved(path: Path | str) -> Path:
+    """The absolute path without links; a link that leads back to itself stays as it is, where others raise."""
+    return Path(os.path.realpath(path))
+
+
 def safe_child(folder: Path | str, name: str) -> Path:
     """`folder / name`, resolved; subfolders are fine.  Raises AdapterError when it would leave the folder."""
-    root = Path(folder).resolve()
+    root = resolved(folder)
     relative = str(name).replace("\\", "/")
     if not relative.isprintable() or not relative.strip() or re.match(r"[A-Za-z]:", relative):
         raise AdapterError(f"{ascii(name)[:80]} is not a file name")
     if len(bytes_of(relative)) > LONGEST_PATH or any(len(bytes_of(part)) > 255 for part in relative.split("/")):
         raise AdapterError(f"{ascii(name)[:40]}… is too long for a file name; choose a shorter one")
-    child = (root / relative).resolve()
+    child = resolved(root / relative)
     if child == root or not child.is_relative_to(root):
         raise AdapterError(f"{ascii(name)[:80]} leads outside the folder {root.name}; choose a name inside it")
     return child

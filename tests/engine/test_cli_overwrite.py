@@ -90,3 +90,16 @@ def test_what_an_unfinished_training_leaves_takes_no_others_place(here, capsys, 
         assert run(capsys, *train("ann", "--steps", "3", "--seed", seed))[0] == 130
     left = {name: load_concept(here / f"concepts/{name}.safetensors") for name in ("ann-step1", "ann-step1-2")}
     assert [concept.recipe.training["seed"] for concept in left.values()] == [1, 2]
+
+
+def test_a_link_that_leads_to_itself_is_no_file_to_write_and_can_be_replaced(here, capsys):
+    tom, tim = "concepts/tom.safetensors", "concepts/tim.safetensors"
+    for command in (["export", tom], ["merge", tom, tim]):
+        (here / "loop.safetensors").symlink_to("loop.safetensors")
+        refused(capsys, here, [*command, "--out", "loop.safetensors"], "is a link to nothing", "--overwrite")
+        assert run(capsys, *command, "--out", "loop.safetensors", "--overwrite")[0] == 0
+        assert (here / "loop.safetensors").is_file()
+        (here / "loop.safetensors").unlink()
+    (here / "round").symlink_to("round")
+    for command in (["export", tom], ["merge", tom, tim], train("x")):
+        refused(capsys, here, [*command, "--out", "round/x.safetensors"], "round")

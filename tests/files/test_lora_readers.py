@@ -285,3 +285,18 @@ def test_a_configuration_that_is_no_file_to_read_is_said_and_never_counts_as_non
         path.symlink_to(path.name if "itself" in case else "nowhere")
     with pytest.raises(AdapterError, match=f"beside adapter_model.safetensors.*{NO_FILE[case]}.*remove it"):
         read_concept(peft(tmp_path, None))
+
+
+def test_half_a_character_in_what_a_file_says_is_no_text(tmp_path):
+    for place in ("modelspec.title", "ss_sd_model_name", "anything"):
+        raw(tmp_path / "x.safetensors", kohya(), {place: "a \ud800"})
+        with pytest.raises(AdapterError) as caught:
+            read_concept(tmp_path / "x.safetensors")
+        assert str(caught.value) == "x.safetensors: the header holds half a character; the file is damaged"
+
+
+def test_a_file_without_a_tensor_says_so(tmp_path):
+    raw(tmp_path / "x.safetensors", {}, {"ss_sd_model_name": "a"})
+    for reader in (read_concept, import_kohya, import_diffusers):
+        with pytest.raises(AdapterError, match="^x.safetensors: the file holds no tensor at all"):
+            reader(tmp_path / "x.safetensors")

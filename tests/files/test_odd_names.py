@@ -8,8 +8,9 @@ from mutations import in_shell
 from modular_concepts.cli.main import main
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.lora import read_concept
-from modular_concepts.regions.parsing import regions_from_json
-from modular_concepts.storage.strict_json import parse_json
+from modular_concepts.regions.parsing import region_box, regions_from_json
+from modular_concepts.storage.names import resolved, safe_child
+from modular_concepts.storage.strict_json import MAX_DEPTH, parse_json
 
 NAMES = ("a\nerror: b", "a\x1b[2J", "a\u202eb", "a\u2028b", "a\tb")
 
@@ -37,6 +38,38 @@ def test_a_name_that_people_read_is_said_as_it_is(tmp_path):
 def test_infinity_by_another_name_is_no_json(text):
     with pytest.raises(AdapterError, match="x holds .*; the file is damaged"):
         parse_json(text, "x")
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '{"a": ["x\\uDFFF"]}', '{"\\udc00": 1}'])
+def test_half_a_character_is_no_text(text):
+    with pytest.raises(AdapterError, match="^x holds half a character; the file is damaged$"):
+        parse_json(text, "x")
+    assert parse_json('["\\ud83d\\ude00"]', "x") == ["\U0001f600"]
+
+
+@pytest.mark.parametrize("outer, inner", [('{"a":', "}"), ("[", "]")])
+def test_nesting_is_bounded_before_anything_looks_into_it(outer, inner):
+    assert parse_json(outer * MAX_DEPTH + "1" + inner * MAX_DEPTH, "x")
+    for depth in (MAX_DEPTH + 1, 450, 900, 100_000):
+        with pytest.raises(AdapterError, match="^x is (nested too deeply|not sound JSON); the file is damaged$"):
+            parse_json(outer * depth + "1" + inner * depth, "x")
+
+
+@pytest.mark.parametrize("depth", [10, 450, 900])
+def test_deep_regions_and_boxes_are_one_sentence(depth):
+    box = {"x": 0, "y": 0, "width": 1, "height": 1}
+    for _ in range(depth):
+        box = [box]
+    with pytest.raises(AdapterError, match="a bounding box has x, y, width and height"):
+        region_box(box)
+    with pytest.raises(AdapterError, match="must be a JSON object|nested too deeply"):
+        regions_from_json("[" * depth + "]" * depth)
+
+
+def test_a_name_of_a_link_that_leads_to_itself_is_one_sentence_or_a_file(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert resolved(tmp_path / "loop" / "x") == tmp_path.resolve() / "loop" / "x"
+    assert safe_child(tmp_path, "loop/x") == tmp_path.resolve() / "loop" / "x"
 
 
 def test_an_entry_twice_among_many_is_found_at_once():

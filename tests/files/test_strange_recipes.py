@@ -14,10 +14,10 @@ from modular_concepts.merging.as_concept import merged_concept
 from modular_concepts.sampling import customised
 
 
-def nested(depth):
+def nested(depth, key=None):
     value = []
     for _ in range(depth):
-        value = [value]
+        value = [value] if key is None else {key: value, "b": 1}
     return value
 
 
@@ -34,6 +34,7 @@ STRANGE = {
     "a base's sample of other letters": {"origin": {"base_sample": "%%%%"}},
     "a long base's sample": {"origin": {"base_sample": "QUJD" * 9000}},
     "deep origins": {"origin": {"a": nested(300)}},
+    "origins deeper than what looks into them": {"origin": {"a": nested(450, "a")}},
     "very deep settings": {"training": {"a": nested(900)}},
     "many settings": {"training": {f"a{i}": i for i in range(20_000)}},
     "settings over lines": {"training": {"a\nb\x1b[2J": "c\nd\x1b[2J"}},
@@ -70,3 +71,13 @@ def test_a_strange_recipe_is_refused_or_used(tmp_path, case):
         assert "\n" not in sentence
     in_shell("inspect", "-v", str(path))
     in_shell("export", str(path), "--out", str(out / "kohya.safetensors"))
+
+
+def test_merges_of_merges_of_merges_stay_readable(tmp_path):
+    """Each adds its parts' origins to its own; what a reader would refuse is never written."""
+    whole, path = made_concept(), tmp_path / "x.safetensors"
+    for number in range(240):
+        whole = merged_concept(f"merge {number}", [whole], [1.0])
+        if number % 80 == 79:
+            save_concept(whole, path)
+            assert load_concept(path).recipe.origin["parts"][0]["name"] == f"merge {number - 1}"
