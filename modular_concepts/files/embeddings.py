@@ -77,16 +77,17 @@ def import_embedding(path: Path | str, word: str | None = None) -> tuple[str, Te
     """
     path = Path(path)
     tensors, _ = read_safetensors(path)
-    for names in dict.fromkeys(tuple(encoder.name for encoder in encoders) for encoders in _several_encoders()):
-        if set(tensors) == set(names):
-            tensors = {"*": _side_by_side(path, {name: tensors[name] for name in names})}
+    for encoders in _several_encoders():
+        if set(tensors) == {encoder.name for encoder in encoders}:
+            tensors = {"*": _side_by_side(path, tensors, encoders)}
     if len(tensors) != 1:
         several = dict.fromkeys(" and ".join(e.name for e in encoders) for encoders in _several_encoders())
         raise AdapterError(
             f"{path.name}: {len(tensors)} tensors; an embedding file holds one, or {', or '.join(several)} for SDXL"
         )
     (key, vectors), *_ = tensors.items()
-    word = word or (path.stem if key in ("emb_params", "*") else key)
+    nameless = {"emb_params", "*", *(encoder.name for encoders in _several_encoders() for encoder in encoders)}
+    word = word or (path.stem if key in nameless else key)
     vectors = vectors.float()[None] if vectors.dim() == 1 else vectors.float()
     try:
         check_token(word, vectors.shape)
@@ -109,9 +110,12 @@ def _encoders_of(width: int) -> Sequence[TextEncoder]:
     return next(fitting, ())
 
 
-def _side_by_side(path: Path, parts: Mapping[str, Tensor]) -> Tensor:
-    rows = {name: part[None] if part.dim() == 1 else part for name, part in parts.items()}
+def _side_by_side(path: Path, parts: Mapping[str, Tensor], encoders: Sequence[TextEncoder]) -> Tensor:
+    rows = {one.name: parts[one.name][None] if parts[one.name].dim() == 1 else parts[one.name] for one in encoders}
+    shapes = " and ".join(f"{name} {tuple(part.shape)}" for name, part in rows.items())
     if any(part.dim() != 2 for part in rows.values()) or len({len(part) for part in rows.values()}) != 1:
-        shapes = " and ".join(f"{name} {tuple(part.shape)}" for name, part in rows.items())
         raise AdapterError(f"{path.name}: {shapes} are not rows of one word")
+    if any(rows[one.name].shape[1] != one.width for one in encoders):
+        wide = " and ".join(f"{one.width} of {one.name}" for one in encoders)
+        raise AdapterError(f"{path.name}: {shapes} are not as wide as these text encoders read words: {wide}")
     return torch.cat([part.float() for part in rows.values()], dim=1)

@@ -278,3 +278,15 @@ def test_kohya_keys_of_a_real_model_are_understood_without_it(unet):
     names = list(find_layers(unet, None, "all_linear"))
     assert len(names) > 20
     assert [name_of_key(file_key(name)) for name in names] == names
+
+
+def test_rows_of_encoders_changed_over_are_refused_and_an_encoders_name_is_no_word(tmp_path):
+    path = tmp_path / "cat.safetensors"
+    save_file({"clip_l": torch.ones(2, 1280), "clip_g": torch.ones(2, 768)}, path)
+    with pytest.raises(
+        AdapterError, match=r"clip_l \(2, 1280\) and clip_g \(2, 768\).*768 of clip_l and 1280 of clip_g"
+    ):
+        import_embedding(path)
+    for name in ("clip_l", "clip_g"):
+        save_file({name: torch.ones(2, 768)}, path)
+        assert import_embedding(path)[0] == "cat"
