@@ -105,9 +105,11 @@ def _read(config: Path, where: str) -> Mapping:
             raise AdapterError(f"{where} is no file: {not_a_file(config).partition(';')[0]}")
         with open(config, "rb") as file:
             raw = file.read(MAX_CONFIG + 1)
-        text = raw.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{where} cannot be read ({error})") from error
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        raise AdapterError(f"{where} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"{where} is not UTF-8 text (byte {error.start + 1} is {raw[error.start]:#04x})") from error
     if len(raw) > MAX_CONFIG:
         raise AdapterError(f"{where} is longer than {MAX_CONFIG} bytes")
     data = parse_json(text, where)
@@ -132,7 +134,7 @@ def _patterns(where: str, data: Mapping, name: str) -> dict[str, float]:
 
 def _number(where: str, what: str, value: object) -> float:
     if type(value) not in (int, float) or not 0 < abs(value) <= MAX_ALPHA:
-        raise AdapterError(f"{where}: {what} is {clip(value)}, not a number other than 0")
+        raise AdapterError(f"{where}: {what} is {clip(value)}, not a number other than 0 of at most {MAX_ALPHA:g}")
     return float(value)
 
 

@@ -300,3 +300,17 @@ def test_a_file_without_a_tensor_says_so(tmp_path):
     for reader in (read_concept, import_kohya, import_diffusers):
         with pytest.raises(AdapterError, match="^x.safetensors: the file holds no tensor at all"):
             reader(tmp_path / "x.safetensors")
+
+
+def test_a_configuration_in_another_encoding_is_said_in_plain_words_and_a_mark_before_it_is_no_fault(tmp_path):
+    path = peft(tmp_path, {"r": 4, "lora_alpha": 16})
+    config = path.with_name("adapter_config.json")
+    plain = read_concept(path).concept.recipe.alpha
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    assert read_concept(path).concept.recipe.alpha == plain == 16
+    config.write_bytes(config.read_bytes().decode("utf-8-sig").encode("utf-16"))
+    with pytest.raises(AdapterError, match=r"is not UTF-8 text \(byte 1 is 0xff\); it says how strongly"):
+        read_concept(path)
+    config.write_text('{"r": 4, "lora_alpha": 1e13}')
+    with pytest.raises(AdapterError, match="not a number other than 0 of at most 1e"):
+        read_concept(path)
