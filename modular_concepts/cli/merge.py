@@ -416,13 +416,13 @@ def _has_word(concept, path: Path, word: str) -> bool:
 def _about(args: argparse.Namespace) -> dict[str, str]:
     """What was typed for the file to say of itself, sound, before there is anything that could say it."""
     from ..concept import Concept, Recipe
-    from ..files.modelspec import check_about, saying, thumbnail
+    from ..files.modelspec import THUMBNAIL_SIDE, check_about, saying, thumbnail
 
     about = {name: getattr(args, name) for name in SAID}
     if args.thumbnail is not None:
         from ..data.dataset import load_picture
 
-        about["thumbnail"] = thumbnail(load_picture(args.thumbnail))
+        about["thumbnail"] = thumbnail(load_picture(args.thumbnail, 4 * THUMBNAIL_SIDE))
     check_about(saying(Concept("the file", {}, {}, Recipe()), **about))
     return about
 

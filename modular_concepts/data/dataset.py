@@ -36,6 +36,10 @@ NO_COLOUR = 12  # of 255 between red, green and blue, as JPEG leaves it
 TWO_VALUED = 0.9  # share of pixels near black or white from which on a grey picture can be a mask
 TRANSPARENT = "transparent parts are white in training"
 FIRST_FRAME = "of a moving picture the first frame is learned"
+FIRST_MASK = "of a moving mask the first frame is used"
+COLOURED_MASK = "a mask in colour is read by its brightness"
+PLAIN_MASK = "masks of one grey all over leave the whole picture to be learned"
+CROPPED = "the crop leaves less than half of the picture"
 PLACE, ALSO_PLACE = "{concept}", "<TOK>"  # the second is how Mix-of-Show's captions have it
 
 
@@ -91,10 +95,12 @@ def load_folder(
         _refuse_mask(picture, image)
         fitted = bucket(image.height, image.width, size, multiple) if buckets else size
         pixels.append(_fit(picture.path, image, fitted, "RGB"))
+        notes.see_crop(number, image.size, fitted)
         notes.see(number, pixels[-1])
         if covers is not None:
-            covers.append(_mask(picture.mask, image.size, fitted))
-            notes.see_mask(number, covers[-1])
+            cover, oddities = _mask(picture.mask, image.size, fitted)
+            covers.append(cover)
+            notes.see_mask(number, cover, oddities)
     repeats = tuple(picture.repeats for picture in found)
     return Dataset(
         pictures=_in_unit([torch.from_numpy(picture).permute(2, 0, 1) for picture in pixels]),
@@ -166,6 +172,7 @@ def of_pictures(
     notes = _Notes(names)
     for number, picture in enumerate(pixels):
         notes.see(number, picture)
+        notes.see_crop(number, (pictures[number].shape[-1], pictures[number].shape[-2]), sizes[number])
         if coverage is not None:
             notes.see_mask(number, coverage[number])
     report = FolderReport(len(names), len(names), 0 if covers is None else len(names), notes=notes.sentences())
@@ -230,9 +237,19 @@ class _Notes:
         if first != number:
             self.copies.append(f"{listed([self.names[number]])} is the same picture as {listed([self.names[first]])}")
 
-    def see_mask(self, number: int, cover: np.ndarray) -> None:
+    def see_mask(self, number: int, cover: np.ndarray, oddities: Sequence[str] = ()) -> None:
         if cover.min() == 255:
-            self.numbers.setdefault("white masks leave the whole picture to be learned", []).append(number)
+            oddities = [*oddities, "white masks leave the whole picture to be learned"]
+        elif cover.min() == cover.max():
+            oddities = [*oddities, PLAIN_MASK]
+        for oddity in oddities:
+            self.numbers.setdefault(oddity, []).append(number)
+
+    def see_crop(self, number: int, given: tuple[int, int], size: tuple[int, int]) -> None:
+        """given: (width, height) of the picture; size: (height, width) that it is cropped to the aspect of."""
+        aspect = given[0] / given[1] * size[0] / size[1]
+        if min(aspect, 1 / aspect) < 0.5:
+            self.numbers.setdefault(CROPPED, []).append(number)
 
     def sentences(self) -> tuple[str, ...]:
         odd = (f"{oddity}: {listed([self.names[n] for n in own])}" for oddity, own in self.numbers.items())
@@ -274,11 +291,18 @@ def _is_black_and_white(image: Image) -> bool:
     return sum(counts[:16]) + sum(counts[-16:]) >= TWO_VALUED * sum(counts) and _colourless(image)
 
 
-def load_picture(path: Path) -> Tensor:
-    """(H, W, 3) in 0..1 of one picture file, upright and without transparency."""
+def load_picture(path: Path, longest: int | None = None) -> Tensor:
+    """(H, W, 3) in 0..1 of one picture file, upright and without transparency.
+
+    longest: the pixels of a side that are needed; a larger picture is made smaller before it takes four times the
+    memory as numbers.
+    """
     if not path.is_file():
         raise AdapterError(f"{path}: {not_a_file(path)}")
-    return torch.from_numpy(np.array(_open(path).convert("RGB"))).float() / 255
+    image = _open(path).convert("RGB")
+    if longest is not None:
+        image.thumbnail((longest, longest))
+    return torch.from_numpy(np.array(image)).float().div_(255)
 
 
 def _open(path: Path) -> Image:
@@ -349,7 +373,8 @@ def _fit(path: Path | str, image: Image, size: tuple[int, int], mode: str) -> np
     return np.array(fitted)
 
 
-def _mask(path: Path, picture_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def _mask(path: Path, picture_size: tuple[int, int], size: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
+    """What of a picture a mask leaves, uint8 (H, W), and what is odd about it."""
     image, lost = _opened(path)
     if TRANSPARENT in lost:
         raise AdapterError(
@@ -363,7 +388,8 @@ def _mask(path: Path, picture_size: tuple[int, int], size: tuple[int, int]) -> n
     cover = _fit(path, image, size, "L")
     if not cover.any():
         raise AdapterError(f"{path}: the mask is black all over, or where the crop keeps it; paint the concept white")
-    return cover
+    moving, coloured = FIRST_FRAME in lost, image.mode != "L" and not _colourless(image)
+    return cover, [*([FIRST_MASK] if moving else []), *([COLOURED_MASK] if coloured else [])]
 
 
 def _fingerprint(

@@ -218,3 +218,33 @@ def test_the_shell_says_before_the_first_step_what_is_read(folder, tmp_path, mon
     assert code == 0, err
     assert out.startswith("2 pictures, no captions, no masks; each is called 'a <tom>'\n")
     assert "note: left out: p5.heic (a kind of file that is not read" in err
+
+
+def test_masks_that_say_less_than_they_look_are_told(folder):
+    """One grey all over, a photograph, and a moving picture: each is used, and one sentence says how."""
+    rows = np.zeros((64, 64), np.uint8)
+    rows[:32] = 255
+    frames = [Image.fromarray(rows), Image.fromarray(255 - rows)]
+    Image.new("L", (64, 64), 7).save(folder / "p0.mask.png")
+    frames[0].save(folder / "p1.mask.png", save_all=True, append_images=frames[1:])
+    notes = load(folder).report.notes
+    assert "masks of one grey all over leave the whole picture to be learned: p0.png" in notes
+    assert "of a moving mask the first frame is used: p1.png" in notes
+    picture(folder / "p0.mask.png", 5)
+    frames[0].convert("RGB").save(folder / "p1.mask.png")  # grey in three channels is no colour
+    assert "a mask in colour is read by its brightness: p0.png" in load(folder).report.notes
+
+
+def test_a_crop_that_leaves_less_than_half_is_told(folder):
+    picture(folder / "p0.png")
+    for name, size in {
+        "wide.png": (900, 64),
+        "high.png": (64, 200),
+        "photo.png": (96, 64),
+        "two.png": (128, 64),
+    }.items():
+        Image.open(folder / "p0.png").resize(size).save(folder / name)
+    told = "the crop leaves less than half of the picture: high.png, wide.png"
+    assert told in load(folder).report.notes
+    buckets = load_folder(folder, SIZE, ("<tom>",), buckets=True, multiple=8).report.notes
+    assert "the crop leaves less than half of the picture: wide.png" in buckets

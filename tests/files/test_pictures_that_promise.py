@@ -4,6 +4,7 @@ import struct
 import zlib
 
 import pytest
+import torch
 from mutations import peak_memory
 from PIL import Image
 
@@ -73,3 +74,13 @@ def test_a_mask_of_one_bit_is_read(tmp_path):
     mask.save(tmp_path / "a.mask.png")
     assert (tmp_path / "a.mask.png").stat().st_size < 2000
     assert load_folder(tmp_path, (64, 64), ("<x>",)).masks.mean().item() == pytest.approx(0.25, abs=0.02)
+
+
+def test_a_thumbnail_of_a_large_picture_takes_the_memory_of_the_picture_and_not_of_its_numbers(tmp_path):
+    """This one has 90 kB, 48 million pixels and, as numbers in single precision, half a gigabyte twice over."""
+    Image.new("RGB", (12_000, 4_000), (9, 200, 30)).save(tmp_path / "x.png")
+    whole = 3 * 12_000 * 4_000
+    before = peak_memory(reset=True)
+    small = load_picture(tmp_path / "x.png", 1024)
+    assert peak_memory() - before < 5 * whole
+    assert small.shape == (341, 1024, 3) and torch.allclose(small[0, 0] * 255, torch.tensor([9.0, 200.0, 30.0]))
