@@ -99,10 +99,10 @@ def _origin(concept: Concept, sample: str) -> dict[str, object]:
 
     Of merges of merges of merges the innermost parts are left out, or no reader would go so deep.
     """
-    told = {SAMPLE} if concept.recipe.origin.get(SAMPLE) == sample else set()
+    left_out = {SAMPLE} if concept.recipe.origin.get(SAMPLE) == sample else set()
     if is_deep(concept.recipe.origin, MOST_DEPTH):
-        told.add("parts")
-    return {key: value for key, value in concept.recipe.origin.items() if key not in told}
+        left_out.add("parts")
+    return {key: value for key, value in concept.recipe.origin.items() if key not in left_out}
 
 
 def _common(values) -> str:
