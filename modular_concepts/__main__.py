@@ -4,7 +4,12 @@ import os
 import signal
 import sys
 
-from . import before_torch  # noqa: F401 - sets what torch reads when `cli` imports it
+if not __package__:  # started by its path, as which nothing in it finds the rest
+    sys.exit(
+        "error: this is no script; go into the folder that holds modular_concepts and run python -m modular_concepts"
+    )
+
+from . import before_torch  # noqa: E402, F401 - sets what torch reads when `cli` imports it
 
 
 def main() -> int:

@@ -28,6 +28,29 @@ from .progress import Bar, Interrupts, close_bars
 from .sample import add_sample
 from .train import add_train
 
+# What other programs call an option -> what it is called here.
+ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning-rate", "unet-lr"), "--adapter-lr"),
+    **dict.fromkeys(("network-dim", "lora-rank", "dim"), "--rank"),
+    **dict.fromkeys(("network-alpha", "lora-alpha"), "--alpha"),
+    **dict.fromkeys(("max-train-steps", "num-train-steps", "num-inference-steps", "sampling-steps"), "--steps"),
+    **dict.fromkeys(("train-batch-size", "batch-size"), "--batch"),
+    **dict.fromkeys(("batch-count", "n-iter", "num-images"), "--count"),
+    **dict.fromkeys(("cfg-scale", "guidance-scale"), "--cfg"),
+    **dict.fromkeys(("output", "output-name", "output-dir", "o"), "--out"),
+    **dict.fromkeys(("pretrained-model-name-or-path", "model", "ckpt", "checkpoint"), "--base"),
+    **dict.fromkeys(("lora", "loras"), "--concept"),
+    **dict.fromkeys(("instance-prompt", "trigger"), "--name"),
+    "resolution": "--size",
+    "class-prompt": "--class-word",
+    "num-class-images": "--prior",
+    "noise-offset-strength": "--noise-offset",
+    "min-snr-gamma": "--min-snr",
+    "lr-scheduler": "--schedule",
+    "lr-warmup-steps": "--warmup",
+    "mixed-precision": "--precision",
+    "neg": "--negative",
+}
 EXTRA = ("diffusers", "transformers", "tqdm", "matplotlib", "PIL")
 
 
@@ -52,6 +75,8 @@ def _stopped() -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     args = _parser().parse_args(arguments)
+    if sys.flags.optimize > 1:
+        return _fault("Python runs with -OO or PYTHONOPTIMIZE=2, which takes away what transformers reads; leave it")
     try:
         args.run(args)
     except AdapterError as error:
@@ -62,6 +87,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _fault(
             f"{error.name} is not installed; install the headless extra: pip install 'modular-concepts[headless]'"
         )
+    except RuntimeError as error:
+        if not re.match(r"Failed to import (diffusers|transformers)", str(error)):
+            raise
+        return _fault(_not_importable(str(error)))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         way_out = (
@@ -69,6 +98,12 @@ def _run(arguments: Sequence[str] | None) -> int:
         )
         return _fault(f"{place}{error.strerror or error}; {way_out}")
     return 0
+
+
+def _not_importable(said: str) -> str:
+    """A sentence for a library that is there and cannot be imported."""
+    library, reason = re.match(r"Failed to import (\w+)", said)[1], " ".join(said.splitlines()[-1].split())[:200]
+    return f"{library} is installed but cannot be imported ({reason}); install the versions in requirements/lock.txt"
 
 
 def _fault(sentence: str) -> int:
@@ -168,6 +203,8 @@ class _Parser(argparse.ArgumentParser):
             several = (
                 "put a text of several words in quotes, and an option that can come again before each of its values"
             )
+            if set("“”„‘’«»") & set("".join(args or ())):
+                several = "the quotes are a text program's, which no shell reads; type plain ones: \""
             self.error("" if self.unknown else f"nothing is meant by {' '.join(left)}; {several}")
         return namespace, left
 
@@ -192,6 +229,9 @@ class _Parser(argparse.ArgumentParser):
         return list(self._option_string_actions)
 
     def _meant(self, name: str) -> str:
+        here = ELSEWHERE.get(name.lstrip("-").replace("_", "-").lower())
+        if here in self._option_string_actions:
+            return f"; {here} is what is meant, perhaps"
         near = difflib.get_close_matches(name, self._option_string_actions, 1, 0.7)
         return f", perhaps {near[0]}" if near else ""
 

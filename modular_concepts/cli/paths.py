@@ -43,8 +43,11 @@ def base_named(name: str) -> BaseModel:
     return load_base(name)
 
 
-def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
-    """(concepts, strengths, files) of FILE or FILE:STRENGTH each; also of a LoRA with kohya's or diffusers' keys."""
+def concepts_at(texts: Sequence[str], apart: str = "with a space between") -> tuple[list, list[float], list[Path]]:
+    """(concepts, strengths, files) of FILE or FILE:STRENGTH each; also of a LoRA with kohya's or diffusers' keys.
+
+    apart: how the command takes several.
+    """
     from ..files.lora import told_apart
     from ..merging.block_strengths import check_strength
 
@@ -59,7 +62,7 @@ def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
         except ValueError:
             strength = None
         if not Path(text if strength is None else path).exists():
-            _refuse_misplaced(text, before, after)
+            _refuse_misplaced(text, before, after, apart)
         if strength is not None:
             check_strength(text, strength)
         paths.append(Path(text if strength is None else path))
@@ -70,7 +73,7 @@ def concepts_at(texts: Sequence[str]) -> tuple[list, list[float], list[Path]]:
     return concepts, strengths, paths
 
 
-def _refuse_misplaced(text: str, before: str, after: str) -> None:
+def _refuse_misplaced(text: str, before: str, after: str, apart: str) -> None:
     """Raise AdapterError where a strength is written as none is read, with the way to write it.
 
     text: what is no file; before, after: its neighbours, the file of which it is the strength, or that strength.
@@ -83,7 +86,7 @@ def _refuse_misplaced(text: str, before: str, after: str) -> None:
     for mark in re.finditer(r"[:=@*;,+&|\s]", text):
         file, tail = text[: mark.start()], text[mark.start() :]
         if Path(file).is_file() and Path(tail[1:].strip()).is_file():
-            raise AdapterError(f"{text}: these are two files; give them with a space between")
+            raise AdapterError(f"{text}: these are two files; give them {apart}")
         if Path(file).is_file():
             meant = [_number_meant(part) for part in re.split(r"[:=@*;\s]+", tail) if part]
             written = dict.fromkeys(number or "0.8" for number in meant or [_number_meant(after)])

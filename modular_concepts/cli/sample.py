@@ -95,7 +95,7 @@ def run_sample(args: argparse.Namespace) -> None:
 
     paths = _outputs(args)
     base = base_named(args.base)
-    concepts, strengths, _ = concepts_at(args.concept or [])
+    concepts, strengths, _ = concepts_at(args.concept or [], "each after a --concept of its own")
     for sentence in warnings_on_base(concepts, base.hash, base.sample):
         note(sentence)
     settings = SampleSettings(args.steps, args.cfg, args.height, args.width, args.negative)

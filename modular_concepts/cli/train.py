@@ -389,7 +389,7 @@ def _prior(base, class_word: str, count: int, height: int, width: int):
 
 
 def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
+    width, _, height = text.lower().replace("×", "x").partition("x")
     try:
         return int(height), int(width)
     except ValueError as error:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import AdapterError, listed
+from ..storage.names import not_a_folder
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 CAPTIONS = (".txt", ".caption")
@@ -107,7 +108,7 @@ def survey(folder: Path, grey: Callable[[Path], bool]) -> tuple[list[Found], Fol
     if folder.is_file():
         raise AdapterError(f"{folder}: this is a file; give the folder that holds the pictures")
     if not folder.is_dir():
-        raise AdapterError(f"{folder}: there is no such folder; give the folder that holds the pictures")
+        raise AdapterError(f"{folder}: {not_a_folder(folder)}; give the folder that holds the pictures")
     whole = _Survey(folder)
     pictures = [picture for place, times in whole.places() for picture in whole.pictures(place, times, grey)]
     if not pictures:

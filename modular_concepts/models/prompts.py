@@ -12,6 +12,8 @@ from .base import BaseModel
 SHOWN = 60  # letters of a text in a sentence
 # (words:1.3), [words:0.5], (words) and ((words)) with a number or twice, as other programs weigh words.
 WEIGHT = re.compile(r"[(\[][^()\[\]]*:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*[)\]]|\(\([^()]+\)\)")
+# One prompt AND another, BREAK, {one|another}: two prompts in one, or one of two by chance.
+SEVERAL = re.compile(r"\b(?:AND|BREAK)\b|\{[^{}]*\|[^{}]*\}")
 FILE = re.compile(r"\bembedding:[^\s,]+", re.IGNORECASE)
 
 
@@ -25,6 +27,9 @@ def unheard_of(base: BaseModel, texts: Sequence[str], words: Mapping[str, int], 
     weights = _found(WEIGHT, texts)
     if weights:
         sentences.append(f"brackets and numbers weigh no words here, they are read as text: {weights}")
+    several = _found(SEVERAL, texts)
+    if several:
+        sentences.append(f"nothing parts a {what} here or chooses from it, this is read as text: {several}")
     files = _found(FILE, texts)
     if files:
         sentences.append(f"words from embedding files are not known here: {files}; give the concept instead")

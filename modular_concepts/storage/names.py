@@ -97,7 +97,23 @@ def not_a_file(path: Path) -> str:
     if path.is_symlink():
         return f"this is a link to {os.readlink(path)}, which is not there"
     near = _near(path)
+    if not near and set("*?") & set(path.name):
+        return "there is no such file, for the shell left it as it stands; name each file"
     return f"there is no such file; perhaps {near} is meant" if near else "there is no such file"
+
+
+def not_a_folder(path: Path) -> str:
+    """Why a path cannot be read as a folder, in words."""
+    if path.is_file():
+        return "this is a file"
+    slashes = Path(str(path).replace("\\", "/"))
+    if slashes != path and slashes.is_dir():
+        return f"there is no such folder; perhaps {slashes} is meant"
+    with contextlib.suppress(OSError, ValueError):
+        folders = [entry.name for entry in itertools.islice(path.parent.iterdir(), 1000) if entry.is_dir()]
+        if near := difflib.get_close_matches(path.name, folders, 1, 0.65):
+            return f"there is no such folder; perhaps {path.parent / near[0]} is meant"
+    return "there is no such folder"
 
 
 def printed(name: str) -> str:
@@ -109,9 +125,10 @@ def _near(path: Path) -> str:
     """What is there under nearly the same path: without an ending, with another system's marks, or misspelled."""
     with contextlib.suppress(OSError, ValueError):
         slashes = Path(str(path).replace("\\", "/"))
-        for other in (slashes, Path(f"{slashes}.safetensors")):
+        usual = "concepts" / slashes.with_suffix(".safetensors")
+        for other in (slashes, Path(f"{slashes}.safetensors"), usual):
             if other.is_file():
                 return str(other)
-        stems = {entry.stem: entry.name for entry in itertools.islice(path.parent.iterdir(), 1000)}
+        stems = {entry.stem: str(entry) for entry in itertools.islice(path.parent.iterdir(), 1000)}
         return stems.get(next(iter(difflib.get_close_matches(path.stem, stems, 1, 0.65)), None), "")
     return ""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from ..errors import AdapterError
 from ..models.base import BaseModel, weights_hash
 from ..models.schedules import NoiseSchedule
 from . import model
@@ -19,7 +20,10 @@ def load_toy_base(weights: Path | None = None) -> BaseModel:
     unet, text_encoder = model.build_unet(), model.build_text_encoder()
     for network, name in ((unet, "unet"), (text_encoder, "text_encoder")):
         own = {key.removeprefix("text_model."): key for key in network.state_dict()}
-        stored = load_file(folder / f"{name}.safetensors")
+        path = folder / f"{name}.safetensors"
+        if not path.is_file():
+            raise AdapterError(f"the toy base's weights are not at {path}; install this pack anew, whole and unpacked")
+        stored = load_file(path)
         network.load_state_dict({own[key.removeprefix("text_model.")]: value.float() for key, value in stored.items()})
         network.requires_grad_(False).eval()
     return BaseModel(
