@@ -56,9 +56,14 @@ def is_moments(path: Path | str) -> bool:
 
 
 def save_moments(moments: Mapping[str, Moment], path: Path | str, origin: Recorded = Recorded()) -> None:
-    """Write them, whole or not at all, in half precision scaled to each layer's largest value."""
+    """Write them, whole or not at all, in half precision scaled to each layer's largest value.
+
+    Raises AdapterError rather than replace a file that is no moments.
+    """
     if not moments:
         raise AdapterError("there are no moments to save; record them while the concept is drawn or trained")
+    if Path(path).is_file():
+        _said(path)
     tensors = {}
     for name, moment in moments.items():
         size = moment.factor.abs().max().clamp(min=1e-30)
@@ -70,8 +75,21 @@ def save_moments(moments: Mapping[str, Moment], path: Path | str, origin: Record
 
 def recorded_from(path: Path | str) -> Recorded:
     """What a file of moments says that it was recorded from; reads the header alone."""
-    said = read_header(path).metadata
+    said = _said(path)
     return Recorded(*(said.get(key, "") for key in ("concept", "base", "drawing")))
+
+
+def _said(path: Path | str) -> Mapping[str, str]:
+    """The metadata of a file of moments.  Raises AdapterError with the way out for any other, which stays as it is."""
+    try:
+        metadata = read_header(path).metadata
+    except AdapterError as error:
+        raise AdapterError(f"{error}; move it away, and record the moments again") from error
+    if metadata.get("format") != FORMAT:
+        raise AdapterError(
+            f"{path}: this is not a file of moments, and lies where they would; move it away, or give it another name"
+        )
+    return metadata
 
 
 def why_not(origin: Recorded, concept: Concept, base: str = "") -> str:
@@ -111,4 +129,6 @@ def load_moments(path: Path | str) -> dict[str, Moment]:
             raise AdapterError(f"{path.name}: {error}") from error
     if len(tensors) != 2 * len(moments):
         raise AdapterError(f"{path.name}: it holds tensors that are no moments; the file is damaged")
+    if not any(moment.rest or moment.factor.any() for moment in moments.values()):
+        raise AdapterError(f"{path.name}: its moments are all 0, so nothing was drawn for them; record them again")
     return moments

@@ -22,6 +22,7 @@ from modular_concepts.files.moments import (
 )
 from modular_concepts.merging.moments import Moment, recording
 from modular_concepts.models.fingerprint import base_mark, concept_mark, same_base
+from modular_concepts.storage.safetensors import write_safetensors
 
 
 def layers():
@@ -131,9 +132,29 @@ def test_a_bases_mark_is_the_same_in_half_precision_and_another_for_any_network(
     assert not same_base("hash:abc", "hash:abd")
 
 
-def test_other_files_are_refused(tmp_path):
-    from modular_concepts.storage.safetensors import write_safetensors
+@pytest.mark.parametrize("kind", ["another file", "no tensors at all", "half of one"])
+def test_what_is_no_file_of_moments_is_never_replaced_by_one_and_the_way_out_is_said(tmp_path, kind):
+    path, moments = tmp_path / "kodo.moments", {"unet.a": Moment.of(torch.eye(3))}
+    save_moments(moments, path)
+    write_safetensors(tmp_path / "other", {"a": torch.ones(2)}, {"title": "a person's own"})
+    other, half = (tmp_path / "other").read_bytes(), path.read_bytes()[:200]
+    path.write_bytes({"another file": other, "no tensors at all": b"", "half of one": half}[kind])
+    before = path.read_bytes()
+    for use in (lambda: recorded_from(path), lambda: save_moments(moments, path)):
+        with pytest.raises(AdapterError, match="move it away"):
+            use()
+    assert path.read_bytes() == before
 
+
+def test_moments_of_nothing_are_refused(tmp_path):
+    save_moments({"unet.a": Moment.of(torch.zeros(3, 3)), "unet.b": Moment.of(torch.eye(3))}, tmp_path / "some")
+    assert len(load_moments(tmp_path / "some")) == 2
+    save_moments({"unet.a": Moment.of(torch.zeros(3, 3))}, tmp_path / "none")
+    with pytest.raises(AdapterError, match="none: its moments are all 0"):
+        load_moments(tmp_path / "none")
+
+
+def test_other_files_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, {"a": torch.ones(2)}, {})
     with pytest.raises(AdapterError, match="not a file of moments"):
