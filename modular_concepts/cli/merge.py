@@ -216,7 +216,7 @@ def _moment_files(args: argparse.Namespace, paths: Sequence[Path]) -> list[Path]
         return [moments_path(path) for path in paths]
     if len(args.moments) != len(paths):
         raise AdapterError(
-            f"{len(args.moments)} files of moments for {len(paths)} concepts; give one for each, in order"
+            f"{len(args.moments)} of {len(paths)} concepts have a file of moments; give one for each, in order"
         )
     return args.moments
 
