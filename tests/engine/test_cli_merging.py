@@ -133,7 +133,7 @@ def test_fusion_reads_moments_from_files_or_says_how_to_have_them(capsys):
     files = [f"of {name}.safetensors" for name in STRENGTHS]
     assert merge(capsys, "fusion", "--moments", *files)[0] == 0
     code, _, err = merge(capsys, "fusion", "--moments", files[0])
-    assert code == 2 and "1 files of moments for 2 concepts" in err
+    assert code == 2 and "1 of 2 concepts have a file of moments" in err
     code, _, err = merge(capsys, "custom_diffusion")
     assert code == 2 and "give --base" in err
     code, _, err = merge(capsys, "fusion", "--moments", *files, "--exact")
