@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -71,7 +71,7 @@ class Speaking:
             return self.base.context(prompts, self.tokens)
 
     @contextmanager
-    def acting(self, texts: Sequence[Tensor], latent_size: tuple[int, int]) -> Iterator[Callable[[float], None]]:
+    def acting(self, texts: Sequence[Tensor], latent_size: tuple[int, int]) -> Generator[Callable[[float], None]]:
         """Within the block the base draws by region; yields what to tell how far the sampling is, 0..1.
 
         texts: each region's, from `contexts`; latent_size: (height, width) of the latents.
