@@ -7,7 +7,7 @@ return.  Each text is encoded by a CLIP with its own concepts alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ class HostGate:
         progress: float,
         lengths: Sequence[int],
         options: Mapping | None,
-    ) -> Iterator[None]:
+    ) -> Generator[None]:
         """A block in which a network, the model's own or a copy on another device, has the concepts' residuals.
 
         lengths: how many tokens of the context each region's text has, behind the global one's.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import comfy.model_patcher
 import comfy.sample
@@ -208,7 +208,7 @@ def listening(
     with_first_size(model, heard.places)
     clock = Clock(heard.places, model)
 
-    def by_region(apply_model, x, sigma, concat=None, context=None, control=None, options=None, **more):
+    def by_region(apply_model, x, sigma, concat=None, context: Any = None, control=None, options: Any = None, **more):
         progress = clock.progress(sigma)
         network, options = apply_model.class_obj.diffusion_model, {**(options or {}), PROGRESS: progress}
         context, options, lengths = heard.prepared(network, x, context, options)
@@ -261,7 +261,8 @@ def _idle_priorities(regions: Sequence[Region], overlap: str) -> list[str]:
 
 def _scale(model: comfy.model_patcher.ModelPatcher) -> int:
     """Pixels of the picture to one of the latent."""
-    return model.get_model_object("latent_format").spacial_downscale_ratio
+    form: Any = model.get_model_object("latent_format")
+    return form.spacial_downscale_ratio
 
 
 def _context(conditioning: list) -> Tensor:
