@@ -74,13 +74,13 @@ def _take_names(waiting: Sequence[tuple[Path, Path]]) -> None:
         for folder in dict.fromkeys(path.parent for path, _ in done):
             sync_folder(folder)
     except BaseException as error:
-        for (path, before), (temporary, _) in zip(done, waiting, strict=False):
+        for (place, before), (temporary, _) in zip(done, waiting, strict=False):
             if before is not None:
                 with contextlib.suppress(OSError):  # what cannot be brought back keeps its second name
-                    os.replace(before, path)
+                    os.replace(before, place)
                     _remove([before])  # which a rename to another name of the same file leaves
             elif not temporary.exists():
-                _remove([path])
+                _remove([place])
         if isinstance(error, OSError):
             raise AdapterError(f"{path}: cannot be written: {reason(error)}") from error
         raise
