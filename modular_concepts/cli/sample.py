@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from ..errors import AdapterError, listed
 from ..families.toy import TOY
@@ -125,6 +126,7 @@ def run_sample(args: argparse.Namespace) -> None:
     stack = list(zip(concepts, strengths, strict=True))
     for sentence in unheard(stack, args.prompt, regions, gated, "draw with --mode merged, where it acts everywhere"):
         note(sentence)
+    how: dict[str, Any] = dict(mode="gated", stack=stack) if gated else {}
     try:
         with bar as advance, nullcontext() if gated else customised(base, concepts, strengths) as tokens:
             # A batch at a time, written before the next: all of them at once could be more than the memory holds.
@@ -134,17 +136,7 @@ def run_sample(args: argparse.Namespace) -> None:
                 def step_done(done: int, _: int, before: int = args.steps * (first // settings.batch)) -> None:
                     advance(before + done)
 
-                drawn = sample(
-                    base,
-                    [args.prompt] * len(some),
-                    some,
-                    tokens,
-                    settings,
-                    regions,
-                    step_done,
-                    mode="gated" if gated else "merged",
-                    stack=stack if gated else (),
-                )
+                drawn = sample(base, [args.prompt] * len(some), some, tokens, settings, regions, step_done, **how)
                 for number, picture in enumerate(drawn, first):
                     written.append(_write(paths[number], args.zoom, picture))
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, overload
 
 from torch import Tensor
 
@@ -14,33 +13,22 @@ from ..choices import FAMILIES
 from ..errors import AdapterError
 from .blocks import BLOCK, MergedBlocks
 from .custom_diffusion import CUSTOM_DIFFUSION
+from .dense import MergedDense
 from .fusion import FUSION
 from .method import MOMENTS, TEXTS, LayerStack, Mergeable, Method
 from .options import Evidence, MergeOptions
 from .sparse import DARE, MAGNITUDE, TIES
-from .sums import AVERAGE, MEAN, SUM, average_strengths
-from .truncation import SVD, Summed
+from .sums import AVERAGE, MEAN, SUM, MergedLayer, MergedSum, average_strengths
+from .truncation import SVD
 
 DEFAULTS, NOTHING = MergeOptions(), Evidence()
-Merged = Summed | MergedBlocks
+Merged = MergedLayer | MergedSum | MergedBlocks | MergedDense
 
 METHODS = {
     method.name: method for method in (SUM, MEAN, AVERAGE, BLOCK, FUSION, CUSTOM_DIFFUSION, MAGNITUDE, DARE, TIES, SVD)
 }
 
 
-@overload
-def merge_concepts(
-    concepts: Sequence[Mergeable],
-    strengths: Sequence[float],
-    how: Literal["sum", "svd"] = "sum",
-    literal: bool = False,
-    options: MergeOptions = DEFAULTS,
-    evidence: Evidence = NOTHING,
-) -> dict[str, Summed]: ...
-
-
-@overload
 def merge_concepts(
     concepts: Sequence[Mergeable],
     strengths: Sequence[float],
@@ -48,17 +36,7 @@ def merge_concepts(
     literal: bool = False,
     options: MergeOptions = DEFAULTS,
     evidence: Evidence = NOTHING,
-) -> dict[str, Merged]: ...
-
-
-def merge_concepts(
-    concepts: Sequence[Mergeable],
-    strengths: Sequence[float],
-    how: str = "sum",
-    literal: bool = False,
-    options: MergeOptions = DEFAULTS,
-    evidence: Evidence = NOTHING,
-) -> Mapping[str, Merged]:
+) -> dict[str, Merged]:
     """One merged layer for each layer that any concept has; strengths are the papers' lambda or alpha.
 
     how: one of `METHODS`.  sum: W0 + sum_i strength_i delta_i (Po et al. 2024, Eq. 1).
