@@ -67,7 +67,7 @@ def host_places(model: comfy.model_patcher.ModelPatcher | None, clip: comfy.sd.C
     places: dict[str, HostLayer] = {}
     for name, layer in host_layers(model, clip).items():
         places[name] = layer
-        out, *inp = layer.module.weight.shape
+        out, *inp = layer.shape
         sites = rows_of_sites(name, inp[0]) if len(inp) == 1 else {}
         # A layer of another height than its family's is one that nobody has described.
         if sites and max(start + count for start, count in sites.values()) == out:

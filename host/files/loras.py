@@ -64,7 +64,7 @@ def concepts_of(
         title = name.strip() or "lora"
         tensors = {key: value for key, value in lora.items() if isinstance(value, Tensor)}
         imported = lora_concept(Path(title), tensors, {}, title, place, shapes)
-        return ((imported.concept, 1.0),), "\n".join(imported.notes(title))
+        return Stack.of(imported.concept), "\n".join(imported.notes(title))
     stack, said, paths = [], [], []
     for entry in lora or ():
         file, strength, text_strength = _entry(entry)
@@ -77,7 +77,7 @@ def concepts_of(
         paths.append(path)
     called = told_apart([concept.name for concept, _ in stack], paths)
     stack = [(replace(concept, name=name), own) for (concept, own), name in zip(stack, called, strict=True)]
-    return tuple(stack), "\n".join(said)
+    return Stack(stack), "\n".join(said)
 
 
 def with_strengths(concept: Concept, strength: float, text_strength: float) -> tuple[Concept, float]:

@@ -166,8 +166,8 @@ def _by_key(adapters: Mapping[str, Merged], places: Mapping[str, HostLayer], par
     for name, merged_layer in adapters.items():
         place = places[name]
         if place.part == part:
-            whole = place.rows is None
-            lifted = merged_layer if whole else lift(merged_layer, place.rows[0], place.module.weight.shape[0])
+            rows = place.rows
+            lifted = merged_layer if rows is None else lift(merged_layer, rows[0], place.weight.shape[0])
             by_key.setdefault(place.key, []).append(lifted)
     return by_key
 

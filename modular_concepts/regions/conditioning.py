@@ -41,7 +41,7 @@ class Speaking:
         concepts, strengths = stack.concepts, stack.strengths
         self.shapes = {name: module.weight.shape for name, module in self.layers.items()}
         fitting = fitting_concepts(base.architecture, self.shapes, concepts)
-        self.stack = list(zip(fitting, strengths, strict=True))
+        self.stack = Stack(zip(fitting, strengths, strict=True))
         self.tokens = {**tokens, **faded_words(concepts, strengths, base.word_rows)}
         self.gate = Gate(self.stack, self.acts, places, self.layers) if stack else None
 
