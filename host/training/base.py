@@ -102,6 +102,11 @@ class HostBase:
         return self.downscale * self.family.cells(self.model.model.model_config.unet_config)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the family was trained on."""
+        return self.family.family.side, self.family.family.side
+
+    @property
     def cross_attention_layers(self) -> int:
         return cross_attention_layers(self.model)
 

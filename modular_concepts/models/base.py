@@ -40,6 +40,7 @@ class Base(Protocol):
     cross_attentions: those that learned words are read by; empty where there are none, as in a diffusion transformer.
     trigger_positions: where each row of `tokens` stands in the context of each prompt, (B, all rows); -1 for nowhere.
     cross_attention_layers: how many a layer-wise word has rows for; 0 where there are none, as in a DiT.
+    size: (height, width) in pixels that it was trained on.
     sample: a few numbers of the denoiser's weights (`models/fingerprint.py`).
     lean: whether its layers run as `training/frozen.py` does, in less time and memory, rounded otherwise.
     device: where the networks compute; latents, noisy and timesteps are there.
@@ -62,6 +63,9 @@ class Base(Protocol):
 
     @property
     def multiple(self) -> int: ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
 
     @property
     def cross_attention_layers(self) -> int: ...
