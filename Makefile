@@ -22,6 +22,10 @@ QUIET := $(if $(shell [ -t 2 ] && echo terminal),,--quiet --quiet)
 PYTEST := $(BIN)/python -m pytest
 # A process for each core, up to four, of one thread each; a file's tests stay together, for they share what is slow.
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTEST) -n auto --maxprocesses=4 --dist loadfile
+# ComfyUI's own types where there is a ComfyUI.  The pack is checked as the package that ComfyUI imports it as, in
+# build/pack, for nodes and host import the engine from above themselves.
+COMFYUI_PATH ?= $(wildcard $(HOME)/comfy/ComfyUI)
+TYPES_OF_HOST = $(if $(COMFYUI_PATH),--extra-search-path $(COMFYUI_PATH))
 FAST_TESTS = $(wildcard tests/engine tests/files tests/nodes)
 
 # Nothing is downloaded when it runs, and compiled modules are kept.
@@ -41,7 +45,7 @@ help:
 	@echo "make gpu        prove and measure on a machine with an NVIDIA GPU what at most eight minutes hold (installs nothing)"
 	@echo "make gpu-dry    the same in small on the CPU (two minutes)"
 	@echo "make torture    try the twelve promises in full and write docs/trust.md (an hour on two cores; TORTURE_FLAGS=--quick)"
-	@echo "make check      format, lint, imports and the quick tests (a minute and a half on two cores)"
+	@echo "make check      format, lint, imports, types and the quick tests (a minute and a half on two cores)"
 	@echo "make format     put the code into the format that check asks for"
 	@echo "make install    only create $(VENV) with the pinned packages"
 	@echo "make clean      remove $(VENV), demo_output and caches"
@@ -88,6 +92,8 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
+	@mkdir -p build && ln -sfn .. build/pack
+	$(BIN)/ty check --python $(VENV) $(TYPES_OF_HOST) -c 'environment.root=["./build"]' $(addprefix build/pack/,modular_concepts host nodes)
 	$(SIDE_BY_SIDE) $(FAST_TESTS) -m "not slow" $(PYTEST_FLAGS)
 
 format: $(STAMP)

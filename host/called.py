@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,7 @@ COMPILED = "torch.compile"  # the host's name for its wrapper
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
+def uncompiled() -> Generator[None]:
     """Within the block networks that were compiled run as they were written, which all hooks are for.
 
     Raises AdapterError where torch is too old for it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import comfy.model_patcher
 import comfy.sd
@@ -44,8 +45,13 @@ class HostLayer:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight, or of the site's part of it."""
-        out, *rest = self.module.weight.shape
+        out, *rest = self.weight.shape
         return (out if self.rows is None else self.rows[1], *rest)
+
+    @property
+    def weight(self) -> Tensor:
+        """Quantised ones too are tensors."""
+        return cast(Tensor, self.module.weight)
 
 
 def host_layers(model: comfy.model_patcher.ModelPatcher | None, clip: comfy.sd.CLIP | None) -> dict[str, HostLayer]:
@@ -61,7 +67,7 @@ def host_places(model: comfy.model_patcher.ModelPatcher | None, clip: comfy.sd.C
     places: dict[str, HostLayer] = {}
     for name, layer in host_layers(model, clip).items():
         places[name] = layer
-        out, *inp = layer.module.weight.shape
+        out, *inp = layer.shape
         sites = rows_of_sites(name, inp[0]) if len(inp) == 1 else {}
         # A layer of another height than its family's is one that nobody has described.
         if sites and max(start + count for start, count in sites.values()) == out:
@@ -101,11 +107,11 @@ def mark_of(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None)
 
 def _tables(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None) -> list[dict[str, Tensor]]:
     """Canonical name -> weight of the denoiser, and of each text encoder."""
-    texts = text_encoders_of(clip) if clip is not None else {}
-    return [
-        _unpatched(model, host_family_of(model).weight_names(model)),
-        *(_unpatched(clip.patcher, _text_names(name, encoder)) for name, encoder in texts.items()),
-    ]
+    tables = [_unpatched(model, host_family_of(model).weight_names(model))]
+    if clip is not None:
+        patcher, texts = clip.patcher, text_encoders_of(clip)
+        tables += [_unpatched(patcher, _text_names(name, encoder)) for name, encoder in texts.items()]
+    return tables
 
 
 def known_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None) -> str:
@@ -142,8 +148,8 @@ def _unet_layers(model: comfy.model_patcher.ModelPatcher) -> dict[str, HostLayer
 
 def quantised(model: comfy.model_patcher.ModelPatcher) -> bool:
     """Whether any layer's weight is kept in fewer than 16 bits."""
-    modules = (layer.module for layer in _unet_layers(model).values())
-    return any(getattr(module, "layout_type", None) is not None or module.weight.itemsize < 2 for module in modules)
+    layers = _unet_layers(model).values()
+    return any(getattr(layer.module, "layout_type", None) is not None or layer.weight.itemsize < 2 for layer in layers)
 
 
 def _takes_adapters(module: nn.Module) -> bool:

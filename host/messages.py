@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
@@ -13,4 +15,4 @@ def show_text(text: str) -> None:
     """
     running = get_executing_context()
     if running is not None:
-        PromptServer.instance.send_progress_text(text.replace("<", "‹").replace(">", "›"), running.node_id)
+        cast(Any, PromptServer).instance.send_progress_text(text.replace("<", "‹").replace(">", "›"), running.node_id)

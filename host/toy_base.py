@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import comfy.latent_formats
 import comfy.model_base
@@ -160,7 +161,8 @@ class ToyTextModel(comfy.sd1_clip.SDClipModel):
             model_options=model_options or {},
         )
         # The host makes 49408 rows whatever the configuration says.
-        table = self.operations.Embedding(len(WORDS), CONTEXT_WIDTH, dtype=dtype, device=device)
+        operations: Any = self.operations
+        table = operations.Embedding(len(WORDS), CONTEXT_WIDTH, dtype=dtype, device=device)
         self.transformer.set_input_embeddings(table.requires_grad_(False))
 
 
@@ -250,15 +252,15 @@ class PixelUnshuffle(comfy.pixel_space_convert.PixelspaceConversionVAE):
     def encode(self, pixels: Tensor, *_args, **_settings) -> Tensor:
         return F.pixel_unshuffle(pixels, PATCH)
 
-    def decode(self, latent: Tensor, *_args, **_settings) -> Tensor:
-        return F.pixel_shuffle(latent, PATCH)
+    def decode(self, samples: Tensor, *_args, **_settings) -> Tensor:
+        return F.pixel_shuffle(samples, PATCH)
 
 
 def load_vae() -> comfy.sd.VAE:
     """A VAE whose latents are the pixels; it crops pictures of odd size to even ones, as the host does."""
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)
     network = PixelUnshuffle().eval()
-    network.load_state_dict(vae.first_stage_model.state_dict())
+    network.load_state_dict(cast(torch.nn.Module, vae.first_stage_model).state_dict())
     vae.patcher = type(vae.patcher)(
         network, load_device=vae.patcher.load_device, offload_device=vae.patcher.offload_device
     )

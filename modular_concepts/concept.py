@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -65,7 +66,7 @@ class Recipe:
             raise AdapterError(
                 f"recipe: unknown entry {min(unknown)!r}; the file is damaged or newer than this program"
             )
-        values = {name: _READERS[name](f"recipe: {name}", value) for name, value in data.items()}
+        values: dict[str, Any] = {name: _READERS[name](f"recipe: {name}", value) for name, value in data.items()}
         return cls(**values)
 
 
@@ -148,6 +149,11 @@ def clip(value: object, length: int = 60) -> str:
     return text if len(text) <= length else text[:length] + "..."
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether an untrusted value is a number, which a boolean is not."""
+    return type(value) in (int, float)
+
+
 def _integer(what: str, value: object) -> int:
     if type(value) is not int or not -(2**63) <= value < 2**63:
         raise AdapterError(f"{what} must be a whole number; got {clip(value)}")
@@ -155,13 +161,14 @@ def _integer(what: str, value: object) -> int:
 
 
 def _count(what: str, value: object) -> int:
-    if _integer(what, value) < 0:
-        raise AdapterError(f"{what} must not be negative; got {value}")
-    return value
+    count = _integer(what, value)
+    if count < 0:
+        raise AdapterError(f"{what} must not be negative; got {count}")
+    return count
 
 
 def _number(what: str, value: object) -> float:
-    if type(value) not in (int, float) or abs(value) > 1e12 or value != value:
+    if not is_number(value) or abs(value) > 1e12 or value != value:
         raise AdapterError(f"{what} must be a finite number; got {clip(value)}")
     return float(value)
 

@@ -74,7 +74,7 @@ def refuse_layerwise(concept: Concept) -> None:
         )
 
 
-def rows_of_word(contexts: Sequence[Tensor], bare: Sequence[Tensor], vectors: int) -> Tensor:
+def rows_of_word(contexts: Sequence[Tensor], bare: Tensor | Sequence[Tensor], vectors: int) -> Tensor:
     """(rows, width): of each context (T, width) the word's own rows and the end mark, which padding follows.
 
     bare: the same prompts without the word; vectors: how many rows the word has.
@@ -109,7 +109,7 @@ def usual_rows(contexts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
     contexts: (T, width) each; lengths: how many rows come before the padding.  What follows is most of a context, and
     nearly the same in all: it counts as `PADDING` rows of a caption, for the layers read it too, and no more.
     """
-    total, weight = 0.0, 0.0
+    total, weight = torch.zeros((), dtype=torch.float64), 0.0
     for context, length in zip(contexts, lengths, strict=True):
         rows, rest = context.double().cpu().split([length, len(context) - length])
         share = min(1.0, PADDING / max(1, len(rest)))

@@ -5,7 +5,7 @@ Every picture has a seed of its own, and its noise is the same whatever else is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -157,7 +157,7 @@ def _by_concepts(stack: Stack, prompts: Sequence[str], regions: Sequence[Region]
 
 
 def _sample_batch(speaking: Speaking, prompts, seeds, settings, size, step_done) -> Tensor:
-    from diffusers import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     base, guided = speaking.base, settings.cfg != 1
     latent_size = (size[0] // base.downscale, size[1] // base.downscale)
@@ -186,7 +186,7 @@ def _sample_batch(speaking: Speaking, prompts, seeds, settings, size, step_done)
 @contextmanager
 def customised(
     base: BaseModel, concepts: Sequence[Concept], strengths: Sequence[float], how: str = "sum"
-) -> Iterator[Mapping[str, Tensor]]:
+) -> Generator[Mapping[str, Tensor]]:
     """Within the block the base draws with the merged concepts; yields their learned tokens for prompts.
 
     Below strength 1 a learned word goes back towards its class word (`merge.compatibility.faded_words`).

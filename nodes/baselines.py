@@ -137,6 +137,6 @@ class EDLoRATrainer(Trainer):
     def execute(cls, rank: int, **common) -> io.NodeOutput:
         way = _way(ED_LORA, rank)
         # A tenth of the others' in the paper, whatever the others' is.
-        share = ED_LORA.settings.text_encoder_lr / ED_LORA.settings.adapter_lr
+        share = (ED_LORA.settings.text_encoder_lr or 0.0) / ED_LORA.settings.adapter_lr
         own = {**way.settings, "text_encoder_lr": share * common["learning_rate"] or None}
         return train(common, replace(way, settings=own, notes=unused(cls, common)))

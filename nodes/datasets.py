@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
@@ -107,8 +108,9 @@ class ConceptDataset(io.ComfyNode):
         refuse_single(dataset)
         text = "\n".join([describe(dataset), *_unused(dataset, name, lines, pictures)])
         show_text(text)
+        preview: Any = ui.PreviewImage  # which takes pictures of several sizes too, in a list
         shown = {
-            **ui.PreviewImage([picture.movedim(0, -1) for picture in dataset.pictures], cls=None).as_dict(),
+            **preview([picture.movedim(0, -1) for picture in dataset.pictures], cls=None).as_dict(),
             **ui.PreviewText(text).as_dict(),
         }
         return io.NodeOutput(dataset, ui=shown)
@@ -159,9 +161,9 @@ def _dataset(
             "there are masks and a folder; a folder's masks lie in it as NAME.mask.png, so disconnect the masks"
         )
     if folder:
-        return _of_folder(input_folder(folder), captions, tuple(side or SIDE for side in size), keep_aspect)
-    first = pictures[0].shape[:2]
-    size = tuple(chosen or int(own) // STEP * STEP for chosen, own in zip(size, first, strict=True))
+        return _of_folder(input_folder(folder), captions, (size[0] or SIDE, size[1] or SIDE), keep_aspect)
+    height, width = (int(side) // STEP * STEP for side in pictures[0].shape[:2])
+    size = size[0] or height, size[1] or width
     pictures = [picture[..., :3].movedim(-1, 0) for picture in pictures]
     return of_pictures(pictures, captions, covers or None, size, buckets=keep_aspect, multiple=_bucket_step(size))
 

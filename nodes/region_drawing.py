@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..modular_concepts.errors import AdapterError
@@ -12,7 +14,7 @@ from .types import CONCEPT_REGIONS
 class DrawRegions(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        side = {"default": 512, "min": 16, "max": 16384, "step": 8}
+        side: dict[str, Any] = {"default": 512, "min": 16, "max": 16384, "step": 8}
         return io.Schema(
             node_id="DrawRegions",
             display_name="Draw Regions",

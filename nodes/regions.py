@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy.samplers import SAMPLER_NAMES, SCHEDULER_NAMES
 from comfy_api.latest import io, ui
 
@@ -97,7 +99,7 @@ def drawing_inputs() -> list[io.Input]:
 class ConceptRegion(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        edge = {"min": 0.0, "max": 16384.0, "step": 0.01, "round": 0.001}
+        edge: dict[str, Any] = {"min": 0.0, "max": 16384.0, "step": 0.01, "round": 0.001}
         return io.Schema(
             node_id="ConceptRegion",
             display_name="Concept Region",
@@ -205,7 +207,7 @@ class ConceptRegion(io.ComfyNode):
         cls, prompt=None, units=None, left=None, top=None, right=None, bottom=None, start=0.0, end=1.0
     ) -> bool | str:
         """Refused before anything runs, the training of the concepts for instance."""
-        edges = (left, top, right, bottom)
+        edges: Any = (left, top, right, bottom)
         if units is None or None in (*edges, start, end):
             return True  # linked to another node, whose answer is not known yet
         if units not in UNITS:

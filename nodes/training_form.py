@@ -155,15 +155,6 @@ def inputs(own: list[io.Input], form: Form) -> list[io.Input]:
 
 
 def _rates(form: Form) -> list[io.Input]:
-    rate = io.Float.Input(
-        "learning_rate",
-        default=form.rate,
-        min=0.0,
-        max=1.0,
-        step=1e-5,
-        round=1e-7,
-        tooltip=form.rate_help,
-    )
     token_rate = io.Float.Input(
         "token_learning_rate",
         default=form.token_rate,
@@ -173,7 +164,18 @@ def _rates(form: Form) -> list[io.Input]:
         round=1e-6,
         tooltip=form.word_help,
     )
-    return [token_rate] if form.rate is None else [rate, token_rate]
+    if form.rate is None:
+        return [token_rate]
+    rate = io.Float.Input(
+        "learning_rate",
+        default=form.rate,
+        min=0.0,
+        max=1.0,
+        step=1e-5,
+        round=1e-7,
+        tooltip=form.rate_help,
+    )
+    return [rate, token_rate]
 
 
 def _targets(form: Form) -> list[io.Input]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 CONCEPT_TRAINING_OPTIONS = io.Custom("CONCEPT_TRAINING_OPTIONS")
@@ -20,7 +22,7 @@ def _choice(name: str, meanings: dict, tooltip: str) -> io.Input:
     return io.Combo.Input(name, options=[OWN, *meanings], default=OWN, tooltip=tooltip)
 
 
-def _number(name: str, tooltip: str, high: float = 10.0, step: float = 0.01, **more: object) -> io.Input:
+def _number(name: str, tooltip: str, high: float = 10.0, step: float = 0.01, **more: Any) -> io.Input:
     tooltip = f"{tooltip}. -1: as the method has it; 0: off"
     return io.Float.Input(
         name, default=OWN_NUMBER, min=OWN_NUMBER, max=high, step=step, round=0.0001, tooltip=tooltip, **more
@@ -199,7 +201,7 @@ def settings_of(
     **numbers: float,
 ) -> dict[str, object]:
     """Settings by their names in the engine (and keep_latents), those alone that are not left to the method."""
-    choices = {
+    choices: dict[str, object] = {
         "layerwise": WORD_LAYERS.get(word_layers),
         "token_start": WORD_STARTS.get(word_start),
         "schedule": SCHEDULES.get(schedule),

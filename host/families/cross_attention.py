@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import comfy.model_patcher
-from torch import nn
 
 from ...modular_concepts.families.unet import CROSS_ATTENTION
 
@@ -32,7 +32,7 @@ def text_patches_in(options: Mapping) -> list:
     return options.get("patches", {}).get(TEXT_PATCHES, [])
 
 
-def blocks_of(unet: nn.Module) -> list[tuple[str, int]]:
+def blocks_of(unet: Any) -> list[tuple[str, int]]:
     """The host's names of the places in a U-Net where a cross-attention can be replaced."""
     counts = {"input": len(unet.input_blocks), "middle": 1, "output": len(unet.output_blocks)}
     return [(name, number) for name, count in counts.items() for number in range(count)]

@@ -34,8 +34,8 @@ def host_family_of(model: comfy.model_patcher.ModelPatcher) -> HostFamily:
 def host_family_of_texts(clip: comfy.sd.CLIP) -> HostFamily:
     """The family whose text encoders a CLIP has; one of those with a single encoder where several have the same."""
     whole = clip.cond_stage_model
-    several = (family for family in HOST_FAMILIES if family.clip_model is not None)
-    return next((family for family in several if isinstance(whole, family.clip_model)), HOST_SD15)
+    several = ((family, family.clip_model) for family in HOST_FAMILIES)
+    return next((family for family, kind in several if kind is not None and isinstance(whole, kind)), HOST_SD15)
 
 
 def projected_names() -> frozenset[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import comfy.lora
 import comfy.model_patcher
@@ -58,25 +59,25 @@ def concepts_of(
     name: what to call a LORA_MODEL; files are called by their names.  Raises AdapterError for what cannot be read.
     """
     names = None if model is None and clip is None else HostNames(model, clip)
-    asked = {} if names is None else {"places": names.place, "shapes": names.shapes}
+    place, shapes = (None, None) if names is None else (names.place, names.shapes)
     if isinstance(lora, Mapping):
         title = name.strip() or "lora"
         tensors = {key: value for key, value in lora.items() if isinstance(value, Tensor)}
-        imported = lora_concept(Path(title), tensors, {}, title, **asked)
-        return ((imported.concept, 1.0),), "\n".join(imported.notes(title))
+        imported = lora_concept(Path(title), tensors, {}, title, place, shapes)
+        return Stack.of(imported.concept), "\n".join(imported.notes(title))
     stack, said, paths = [], [], []
     for entry in lora or ():
         file, strength, text_strength = _entry(entry)
         if file in ("", "None"):
             continue
         path = path_of("loras", file)
-        imported = import_lora(path, None, **asked)
+        imported = import_lora(path, None, place, shapes)
         stack.append(with_strengths(imported.concept, strength, text_strength))
         said += imported.notes(path.name)
         paths.append(path)
     called = told_apart([concept.name for concept, _ in stack], paths)
     stack = [(replace(concept, name=name), own) for (concept, own), name in zip(stack, called, strict=True)]
-    return tuple(stack), "\n".join(said)
+    return Stack(stack), "\n".join(said)
 
 
 def with_strengths(concept: Concept, strength: float, text_strength: float) -> tuple[Concept, float]:
@@ -101,7 +102,7 @@ def with_strengths(concept: Concept, strength: float, text_strength: float) -> t
     return replace(concept, layers=layers), common
 
 
-def _entry(entry: object) -> tuple[str, float, float]:
+def _entry(entry: Any) -> tuple[str, float, float]:
     """(file name, strength, text strength) of a LORA_STACK's entry; some packs leave the last one out."""
     try:
         file, strength, *rest = entry

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_patcher
 import comfy.sample
@@ -111,7 +112,8 @@ def _moments(
 
 def kept_moments(concept: Concept) -> Mapping[str, Moment] | None:
     """The moments beside a concept's file, if they are of the content that the concept has, on whatever base."""
-    return None if why_not_kept(concept) else load_moments(moments_path(file_of(concept)))
+    file = file_of(concept)
+    return None if file is None or why_not_kept(concept) else load_moments(moments_path(file))
 
 
 def why_not_kept(concept: Concept, mark: str = "") -> str:
@@ -134,7 +136,7 @@ def recorded(
         texts = [text.replace("{concept}", trigger) for text in texts]
     everything = host_layers(model, clip)
     alone, alone_clip = merged(model, clip, [(concept, 1.0)])
-    form = model.get_model_object("latent_format")
+    form: Any = model.get_model_object("latent_format")
     side = max(1, drawing.size // form.spacial_downscale_ratio)
     shape = (1, form.latent_channels, side, side)
     modules = {name: everything[name].module for name in concept.layers}

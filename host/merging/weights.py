@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import comfy.model_management
 import comfy.model_patcher
@@ -56,7 +57,8 @@ class MergedWeight(WeightAdapterBase):
     name = "modular concepts"
 
     def __init__(self, loaded_keys: set[str], weights: Sequence[Sequence[tuple]]):
-        self.loaded_keys, self.weights = loaded_keys, weights
+        self.loaded_keys = loaded_keys
+        self.weights: Any = weights
         self._beside: Merged | None = None
         self._on: torch.device | None = None
 
@@ -70,7 +72,7 @@ class MergedWeight(WeightAdapterBase):
     def merged(self) -> Merged:
         if len(self.weights[0][0]) == 1:
             return MergedDense(*self.weights[0][0])
-        parts = tuple(_sum_of(summands) for summands in self.weights)
+        parts = tuple(_sum_of(summands) for summands in cast(Any, self.weights))
         return parts[0] if len(parts) == 1 else MergedBlocks(parts, parts[0].out_features)
 
     def calculate_weight(
@@ -164,8 +166,8 @@ def _by_key(adapters: Mapping[str, Merged], places: Mapping[str, HostLayer], par
     for name, merged_layer in adapters.items():
         place = places[name]
         if place.part == part:
-            whole = place.rows is None
-            lifted = merged_layer if whole else lift(merged_layer, place.rows[0], place.module.weight.shape[0])
+            rows = place.rows
+            lifted = merged_layer if rows is None else lift(merged_layer, rows[0], place.weight.shape[0])
             by_key.setdefault(place.key, []).append(lifted)
     return by_key
 

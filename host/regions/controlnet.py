@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -26,7 +27,7 @@ def weighted(
         if tensor is None:
             return None
         size = tensor.shape[2:] if tensor.dim() == 4 else tensor.shape[1:2]
-        division = places.division(size.numel(), latent_size, progress, tensor)
+        division = places.division(math.prod(size), latent_size, progress, tensor)
         weights = (factors @ division.texts).to(tensor)
         return tensor * (rearrange(weights, "(h w) -> h w", h=size[0]) if tensor.dim() == 4 else weights[:, None])
 

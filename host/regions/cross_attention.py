@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
 import comfy.model_patcher
@@ -91,7 +92,7 @@ class Clock:
 
     def __init__(self, places: Places, model: comfy.model_patcher.ModelPatcher):
         moments = {moment for region in places.regions for moment in (region.start, region.end)} - {0.0, 1.0}
-        sampling = model.get_model_object("model_sampling")
+        sampling: Any = model.get_model_object("model_sampling")
         self.sigmas = {moment: float(sampling.percent_to_sigma(moment)) for moment in sorted(moments)}
 
     def progress(self, sigma: Tensor) -> float:
@@ -148,4 +149,5 @@ def attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping) -> Te
 def _same_length(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Two contexts repeated to one number of tokens, which attention does not notice."""
     length = math.lcm(first.shape[-2], second.shape[-2])
-    return tuple(one.repeat(*[1] * (one.dim() - 2), length // one.shape[-2], 1) for one in (first, second))
+    first, second = (one.repeat(*[1] * (one.dim() - 2), length // one.shape[-2], 1) for one in (first, second))
+    return first, second

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_patcher
 import comfy.sd
@@ -135,7 +135,7 @@ def _scouting(
                     heard.hear(query[rows], key[rows], options["n_heads"])
         return attention(query, key, value, options)
 
-    def call(apply_model, x, sigma, concat=None, context=None, control=None, options=None, **more):
+    def call(apply_model, x, sigma, concat=None, context=None, control=None, options: Any = None, **more):
         late = bool(sigma.flatten()[0] <= options["sample_sigmas"][first])
         with gate.attached(apply_model.class_obj.diffusion_model, tuple(x.shape[-2:]), 0.0, (), options):
             return apply_model(x, sigma, concat, context, control, {**options, KEY: late}, **more)

@@ -7,9 +7,10 @@ return.  Each text is encoded by a CLIP with its own concepts alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import cast
 
 import comfy.model_management
 import comfy.model_patcher
@@ -54,7 +55,7 @@ class HostGate:
         progress: float,
         lengths: Sequence[int],
         options: Mapping | None,
-    ) -> Iterator[None]:
+    ) -> Generator[None]:
         """A block in which a network, the model's own or a copy on another device, has the concepts' residuals.
 
         lengths: how many tokens of the context each region's text has, behind the global one's.
@@ -72,7 +73,7 @@ class HostGate:
 def _in(network: nn.Module, place: HostLayer) -> nn.Module | Site:
     """A layer, or a site of one, in a network that may be a copy of the model's own."""
     module = network.get_submodule(place.key.removeprefix(DENOISER).removesuffix(".weight"))
-    return module if place.rows is None else Site(module, *place.rows)
+    return module if place.rows is None else Site(cast(nn.Linear, module), *place.rows)
 
 
 def fitting_stack(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, stack: Stack) -> Stack:
@@ -88,7 +89,7 @@ def fitting_stack(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, 
             )
     shapes = {name: place.shape for name, place in host_places(model, clip).items()}
     concepts = fitting_concepts(architecture_of(model), shapes, Stack.of(stack).concepts)
-    return [(concept, strength) for concept, (_, strength) in zip(concepts, stack, strict=True)]
+    return Stack((concept, strength) for concept, (_, strength) in zip(concepts, stack, strict=True))
 
 
 def check_memory(model: comfy.model_patcher.ModelPatcher, stack: Stack) -> None:

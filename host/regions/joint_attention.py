@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.regions.shares import Division, Places
@@ -33,7 +34,7 @@ class JointListening:
         self.places, self.texts = places, list(zip(contexts, negatives, strict=True))
         self._masks: dict[tuple, _Mask | None] = {}
 
-    def prepared(self, network: nn.Module, x: Tensor, context: Tensor, options: dict) -> tuple[Tensor, dict, list[int]]:
+    def prepared(self, network: Any, x: Tensor, context: Tensor, options: dict) -> tuple[Tensor, dict, list[int]]:
         """(context, transformer_options, how many tokens each region's text has) for one call of the network."""
         patch = network.patch_size
         size = tuple(x.shape[-2:])

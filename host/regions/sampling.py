@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import comfy.model_patcher
 import comfy.sample
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from nodes import common_ksampler
 
-from ...modular_concepts.concept import Concept
 from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.regions.assignment import acting, check_names, unheard
 from ...modular_concepts.regions.geometry import Region, region_weights
 from ...modular_concepts.regions.shares import Places
 from ...modular_concepts.regions.warnings import doubtful_places
+from ...modular_concepts.stack import NO_CONCEPTS, Stack
 from ..families.cross_attention import replacements_in, text_patches_in
 from ..families.lookup import host_family_of
 from ..layers import architecture_of
@@ -77,7 +77,7 @@ class Regional(NamedTuple):
 def sample_regions(
     model: comfy.model_patcher.ModelPatcher,
     clip: comfy.sd.CLIP,
-    stack: Sequence[tuple[Concept, float]],
+    stack: Stack,
     prompts: tuple[str, str],
     regions: Sequence[Region],
     latent: dict,
@@ -111,7 +111,7 @@ def sample_regions(
 def find_regions(
     model: comfy.model_patcher.ModelPatcher,
     clip: comfy.sd.CLIP,
-    stack: Sequence[tuple[Concept, float]],
+    stack: Stack,
     prompts: tuple[str, str],
     regions: Sequence[Region],
     latent: dict,
@@ -138,7 +138,7 @@ def _all_placed(model, clip, stack, prompts, regions, latent: dict, how: Samplin
 def with_regions(
     model: comfy.model_patcher.ModelPatcher,
     clip: comfy.sd.CLIP,
-    stack: Sequence[tuple[Concept, float]],
+    stack: Stack,
     regions: Sequence[Region],
     prompts: tuple[str, str],
     mode: str = "merged",
@@ -170,14 +170,14 @@ def with_regions(
         missing = [pair for pair in stack if not is_inside(model, pair[0])]
         if missing:
             model, clip = merged(model, clip, missing)
-        stack, clips = (), [clip] * (1 + len(regions))
+        stack, clips = NO_CONCEPTS, [clip] * (1 + len(regions))
         acts = [()] * len(clips)
     else:
         stack = fitting_stack(model, clip, stack)
         check_memory(model, stack)
         clip = with_words(model, clip, stack)
         acts = acting(stack, prompts[0], regions)
-        reading = {own: with_concepts(architecture_of(model), clip, [stack[n] for n in own]) for own in set(acts)}
+        reading = {own: with_concepts(architecture_of(model), clip, Stack(stack[n] for n in own)) for own in set(acts)}
         clips = [reading[own] for own in acts]
     said = [prompts, *((r.prompt, prompts[1] if r.negative is None else r.negative) for r in regions)]
     encode = cache(encode_prompt)
@@ -208,7 +208,7 @@ def listening(
     with_first_size(model, heard.places)
     clock = Clock(heard.places, model)
 
-    def by_region(apply_model, x, sigma, concat=None, context=None, control=None, options=None, **more):
+    def by_region(apply_model, x, sigma, concat=None, context: Any = None, control=None, options: Any = None, **more):
         progress = clock.progress(sigma)
         network, options = apply_model.class_obj.diffusion_model, {**(options or {}), PROGRESS: progress}
         context, options, lengths = heard.prepared(network, x, context, options)
@@ -261,7 +261,8 @@ def _idle_priorities(regions: Sequence[Region], overlap: str) -> list[str]:
 
 def _scale(model: comfy.model_patcher.ModelPatcher) -> int:
     """Pixels of the picture to one of the latent."""
-    return model.get_model_object("latent_format").spacial_downscale_ratio
+    form: Any = model.get_model_object("latent_format")
+    return form.spacial_downscale_ratio
 
 
 def _context(conditioning: list) -> Tensor:

@@ -114,7 +114,7 @@ def joined(contexts: Sequence[Tensor]) -> Tensor:
     """Contexts behind each other: (1, sum of T, D), or (1, L, sum of T, D) if any is layer-wise."""
     layers = max((context.shape[1] for context in contexts if context.dim() == 4), default=None)
     if layers is None:
-        return torch.cat(contexts, dim=-2)
+        return torch.cat(list(contexts), dim=-2)
     return torch.cat(
         [context if context.dim() == 4 else context[:, None].expand(-1, layers, -1, -1) for context in contexts], dim=-2
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import comfy.sd
 import comfy.sd1_clip
@@ -187,13 +188,13 @@ def word_positions(clip: comfy.sd.CLIP, prompt: str, word: str) -> list[int]:
     return [place + step for place in starts for step in range(len(own))]
 
 
-def _parts(tokenizer: object) -> dict[str, object]:
+def _parts(tokenizer: Any) -> dict[str, Any]:
     """Attribute -> tokenizer of each text model that can learn words, in the order of the learned rows' columns."""
     names = (tokenizer.clip,) if hasattr(tokenizer, "clip") else encoder_names()
     return {name: getattr(tokenizer, name) for name in names if hasattr(tokenizer, name)}
 
 
-def _stock(tokenizer: object) -> dict[str, comfy.sd1_clip.SDTokenizer]:
+def _stock(tokenizer: Any) -> dict[str, comfy.sd1_clip.SDTokenizer]:
     """`_parts` without words of ours."""
     return {name: part.stock if isinstance(part, LearnedWords) else part for name, part in _parts(tokenizer).items()}
 
@@ -260,7 +261,7 @@ class LearnedWords:
 class ClassWords:
     """A tokenizer of a text model that learns nothing: it reads the class word where a trigger word stands."""
 
-    def __init__(self, stock: object, class_words: Mapping[str, str]):
+    def __init__(self, stock: Any, class_words: Mapping[str, str]):
         self.stock = stock
         self._words = {trigger.lower(): word for trigger, word in class_words.items() if word}
 

@@ -6,9 +6,10 @@ Everything is computed in float32 whatever the weights are stored as: they are c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -21,6 +22,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
+from ...modular_concepts.adapters.sites import Layer
 from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.models.cross_attention import CrossAttention, cross_attentions_of
 from ...modular_concepts.models.layers import chosen_layers
@@ -100,6 +102,11 @@ class HostBase:
         return self.downscale * self.family.cells(self.model.model.model_config.unet_config)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the family was trained on."""
+        return self.family.family.side, self.family.family.side
+
+    @property
     def cross_attention_layers(self) -> int:
         return cross_attention_layers(self.model)
 
@@ -112,7 +119,7 @@ class HostBase:
         return self.model.load_device
 
     @contextmanager
-    def trainable(self) -> Iterator[None]:
+    def trainable(self) -> Generator[None]:
         """Within the block all networks are loaded, and gradients go through them without a copy of a weight."""
         comfy.model_management.load_models_gpu([self.model, self.clip.patcher], force_full_load=True)
         texts = (encoder.transformer for encoder in text_encoders_of(self.clip).values())
@@ -120,7 +127,7 @@ class HostBase:
         with torch.inference_mode(False), uncompiled(), frozen_forward(networks, cast_weights):
             yield
 
-    def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, nn.Module]:
+    def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, Layer]:
         named = {name: layer.module for name, layer in host_layers(self.model, self.clip).items()}
         return chosen_layers(named, targets, text_encoder_targets)
 
@@ -200,7 +207,7 @@ class HostBase:
 
 
 @contextmanager
-def cast_weights(module: nn.Module, like: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+def cast_weights(module: nn.Module, like: Tensor) -> Generator[tuple[Tensor | None, Tensor | None]]:
     """(weight, bias) as the host's own layers take them, wherever they lie: cast, fetched, dequantised."""
     if module.weight is None or not isinstance(module, comfy.ops.CastWeightBiasOp):
         with own_weights(module, like) as found:
@@ -233,9 +240,9 @@ def draw(
         model = model.clone()
         with_layers(model)
     chunks = [slice(start, start + settings.batch) for start in range(0, len(prompts), settings.batch)]
-    channels = base.model.get_model_object("latent_format").latent_channels
+    form: Any = base.model.get_model_object("latent_format")
     height, width = (side or base.family.family.side for side in (settings.height, settings.width))
-    shape = (channels, height // base.downscale, width // base.downscale)
+    shape = (form.latent_channels, height // base.downscale, width // base.downscale)
     for number, chunk in enumerate(chunks):
         noise = torch.stack(
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds[chunk]]
@@ -280,7 +287,7 @@ def _conditioning(context: Tensor | HostContext, rows: int) -> list:
 
 
 def _schedule(model: comfy.model_patcher.ModelPatcher) -> Schedule:
-    sampling = model.get_model_object("model_sampling")
+    sampling: Any = model.get_model_object("model_sampling")
     # The host's classes are made of one for the noise levels and one for what is predicted; others derive from these.
     parents = set(type(sampling).__bases__)
     kinds = {comfy.model_sampling.V_PREDICTION: "v_prediction", comfy.model_sampling.EPS: "epsilon"}
@@ -304,7 +311,7 @@ def _differentiable(_kernel: Callable, *args, **kwargs) -> Tensor:
 
 
 @contextmanager
-def _cancellable() -> Iterator[None]:
+def _cancellable() -> Generator[None]:
     """The host's interrupt, which any of its layers may raise, as the engine's cancel."""
     try:
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.model_management
 import comfy.utils
@@ -17,7 +17,7 @@ from ...modular_concepts.sampling import SampleSettings
 from ...modular_concepts.training.loop import Progress
 from ..messages import show_text
 
-PREVIEW = dict(steps=12, cfg=4.0)
+PREVIEW = SampleSettings(steps=12, cfg=4.0)
 PREVIEW_SIDE = 256  # screen pixels that a small preview is enlarged to
 BETWEEN_TEXTS = 0.5  # seconds
 
@@ -41,7 +41,7 @@ class Previews:
         """Side by side.  draw(prompts, seeds, tokens, settings) -> (N, 3, H, W) in 0..1."""
         height, width = self.size
         seeds = range(self.seed, self.seed + len(self.prompts))
-        pictures = draw(list(self.prompts), seeds, tokens, SampleSettings(**PREVIEW, height=height, width=width))
+        pictures = draw(list(self.prompts), seeds, tokens, replace(PREVIEW, height=height, width=width))
         row = torch.cat(list(pictures), dim=-1)
         image = to_image(row)
         larger = max(1, PREVIEW_SIDE // max(height, width))

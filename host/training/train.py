@@ -8,11 +8,12 @@ models/concepts/                 what a cancelled training had learned by then
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -92,7 +93,8 @@ class Plan:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the pictures, the first one's where they differ."""
-        return tuple(self.subject.pictures[0].shape[1:])
+        height, width = self.subject.pictures[0].shape[1:]
+        return height, width
 
     @property
     def previews(self) -> Previews:
@@ -138,7 +140,7 @@ def subject_of(dataset: Dataset, name: str, class_word: str, description: str = 
 
 def settings_for(family: Family, rates: Rates, **chosen) -> TrainSettings:
     """The settings that a person chose, with ours for the rest.  Raises AdapterError for values that cannot work."""
-    ours = dict(
+    ours: dict[str, Any] = dict(
         adapter_lr=rates.adapter,
         token_lr=rates.token,
         warmup=min(20, chosen["steps"] // 10),
@@ -225,7 +227,7 @@ def _notes(base: HostBase, plan: Plan) -> list[str]:
 
 
 @contextmanager
-def _enough_memory(settings: TrainSettings) -> Iterator[None]:
+def _enough_memory(settings: TrainSettings) -> Generator[None]:
     """Memory that runs out outside of the training's own steps, in the VAE for instance, as a sentence that helps."""
     try:
         yield
@@ -237,7 +239,7 @@ def _enough_memory(settings: TrainSettings) -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible() -> Generator[None]:
     """A cancel outside of the training loop, as the host's own interrupt."""
     try:
         yield

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .low_rank import ConvGeometry
 from .recompute import origin_of
@@ -93,10 +94,10 @@ class ConvDown(Function):
         how = (ctx.conv.stride, ctx.conv.padding, ctx.conv.dilation)
         grad_x = grad_down = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.nn.grad.conv2d_input(ctx.shape, down.to(grad.dtype), grad, *how)
+            grad_x = conv2d_input(ctx.shape, down.to(grad.dtype), grad, *how)
         if ctx.needs_input_grad[1]:
             x = ctx.again(kept).to(grad.dtype)
-            grad_down = torch.nn.grad.conv2d_weight(x, down.shape, grad, *how).to(down.dtype)
+            grad_down = conv2d_weight(x, down.shape, grad, *how).to(down.dtype)
         return grad_x, grad_down, None
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from .sites import Site
 class Residual(Protocol):
     """What `attached` needs of an adapter that is not a LowRank, a merged layer for instance."""
 
-    def residual(self, x: Tensor) -> Tensor: ...
+    def residual(self, x: Tensor, conv: ConvGeometry | None = None, /) -> Tensor: ...
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def attached(
     adapters: Mapping[str, LowRank | Residual],
     strength: float = 1.0,
     erasure: Mapping[str, Tensor] | None = None,
-) -> Iterator[None]:
+) -> Generator[None]:
     """Within the block each layer gives layer(x) + strength * adapter.residual(x).
 
     layers: layer name -> Linear, Conv2d or `Site`; adapters: layer name -> adapter, on the layer's device.
@@ -50,8 +50,8 @@ def attached(
             module = place.module if isinstance(place, Site) else place
             if isinstance(place, Site) and isinstance(adapter, LowRank):
                 adapter = place.lifted(adapter)
-            forward = vars(module).get("forward")
-            if getattr(forward, "takes_low_rank", False) and _is_low_rank(adapter):
+            forward: Any = vars(module).get("forward")
+            if isinstance(adapter, LowRank) and adapter.kind != "full" and getattr(forward, "takes_low_rank", False):
                 forward.low_rank = _term(adapter, strength, mask)
                 stack.callback(setattr, forward, "low_rank", None)
             else:
@@ -61,7 +61,7 @@ def attached(
 
 
 @contextmanager
-def frozen_networks(modules: Iterable[nn.Module]) -> Iterator[None]:
+def frozen_networks(modules: Iterable[nn.Module]) -> Generator[None]:
     """Within the block no parameter of `modules` asks for gradients and dropout is off; then as before."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     training = [part for module in modules for part in module.modules() if part.training]
@@ -82,10 +82,6 @@ def _mask_of(name: str, erasure: Mapping[str, Tensor] | None) -> Callable[[], Te
     return (lambda: None) if erasure is None else (lambda: erasure.get(name))
 
 
-def _is_low_rank(adapter: LowRank | Residual) -> bool:
-    return isinstance(adapter, LowRank) and adapter.kind != "full"
-
-
 def _term(adapter: LowRank, strength: float, mask: Callable[[], Tensor | None]) -> Callable[[], LowRankTerm]:
     def term() -> LowRankTerm:
         erased = mask()
@@ -99,22 +95,26 @@ def _hook(
     place: nn.Module | Site, adapter: LowRank | Residual, strength: float, mask: Callable[[], Tensor | None]
 ) -> Callable:
     conv = ConvGeometry.of(place) if isinstance(place, nn.Conv2d) else None
+    if not isinstance(adapter, LowRank):
+
+        def add_any(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            extra = adapter.residual(args[0]) if conv is None else adapter.residual(args[0], conv)
+            if isinstance(place, Site):
+                return output.index_add(-1, place.rows.to(output.device), extra.to(output.dtype), alpha=strength)
+            return torch.add(output, extra, alpha=strength)
+
+        return add_any
+    if conv is not None:
+
+        def add_conv(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output.add_(_conv_residual(args[0], adapter, conv, mask()), alpha=strength)
+
+        return add_conv
 
     def add_linear(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return _plus_low_rank(output, args[0], adapter, strength, mask())
 
-    def add_conv(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output.add_(_conv_residual(args[0], adapter, conv, mask()), alpha=strength)
-
-    def add_any(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        extra = adapter.residual(args[0]) if conv is None else adapter.residual(args[0], conv)
-        if isinstance(place, Site):
-            return output.index_add(-1, place.rows.to(output.device), extra.to(output.dtype), alpha=strength)
-        return torch.add(output, extra, alpha=strength)
-
-    if not isinstance(adapter, LowRank):
-        return add_any
-    return add_linear if conv is None else add_conv
+    return add_linear
 
 
 def _plus_low_rank(output: Tensor, x: Tensor, adapter: LowRank, strength: float, mask: Tensor | None) -> Tensor:

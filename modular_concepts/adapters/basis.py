@@ -57,7 +57,7 @@ class OrthogonalBasis:
 
     kind: str = "hadamard"
     seed: int = 0
-    matrices: Mapping[int, Tensor] | None = field(default=None, repr=False)
+    matrices: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -201,11 +201,12 @@ def _npy(path: Path, dtype: np.dtype, by_columns: bool, width: int, start: int) 
     """(width, width) float32, some rows at a time: the first that cannot be an orthogonal matrix' ends it."""
     from ..storage.npy import read_rows
 
-    matrix, some = None, max(1, _CHUNK**2 // width)
+    some = max(1, _CHUNK**2 // width)
+    matrix = torch.empty(0, 0)
     for first in range(0, width, some):
         rows = read_rows(path, dtype, width, start, first, min(some, width - first))
         _check_lengths(path.name, rows)
-        matrix = torch.empty(width, width) if matrix is None else matrix
+        matrix = matrix if first else torch.empty(width, width)
         matrix[first : first + len(rows)] = rows
     return matrix.mT if by_columns else matrix
 

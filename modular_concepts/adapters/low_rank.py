@@ -147,13 +147,13 @@ def low_rank_product(
     down: Tensor,
     conv: ConvGeometry | None = None,
     rows: Tensor | None = None,
-    out_features: int | None = None,
+    out_features: int = 0,
     scales: Tensor | None = None,
 ) -> Tensor:
     """up (down x) for a Linear (..., in) or, with `conv`, a Conv2d (B, C, H, W) layer, in x.dtype.
 
     up: (out, rank) or (len(rows), rank); down: (rank, in) or (rank, in / groups, kh, kw).
-    scales: (rank,), a diagonal between the two.
+    out_features: needed with `rows` alone.  scales: (rank,), a diagonal between the two.
     A 4-dimensional down needs `conv`; a 2-dimensional one with `conv` is taken as 1x1.
     """
     up, down = up.to(x), down.to(x)
@@ -185,7 +185,7 @@ def full_product(x: Tensor, weight: Tensor, conv: ConvGeometry | None = None) ->
     return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def scatter_rows(values: Tensor, rows: Tensor | None, size: int | None, dim: int) -> Tensor:
+def scatter_rows(values: Tensor, rows: Tensor | None, size: int, dim: int) -> Tensor:
     """Put `values` at `rows` of a zero tensor, `size` long along `dim`; unchanged when rows is None."""
     if rows is None:
         return values

@@ -32,8 +32,8 @@ def remember(output: Tensor, input: Tensor, again: Callable[[Tensor], Tensor]) -
 
 def origin_of(output: Tensor) -> Origin | None:
     """(input, again) with again(input) equal to `output`, or None where that is not known or no longer true."""
-    input, again, version = getattr(output, _ORIGIN, (None, None, None))
-    return None if again is None or version != output._version else (input, again)
+    noted: tuple[Tensor, Callable[[Tensor], Tensor], int] | None = getattr(output, _ORIGIN, None)
+    return None if noted is None or noted[2] != output._version else noted[:2]
 
 
 def activation_of(module: nn.Module) -> Callable | None:
@@ -43,8 +43,9 @@ def activation_of(module: nn.Module) -> Callable | None:
     """
     if isinstance(module, nn.SiLU) and not module.inplace:
         return _silu
-    if type(module).__name__ == "GEGLU" and isinstance(getattr(module, "proj", None), nn.Linear):
-        return lambda x, *_, **__: _gated(module.proj(x))
+    project = getattr(module, "proj", None)
+    if type(module).__name__ == "GEGLU" and isinstance(project, nn.Linear):
+        return lambda x, *_, **__: _gated(project(x))
     return None
 
 

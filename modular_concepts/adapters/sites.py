@@ -22,7 +22,7 @@ from .low_rank import LowRank
 class Site:
     """Output rows [start, start + count) of a Linear, as if they were a layer."""
 
-    module: nn.Module
+    module: nn.Linear
     start: int
     count: int
 
@@ -46,6 +46,9 @@ class Site:
         return adapter.replace(rows=rows.to(adapter.lora_up.device), out_features=self.module.weight.shape[0])
 
 
+Layer = nn.Linear | nn.Conv2d | Site  # what adapters go to
+
+
 def rows_of_sites(name: str, inp: int) -> dict[str, tuple[int, int]]:
     """Name of each site of a layer with `inp` inputs -> its first output row and how many; none of a plain layer."""
     fused = _fused(name)
@@ -58,19 +61,19 @@ def layer_of(name: str) -> str:
     return above if _fused(above) is not None else name
 
 
-def with_sites(layers: Mapping[str, nn.Module | Site]) -> dict[str, nn.Module | Site]:
+def with_sites(layers: Mapping[str, Layer]) -> dict[str, Layer]:
     """The layers that these are or are parts of, and behind each that is fused all its sites."""
     whole = {layer_of(name): place.module if isinstance(place, Site) else place for name, place in layers.items()}
-    places: dict[str, nn.Module | Site] = {}
+    places: dict[str, Layer] = {}
     for name, module in whole.items():
         places[name] = module
         places |= _sites(name, module)
     return places
 
 
-def apart(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module | Site]:
+def apart(layers: Mapping[str, nn.Linear]) -> dict[str, Layer]:
     """Layers, with their sites in the place of those that are fused."""
-    places: dict[str, nn.Module | Site] = {}
+    places: dict[str, Layer] = {}
     for name, module in layers.items():
         places |= _sites(name, module) or {name: module}
     return places

@@ -102,7 +102,8 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _not_importable(said: str) -> str:
     """A sentence for a library that is there and cannot be imported."""
-    library, reason = re.match(r"Failed to import (\w+)", said)[1], " ".join(said.splitlines()[-1].split())[:200]
+    library = re.findall(r"\w+", said)[3]  # "Failed to import diffusers.pipelines because ..."
+    reason = " ".join(said.splitlines()[-1].split())[:200]
     return f"{library} is installed but cannot be imported ({reason}); install the versions in requirements/lock.txt"
 
 

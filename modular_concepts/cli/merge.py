@@ -268,8 +268,8 @@ def _check_one_base(files: Sequence[Path]) -> None:
     from ..models.fingerprint import same_base
 
     marks = {file: mark for file in files if (mark := recorded_from(file).base)}
-    first = next(iter(marks), None)
     for file, mark in marks.items():
+        first = next(iter(marks))
         if not same_base(mark, marks[first]):
             raise AdapterError(
                 f"{first} and {file} were recorded on two base models; give --base, the one that you draw with, to "

@@ -14,7 +14,7 @@ from ..training.presets import PRESETS, Preset, preset_named
 from ..training.settings import METHODS, OPTIMIZERS, PRECISIONS, SCHEDULES, TOKEN_STARTS, TrainSettings
 
 # Option -> how it is read (a type, or the words to choose from) and what it says of itself.
-_OPTIONS: dict[str, tuple[Callable | tuple[str, ...], str]] = {
+_OPTIONS: dict[str, tuple[Callable | tuple[str, ...] | str, str]] = {
     "slot": (int, "the concept's own columns and rows (default none: columns follow from the name)"),
     "blocks": (int, "number of row blocks (block methods)"),
     "layout": (LAYOUTS, "whether a block's rows lie together or are spread (block methods)"),

@@ -6,6 +6,10 @@ import contextlib
 import signal
 import sys
 import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 DEAF = (signal.SIG_IGN, None)
 _OPEN: list[Bar] = []
@@ -73,7 +77,8 @@ class Bar:
     """A progress bar that appears with the first step; call it with the amount done so far."""
 
     def __init__(self, text: str, total: int):
-        self.text, self.total, self.bar = text, total, None
+        self.text, self.total = text, total
+        self.bar: tqdm | None = None
 
     def __call__(self, done: int) -> None:
         from tqdm import tqdm
@@ -92,7 +97,7 @@ class Bar:
         self.close()
 
     def close(self) -> None:
-        if self in _OPEN:
+        if self.bar is not None and self in _OPEN:
             _OPEN.remove(self)
             self.bar.close()
 

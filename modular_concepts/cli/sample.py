@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from ..errors import AdapterError, listed
 from ..families.toy import TOY
@@ -92,6 +93,7 @@ def run_sample(args: argparse.Namespace) -> None:
     from ..regions.assignment import unheard
     from ..regions.warnings import doubtful_places
     from ..sampling import SampleSettings, check_drawing, customised, sample, warnings_on_guidance
+    from ..stack import Stack
 
     paths = _outputs(args)
     base = base_named(args.base)
@@ -115,17 +117,13 @@ def run_sample(args: argparse.Namespace) -> None:
     gated = bool(regions) and args.mode != "merged"
     note_repeated(args)
     size = (height // base.downscale, width // base.downscale)
-    for sentence in [
-        *_unread(args),
-        *_odd_prompts(args),
-        *warnings_on_guidance(args.cfg),
-        *doubtful_places(regions, size),
-    ]:
+    odd = [*_unread(args), *_odd_prompts(args), *warnings_on_guidance(args.cfg), *doubtful_places(regions, size)]
+    for sentence in odd:
         note(sentence)
-    stack = list(zip(concepts, strengths, strict=True))
+    stack = Stack(zip(concepts, strengths, strict=True))
     for sentence in unheard(stack, args.prompt, regions, gated, "draw with --mode merged, where it acts everywhere"):
         note(sentence)
-    how = dict(mode="gated", stack=stack) if gated else {}
+    how: dict[str, Any] = dict(mode="gated", stack=stack) if gated else {}
     try:
         with bar as advance, nullcontext() if gated else customised(base, concepts, strengths) as tokens:
             # A batch at a time, written before the next: all of them at once could be more than the memory holds.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from io import TextIOWrapper
 from types import TracebackType
 from typing import TextIO
 
@@ -25,7 +26,8 @@ class Streams:
                 setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
         self.before = sys.stdout, sys.stderr
         for stream in self.before:
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace", line_buffering=True)
         sys.stdout, sys.stderr = map(_Patient, self.before)
         return self
 
@@ -34,7 +36,7 @@ class Streams:
         out = sys.stdout
         for stream in (out, sys.stderr):
             stream.flush()
-        fault = out.fault
+        fault: OSError | None = getattr(out, "fault", None)
         if fault is not None and not isinstance(fault, BrokenPipeError):
             sys.stderr.write(f"error: what there was to say could not be written: {fault.strerror}\n")
             if error is None or (isinstance(error, SystemExit) and not error.code):
@@ -45,7 +47,8 @@ class _Patient:
     """A stream whose first fault is kept, and which then leads nowhere."""
 
     def __init__(self, stream: TextIO):
-        self.stream, self.fault = stream, None
+        self.stream = stream
+        self.fault: OSError | None = None
 
     def write(self, text: str) -> int:
         try:

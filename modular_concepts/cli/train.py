@@ -251,15 +251,14 @@ def _end(args: argparse.Namespace, result: TrainResult, kept: Kept | None, fault
     """Raise what there is to say of a training that did not end as it should."""
     from ..training.loop import Diverged
 
-    elsewhere = (
-        "" if kept is None or kept.fault is None else f"{kept.fault}. What was learned is in {kept.path} instead"
-    )
+    misplaced = None if kept is None or kept.fault is None else kept
     if fault is not None:
         place = f" in {kept.path}" if kept else ""
         rates = ". The learning rates are --adapter-lr and --token-lr" if isinstance(fault, Diverged) else ""
-        raise AdapterError(f"{fault}{place}{rates}{f', for {kept.fault}' if elsewhere else ''}") from fault
-    if elsewhere:
-        raise AdapterError(f"{kept.fault}. What was learned is in {kept.path} instead") from kept.fault
+        raise AdapterError(f"{fault}{place}{rates}{f', for {misplaced.fault}' if misplaced else ''}") from fault
+    if misplaced is not None:
+        fault, path = misplaced.fault, misplaced.path
+        raise AdapterError(f"{fault}. What was learned is in {path} instead") from fault
     if not result.finished:
         raise KeyboardInterrupt
 

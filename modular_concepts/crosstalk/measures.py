@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,11 +21,22 @@ Pair = tuple[str, str]
 _CHUNK = 256
 
 
+class CrosstalkTable(TypedDict):
+    """Figures of pairs of concepts, see `crosstalk_table`."""
+
+    pairs: dict[Pair, dict[str, float]]
+    layers: dict[str, dict[Pair, dict[str, float]]]
+    mean: float
+
+
 class Layered(Protocol):
     """What crosstalk reads of a concept."""
 
-    name: str
-    layers: Mapping[str, LowRank]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layers(self) -> Mapping[str, LowRank]: ...
 
 
 def crosstalk(a: LowRank, b: LowRank) -> float:
@@ -72,7 +83,7 @@ def column_overlap(first: Sequence[int], second: Sequence[int]) -> int:
     return len(set(map(int, first)) & set(map(int, second)))
 
 
-def crosstalk_table(concepts: Sequence[Layered], signs: bool = False) -> dict[str, object]:
+def crosstalk_table(concepts: Sequence[Layered], signs: bool = False) -> CrosstalkTable:
     """Crosstalk and cosine (and, if asked, sign conflicts) of every pair of concepts.
 
     Returns {"pairs": {(name, name): {"crosstalk": mean over their common layers, "cosine": ...}},

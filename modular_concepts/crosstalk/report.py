@@ -21,7 +21,7 @@ from ..errors import AdapterError, listed
 from ..merging.moments import Moment
 from ..models.fingerprint import same_weights
 from ..models.layers import block_of
-from .measures import crosstalk_table, distinct_names, shared_layers
+from .measures import CrosstalkTable, crosstalk_table, distinct_names, shared_layers
 
 SAME_DIRECTION = 0.999  # cosine from which on two rows of lora_down are one column of a basis
 # Mean crosstalk up to which a pair is called so; LoRAs that never heard of each other lie at 0.02 to 0.2.
@@ -68,7 +68,7 @@ class Explanation:
     names: tuple[str, ...]
     pairs: tuple[Pair, ...]
     warnings: tuple[str, ...]
-    table: Mapping
+    table: CrosstalkTable
 
     def text(self) -> str:
         """For a person: the mean, the warnings, a sentence for every pair, the parts of the model."""

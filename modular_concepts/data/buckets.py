@@ -35,4 +35,4 @@ def stacked(pictures: Sequence[Tensor]) -> Tensor | list[Tensor]:
 
 def sizes_of(pictures: Tensor | Sequence[Tensor]) -> list[tuple[int, int]]:
     """(height, width) of each picture or latent."""
-    return [tuple(picture.shape[-2:]) for picture in pictures]
+    return [(picture.shape[-2], picture.shape[-1]) for picture in pictures]

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def load_folder(
         pixels.append(_fit(picture.path, image, fitted, "RGB"))
         notes.see_crop(number, image.size, fitted)
         notes.see(number, pixels[-1])
-        if covers is not None:
+        if covers is not None and picture.mask is not None:
             cover, oddities = _mask(picture.mask, image.size, fitted)
             covers.append(cover)
             notes.see_mask(number, cover, oddities)
@@ -338,7 +338,8 @@ def _opened(path: Path) -> tuple[Image, list[str]]:
 def _is_transparent(image: Image) -> bool:
     if "transparency" not in image.info and "A" not in image.mode:
         return False
-    return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    lowest, _ = cast(tuple[int, int], image.convert("RGBA").getchannel("A").getextrema())
+    return lowest < 255
 
 
 def _flatten(image: Image) -> Image:

@@ -292,7 +292,7 @@ def _masked(path: Path, patterns: Sequence[str]) -> str | None:
 def _mask_in_folder(path: Path, keys: Collection[str]) -> str:
     """The key of the picture that a file in a folder of masks is for: its own name, or with more to it."""
     of = _masked(path, (*SURE_MASKS, *LIKELY_MASKS))
-    return of if of in keys else name_key(path.stem)
+    return of if of is not None and of in keys else name_key(path.stem)
 
 
 def _by_key(masks: Mapping[Path, str]) -> dict[str, list[Path]]:

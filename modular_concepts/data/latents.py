@@ -44,13 +44,15 @@ def latent_masks(
     masks: Tensor | Sequence[Tensor] | None, latents: Tensor | Sequence[Tensor]
 ) -> Tensor | list[Tensor] | None:
     """Each latent's mask is the mean over the pixels that it stands for."""
-    if masks is None:
-        return None
+    return None if masks is None else _shrunk(masks, latents)
+
+
+def _shrunk(masks: Tensor | Sequence[Tensor], latents: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     if isinstance(masks, Tensor) and isinstance(latents, Tensor):
         size, between = latents.shape[-2:], latents.shape[2:-2]  # frames, where there are any: each has the mask
         masks = masks if masks.shape[2:] == size else F.interpolate(masks, size=size, mode="area")
         return masks.unflatten(1, (1, *[1] * len(between))).expand(-1, -1, *between, -1, -1)
-    return [latent_masks(mask[None], latent[None])[0] for mask, latent in zip(masks, latents, strict=True)]
+    return [_shrunk(mask[None], latent[None])[0] for mask, latent in zip(masks, latents, strict=True)]
 
 
 def kept(

@@ -75,10 +75,12 @@ def bundled_words(tensors: Mapping[str, Tensor], architecture: str, width: int |
     words: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     bundled = Bundled({}, set(), [], set())
     for key in sorted(tensors):
+        part = part_of(key)
+        if part is None:
+            continue
         if is_needed(key):
-            part = part_of(key)
             words[part.word][part.name].append(key)
-        elif part := part_of(key):
+        else:
             bundled.sentences.append(
                 f"{_rows_for(part)} of the learned word {_name(part.word)} have no place in a concept"
             )

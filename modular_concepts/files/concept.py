@@ -320,21 +320,22 @@ class _Expansion:
             )
         if columns is None:
             return torch.eye(width, dtype=dtype)
-        self._check_fingerprint(width)
-        return self.basis.columns(width, columns).to(dtype)
+        return self._basis_of(width).columns(width, columns).to(dtype)
 
-    def _check_fingerprint(self, width: int) -> None:
-        if width in self.checked:
-            return
-        if str(width) not in self.fingerprints:
+    def _basis_of(self, width: int) -> OrthogonalBasis:
+        """The basis, whose fingerprint of this width is the file's."""
+        if width not in self.checked and str(width) not in self.fingerprints:
             raise AdapterError(f"no basis fingerprint for width {width}; the file is damaged")
-        self.basis = self.basis or recipe_basis(self.recipe)
-        if self.basis.fingerprint(width) != self.fingerprints[str(width)]:
+        basis = self.basis = self.basis or recipe_basis(self.recipe)
+        if width in self.checked:
+            return basis
+        if basis.fingerprint(width) != self.fingerprints[str(width)]:
             raise AdapterError(
                 f"the shared basis of width {width} is not the one that the concept was trained with "
                 f"(expected {clip(self.fingerprints[str(width)])}); load the right basis file or seed"
             )
         self.checked.add(width)
+        return basis
 
 
 def _adapter(name: str, key: str, entry: object, rest: dict[str, Tensor], expansion: _Expansion | None) -> LowRank:

@@ -79,7 +79,7 @@ def lora_concept(
     for Stable Diffusion 1.x, 2.x and XL.  shapes: layer -> its weight's shape, needed for rows of a layer.
     Raises AdapterError for a damaged LoRA, or when no key at all matches.
     """
-    rows: dict[str, Place] = {}
+    rows: dict[str, tuple[str, tuple[int, int]]] = {}
 
     def parse(key: str) -> tuple[str | None, str]:
         stem, factor = split_key(key)
@@ -92,7 +92,7 @@ def lora_concept(
             return place.layer, factor
         # Parts of one layer are told apart until they have been read.
         part = f"{place.layer}.rows_{place.rows[0]}"
-        rows[part] = place
+        rows[part] = place.layer, place.rows
         return part, factor
 
     adapters, unmatched = assemble(path, tensors, parse, None)
@@ -150,7 +150,7 @@ def _by_rule(stem: str) -> str | None:
 
 
 def _joined(
-    path: Path, adapters: Mapping[str, LowRank], parts: Mapping[str, Place], shapes: Mapping
+    path: Path, adapters: Mapping[str, LowRank], parts: Mapping[str, tuple[str, tuple[int, int]]], shapes: Mapping
 ) -> dict[str, LowRank]:
     """Adapters of whole layers; parts that are rows of one layer in the model become one adapter, zero elsewhere."""
     whole = {name: adapter for name, adapter in adapters.items() if name not in parts}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..concept import clip
+from ..concept import clip, is_number
 from ..errors import AdapterError
 from ..storage.names import not_a_file
 from ..storage.strict_json import parse_json
@@ -133,7 +133,7 @@ def _patterns(where: str, data: Mapping, name: str) -> dict[str, float]:
 
 
 def _number(where: str, what: str, value: object) -> float:
-    if type(value) not in (int, float) or not 0 < abs(value) <= MAX_ALPHA:
+    if not is_number(value) or not 0 < abs(value) <= MAX_ALPHA:
         raise AdapterError(f"{where}: {what} is {clip(value)}, not a number other than 0 of at most {MAX_ALPHA:g}")
     return float(value)
 

@@ -54,7 +54,7 @@ class BlockStrengths:
             value = _number(entry["value"]) if entry else None
             kind = " ".join(entry["kind"].split()) if entry else ""
             counted = block_kinds().get(kind)
-            if value is None or counted is None or (entry["number"] and not counted):
+            if entry is None or value is None or counted is None or (entry["number"] and not counted):
                 names = ", ".join(f"{kind} N" if counted else kind for kind, counted in block_kinds().items())
                 raise AdapterError(
                     f"block strength {part.strip()[:60]!r} is not like {EXAMPLE}; blocks are {names}, and without N "

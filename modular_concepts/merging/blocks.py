@@ -61,7 +61,7 @@ class MergedBlocks:
         return self._as_sum().as_low_rank()
 
     def _rows(self) -> Tensor:
-        return torch.cat([part.rows for part in self.parts])
+        return torch.cat([rows for part in self.parts if (rows := part.rows) is not None])
 
     def _as_sum(self) -> MergedLayer:
         full = [part.as_low_rank() for part in self.parts]
@@ -82,10 +82,11 @@ def check_blocks(layer: str, names: Sequence[str], adapters: Sequence[LowRank]) 
                 f"{name} is not a block adapter but {adapter.kind}; a block merge takes only concepts that were "
                 f"trained in blocks, merge this one by sum (seen in {layer})"
             )
-    every = torch.cat([adapter.rows for adapter in adapters])
+    rows = [adapter.rows for adapter in adapters if adapter.rows is not None]
+    every = torch.cat(rows)
     if len(every.unique()) == len(every):
         return
-    owned = [(name, set(adapter.rows.tolist())) for name, adapter in zip(names, adapters, strict=True)]
+    owned = [(name, set(each.tolist())) for name, each in zip(names, rows, strict=True)]
     for (first, mine), (second, theirs) in itertools.combinations(owned, 2):
         if mine == theirs:
             raise AdapterError(

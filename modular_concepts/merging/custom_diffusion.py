@@ -72,9 +72,10 @@ def _distinct(rows: Tensor) -> Tensor:
 
 def _merge_layer(stack: LayerStack) -> MergedLayer | MergedSum | MergedDense:
     """Layers that do not read text are summed."""
-    if not is_target(stack.layer, "cross_attention_kv"):
+    evidence = stack.evidence
+    if evidence.usual is None or not is_target(stack.layer, "cross_attention_kv"):
         return summed(stack)
-    return constrained_factors(stack.adapters, stack.strengths, stack.evidence.texts, stack.evidence.usual)
+    return constrained_factors(stack.adapters, stack.strengths, evidence.texts, evidence.usual)
 
 
 CUSTOM_DIFFUSION = Method("custom_diffusion", _merge_layer, needs=TEXTS)

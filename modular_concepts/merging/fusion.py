@@ -47,10 +47,11 @@ def fused_factors(
     damped = [_damped(moment.to(first.lora_up.device), ridge) for moment in moments]
     ups = [adapter.full_up().double() * (s * adapter.scale) for adapter, s in zip(adapters, strengths, strict=True)]
     read = torch.cat([_read(a.lora_down.flatten(1).double(), c) for a, c in zip(adapters, damped, strict=True)])
-    if all(isinstance(moment, Moment) for moment in damped) and sum(len(m.factor) for m in damped) < read.shape[1]:
-        down = _solved_by_directions(read, damped)
+    few = [moment for moment in damped if isinstance(moment, Moment)]
+    if len(few) == len(damped) and sum(len(moment.factor) for moment in few) < read.shape[1]:
+        down = _solved_by_directions(read, few)
     else:
-        total = sum(m.matrix() if isinstance(m, Moment) else m for m in damped)
+        total = sum((m.matrix() if isinstance(m, Moment) else m for m in damped), torch.zeros(()))
         down = torch.linalg.solve(total, read.mT).mT
     dtype = torch.promote_types(first.lora_up.dtype, torch.float32)
     down = down.reshape(-1, *first.lora_down.shape[1:])

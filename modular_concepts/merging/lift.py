@@ -20,7 +20,11 @@ def lift(merged: Merged, start: int, out: int) -> Merged:
         values[start : start + len(merged.values)] = merged.values
         return MergedDense(values)
     if isinstance(merged, MergedBlocks):
-        return MergedBlocks(tuple(lift(part, start, out) for part in merged.parts), out)
+        return MergedBlocks(tuple(_lift_factors(part, start, out) for part in merged.parts), out)
+    return _lift_factors(merged, start, out)
+
+
+def _lift_factors(merged: MergedLayer | MergedSum, start: int, out: int) -> MergedLayer | MergedSum:
     if isinstance(merged, MergedSum):
         return replace(merged, adapters=tuple(_lift_adapter(adapter, start, out) for adapter in merged.adapters))
     return MergedLayer(merged.up, merged.down, _rows(merged, start), out)

@@ -25,8 +25,11 @@ MOMENTS, TEXTS = "moments", "texts"  # what a method may need beside the adapter
 class Mergeable(Protocol):
     """What merging reads of a concept."""
 
-    name: str
-    layers: Mapping[str, LowRank]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layers(self) -> Mapping[str, LowRank]: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,7 +99,8 @@ def _merged_layers(
 
 def _of(evidence: Evidence, owners: Sequence[int]) -> Evidence:
     """What belongs to some of the concepts, by their numbers."""
-    moments, texts = ([each[index] for index in owners] if each else [] for each in (evidence.moments, evidence.texts))
+    moments = [evidence.moments[index] for index in owners] if evidence.moments else []
+    texts = [evidence.texts[index] for index in owners] if evidence.texts else []
     return Evidence(moments, texts, evidence.usual)
 
 

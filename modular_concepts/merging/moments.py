@@ -7,9 +7,10 @@ C = F^T F + rest I.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,7 @@ class Recorder:
 
 
 @contextmanager
-def recording(layers: Mapping[str, nn.Module | Site]) -> Iterator[Recorder]:
+def recording(layers: Mapping[str, nn.Module | Site]) -> Generator[Recorder]:
     """Within the block every forward pass of these Linear and Conv2d layers is recorded; hooks go on leaving."""
     recorder, handles = Recorder(), []
     try:
@@ -139,5 +140,6 @@ def inputs_of(module: nn.Module, x: Tensor) -> Tensor:
     """(rows, n) of what the weight is multiplied with: n = in, or in * kh * kw for a convolution's patches."""
     if not isinstance(module, nn.Conv2d):
         return x.flatten(0, -2)
-    patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+    padding = cast(tuple[int, ...], module.padding)  # in words only in models that nobody has adapted
+    patches = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
     return patches.mT.flatten(0, 1)

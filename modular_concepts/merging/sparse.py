@@ -19,7 +19,8 @@ from .method import LayerStack, Method
 
 def magnitude_merge(deltas: Sequence[Tensor], strengths: Sequence[float], density: float) -> MergedDense:
     """sum_i strength_i trimmed(delta_i), where only the largest `density` share of each delta's weights stays."""
-    return MergedDense(sum(s * trimmed(delta, density) for delta, s in zip(deltas, strengths, strict=True)))
+    parts = (s * trimmed(delta, density) for delta, s in zip(deltas, strengths, strict=True))
+    return MergedDense(sum(parts, torch.zeros(())))
 
 
 def dare_merge(

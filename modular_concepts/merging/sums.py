@@ -53,11 +53,11 @@ class MergedLayer:
         if weight.dtype != self.up.dtype or self.down.dtype != self.up.dtype or not weight.is_contiguous():
             return weight.add_(self.delta().reshape(weight.shape), alpha=strength)
         flat, down = weight.flatten(1), self.down.flatten(1)
-        run = slice(None) if self.rows is None else _run(self.rows)
-        if run is None:
+        run = None if self.rows is None else _run(self.rows)
+        if self.rows is not None and run is None:
             flat.index_add_(0, self.rows, self.up @ down, alpha=strength)
         else:
-            flat[run].addmm_(self.up, down, alpha=strength)
+            flat[slice(None) if run is None else run].addmm_(self.up, down, alpha=strength)
         return weight
 
     @property

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import AdapterError
 from .method import LayerStack, Method
 from .sums import MergedLayer, MergedSum, merged_factors
+
+if TYPE_CHECKING:
+    from .methods import Merged
 
 
 @torch.no_grad()
@@ -32,14 +36,16 @@ def truncated(layer: MergedLayer, rank: int) -> tuple[MergedLayer, float]:
     return MergedLayer(up.to(layer.up), down.to(layer.down), layer.rows, layer.out_features), kept
 
 
-def share_kept(cut: Mapping[str, MergedLayer], whole: Mapping[str, MergedLayer | MergedSum]) -> float:
+def share_kept(cut: Mapping[str, Merged], whole: Mapping[str, Merged]) -> float:
     """The share of |delta|^2, over all layers, that a cut merge has of the whole one, 0..1."""
     total = sum(map(_energy, whole.values()))
     # Rounding alone takes a cut that keeps everything above 1.
     return min(1.0, sum(map(_energy, cut.values())) / total) if total else 1.0
 
 
-def _energy(layer: MergedLayer | MergedSum) -> float:
+def _energy(layer: Merged) -> float:
+    if not isinstance(layer, MergedLayer | MergedSum):
+        return float(layer.delta().double().square().sum())
     up, down = layer.up.double(), layer.down.flatten(1).double()
     return float(((up.mT @ up) * (down @ down.mT)).sum())
 

@@ -10,15 +10,16 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.low_rank import at_least_float32
+from ..adapters.sites import Layer
 from ..errors import AdapterError
 from ..families import find_family
-from ..text.contexts import Context, hidden_states
+from ..text.contexts import Context, hidden_states, text_of
 from ..text.layerwise import cross_attention_transformers, routed
 from ..text.ordinary import CAPTIONS
 from ..text.triggers import heard
@@ -26,40 +27,65 @@ from ..text.words import check_layer_count, layer_count, token_ids
 from .cross_attention import CrossAttention, cross_attentions_of, first_positions
 from .fingerprint import base_mark, weights_sample
 from .layers import find_layers
-from .schedules import NoiseSchedule
+from .library import LibraryNetwork
+from .schedules import NoiseSchedule, Schedule
 
 
 class Base(Protocol):
     """What training needs; shapes and meanings are those of `BaseModel`.
 
+    context: a tensor, or a named tuple of tensors of the base's own kind, with the batch first.
     modules: whole networks, to be frozen while a training lasts.
     denoiser: the network that `predict` runs.  multiple: pictures' height and width must be multiples of it.
     cross_attentions: those that learned words are read by; empty where there are none, as in a diffusion transformer.
     trigger_positions: where each row of `tokens` stands in the context of each prompt, (B, all rows); -1 for nowhere.
     cross_attention_layers: how many a layer-wise word has rows for; 0 where there are none, as in a DiT.
+    size: (height, width) in pixels that it was trained on.
     sample: a few numbers of the denoiser's weights (`models/fingerprint.py`).
     lean: whether its layers run as `training/frozen.py` does, in less time and memory, rounded otherwise.
     device: where the networks compute; latents, noisy and timesteps are there.
     """
 
-    architecture: str
-    hash: str
-    schedule: NoiseSchedule
-    modules: Sequence[nn.Module]
-    denoiser: nn.Module | None
-    multiple: int
-    cross_attention_layers: int
-    sample: str
-    lean: bool
-    device: torch.device
+    @property
+    def architecture(self) -> str: ...
 
-    def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, nn.Module]: ...
+    @property
+    def hash(self) -> str: ...
 
-    def encode(self, pictures: Tensor) -> Tensor: ...
+    @property
+    def schedule(self) -> Schedule: ...
 
-    def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Context: ...
+    @property
+    def modules(self) -> Sequence[nn.Module]: ...
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, context: Context) -> Tensor: ...
+    @property
+    def denoiser(self) -> nn.Module | None: ...
+
+    @property
+    def multiple(self) -> int: ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    @property
+    def cross_attention_layers(self) -> int: ...
+
+    @property
+    def sample(self) -> str: ...
+
+    @property
+    def lean(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, Layer]: ...
+
+    def encode(self, pictures: Tensor, /) -> Tensor: ...
+
+    def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Any: ...
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, context: Any) -> Tensor: ...
 
     def cross_attentions(self) -> list[CrossAttention]: ...
 
@@ -67,9 +93,9 @@ class Base(Protocol):
 
     def word_rows(self, words: str) -> Tensor: ...
 
-    def unknown_words(self, prompt: str, triggers: Sequence[str]) -> list[str]: ...
+    def unknown_words(self, prompt: str, triggers: Sequence[str], /) -> list[str]: ...
 
-    def prior_prompts(self, class_word: str, count: int) -> list[str]: ...
+    def prior_prompts(self, class_word: str, count: int, /) -> list[str]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +110,8 @@ class BaseModel:
     """
 
     architecture: str
-    unet: nn.Module
-    text_encoder: nn.Module
+    unet: LibraryNetwork
+    text_encoder: LibraryNetwork
     tokenize: Callable[[Sequence[str], Mapping[str, Sequence[int]]], Tensor]
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
@@ -101,7 +127,7 @@ class BaseModel:
     ordinary: Sequence[str] = CAPTIONS
 
     @property
-    def modules(self) -> tuple[nn.Module, nn.Module]:
+    def modules(self) -> tuple[LibraryNetwork, ...]:
         return self.unet, self.text_encoder
 
     @property
@@ -122,7 +148,7 @@ class BaseModel:
     def cross_attention_layers(self) -> int:
         return len(cross_attention_transformers(self.unet))
 
-    def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, nn.Module]:
+    def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, Layer]:
         """Canonical layer name -> module: see `layers.chosen_layers`."""
         return find_layers(self.unet, self.text_encoder, targets, text_encoder_targets)
 
@@ -131,7 +157,7 @@ class BaseModel:
         """The text encoder's token table."""
         return self.text_encoder.get_input_embeddings()
 
-    def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
+    def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Context:
         """(B, T, D): last hidden state of the text encoder, trigger words standing for their learned rows.
 
         (B, L, T, D) when any of `tokens` is layer-wise: one for each cross-attention layer, in running order.
@@ -154,10 +180,11 @@ class BaseModel:
         """Of the denoiser's weights: not every network says it of itself, as diffusers' do."""
         return next(self.unet.parameters()).dtype
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, context: Context) -> Tensor:
         """context: (B, T, D), or (B, L, T, D) with one for each cross-attention layer."""
-        with routed(self.unet, context) if context.dim() == 4 else nullcontext():
-            return self.unet(noisy.to(self.precision), timesteps, context, return_dict=False)[0].to(noisy.dtype)
+        text = text_of(context)
+        with routed(self.unet, text) if text.dim() == 4 else nullcontext():
+            return self.unet(noisy.to(self.precision), timesteps, text, return_dict=False)[0].to(noisy.dtype)
 
     @property
     def denoiser(self) -> nn.Module:

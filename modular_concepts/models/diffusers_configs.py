@@ -7,10 +7,11 @@ layers without end or draw nothing but NaN.  What the networks themselves refuse
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..concept import is_number
 from ..errors import AdapterError
 from ..storage.names import not_a_file
 from ..storage.strict_json import parse_json
@@ -38,7 +39,7 @@ def _whole(low: int, high: int) -> Fact:
 
 
 def _between(low: float, high: float) -> Fact:
-    return Fact(f"a number above {low:g} and below {high:g}", lambda v: type(v) in (int, float) and low < v < high)
+    return Fact(f"a number above {low:g} and below {high:g}", lambda v: is_number(v) and low < v < high)
 
 
 def _or_null(fact: Fact) -> Fact:
@@ -73,7 +74,7 @@ _TOKEN = Fact(
     "a token's text",
     lambda value: value is None or isinstance(value, str) or _is_token(value),
 )
-_TOKENS = Fact(f"at most {MAX_ADDED} tokens", lambda value: not hasattr(value, "__len__") or len(value) <= MAX_ADDED)
+_TOKENS = Fact(f"at most {MAX_ADDED} tokens", lambda value: not isinstance(value, Sized) or len(value) <= MAX_ADDED)
 
 
 def _is_token(value: object) -> bool:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from .diffusers_configs import (
     why,
 )
 from .diffusers_trial import check_draws, read_words
+from .library import LibraryNetwork
 from .schedules import NoiseSchedule
 
 PIPELINE, XL_PIPELINE = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
@@ -135,7 +137,7 @@ def tokenized(tokenizer, length: int, prompts: Sequence[str], triggers: Mapping[
 
 
 @torch.no_grad()
-def encode_pictures(vae: nn.Module, multiple: int, pictures: Tensor) -> Tensor:
+def encode_pictures(vae: LibraryNetwork, multiple: int, pictures: Tensor) -> Tensor:
     """(N, 3, H, W) in 0..1 -> (N, C, H/8, W/8), one picture at a time: a VAE needs much memory for each."""
     height, width = pictures.shape[2:]
     if height % multiple or width % multiple:
@@ -147,7 +149,7 @@ def encode_pictures(vae: nn.Module, multiple: int, pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode_latents(vae: LibraryNetwork, latents: Tensor) -> Tensor:
     """(N, C, h, w) -> pictures (N, 3, 8h, 8w) in 0..1, one at a time."""
     decoded = [
         vae.decode(_as_weights(vae, latent[None] / vae.config.scaling_factor), return_dict=False)[0]
@@ -195,7 +197,7 @@ def check_index(folder: Path) -> str:
 
 
 def read_schedule(path: Path) -> tuple[NoiseSchedule, dict]:
-    from diffusers import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     config = read_json(path)
     betas = {key: config[key] for key in _BETAS if config.get(key) is not None}
@@ -232,16 +234,16 @@ def read_tokenizer(folder: Path):
     return tokenizer
 
 
-def build_unet(config: Mapping) -> nn.Module:
+def build_unet(config: Mapping) -> LibraryNetwork:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(**_taken(UNet2DConditionModel, config))
+    return _built(UNet2DConditionModel, config)
 
 
-def build_text_encoder(config: Mapping) -> nn.Module:
+def build_text_encoder(config: Mapping) -> LibraryNetwork:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig(**text_entries(config)))
+    return cast(LibraryNetwork, CLIPTextModel(CLIPTextConfig(**text_entries(config))))
 
 
 def text_entries(config: Mapping) -> dict:
@@ -250,16 +252,16 @@ def text_entries(config: Mapping) -> dict:
     return unused | {name: config[name] for name in TEXT_ENCODER if name in config}
 
 
-def build_vae(config: Mapping) -> nn.Module:
+def build_vae(config: Mapping) -> LibraryNetwork:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(**_taken(AutoencoderKL, config))
+    return _built(AutoencoderKL, config)
 
 
-def _taken(network: type[nn.Module], config: Mapping) -> dict:
-    """The entries that a network of diffusers is built from; those that start with an underscore tell of the file."""
+def _built(network: Any, config: Mapping) -> LibraryNetwork:
+    """A class of diffusers from its own entries; those that start with an underscore tell of the file."""
     names = inspect.signature(network.__init__).parameters
-    return {name: value for name, value in config.items() if name in names and name not in ("self", "dropout")}
+    return network(**{name: config[name] for name in config if name in names and name not in ("self", "dropout")})
 
 
 @dataclass(frozen=True)
@@ -267,10 +269,10 @@ class Opened:
     """A network without memory, and the files that have a weight for each of its names and shapes."""
 
     folder: Path
-    network: nn.Module
+    network: LibraryNetwork
     files: Sequence[Path]
 
-    def read(self) -> nn.Module:
+    def read(self) -> LibraryNetwork:
         """The network, frozen, its weights the very tensors that were read, as float32."""
         wanted = {_short(name): name for name in self.network.state_dict()}
         state: dict[str, Tensor] = {}
@@ -290,7 +292,9 @@ class Opened:
         return self.network.requires_grad_(False).eval()
 
 
-def open_network(folder: Path, stem: str, facts: Mapping[str, Fact], build: Callable[[Mapping], nn.Module]) -> Opened:
+def open_network(
+    folder: Path, stem: str, facts: Mapping[str, Fact], build: Callable[[Mapping], LibraryNetwork]
+) -> Opened:
     """The network that config.json describes, when it and the weights' names and shapes are sound; reads no weight."""
     path = folder / "config.json"
     config, files = read_json(path, facts), _weight_files(folder, stem)
@@ -396,9 +400,9 @@ def _fill_positions(folder: Path, network: nn.Module) -> None:
 
 def check_fit(
     folder: Path,
-    unet: nn.Module,
-    vae: nn.Module,
-    texts: Mapping[str, tuple[nn.Module, object]],
+    unet: LibraryNetwork,
+    vae: LibraryNetwork,
+    texts: Mapping[str, tuple[LibraryNetwork, Any]],
     met: Sequence[str] = (),
 ) -> None:
     """The parts fit each other, and the U-Net wants nothing but latents, timesteps, text and what is `met`.
@@ -446,12 +450,12 @@ def _check_numbers(folder: Path, words: Mapping[str, int], rows: int) -> None:
         raise AdapterError(f"{folder}: two words have the same number; a file in it is damaged")
 
 
-def downscale_of(vae: nn.Module) -> int:
+def downscale_of(vae: LibraryNetwork) -> int:
     """Pixels to a latent's side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def size_in_pixels(path: Path, sample_size: object, downscale: int) -> tuple[int, int]:
+def size_in_pixels(path: Path, sample_size: Any, downscale: int) -> tuple[int, int]:
     """(height, width) in pixels; sample_size is one number or two, in latents."""
     sides = list(sample_size) if isinstance(sample_size, (list, tuple)) else [sample_size] * 2
     if len(sides) != 2 or not all(type(side) is int and 0 < side <= 1024 for side in sides):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..text.contexts import Context
+from ..text.contexts import Context, text_of
 from .base import BaseModel
 from .diffusers_configs import why
 
@@ -49,7 +49,7 @@ def read_words(base: BaseModel) -> Callable[[Path], Context]:
     def read(folder: Path) -> Context:
         ids = checked_ids(folder, "tokenizer", base.tokenize, base.embedding.num_embeddings)
         with part(folder, "text_encoder"):
-            return whole("the text", base.context([WORDS], {}), (*ids.shape, base.embedding.embedding_dim))
+            return whole("the text", text_of(base.context([WORDS], {})), (*ids.shape, base.embedding.embedding_dim))
 
     return read
 
@@ -67,7 +67,7 @@ def checked_ids(folder: Path, name: str, tokenize: Callable[..., Tensor], rows: 
 
 
 @contextmanager
-def part(folder: Path, name: str) -> Iterator[None]:
+def part(folder: Path, name: str) -> Generator[None]:
     """Whatever goes wrong inside is one sentence that names this part of the folder."""
     try:
         yield

@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..adapters.sites import Layer
 from ..errors import AdapterError
 from ..families.stable_diffusion import SDXL
-from ..text.contexts import PooledContext, hidden_states
+from ..text.contexts import Context, PooledContext, hidden_states
 from ..text.layerwise import routed
 from ..text.words import check_layer_count, layer_count, learned_tokens, token_ids
 from .base import BaseModel, check_reach, weights_hash
@@ -39,21 +41,22 @@ from .diffusers_folder import (
 )
 from .diffusers_trial import check_draws, checked_ids, part, whole
 from .layers import find_layers
+from .library import LibraryNetwork
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class XLBaseModel(BaseModel):
     """text_encoder is CLIP-L, text_encoder_2 CLIP-G, which pools; end: the id that ends a prompt in the latter."""
 
-    text_encoder_2: nn.Module
+    text_encoder_2: LibraryNetwork
     tokenize_2: Callable[[Sequence[str], Mapping[str, Sequence[int]]], Tensor]
     end: int
 
     @property
-    def modules(self) -> tuple[nn.Module, ...]:
+    def modules(self) -> tuple[LibraryNetwork, ...]:
         return self.unet, self.text_encoder, self.text_encoder_2
 
-    def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, nn.Module]:
+    def layers(self, targets: Sequence[str], text_encoder_targets: Sequence[str] | None) -> dict[str, Layer]:
         return find_layers(self.unet, self.text_encoder, targets, text_encoder_targets, self.text_encoder_2)
 
     def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> PooledContext:
@@ -72,7 +75,7 @@ class XLBaseModel(BaseModel):
                     "it was trained on another base"
                 )
         columns = {trigger: rows.split(widths, dim=-1) for trigger, rows in tokens.items()}
-        texts, pooled = [], None
+        texts, pooled = [], []
         encoders = (self.text_encoder, self.tokenize), (self.text_encoder_2, self.tokenize_2)
         for number, (table, (encoder, tokenize)) in enumerate(zip(tables, encoders, strict=True)):
             own = {trigger: parts[number] for trigger, parts in columns.items()}
@@ -84,8 +87,8 @@ class XLBaseModel(BaseModel):
             if number == 1:
                 mean = {trigger: rows.mean(0) if rows.dim() == 3 else rows for trigger, rows in own.items()}
                 with learned_tokens(table, mean):
-                    pooled = self._pooled(ids)
-        return PooledContext(torch.cat(texts, dim=-1), pooled)
+                    pooled.append(self._pooled(ids))
+        return PooledContext(torch.cat(texts, dim=-1), *pooled)
 
     def _pooled(self, ids: Tensor) -> Tensor:
         """CLIP-G's last state at the prompt's end, projected; learned words' ids must not be taken for the end."""
@@ -93,14 +96,15 @@ class XLBaseModel(BaseModel):
         at_end = (ids == self.end).int().argmax(dim=1)
         return self.text_encoder_2.text_projection(last[torch.arange(len(ids), device=ids.device), at_end])
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, context: PooledContext) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, context: Context) -> Tensor:
         """The U-Net is told that pictures are whole and were of this size."""
+        text, pooled = cast(PooledContext, context)
         height, width = (self.downscale * side for side in noisy.shape[2:])
         asked, noisy = noisy.dtype, noisy.to(self.precision)
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=noisy.dtype, device=noisy.device)
-        told = {"text_embeds": context.pooled, "time_ids": sizes.expand(len(noisy), -1)}
-        with routed(self.unet, context.text) if context.text.dim() == 4 else nullcontext():
-            return self.unet(noisy, timesteps, context.text, added_cond_kwargs=told, return_dict=False)[0].to(asked)
+        told = {"text_embeds": pooled, "time_ids": sizes.expand(len(noisy), -1)}
+        with routed(self.unet, text) if text.dim() == 4 else nullcontext():
+            return self.unet(noisy, timesteps, text, added_cond_kwargs=told, return_dict=False)[0].to(asked)
 
     def word_rows(self, words: str) -> Tensor:
         """(k, width) rows of both token tables for some words, side by side."""
@@ -174,17 +178,17 @@ def _read_words(folder: Path, base: XLBaseModel) -> PooledContext:
     return PooledContext(torch.cat(texts, dim=-1), pooled)
 
 
-def _before_last(encoder: nn.Module, ids: Tensor) -> Tensor:
+def _before_last(encoder: LibraryNetwork, ids: Tensor) -> Tensor:
     return encoder(ids, output_hidden_states=True).hidden_states[-2]
 
 
-def _build_pooling_text_encoder(config: Mapping) -> nn.Module:
+def _build_pooling_text_encoder(config: Mapping) -> LibraryNetwork:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    return CLIPTextModelWithProjection(CLIPTextConfig(**text_entries(config)))
+    return cast(LibraryNetwork, CLIPTextModelWithProjection(CLIPTextConfig(**text_entries(config))))
 
 
-def _check_xl(folder: Path, unet: nn.Module, text_encoder_2: nn.Module, tokenizers: Sequence) -> None:
+def _check_xl(folder: Path, unet: LibraryNetwork, text_encoder_2: LibraryNetwork, tokenizers: Sequence) -> None:
     where = folder / "unet" / "config.json"
     if unet.config.addition_embed_type != "text_time":
         raise AdapterError(f"{where}: addition_embed_type is not text_time, so this is no Stable Diffusion XL")

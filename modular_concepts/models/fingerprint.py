@@ -43,7 +43,7 @@ def weights_sample(table: Mapping[str, Tensor]) -> str:
     return base64.b64encode(tensor_bytes(torch.stack(numbers))).decode("ascii")
 
 
-def same_weights(one: str, other: str) -> bool | None:
+def same_weights(one: object, other: object) -> bool | None:
     """Whether two samples are of one checkpoint, in whatever floating precision each was; None where one is missing."""
     first, second = _numbers(one), _numbers(other)
     if first is None or second is None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..adapters.sites import Site, apart
+from ..adapters.sites import Layer, apart
 from ..choices import TARGETS
 from ..errors import AdapterError
 from ..families import find_family, network_of, networks, titles
@@ -36,7 +36,7 @@ def find_layers(
     targets: str | Iterable[str] = "attention",
     text_encoder_targets: str | Iterable[str] | None = None,
     text_encoder_2: nn.Module | None = None,
-) -> dict[str, nn.Module]:
+) -> dict[str, Layer]:
     """`chosen_layers` of a diffusers U-Net and transformers text encoders; None leaves a model out.
 
     unet: diffusers' UNet2DConditionModel.  text_encoder, text_encoder_2: transformers' CLIPTextModel, with or without
@@ -55,7 +55,7 @@ def chosen_layers(
     named: Mapping[str, nn.Module],
     targets: str | Iterable[str] = "attention",
     text_encoder_targets: str | Iterable[str] | None = None,
-) -> dict[str, nn.Module | Site]:
+) -> dict[str, Layer]:
     """Canonical name -> what adapters go to: a Linear, or the sites of one that is fused, in reading order.
 
     From the U-Net's first block to the last text encoder's.
@@ -74,16 +74,12 @@ def chosen_layers(
     wanted["text_encoder_2"] = wanted["text_encoder"]
     for part, names in wanted.items():
         _check_targets(part, names, [network for network in networks(part) if _holds(network, part, named)])
-    chosen = {
-        name: named[name]
-        for name in sorted(named, key=_reading_order)
-        if isinstance(named[name], nn.Linear) and _is_target(name, wanted[name.split(".", 1)[0]])
-    }
-    chosen = {
-        place: module
-        for name, layer in chosen.items()
-        for place, module in (apart({name: layer}) if network_of(name).apart else {name: layer}).items()
-    }
+    chosen: dict[str, Layer] = {}
+    for name in sorted(named, key=_reading_order):
+        layer = named[name]
+        if isinstance(layer, nn.Linear) and _is_target(name, wanted[name.split(".", 1)[0]]):
+            network = network_of(name)
+            chosen |= apart({name: layer}) if network is not None and network.apart else {name: layer}
     if not chosen:
         raise AdapterError(
             f"no layer matches the targets {targets!r} and {text_encoder_targets!r}; "

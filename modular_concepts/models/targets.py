@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from ..adapters.sites import Site
+from ..adapters.sites import Layer
 from .base import Base
 
 
@@ -22,6 +20,6 @@ DEFAULT_TARGETS = Targets()
 EVERYTHING = Targets(("all_linear",), ("all_linear",))
 
 
-def concept_layers(base: Base, targets: Targets = DEFAULT_TARGETS) -> dict[str, nn.Module | Site]:
+def concept_layers(base: Base, targets: Targets = DEFAULT_TARGETS) -> dict[str, Layer]:
     """Canonical layer name -> module."""
     return base.layers(targets.unet, targets.text_encoder)

@@ -7,14 +7,15 @@ replacing.  A region's text is attended to by the positions of the region alone,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..families.unet import CROSS_ATTENTION
+from ..models.library import LibraryNetwork
 from ..text.layerwise import cross_attention_transformers
 from .shares import Division, Places
 
@@ -57,13 +58,13 @@ def with_regions(
 
 @contextmanager
 def regional_attention(
-    unet: nn.Module,
+    unet: LibraryNetwork,
     places: Places,
     contexts: Tensor | None,
     latent_size: tuple[int, int],
     progress: Callable[[], float] = lambda: 0.0,
     speak: Callable[[int], None] = lambda text: None,
-) -> Iterator[None]:
+) -> Generator[None]:
     """Within the block every cross-attention of a diffusers U-Net listens to the regions.
 
     contexts: (R, B, T, D), each region's text for each row of the batch (its negative for unconditional rows), or
@@ -72,7 +73,7 @@ def regional_attention(
     speak(text): told whose keys and values come next, 0 for the global text and then the regions'.
     The U-Net's own processors come back on leaving.
     """
-    if not places.regions:
+    if not places.regions or contexts is None:
         yield
         return
     before = dict(unet.attn_processors)
@@ -97,7 +98,9 @@ class _RegionalProcessor:
         self.places, self.contexts, self.latent_size, self.progress = places, contexts, latent_size, progress
         self.speak = speak
 
-    def __call__(self, attention: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, *args, **kwargs):
+    def __call__(
+        self, attention: LibraryNetwork, hidden_states: Tensor, encoder_hidden_states: Tensor, *args, **kwargs
+    ):
         query = attention.to_q(hidden_states)
         texts = []
         for number, text in enumerate((encoder_hidden_states, *self.contexts)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -41,7 +41,7 @@ class Speaking:
         concepts, strengths = stack.concepts, stack.strengths
         self.shapes = {name: module.weight.shape for name, module in self.layers.items()}
         fitting = fitting_concepts(base.architecture, self.shapes, concepts)
-        self.stack = list(zip(fitting, strengths, strict=True))
+        self.stack = Stack(zip(fitting, strengths, strict=True))
         self.tokens = {**tokens, **faded_words(concepts, strengths, base.word_rows)}
         self.gate = Gate(self.stack, self.acts, places, self.layers) if stack else None
 
@@ -71,7 +71,7 @@ class Speaking:
             return self.base.context(prompts, self.tokens)
 
     @contextmanager
-    def acting(self, texts: Sequence[Tensor], latent_size: tuple[int, int]) -> Iterator[Callable[[float], None]]:
+    def acting(self, texts: Sequence[Tensor], latent_size: tuple[int, int]) -> Generator[Callable[[float], None]]:
         """Within the block the base draws by region; yields what to tell how far the sampling is, 0..1.
 
         texts: each region's, from `contexts`; latent_size: (height, width) of the latents.

@@ -9,10 +9,11 @@ the positions that they write.  What belongs to no position, the time embedding 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,8 @@ class Held:
     def rows(self, owner: int, batch: int) -> tuple[Tensor | None, Tensor | None]:
         """A part's (index, share) in a batch whose tokens lie behind each other; index None is all of them."""
         if (owner, batch) not in self._rows:
-            index, share = self.parts[owner].index, self.parts[owner].share
+            part = cast(Part, self.parts[owner])  # only concepts that hold some of them are asked for
+            index, share = part.index, part.share
             if index is not None:
                 index = (index + self.tokens * torch.arange(batch, device=index.device)[:, None]).flatten()
             self._rows[owner, batch] = index, share if share is None else share.repeat(batch, 1)
@@ -104,12 +106,14 @@ class Gated:
         acting = [number for number, owner in enumerate(self.owners) if held.parts[owner] is not None]
         if not acting:
             return lambda output, _x: output
-        if all(held.parts[self.owners[number]].everything for number in acting):
+        parts = (held.parts[self.owners[number]] for number in acting)
+        if all(part is not None and part.everything for part in parts):
             # The very steps of a merged layer, so that one full region is plain sampling to the last bit.
             merged = self._merged(tuple(acting))
             return lambda output, x: output + merged.residual(x, self.conv)
-        if self.conv is not None:
-            return lambda output, x: self._add_to_map(output, x, held, acting)
+        conv = self.conv
+        if conv is not None:
+            return lambda output, x: self._add_to_map(output, x, held, acting, conv)
         if self._side_by_side(held, x):
             every, columns = tuple(range(len(self.owners))), held.columns(self.owners, self.ranks)
             return lambda output, x: self._add_side_by_side(output, x, every, columns)
@@ -145,8 +149,8 @@ class Gated:
                 into.index_add_(0, index, F.linear(hidden, layer.up))
         return output
 
-    def _add_to_map(self, output: Tensor, x: Tensor, held: Held, acting: Sequence[int]) -> Tensor:
-        size, conv = output.shape[2:], self.conv
+    def _add_to_map(self, output: Tensor, x: Tensor, held: Held, acting: Sequence[int], conv: ConvGeometry) -> Tensor:
+        size = output.shape[2:]
         if conv.groups == 1 and all(adapter.kind != "full" for adapter in self.adapters):
             layer = self._joined(tuple(range(len(self.owners))), x)
             down = layer.down if layer.down.dim() == 4 else layer.down[:, :, None, None]
@@ -161,8 +165,8 @@ class Gated:
     def _merged(self, numbers: tuple[int, ...]) -> MergedSum:
         """Some of the adapters as a merge has them."""
         if numbers not in self._moved:
-            adapters, strengths = ([every[number] for number in numbers] for every in (self.adapters, self.strengths))
-            self._moved[numbers] = MergedSum(tuple(adapters), tuple(strengths))
+            adapters = tuple(self.adapters[number] for number in numbers)
+            self._moved[numbers] = MergedSum(adapters, tuple(self.strengths[number] for number in numbers))
         return self._moved[numbers]
 
     def _joined(self, numbers: tuple[int, ...], like: Tensor) -> MergedLayer:
@@ -202,7 +206,7 @@ class Gate:
         self.called: set[str] = set()  # names of the layers that were called since someone emptied it
 
     @contextmanager
-    def attached(self, layers: Mapping[str, nn.Module | Site]) -> Iterator[None]:
+    def attached(self, layers: Mapping[str, nn.Module | Site]) -> Generator[None]:
         """Within the block the layers add what their concepts do where they act; hooks, which end on leaving."""
         with ExitStack() as stack:
             for name, gated in self.gated.items():
@@ -213,9 +217,9 @@ class Gate:
             yield
 
     def _hook(self, name: str, gated: Gated) -> Callable[..., Tensor]:
-        tokens = tokens_of(name)
-        if tokens == JOINT:
-            return self._on_joint(gated, network_of(name).text_first)
+        tokens, network = tokens_of(name), network_of(name)
+        if tokens == JOINT and network is not None:
+            return self._on_joint(gated, network.text_first)
         return self._on_texts(gated) if tokens == TEXTS else self._on_positions(gated)
 
     def _noting(self, name: str, hook: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,7 @@ def region_from(
     feather: float,
     strength: float,
     negative: str,
-    **more: object,
+    **more: Any,
 ) -> Region:
     """A region from what a person filled in: a mask, (H, W) or (1, H, W), takes the place of the box.
 
@@ -176,7 +177,7 @@ def _cover(region: Region, height: int, width: int) -> Tensor:
     if region.mask is not None:
         mask = region.mask.float().cpu()[None, None]
         return F.interpolate(mask, size=(height, width), mode="area")[0, 0].clamp(0, 1)
-    left, top, right, bottom = region.box
+    left, top, right, bottom = cast(tuple[float, float, float, float], region.box)  # it has a place
     cover = torch.zeros(height, width)
     cover[_snap(top, bottom, height), _snap(left, right, width)] = 1.0
     return cover

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..concept import clip
+from ..concept import clip, is_number
 from ..errors import AdapterError
 from ..storage.strict_json import is_deep
 from .geometry import Region
@@ -170,7 +170,8 @@ def _region(what: str, entry: object, masks: Tensor | None) -> Region:
 def _box(what: str, value: object, units: str) -> tuple[float, float, float, float]:
     if not isinstance(value, list | tuple) or len(value) != 4:
         raise AdapterError(f"{what}: box must be four numbers (left, top, right, bottom); got {clip(value)}")
-    box = tuple(_number(f"{what}: box", edge) for edge in value)
+    left, top, right, bottom = (_number(f"{what}: box", edge) for edge in value)
+    box = (left, top, right, bottom)
     if units == "fractions" and max(box) > 1:
         raise AdapterError(
             f"{what}: the box {list(value)} reaches outside the picture: as fractions all four are at most 1; "
@@ -198,7 +199,7 @@ def _text(what: str, value: object) -> str:
 
 
 def _number(what: str, value: object) -> float:
-    if type(value) not in (int, float) or not abs(value) <= 2**30:
+    if not is_number(value) or not abs(value) <= 2**30:
         raise AdapterError(f"{what} must be a finite number; got {clip(value)}")
     return float(value)
 

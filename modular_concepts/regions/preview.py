@@ -23,6 +23,9 @@ FILL = 0.5
 _FONT, _LINE, _PAD, _GAP = 24, 28, 6, 3  # readable where a node shows the picture at half its size
 
 
+Chip = tuple[int, int, int, int]  # left, top, right, bottom of what is written about a region
+
+
 def draw_regions(
     regions: Sequence[Region], width: int, height: int, overlap: str = "average", under: Tensor | None = None
 ) -> Tensor:
@@ -48,7 +51,7 @@ def draw_regions(
     painted = paper * (1 - FILL * cover) + FILL * torch.einsum("rhw,rc->chw", shares, colours)
     image = to_image(painted)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(_FONT)
-    chips: list[tuple[int, int, int, int]] = []
+    chips: list[Chip] = []
     for number, (region, own) in enumerate(zip(placed, weights, strict=True), 1):
         left, top, right, bottom = _bounds(region, own)
         colour = COLOURS[(number - 1) % len(COLOURS)]
@@ -102,7 +105,7 @@ def _wrapped(text: str, font, width: int) -> list[str]:
     return lines if len(lines) <= 5 else [*lines[:4], lines[4] + " ..."]
 
 
-def _chip_box(corner: tuple[int, int], lines: Sequence[str], font, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _chip_box(corner: tuple[int, int], lines: Sequence[str], font, size: tuple[int, int]) -> Chip:
     """Around these lines, inside the picture even where the region is narrow."""
     wide = int(max(font.getlength(line) for line in lines)) + 2 * _PAD
     high = len(lines) * _LINE + 2 * _PAD
@@ -112,7 +115,7 @@ def _chip_box(corner: tuple[int, int], lines: Sequence[str], font, size: tuple[i
     return left, top, left + wide, top + high
 
 
-def _free_place(box: tuple[int, ...], taken: Sequence[tuple[int, ...]], size: tuple[int, int]) -> tuple[int, ...]:
+def _free_place(box: Chip, taken: Sequence[Chip], size: tuple[int, int]) -> Chip:
     """The box, or the nearest place beside, above or below others where it covers none; the box where there is none."""
     left, top, wide, high = box[0], box[1], box[2] - box[0], box[3] - box[1]
     beside = taken[-12:]  # enough, and quick with many regions
@@ -128,7 +131,7 @@ def _free_place(box: tuple[int, ...], taken: Sequence[tuple[int, ...]], size: tu
     return min(free)[1] if free else box
 
 
-def _chip(pen, box: tuple[int, int, int, int], lines: Sequence[str], font, colour) -> None:
+def _chip(pen, box: Chip, lines: Sequence[str], font, colour) -> None:
     pen.rounded_rectangle(box, 5, fill=PAPER, outline=colour, width=2)
     for row, line in enumerate(lines):
         pen.text((box[0] + _PAD, box[1] + _PAD - 1 + row * _LINE), line, INK, font)

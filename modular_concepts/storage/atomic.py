@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +19,7 @@ _WAITING: ContextVar[list[tuple[Path, Path]] | None] = ContextVar("waiting", def
 
 
 @contextlib.contextmanager
-def replacing(path: Path | str) -> Iterator[BinaryIO]:
+def replacing(path: Path | str) -> Generator[BinaryIO]:
     """Write `path` whole or not at all: temporary file in the same folder, fsync, rename.
 
     If the body raises, or the disk is full, the old file stays as it was and the temporary one is removed.
@@ -46,7 +46,7 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def all_or_none() -> Iterator[None]:
+def all_or_none() -> Generator[None]:
     """All files that `replacing` writes within the block, or none of them: they take their names at its end.
 
     A file that cannot take its name brings back those before it.  Only a process that is killed between two renames
@@ -74,13 +74,13 @@ def _take_names(waiting: Sequence[tuple[Path, Path]]) -> None:
         for folder in dict.fromkeys(path.parent for path, _ in done):
             sync_folder(folder)
     except BaseException as error:
-        for (path, before), (temporary, _) in zip(done, waiting, strict=False):
+        for (place, before), (temporary, _) in zip(done, waiting, strict=False):
             if before is not None:
                 with contextlib.suppress(OSError):  # what cannot be brought back keeps its second name
-                    os.replace(before, path)
+                    os.replace(before, place)
                     _remove([before])  # which a rename to another name of the same file leaves
             elif not temporary.exists():
-                _remove([path])
+                _remove([place])
         if isinstance(error, OSError):
             raise AdapterError(f"{path}: cannot be written: {reason(error)}") from error
         raise

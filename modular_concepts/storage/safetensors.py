@@ -114,7 +114,7 @@ def read_foreign(path: Path | str, needed: Callable[[str], bool]) -> tuple[dict[
     return tensors, dict(header.metadata)
 
 
-def check_fits(path: Path, size: int) -> None:
+def check_fits(path: Path, size: float) -> None:
     """Raise AdapterError where so many bytes of a file are more than memory holds, or lie on no disk at all."""
     if size <= _SMALL:
         return

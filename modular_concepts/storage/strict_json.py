@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from typing import Any
 
 from ..errors import AdapterError
 
@@ -36,7 +37,7 @@ def parse_json(text: str, what: str, most: int = MAX_ENTRIES) -> object:
 
 def is_deep(value: object, most: int = MAX_DEPTH) -> bool:
     """Whether lists and objects lie within each other more than `most` times."""
-    level = [value]
+    level: list[Any] = [value]
     for _ in range(most):
         level = [outer.values() if isinstance(outer, dict) else outer for outer in level if _holds(outer)]
         level = [inner for outer in level for inner in outer]

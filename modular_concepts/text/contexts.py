@@ -29,7 +29,7 @@ def text_of(context: Context) -> Tensor:
 def joined(contexts: Sequence[Context]) -> Context:
     """Several batches as one."""
     if isinstance(contexts[0], Tensor):
-        return torch.cat(list(contexts))
+        return torch.cat([text_of(context) for context in contexts])
     return PooledContext(*(torch.cat(parts) for parts in zip(*contexts, strict=True)))
 
 

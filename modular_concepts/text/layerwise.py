@@ -7,7 +7,7 @@ down, middle, up.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 
@@ -29,7 +29,7 @@ def cross_attention_transformers(unet: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def routed(unet: nn.Module, context: Tensor) -> Iterator[None]:
+def routed(unet: nn.Module, context: Tensor) -> Generator[None]:
     """Within the block transformer i of a U-Net that is given `context` (B, L, T, D) reads its slice i.
 
     The hooks are removed on leaving, also by an exception.

@@ -7,7 +7,7 @@ cross-attention layer (P+, Voynov et al. 2023; ED-LoRA, Gu et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -142,7 +142,7 @@ def layered_rows(tokens: Mapping[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def learned_tokens(embedding: nn.Embedding, tokens: Mapping[str, Tensor], layer: int | None = None) -> Iterator[None]:
+def learned_tokens(embedding: nn.Embedding, tokens: Mapping[str, Tensor], layer: int | None = None) -> Generator[None]:
     """Within the block `embedding` looks ids beyond its table up in the learned rows.
 
     embedding: a text model's token table, (ids) -> (..., width), its output in the table's dtype.

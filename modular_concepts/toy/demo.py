@@ -102,7 +102,9 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
     return report
 
 
-def _train(base: BaseModel, concept: StandardConcept, reference, settings, steps: Steps) -> Concept:
+def _train(
+    base: BaseModel, concept: StandardConcept, reference: tuple[Tensor, Sequence[str]], settings, steps: Steps
+) -> Concept:
     advance = steps.bar(f"train {concept.name} ({settings.method})", settings.steps)
     subject = Subject(
         concept.name,

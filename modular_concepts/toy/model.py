@@ -8,11 +8,13 @@ linear schedule.  Built from diffusers and transformers, whose modules the host 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..models.library import LibraryNetwork
 from .captions import END, MAX_TOKENS, PAD, START
 from .vocabulary import WORDS
 
@@ -21,7 +23,7 @@ LATENT_CHANNELS = 3 * PATCH * PATCH
 CONTEXT_WIDTH = 128
 WEIGHTS = Path(__file__).parent / "weights"
 
-UNET_CONFIG = dict(
+UNET_CONFIG: dict[str, Any] = dict(
     sample_size=16,
     in_channels=LATENT_CHANNELS,
     out_channels=LATENT_CHANNELS,
@@ -34,7 +36,7 @@ UNET_CONFIG = dict(
     cross_attention_dim=CONTEXT_WIDTH,
     norm_num_groups=16,
 )
-TEXT_CONFIG = dict(
+TEXT_CONFIG: dict[str, Any] = dict(
     vocab_size=len(WORDS),
     hidden_size=CONTEXT_WIDTH,
     intermediate_size=4 * CONTEXT_WIDTH,
@@ -47,7 +49,9 @@ TEXT_CONFIG = dict(
     pad_token_id=PAD,
     projection_dim=CONTEXT_WIDTH,
 )
-SCHEDULE = dict(beta_start=0.00085, beta_end=0.016, beta_schedule="scaled_linear", prediction_type="v_prediction")
+SCHEDULE: dict[str, Any] = dict(
+    beta_start=0.00085, beta_end=0.016, beta_schedule="scaled_linear", prediction_type="v_prediction"
+)
 
 
 def encode_pictures(pictures: Tensor) -> Tensor:
@@ -66,13 +70,13 @@ def alphas_cumprod() -> Tensor:
     return torch.cumprod(1 - betas, 0)
 
 
-def build_unet() -> nn.Module:
-    from diffusers import UNet2DConditionModel
+def build_unet() -> LibraryNetwork:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    return UNet2DConditionModel(**UNET_CONFIG)
+    return cast(LibraryNetwork, UNet2DConditionModel(**UNET_CONFIG))
 
 
-def build_text_encoder() -> nn.Module:
+def build_text_encoder() -> LibraryNetwork:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG))
+    return cast(LibraryNetwork, CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG)))

@@ -89,12 +89,13 @@ class Optimizer:
             group["lr"] = self.peak / 2 * factor
         self.adamw.step()
         shapes: dict[tuple, list[str]] = {}
-        for key, parameter in self.inner.items():
-            self.momentum[key].lerp_(parameter.grad, 0.05)
-            shapes.setdefault(parameter.flatten(1).shape, []).append(key)
+        gradients = {key: parameter.grad for key, parameter in self.inner.items() if parameter.grad is not None}
+        for key, gradient in gradients.items():
+            self.momentum[key].lerp_(gradient, 0.05)
+            shapes.setdefault(gradient.flatten(1).shape, []).append(key)
         rate = self.peak * factor
         for shape, keys in shapes.items():
-            nesterov = torch.stack([self.inner[k].grad.lerp(self.momentum[k], 0.95).flatten(1) for k in keys])
+            nesterov = torch.stack([gradients[k].lerp(self.momentum[k], 0.95).flatten(1) for k in keys])
             for key, update in zip(keys, orthogonalised(nesterov), strict=True):
                 parameter = self.inner[key]
                 parameter.mul_(1 - 0.01 * rate)

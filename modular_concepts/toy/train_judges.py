@@ -75,7 +75,8 @@ def train_reader(steps: int, batch: int, seed: int) -> tuple[Reader, dict]:
     for step in range(steps):
         pictures, answers = reader_batch(batch, torch.Generator().manual_seed(seed + 7919 * (step + 1)))
         logits = reader(pictures)
-        loss = sum(F.cross_entropy(logits[name], answers[name], ignore_index=-100) for name in HEADS)
+        losses = (F.cross_entropy(logits[name], answers[name], ignore_index=-100) for name in HEADS)
+        loss = sum(losses, torch.zeros(()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -20,6 +20,7 @@ PALETTE = torch.tensor(list(COLOURS.values()))
 COLOUR_JITTER = 0.07
 
 
+@dataclass(frozen=True)
 class _Rows:
     """Shared by the batches of the world: index and concatenate all tensors at once."""
 

@@ -9,7 +9,7 @@ maximum here is of each picture's own map, so that a picture's cost does not dep
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,7 +28,7 @@ class Watch:
         self.open = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Generator[None]:
         """Within the block a prediction is seen; what backward computes again, outside of it, is not."""
         self.seen, self.open = [{} for _ in self.attentions], True
         try:
@@ -48,7 +48,7 @@ class Watch:
 
 
 @contextmanager
-def watched(attentions: Sequence[CrossAttention]) -> Iterator[Watch]:
+def watched(attentions: Sequence[CrossAttention]) -> Generator[Watch]:
     """Within the block the outputs of all to_q and to_k can be seen, with what adapters add to them."""
     watch = Watch(attentions)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -164,7 +164,7 @@ def _origin(path: Path, metadata: Mapping[str, str]) -> Origin:
 
 
 @contextmanager
-def _older_instead(path: Path) -> Iterator[None]:
+def _older_instead(path: Path) -> Generator[None]:
     """Whatever is wrong with a checkpoint's contents is said with the file's name and the way out."""
     try:
         yield

@@ -127,9 +127,9 @@ class LiveMemory(TorchDispatchMode):
         self.now = self.peak = 0
         self.known: set[int] = set()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         before = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        output = function(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._born(leaf.untyped_storage(), before)

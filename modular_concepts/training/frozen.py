@@ -7,15 +7,17 @@ trained on this way: the weight is asked for at each forward and backward pass, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
 from ..adapters.adapted_linear import AdaptedLinear, LowRankTerm, computed_in
 from ..adapters.recompute import activation_of, remember
@@ -23,14 +25,15 @@ from ..adapters.recompute import activation_of, remember
 Weights = Callable[[nn.Module, Tensor], AbstractContextManager[tuple[Tensor | None, Tensor | None]]]
 
 
-def own_weights(module: nn.Module, like: Tensor) -> AbstractContextManager[tuple[Tensor | None, Tensor | None]]:
+def own_weights(module: Any, like: Tensor) -> AbstractContextManager[tuple[Tensor | None, Tensor | None]]:
     """(weight, bias) of a module in the dtype and on the device of `like`; a missing one is None."""
     parameters = (module.weight, getattr(module, "bias", None))
-    return nullcontext(tuple(None if value is None else value.detach().to(like) for value in parameters))
+    weight, bias = (None if value is None else value.detach().to(like) for value in parameters)
+    return nullcontext((weight, bias))
 
 
 @contextmanager
-def frozen_forward(networks: Iterable[nn.Module], weights: Weights = own_weights) -> Iterator[None]:
+def frozen_forward(networks: Iterable[nn.Module], weights: Weights = own_weights) -> Generator[None]:
     """Within the block every Linear, Conv2d, LayerNorm, GroupNorm, RMSNorm and Embedding of `networks` is frozen.
 
     Outputs are the same bit for bit; gradients reach inputs and never parameters; hooks act as before.
@@ -70,9 +73,10 @@ def _frozen(module: nn.Module, weights: Weights) -> Callable | None:
     return activation_of(module)
 
 
-def _rms_norm(module: nn.Module, weights: Weights, input: Tensor) -> Tensor:
+def _rms_norm(module: Any, weights: Weights, input: Tensor) -> Tensor:
     """Its weight is so small, one number for each feature of a head, that a copy may be kept."""
     with weights(module, input) as (weight, _):
+        weight = cast(Tensor, weight)  # `_frozen` lets no other in
         return F.rms_norm(input, weight.shape, weight.clone(), module.eps)
 
 
@@ -84,7 +88,8 @@ class FrozenForward:
     """
 
     def __init__(self, function: type[Function], module: nn.Module, weights: Weights):
-        self.function, self.module, self.weights = function, module, weights
+        self.function, self.weights = function, weights
+        self.module: Any = module  # of the kind that goes with the function
         self.low_rank: Callable[[], LowRankTerm] | None = None
 
     @property
@@ -137,7 +142,7 @@ class _Conv2d(Function):
     def backward(ctx, grad):
         at = ctx.module
         with ctx.weights(at, grad) as (weight, _):
-            grad = torch.nn.grad.conv2d_input(ctx.shape, weight, grad, at.stride, at.padding, at.dilation, at.groups)
+            grad = conv2d_input(ctx.shape, weight, grad, at.stride, at.padding, at.dilation, at.groups)
         return grad, None, None
 
 

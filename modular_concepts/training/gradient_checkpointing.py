@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 
 from torch import nn
@@ -13,7 +13,7 @@ from ..families import block_classes
 
 
 @contextmanager
-def checkpointed(networks: Iterable[nn.Module]) -> Iterator[None]:
+def checkpointed(networks: Iterable[nn.Module]) -> Generator[None]:
     """Within the block every known block of `networks` is computed again in backward; gradients are the same.
 
     Hooks inside a block, those of adapters for instance, run again too, so they must still be there in backward.

@@ -45,7 +45,7 @@ class LastStep:
         run = self.run
         run.optimizer.zero_grad()
         run.set_random_state(self.random)
-        if self.scale is not None:
+        if self.scale is not None and run.loss_scale is not None:
             run.loss_scale.set_state(self.scale)
         run.step, run.smoothed_loss = self.step, self.smoothed_loss
         del run.losses[self.step :]

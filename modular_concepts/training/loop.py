@@ -83,7 +83,7 @@ def train(
     accept_changes: bool = False,
     set_aside: bool = False,
     estimate: Callable[[Estimate], None] | None = None,
-    on_fault: Callable[[TrainResult], None] | None = None,
+    on_fault: Callable[[TrainResult], object] | None = None,
 ) -> TrainResult:
     """Train one concept on a frozen base; the base comes back bit for bit as it was, without hooks.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.basis import OrthogonalBasis, hashed_indices, slot_indices
 from ..adapters.low_rank import LowRank, block_rows, new_block, new_block_orthogonal, new_full, new_lora, new_orthogonal
+from ..adapters.sites import Layer
 from ..errors import AdapterError
 from ..seeds import seeded
 from ..text.words import new_token, random_and_class
@@ -19,7 +21,7 @@ NEED_SLOT = ("orthogonal", "block", "block_orthogonal")
 
 
 def new_adapters(
-    layers: Mapping[str, nn.Module], settings: TrainSettings, basis: OrthogonalBasis | None = None
+    layers: Mapping[str, Layer], settings: TrainSettings, basis: OrthogonalBasis | None = None
 ) -> dict[str, LowRank]:
     """One fresh adapter per layer by `settings.method`, its trainable factors as parameters; none for "words".
 
@@ -72,7 +74,7 @@ def _new_word(trigger: str, start: Tensor, settings: TrainSettings, layers: int 
     return new_token(start, max(settings.token_vectors, len(start)), noise, generator, layers)
 
 
-def _new_adapter(name: str, module: nn.Module, settings: TrainSettings, basis: OrthogonalBasis) -> LowRank:
+def _new_adapter(name: str, module: Layer, settings: TrainSettings, basis: OrthogonalBasis) -> LowRank:
     out, inp, kernel = _geometry(module)
     width, rank, alpha = inp * math.prod(kernel or (1,)), settings.rank, settings.alpha
     generator = seeded(settings.seed, "adapter", name)
@@ -92,22 +94,23 @@ def _new_adapter(name: str, module: nn.Module, settings: TrainSettings, basis: O
 
 
 def _rows(out: int, settings: TrainSettings) -> torch.Tensor:
-    return block_rows(out, settings.blocks, settings.slot, settings.layout)
+    slot = cast(int, settings.slot)  # no method of blocks goes on without one, see `new_adapters`
+    return block_rows(out, settings.blocks, slot, settings.layout)
 
 
-def _geometry(module: nn.Module) -> tuple[int, int, tuple[int, ...] | None]:
+def _geometry(module: Layer) -> tuple[int, int, tuple[int, ...] | None]:
     """(out, inputs of one group, kernel or None) of a Linear or Conv2d."""
     out, inp, *kernel = module.weight.shape
     return out, inp, tuple(kernel) or None
 
 
-def _largest_rank(module: nn.Module, settings: TrainSettings) -> int:
+def _largest_rank(module: Layer, settings: TrainSettings) -> int:
     out, inp, kernel = _geometry(module)
     rows = out if settings.method in ("lora", "orthogonal") else len(_rows(out, settings))
     return min(rows, inp * math.prod(kernel or (1,)))
 
 
-def _trainable(adapter: LowRank, module: nn.Module) -> LowRank:
+def _trainable(adapter: LowRank, module: Layer) -> LowRank:
     dtype = torch.promote_types(module.weight.dtype, torch.float32)
     moved = adapter.to(module.weight.device, dtype)
     return moved.replace(**{name: nn.Parameter(factor) for name, factor in moved.trainable().items()})

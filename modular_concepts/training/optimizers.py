@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def new_optimizer(
     return optimizer_class(settings)(groups, lr=0.0, betas=BETAS, **fused)
 
 
-def optimizer_class(settings: TrainSettings) -> type[torch.optim.Optimizer]:
+def optimizer_class(settings: TrainSettings) -> Callable[..., torch.optim.Optimizer]:
     """Raises AdapterError for adamw8bit where bitsandbytes is missing."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW
@@ -81,7 +82,7 @@ def fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
     for number, group in enumerate(optimizer.param_groups):
         for place, other in enumerate(group["params"]):
             if other is parameter:
-                optimizer.init_state(group, parameter, number, place)
+                cast(Any, optimizer).init_state(group, parameter, number, place)
     fresh = optimizer_state(optimizer, parameter)
     optimizer.state[parameter] = before
     return fresh
@@ -89,7 +90,7 @@ def fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
     """Bring back what `optimizer_state` gave."""
-    own = {part: value.to(parameter.device) for part, value in state.items()}
+    own: dict[str, Tensor | int] = {part: value.to(parameter.device) for part, value in state.items()}
     if not isinstance(optimizer, torch.optim.AdamW) and "step" in own:
         own["step"] = int(own["step"])
     optimizer.state[parameter] = own

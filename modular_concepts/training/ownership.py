@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +114,7 @@ def check_folder(folder: Path | str, resume: Path | str | None = None) -> None:
 
 
 @contextmanager
-def claimed(folder: Path | str, resume: Path | str | None = None, set_aside: bool = False) -> Iterator[None]:
+def claimed(folder: Path | str, resume: Path | str | None = None, set_aside: bool = False) -> Generator[None]:
     """Within the block the folder, which is made, belongs to one training alone.
 
     resume: the checkpoint that it goes on from, or a folder for its newest; its own later ones count as another's, for
@@ -186,8 +186,8 @@ def _all_finished(paths: Sequence[Path]) -> bool:
     """Whether they are of one training that came to its end, and hence in a concept's file."""
     if not paths:
         return True
-    owners = [owner_of(path) for path in paths]
-    return None not in owners and len({owner.run for owner in owners}) == 1 and owners[-1].finished
+    owners = [owner for path in paths if (owner := owner_of(path)) is not None]
+    return len(owners) == len(paths) and len({owner.run for owner in owners}) == 1 and owners[-1].finished
 
 
 def _make(folder: Path) -> None:
@@ -203,7 +203,7 @@ def _make(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
+def _locked(folder: Path) -> Generator[bool]:
     """Whether the lock is held; a file system without locks has none.  Raises Occupied where another process has it."""
     try:
         handle = _lock(folder)

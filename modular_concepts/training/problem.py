@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..adapters.sites import Site
+from ..adapters.sites import Layer
 from ..errors import AdapterError
 from ..models.base import Base
 from ..models.schedules import append_dims
@@ -66,7 +66,7 @@ class Examples:
         """Latents and masks of some pictures of one size, those where `mirrored` (B,) is true turned round."""
         latents = _picked(self.latents, indices)
         masks = None if self.masks is None else _picked(self.masks, indices)
-        if mirrored is None or not mirrored.any():
+        if mirrored is None or self.mirrored is None or not mirrored.any():
             return latents, masks
         turned = append_dims(mirrored.to(latents.device), latents)
         latents = torch.where(turned, _picked(self.mirrored, indices), latents)
@@ -98,6 +98,11 @@ def _shape(values: Tensor | Sequence[Tensor]) -> tuple:
     return tuple(values.shape) if isinstance(values, Tensor) else tuple(tuple(value.shape) for value in values)
 
 
+def predicting(base: Base) -> Sequence[nn.Module]:
+    """The networks that a base's `predict` runs: all of them where it does not say."""
+    return base.modules if base.denoiser is None else [base.denoiser]
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A base model and a concept's pictures.
@@ -108,7 +113,7 @@ class Problem:
     """
 
     base: Base
-    layers: Mapping[str, nn.Module | Site]
+    layers: Mapping[str, Layer]
     examples: Examples
     triggers: Mapping[str, Tensor] = field(default_factory=dict)
     prior: Examples | None = None
@@ -134,4 +139,4 @@ class Problem:
     @property
     def networks(self) -> Sequence[nn.Module]:
         """Those that the base's `predict` runs."""
-        return self.base.modules if self.base.denoiser is None else [self.base.denoiser]
+        return predicting(self.base)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -80,7 +80,7 @@ class Step:
         return loss if self.watch is None else loss + self._attention_outside(batch)
 
     def _attention_outside(self, batch: Batch) -> Tensor:
-        if batch.masks is None:
+        if batch.masks is None or self.watch is None:
             return batch.latents.new_zeros(())
         positions = self.problem.base.trigger_positions(batch.captions, self.run.tokens).to(batch.masks.device)
         outside = attention_outside(self.watch.take_maps(positions), positions, batch.masks)
@@ -98,7 +98,7 @@ class Step:
 
 
 @contextmanager
-def on_base(problem: Problem, run: Run) -> Iterator[Step]:
+def on_base(problem: Problem, run: Run) -> Generator[Step]:
     """Within the block the base is frozen and has the run's adapters; then it is as before, without hooks."""
     settings: TrainSettings = run.settings
     erasure: dict[str, Tensor] = {}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from .estimate import Estimate
 from .loop import Progress, train
 from .methods import new_adapters, new_words
 from .needs import check_needs
-from .problem import Examples, Problem
+from .problem import Examples, Problem, predicting
 from .run import TrainResult
 from .settings import TrainSettings
 
@@ -61,6 +62,14 @@ def trigger_of(name: str) -> str:
     return f"<{name.lower()}>"
 
 
+class Draw(Protocol):
+    """`sampling.sample`, or what a host has in its place."""
+
+    __name__: str
+
+    def __call__(self, *args: Any, **options: Any) -> Tensor: ...
+
+
 def prior_examples(
     base: Base,
     class_word: str,
@@ -68,7 +77,7 @@ def prior_examples(
     seed: int = 0,
     settings: SampleSettings | None = None,
     callback: Callable[[int, int], None] | None = None,
-    draw: Callable[..., Tensor] = sample,
+    draw: Draw = sample,
     cache: Path | None = None,
 ) -> Examples:
     """Pictures that the base draws by itself; training on them too keeps an adapter silent without its trigger.
@@ -112,7 +121,7 @@ def check_training(base: Base, subject: Subject, settings: TrainSettings, target
     new_words({subject.trigger: _start_rows(base, subject)}, settings, base.cross_attention_layers)
     new_adapters(concept_layers(base, targets), settings)
     attends = bool(base.cross_attentions())
-    check_needs(settings, masked=subject.masks is not None, attends=attends, networks=[base.denoiser])
+    check_needs(settings, masked=subject.masks is not None, attends=attends, networks=predicting(base))
 
 
 def _examples(base: Base, subject: Subject, flip: bool, cache: Path | None) -> Examples:
@@ -165,7 +174,7 @@ def train_concept(
     set_aside: bool = False,
     cache: Path | None = None,
     estimate: Callable[[Estimate], None] | None = None,
-    on_fault: Callable[[TrainResult], None] | None = None,
+    on_fault: Callable[[TrainResult], object] | None = None,
 ) -> tuple[Concept, TrainResult]:
     """Train one concept; the base is left as it was.  After a cancel it is what was reached by then.
 

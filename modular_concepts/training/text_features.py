@@ -57,7 +57,7 @@ def _parts(context: Any) -> tuple[Tensor, ...]:
     return (context,) if isinstance(context, Tensor) else tuple(context)
 
 
-def _shapes(context: Any) -> tuple[torch.Size, ...]:
+def _shapes(context: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(part.shape[1:] for part in _parts(context))
 
 

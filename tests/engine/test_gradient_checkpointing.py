@@ -10,6 +10,7 @@ from torch import nn
 from untrained_toy import untrained_base
 
 from modular_concepts.errors import AdapterError
+from modular_concepts.models.base import BaseModel
 from modular_concepts.models.targets import Targets
 from modular_concepts.training.estimate import LiveMemory
 from modular_concepts.training.frozen import frozen_forward
@@ -18,7 +19,7 @@ from modular_concepts.training.loop import train
 from modular_concepts.training.run import Run
 from modular_concepts.training.settings import TrainSettings
 from modular_concepts.training.step import on_base
-from modular_concepts.training.teach import Subject, problem_for
+from modular_concepts.training.teach import Subject, check_training, problem_for
 
 SETTINGS = TrainSettings(method="block", rank=2, slot=1, blocks=4, batch=2, steps=4, erasure=0.3, adapter_lr=1e-2)
 
@@ -133,3 +134,15 @@ def test_a_block_finds_its_own_place_again():
 def test_a_network_without_known_blocks_is_refused():
     with pytest.raises(AdapterError, match="gradient_checkpointing knows none of this network's blocks"):
         train(tiny_problem(), TrainSettings(rank=2, slot=1, gradient_checkpointing=True))
+
+
+class Unsaid(BaseModel):
+    """A base that does not say which of its networks predicts."""
+
+    denoiser = None
+
+
+def test_a_base_that_names_no_denoiser_is_searched_whole_before_a_training():
+    base = Unsaid(**vars(untrained_base()))
+    taught = Subject("tom", torch.rand(2, 3, *base.size), ["a photo of <tom>"] * 2, "man")
+    check_training(base, taught, TrainSettings(rank=2, slot=1, gradient_checkpointing=True))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.storage.atomic import replacing
+from modular_concepts.storage.atomic import all_or_none, replacing
 from modular_concepts.storage.names import safe_child, safe_name
 from modular_concepts.storage.safetensors import read_safetensors, write_safetensors
 from modular_concepts.storage.strict_json import parse_json
@@ -238,3 +238,13 @@ def test_strict_json():
     for text in ('{"a":1,"a":2}', "[NaN]", "[Infinity]", "[" * 10_000, "{", ""):
         with pytest.raises(AdapterError, match="^x "):
             parse_json(text, "x")
+
+
+def test_of_several_files_the_one_that_cannot_take_its_name_is_named(tmp_path):
+    first, second = tmp_path / "first.bin", tmp_path / "second.bin"
+    second.mkdir()
+    with pytest.raises(AdapterError, match=r"second\.bin: cannot be written"), all_or_none():
+        for path in (first, second):
+            with replacing(path) as file:
+                file.write(b"new")
+    assert list(tmp_path.iterdir()) == [second]
