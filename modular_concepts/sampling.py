@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,11 +158,11 @@ def _by_concepts(stack: Stack, prompts: Sequence[str], regions: Sequence[Region]
 
 
 def _sample_batch(speaking: Speaking, prompts, seeds, settings, size, step_done) -> Tensor:
-    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers import DPMSolverMultistepScheduler
 
     base, guided = speaking.base, settings.cfg != 1
     latent_size = (size[0] // base.downscale, size[1] // base.downscale)
-    scheduler = DPMSolverMultistepScheduler(**base.betas, timestep_spacing="trailing")
+    scheduler: Any = DPMSolverMultistepScheduler(**base.betas, timestep_spacing="trailing")
     scheduler.set_timesteps(settings.steps)
     latents = torch.stack(
         [

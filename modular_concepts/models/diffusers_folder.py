@@ -197,7 +197,7 @@ def check_index(folder: Path) -> str:
 
 
 def read_schedule(path: Path) -> tuple[NoiseSchedule, dict]:
-    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers import DPMSolverMultistepScheduler
 
     config = read_json(path)
     betas = {key: config[key] for key in _BETAS if config.get(key) is not None}
@@ -208,7 +208,8 @@ def read_schedule(path: Path) -> tuple[NoiseSchedule, dict]:
         )
     check_facts(path, config, SCHEDULER)
     try:
-        alphas_cumprod = DPMSolverMultistepScheduler(**betas).alphas_cumprod
+        scheduler: Any = DPMSolverMultistepScheduler(**betas)
+        alphas_cumprod = scheduler.alphas_cumprod
         schedule = NoiseSchedule(alphas_cumprod, betas.get("prediction_type", "epsilon"))
     except Exception as error:  # an entry that is wrong in a way of its own meets any line of the scheduler
         raise AdapterError(f"{path}: {why(error)}") from error

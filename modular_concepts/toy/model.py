@@ -71,7 +71,7 @@ def alphas_cumprod() -> Tensor:
 
 
 def build_unet() -> LibraryNetwork:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
     return cast(LibraryNetwork, UNet2DConditionModel(**UNET_CONFIG))
 
