@@ -162,7 +162,7 @@ def check_output(path: Path, overwrite: bool = True) -> None:
     check_new_path(path)
     if path.is_dir():
         raise AdapterError(f"{path} is a folder; give --out a file name")
-    parent = next((folder for folder in path.absolute().parents if folder.exists()), None)
+    parent = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), None)
     if parent is None or not parent.is_dir():
         raise AdapterError(f"{path} cannot be written: {parent} is not a folder; choose another --out")
     if not os.access(parent, os.W_OK):

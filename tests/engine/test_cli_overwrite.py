@@ -101,5 +101,7 @@ def test_a_link_that_leads_to_itself_is_no_file_to_write_and_can_be_replaced(her
         assert (here / "loop.safetensors").is_file()
         (here / "loop.safetensors").unlink()
     (here / "round").symlink_to("round")
-    for command in (["export", tom], ["merge", tom, tim], train("x")):
-        refused(capsys, here, [*command, "--out", "round/x.safetensors"], "round")
+    (here / "gone").symlink_to("nowhere")  # before the work, not after it
+    for folder in ("round", "gone"):
+        for command in (["export", tom], ["merge", tom, tim], train("x")):
+            refused(capsys, here, [*command, "--out", f"{folder}/x.safetensors"], f"{folder} is not a folder")
