@@ -194,8 +194,8 @@ def break_it(loaded) -> None:
     facts["broken"] += [traces(*loaded[:2]) == before]
     facts["left_by_the_broken"] = [path.name for path in training.checkpoint_folder("broken").iterdir()]
     facts["left_by_the_broken"] += [path.name for path in (FOLDER / "concepts").glob("broken*")]
-    wild = {**plan["stopped"], "name": "wild", "learning_rate": 1.0, "token_learning_rate": 1.0}
-    wild["settings"] = {**wild["settings"], "clip_norm": 0.0, "alpha": 1e30}
+    wild = {**plan["stopped"], "name": "wild", "learning_rate": 1e30, "token_learning_rate": 1.0}
+    wild["settings"] = {**wild["settings"], "clip_norm": 0.0, "alpha": 1e6}
     facts["diverged"] = [outcome(lambda: training.train_in_host(base, lesson(wild))), traces(*loaded[:2]) == before]
 
 
