@@ -145,7 +145,13 @@ def encode_pictures(vae: LibraryNetwork, multiple: int, pictures: Tensor) -> Ten
             f"pictures of {width} x {height} pixels do not fit this base; choose multiples of {multiple}"
         )
     modes = [vae.encode(_as_weights(vae, picture[None] * 2 - 1)).latent_dist.mode() for picture in pictures]
-    return torch.cat(modes) * vae.config.scaling_factor
+    latents = torch.cat(modes) * vae.config.scaling_factor
+    if not latents.isfinite().all():
+        raise AdapterError(
+            "the base's VAE makes NaN or infinity of a picture, which nothing can be learned from; its weights are "
+            "damaged, or of a precision that is too low"
+        )
+    return latents
 
 
 @torch.no_grad()

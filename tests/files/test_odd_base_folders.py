@@ -330,6 +330,12 @@ def test_a_picture_that_is_not_finite_is_a_sentence(sd):
         sample(base, [PROMPT], [0], settings=SampleSettings(steps=2, cfg=100))
 
 
+def test_latents_that_are_not_finite_are_a_sentence(sd):
+    base = load_diffusers_base(sd)
+    with pytest.raises(AdapterError, match="the base's VAE makes NaN or infinity of a picture"):
+        base.encode(torch.full((1, 3, base.multiple, base.multiple), torch.nan))
+
+
 SHELL = [(TOKENS, "model_max_length", "abc"), (PICTURES, "scaling_factor", 0), (TEXT, "num_hidden_layers", 20_000)]
 
 

@@ -100,8 +100,8 @@ class Look:
         (result,) = nodes.common_ksampler(model, 5, steps, 3.0, "euler", "normal", said, unsaid, self.latent)
         return result["samples"]
 
-    def merged(self, how: str = "sum", beside: bool = False, **more):
-        return host["patching"].merged(self.model, self.clip, self.stack, how, beside=beside, **more)
+    def merged(self, beside: bool = False):
+        return host["patching"].merged(self.model, self.clip, self.stack, beside=beside)
 
 
 def concepts_for(family: str, model, clip) -> list:
