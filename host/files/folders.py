@@ -11,7 +11,7 @@ from ...modular_concepts.storage.names import safe_child
 
 KINDS = {"concepts": {".safetensors"}, "ortho_bases": {".safetensors", ".npy"}}
 # Example files that come with the pack, listed beside the user's own.
-EXAMPLES = {kind: Path(__file__).resolve().parents[1] / kind for kind in ("loras", "embeddings")}
+EXAMPLES = {kind: Path(__file__).resolve().parents[2] / kind for kind in ("loras", "embeddings")}
 
 
 def register() -> None:
