@@ -61,8 +61,9 @@ def limit_gradients(parameters: Iterable[Tensor], longest: float) -> Tensor:
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if gradients:
-        torch._foreach_mul_(gradients, (longest / (norm + 1e-6)).clamp(max=1.0))
+    share = (longest / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:  # words may lie on another device than layers
+        gradient.mul_(share.to(gradient.device))
     return norm
 
 
