@@ -45,7 +45,7 @@ help:
 	@echo "make gpu        prove and measure on a machine with an NVIDIA GPU what at most eight minutes hold (installs nothing)"
 	@echo "make gpu-dry    the same in small on the CPU (two minutes)"
 	@echo "make torture    try the twelve promises in full and write docs/trust.md (an hour on two cores; TORTURE_FLAGS=--quick)"
-	@echo "make check      format, lint, imports, types and the quick tests (a minute and a half on two cores)"
+	@echo "make check      format, lint, imports, types and the quick tests"
 	@echo "make format     put the code into the format that check asks for"
 	@echo "make install    only create $(VENV) with the pinned packages"
 	@echo "make clean      remove $(VENV), demo_output and caches"

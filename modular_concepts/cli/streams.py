@@ -23,7 +23,7 @@ class Streams:
             except OSError:
                 os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
             if getattr(sys, name) is None:
-                setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+                setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115 - open as long as the process
         self.before = sys.stdout, sys.stderr
         for stream in self.before:
             if isinstance(stream, TextIOWrapper):

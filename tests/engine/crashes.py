@@ -188,7 +188,7 @@ class _Write:
 
 def crashed_writes(count: int, seed: int, folder: Path) -> dict:
     """Break `count` writes off, each at a moment drawn from `seed`, over files that are there already and over none."""
-    generator, faults, lost = random.Random(seed), [], 0  # noqa: S311
+    generator, faults, lost = random.Random(seed), [], 0  # noqa: S311 - a sample, no secret
     for number in range(count):
         writer = list(WRITERS)[number % len(WRITERS)]
         trial = _Write(writer, WAYS[number // len(WRITERS) % len(WAYS)], generator.random() < 0.75)
@@ -284,7 +284,7 @@ def _write(writer: str, version: int, folder: Path, breaking: Breaking | None = 
 
 def killed_trainings(count: int, seed: int, folder: Path) -> dict:
     """Kill `count` trainings one to three times each, by the clock or inside a checkpoint; resume each to its end."""
-    generator, faults = random.Random(seed), []  # noqa: S311
+    generator, faults = random.Random(seed), []  # noqa: S311 - a sample, no secret
     straight = {}
     for everything in (False, True):
         with _folder(folder / f"straight-{everything}") as place:

@@ -27,7 +27,7 @@ def test_importing_it_loads_nothing_heavy():
     code = (
         "import sys, modular_concepts as mc; mc.__all__; print(sorted({'torch', 'numpy', 'einops'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603 - our own command
     assert done.stdout.strip() == "[]"
 
 
@@ -37,7 +37,7 @@ def test_every_public_name_is_there_and_on_the_page():
         assert name == "__version__" or f"`{name}" in PAGE or f"mc.{name}" in PAGE, name
     assert set(mc.__all__) <= set(dir(mc))
     with pytest.raises(AttributeError, match="no attribute 'load_lora'"):
-        mc.load_lora  # noqa: B018
+        mc.load_lora  # noqa: B018 - looking is what loads
 
 
 def test_every_public_function_says_what_it_does():
@@ -59,6 +59,6 @@ def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
     assert len(EXAMPLES) == 6
     names: dict[str, object] = {}
     for example in EXAMPLES:
-        exec(compile(ast.parse(example), "docs/api.md", "exec"), names)  # noqa: S102
+        exec(compile(ast.parse(example), "docs/api.md", "exec"), names)  # noqa: S102 - our own page
     assert "crosstalk" in capsys.readouterr().out
     assert {path.name for path in tmp_path.glob("*.safetensors")} >= {"minka.safetensors", "both.safetensors"}

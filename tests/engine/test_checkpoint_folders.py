@@ -39,7 +39,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def child(folder: Path, *options: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(  # noqa: S603
+    return subprocess.Popen(  # noqa: S603 - our own command
         [sys.executable, tiny_problem.__file__, str(folder), *options], env=environment, stderr=subprocess.PIPE
     )
 

@@ -346,7 +346,7 @@ def test_a_name_that_is_changed_is_said_before_the_work(here, capsys, monkeypatc
 def test_ctrl_c_while_everything_is_imported_is_one_line(share):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WAITS_FOR_TORCH, str(share)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own command
     assert process.stdout.readline() == "importing\n"
     time.sleep(share)
     process.send_signal(signal.SIGINT)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import DRAW, QUICK, concept, files, here, made, run, weights  # noqa: F401
+from test_cli import DRAW, QUICK, concept, files, here, made, run, weights  # noqa: F401 - fixtures
 
 import modular_concepts
 from modular_concepts.errors import AdapterError
@@ -118,7 +118,7 @@ def test_a_size_is_taken_as_messages_write_it(made, here, capsys):
 
 @pytest.mark.parametrize("place", [PACKAGE, PACKAGE / "__main__.py"])
 def test_started_by_its_path_it_says_how_it_is_started(tmp_path, place):
-    done = subprocess.run([sys.executable, place, "--version"], capture_output=True, text=True, cwd=tmp_path)  # noqa: S603
+    done = subprocess.run([sys.executable, place, "--version"], capture_output=True, text=True, cwd=tmp_path)  # noqa: S603 - our own command
     assert done.returncode != 0 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert "python -m modular_concepts" in done.stderr
 
@@ -126,7 +126,7 @@ def test_started_by_its_path_it_says_how_it_is_started(tmp_path, place):
 def test_without_docstrings_it_says_what_takes_them_away(tmp_path):
     env = os.environ | {"PYTHONOPTIMIZE": "2", "PYTHONPATH": str(PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     line = [sys.executable, "-m", "modular_concepts", "sample", "a man", *DRAW]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=env)  # noqa: S603
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=env)  # noqa: S603 - our own command
     assert done.returncode == 2 and "PYTHONOPTIMIZE=2" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 

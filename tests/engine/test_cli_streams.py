@@ -16,7 +16,7 @@ def shell(folder: Path, line: str, **more: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of one line, in which `mc` is the program."""
     line = line.replace("mc ", f"{shlex.quote(sys.executable)} -m modular_concepts ")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
-    ran = subprocess.run(  # noqa: S603
+    ran = subprocess.run(  # noqa: S603 - our own command
         ["/bin/sh", "-c", line], cwd=folder, env=env, capture_output=True, timeout=120
     )
     return ran.returncode, ran.stdout.decode(), ran.stderr.decode()

@@ -186,7 +186,7 @@ def test_mutated_pictures_end_in_a_value_or_an_adapter_error(folder, name):
     for other in {"a.png", "b.jpg", "c.webp"} - {name}:
         (folder / other).unlink()
     for case in range(60):
-        rng = random.Random(f"{name} {case}")  # noqa: S311
+        rng = random.Random(f"{name} {case}")  # noqa: S311 - a sample, no secret
         data = bytearray(sound)
         for _ in range(rng.randint(1, 4)):
             data[rng.randrange(len(data))] = rng.randrange(256)

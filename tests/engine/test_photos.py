@@ -28,7 +28,7 @@ def peak(folder: Path, count: int) -> int:
         for ending in ("jpg", "mask.png"):
             shutil.copy(folder / f"0.{ending}", folder / f"{number}.{ending}")
     command = [sys.executable, "-c", READ, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own command
     read, megabytes = map(int, done.stdout.split())
     assert read == count
     return megabytes

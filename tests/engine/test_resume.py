@@ -47,7 +47,7 @@ def child(folder, *options):
     """A training in a process of its own, on as many threads as this one."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, tiny_problem.__file__, str(folder), *options]
-    return subprocess.Popen(command, env=environment)  # noqa: S603
+    return subprocess.Popen(command, env=environment)  # noqa: S603 - our own command
 
 
 @pytest.fixture(scope="module")

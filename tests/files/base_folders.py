@@ -77,7 +77,7 @@ def swept(one_in: int, seed: int, folder: Path) -> list:
     outcomes = []
     for family in FAMILIES:
         place, outcome = tiny_folder(family, folder), Outcome(f"entries of base folder {family}")
-        some = random.Random(f"{seed} {family}").sample(every := cases(place), len(every) // one_in)  # noqa: S311
+        some = random.Random(f"{seed} {family}").sample(every := cases(place), len(every) // one_in)  # noqa: S311 - a sample, no secret
         use_base(load_diffusers_base(place), place, folder)  # everything is warm
         before = peak_memory(reset=True)
         for file, name, value in some:

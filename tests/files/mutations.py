@@ -140,7 +140,7 @@ def _tried(name: str, kind: Kind, count: int, seed: int, folder: Path) -> Outcom
     kind.use(kind.read(path), path, _emptied(out))  # a sound file passes, and everything is warm
     before, there = peak_memory(reset=True), _listed(folder, place, out)
     for case in range(count):
-        rng = random.Random(f"{seed} {name} {case}")  # noqa: S311
+        rng = random.Random(f"{seed} {name} {case}")  # noqa: S311 - a sample, no secret
         path.write_bytes(data := kind.change(sound, rng))
         answered(kind.read, kind.use, path, _emptied(out), outcome, f"{place.name}-{seed}-{case}{path.suffix}")
         strangers = _listed(folder, place, out) - there
