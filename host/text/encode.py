@@ -30,7 +30,7 @@ def check_text_models(clip: comfy.sd.CLIP, family: HostFamily) -> None:
     if family.clip_model is not None and not (isinstance(whole, family.clip_model) and len(there) == len(wanted)):
         raise AdapterError(
             f"the CLIP is a {type(whole).__name__} with {' and '.join(there)}, and training on {family.family.title} "
-            f"needs its own {' and '.join(encoder.name for encoder in wanted)}; load a checkpoint that holds them, or "
+            f"needs its own {' and '.join(encoder.title for encoder in wanted)}; load a checkpoint that holds them, or "
             "both with DualCLIPLoader or TripleCLIPLoader"
         )
     if family.clip_model is None and len(there) != 1:

@@ -120,6 +120,11 @@ class TextEncoder:
     network: Network
     projected: bool = False
 
+    @property
+    def title(self) -> str:
+        """As people write it: CLIP-L for clip_l."""
+        return self.name.upper().replace("_", "-")
+
 
 def _photos(class_word: str, count: int) -> list[str]:
     return [f"a photo of a {class_word}"] * count

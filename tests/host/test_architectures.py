@@ -307,8 +307,8 @@ def test_regions_hold_in_both_modes(seen, name):
     [
         ("sd3", "layer-wise", "layer"),
         ("sd3", "cross-attention", "no cross-attention of its own; choose attention"),
-        ("sdxl", "other clip", "training on sdxl needs its own CLIP-L and CLIP-G"),
-        ("sd3", "other clip", "training on sd3 needs its own CLIP-L and CLIP-G"),
+        ("sdxl", "other clip", "training on Stable Diffusion XL needs its own CLIP-L and CLIP-G"),
+        ("sd3", "other clip", "training on Stable Diffusion 3 needs its own CLIP-L and CLIP-G"),
         ("sdxl", "no clip", "the clip is missing"),
         ("sdxl", "other family", "was trained on 'sdxl', this base is 'toy'"),
         ("sd3", "other family", "was trained on 'sd3', this base is 'toy'"),
