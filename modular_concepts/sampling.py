@@ -17,7 +17,8 @@ from .adapters.attach import attached
 from .adapters.sites import with_sites
 from .concept import Concept
 from .errors import AdapterError
-from .merging.compatibility import Merge, fitted
+from .merging.compatibility import fitted
+from .merging.methods import Merge
 from .models.base import BaseModel
 from .models.budget import check_pictures
 from .models.targets import EVERYTHING, concept_layers

@@ -27,9 +27,5 @@ class Stack(tuple[tuple[Concept, float], ...]):
     def strengths(self) -> list[float]:
         return [strength for _, strength in self]
 
-    def scaled(self, factor: float) -> Stack:
-        """All strengths times a factor."""
-        return Stack((concept, strength * factor) for concept, strength in self)
-
 
 NO_CONCEPTS = Stack()

@@ -21,7 +21,7 @@ def as_stack(value: Concept | Stack | None) -> Stack:
 def joined(values: Mapping[str, Concept | Stack] | Iterable[Concept | Stack]) -> Stack:
     """The stacks of several sockets as one, in the sockets' order."""
     return Stack(
-        pair for value in (values.values() if isinstance(values, Mapping) else values) for pair in as_stack(value)
+        pair for value in (values.values() if isinstance(values, Mapping) else values) for pair in Stack.of(value)
     )
 
 
@@ -30,14 +30,14 @@ def scaled(value: Concept | Stack, strength: float, blocks: str = "") -> Stack:
 
     Raises AdapterError for what is no finite number, and for a text that `BlockStrengths` cannot read.
     """
-    stack = as_stack(value)
+    stack, chosen = as_stack(value), BlockStrengths.parse(blocks)
     if not math.isfinite(strength):
         names = ", ".join(concept.name for concept, _ in stack)
         raise AdapterError(f"{names}: strength is {strength}; it must be a finite number, 1 for as trained")
-    chosen = BlockStrengths.parse(blocks)
-    if chosen.entries:
-        stack = Stack((replace(concept, layers=chosen.on(concept.layers)), own) for concept, own in stack)
-    return stack.scaled(strength)
+    return Stack(
+        (replace(concept, layers=chosen.on(concept.layers)) if chosen.entries else concept, before * strength)
+        for concept, before in stack
+    )
 
 
 def unmet_blocks(value: Concept | Stack, blocks: str) -> list[str]:

@@ -21,8 +21,8 @@ from ...modular_concepts.concept import Concept
 from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.files.moments import Recorded, load_moments, moments_path, recorded_from, save_moments, why_not
 from ...modular_concepts.merging import Evidence, MergeOptions
-from ...modular_concepts.merging.compatibility import Merge
 from ...modular_concepts.merging.fusion import FUSION
+from ...modular_concepts.merging.methods import Merge
 from ...modular_concepts.merging.moments import Moment, recording
 from ...modular_concepts.models.fingerprint import concept_mark
 from ...modular_concepts.recording import PROMPTS, trigger_of

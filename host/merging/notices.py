@@ -11,9 +11,8 @@ import comfy.sd
 from ...modular_concepts.concept import Concept
 from ...modular_concepts.crosstalk.report import warnings_between, warnings_on_base
 from ...modular_concepts.merging import NOTHING, MergeOptions, merge_concepts
-from ...modular_concepts.merging.compatibility import Merge
 from ...modular_concepts.merging.method import TEXTS
-from ...modular_concepts.merging.methods import METHODS
+from ...modular_concepts.merging.methods import METHODS, Merge
 from ...modular_concepts.merging.truncation import SVD, share_kept
 from ...modular_concepts.stack import Stack
 from ...modular_concepts.unread import MERGE, unread

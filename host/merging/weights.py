@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -20,10 +20,12 @@ from torch import Tensor
 from ...modular_concepts.adapters.low_rank import ConvGeometry, LowRank
 from ...modular_concepts.concept import Concept, same_concept
 from ...modular_concepts.errors import AdapterError
-from ...modular_concepts.merging import Merged, MergedBlocks, MergedDense, MergedLayer, MergedSum, merged_factors
+from ...modular_concepts.merging import Merged, merged_factors
 from ...modular_concepts.merging.as_concept import as_concept
-from ...modular_concepts.merging.compatibility import SUMMED, Merge, fitted
+from ...modular_concepts.merging.compatibility import fitted
 from ...modular_concepts.merging.lift import lift
+from ...modular_concepts.merging.methods import SUMMED, Merge
+from ...modular_concepts.merging.tensors import tensors_of, with_tensors
 from ...modular_concepts.stack import Stack
 from ..layers import HostLayer, architecture_of, host_places
 from ..text.layerwise import cross_attention_layers, refuse_other_layers, with_layers
@@ -43,37 +45,22 @@ class Inside:
     layers: Mapping[str, Merged]
 
 
-# One summand: up, down, rows, out_features, and what its product is multiplied with.
-Summand = tuple[Tensor, Tensor, Tensor | None, int, float]
-
-
 class MergedWeight(WeightAdapterBase):
     """All concepts of one layer as one of the host's adapters, for weights and for bypass.
 
-    weights: the summands of each part (one part, or one for each block), or ((values,),) of a dense merge; plain, so
-    that the host can move the tensors.  They are the concepts' own: nothing is copied before a weight is patched.
+    weights: the merged layer as the engine made it, and its tensors; the host makes another adapter with copies of
+    them on the device where it patches.  They are the concepts' own: nothing is copied before a weight is patched.
     """
 
     name = "modular concepts"
 
-    def __init__(self, loaded_keys: set[str], weights: Sequence[Sequence[tuple]]):
+    def __init__(self, loaded_keys: set[str], weights: tuple[Merged, list[Tensor] | None]):
+        merged, moved = weights
+        self.merged = merged if moved is None else with_tensors(merged, moved)
         self.loaded_keys = loaded_keys
-        self.weights: Any = weights
+        self.weights: Any = (self.merged, tensors_of(self.merged) if moved is None else moved)
         self._beside: Merged | None = None
         self._on: torch.device | None = None
-
-    @classmethod
-    def of(cls, merged: Merged) -> MergedWeight:
-        if isinstance(merged, MergedDense):
-            return cls(set(), [((merged.values,),)])
-        parts = merged.parts if isinstance(merged, MergedBlocks) else (merged,)
-        return cls(set(), [_summands(part) for part in parts])
-
-    def merged(self) -> Merged:
-        if len(self.weights[0][0]) == 1:
-            return MergedDense(*self.weights[0][0])
-        parts = tuple(_sum_of(summands) for summands in cast(Any, self.weights))
-        return parts[0] if len(parts) == 1 else MergedBlocks(parts, parts[0].out_features)
 
     def calculate_weight(
         self,
@@ -94,35 +81,17 @@ class MergedWeight(WeightAdapterBase):
         (`activations.py`) take a changed strength at once and cost at every step: half as much again for fifteen
         concepts of rank 20 at 256 pixels (`bench/merge.py`), which a picture of a few steps has not won back.
         """
-        merged = self.merged().to(weight.device)
         if function(weight) is weight:
-            return merged.add_to(weight, strength)
-        return weight.add_(function(strength * merged.delta().reshape(weight.shape)))
+            return self.merged.add_to(weight, strength)
+        return weight.add_(function(strength * self.merged.to(weight.device).delta().reshape(weight.shape)))
 
     def h(self, x: Tensor, base_out: Tensor) -> Tensor:
         """What bypass adds to a layer's output; the host tells of convolutions in attributes."""
         conv = ConvGeometry(**getattr(self, "kw_dict", {})) if getattr(self, "is_conv", False) else None
         if self._beside is None or self._on != x.device:
             # Joined and moved once, for the host does not see the tensors inside the parts.
-            self._beside, self._on = self.merged().to(x.device), x.device
+            self._beside, self._on = self.merged.to(x.device), x.device
         return self.multiplier * self._beside.residual(x, conv)
-
-
-def _summands(part: MergedLayer | MergedSum) -> tuple[Summand, ...]:
-    if isinstance(part, MergedLayer):
-        return ((part.up, part.down, part.rows, part.out_features, 1.0),)
-    return tuple(
-        (a.lora_up.detach(), a.lora_down.detach(), a.rows, a.out_features, strength * a.scale)
-        for a, strength in zip(part.adapters, part.strengths, strict=True)
-    )
-
-
-def _sum_of(summands: Sequence[Summand]) -> MergedSum:
-    adapters = [
-        LowRank(up, down, float(len(down)), "lora" if rows is None else "block", rows, out)
-        for up, down, rows, out, _ in summands
-    ]
-    return MergedSum(tuple(adapters), tuple(strength for *_, strength in summands))
 
 
 def merged(
@@ -153,37 +122,35 @@ def merged(
     words = with_tokens(clip.clone(), tokens, class_words_of(stack.concepts), learned_words(stack.concepts))
     model, clip = model.clone(), words
     for part, patcher in (("unet", model), ("text_encoder", clip.patcher)):
-        _put(_by_key(adapters, places, part), patcher, beside)
+        there = {name: place for name, place in places.items() if place.part == part}
+        _put(adapters, there, patcher, beside)
     if any(rows.dim() == 3 for rows in tokens.values()):
         with_layers(model)
     model.set_attachments(INSIDE, (*_merges_in(model), Inside(stack, merge.how, adapters)))
     return model, clip
 
 
-def _by_key(adapters: Mapping[str, Merged], places: Mapping[str, HostLayer], part: str) -> dict[str, list[Merged]]:
-    """Weight key -> what is merged there: one layer, or each of its sites, lifted to the whole weight."""
-    by_key: dict[str, list[Merged]] = {}
-    for name, merged_layer in adapters.items():
-        place = places[name]
-        if place.part == part:
-            rows = place.rows
-            lifted = merged_layer if rows is None else lift(merged_layer, rows[0], place.weight.shape[0])
-            by_key.setdefault(place.key, []).append(lifted)
-    return by_key
-
-
-def _put(layers: Mapping[str, Sequence[Merged]], patcher: comfy.model_patcher.ModelPatcher, beside: bool) -> None:
-    """Into a clone: merged layers by weight key.
+def _put(
+    merged_layers: Mapping[str, Merged],
+    places: Mapping[str, HostLayer],
+    patcher: comfy.model_patcher.ModelPatcher,
+    beside: bool,
+) -> None:
+    """Into a clone: the merged layers that have a place there; each site of a fused layer lifted to the whole weight.
 
     Layers to which nothing is added are left alone: on a GPU the host casts a weight to float16 before it is patched,
     and one in float32 would come back rounded.
     """
-    layers = {key: [part for part in parts if not part.is_zero] for key, parts in layers.items()}
-    layers = {key: parts for key, parts in layers.items() if parts}
+    layers: dict[str, list[Merged]] = {}
+    for name, merged_layer in merged_layers.items():
+        if name in places and not merged_layer.is_zero:
+            rows, whole = places[name].rows, places[name].weight
+            lifted = merged_layer if rows is None else lift(merged_layer, rows[0], whole.shape[0])
+            layers.setdefault(places[name].key, []).append(lifted)
     if not beside:
         for turn in range(max(map(len, layers.values()), default=0)):
             now = {key: parts[turn] for key, parts in layers.items() if turn < len(parts)}
-            patcher.add_patches({key: MergedWeight.of(part) for key, part in now.items()})
+            patcher.add_patches({key: MergedWeight(set(), (part, None)) for key, part in now.items()})
     elif layers:
         before = patcher.get_attachment(BESIDE) or {}
         every = {key: (*before.get(key, ()), *layers.get(key, ())) for key in {**before, **layers}}

@@ -127,5 +127,5 @@ def with_concepts(architecture: str, clip: comfy.sd.CLIP, stack: Stack) -> comfy
     if not merged:
         return clip
     clip = clip.clone()
-    clip.add_patches({layers[name].key: MergedWeight.of(layer) for name, layer in merged.items()})
+    clip.add_patches({layers[name].key: MergedWeight(set(), (layer, None)) for name, layer in merged.items()})
     return clip

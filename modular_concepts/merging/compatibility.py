@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,22 +12,9 @@ from ..adapters.low_rank import check_adapter, shaped_for
 from ..concept import Concept
 from ..errors import AdapterError
 from ..stack import Stack
-from . import DEFAULTS, NOTHING, Evidence, Merged, MergeOptions, merge_concepts
+from .methods import SUMMED, Merge, Merged, merge_layers
 
 WordRows = Callable[[str], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Merge:
-    """How concepts become one; see `methods.merge_concepts`."""
-
-    how: str = "sum"
-    literal: bool = False
-    options: MergeOptions = DEFAULTS
-    evidence: Evidence = NOTHING
-
-
-SUMMED = Merge()
 
 
 def fitted(
@@ -44,13 +31,12 @@ def fitted(
     Raises AdapterError for a concept of another base, for two that share a trigger word, and for concepts on
     different orthogonal bases.
     """
-    stack = Stack.of(stack)
-    concepts = fitting_concepts(architecture, shapes, stack.concepts)
+    pairs = list(stack)
+    concepts = fitting_concepts(architecture, shapes, [concept for concept, _ in pairs])
     refuse_other_basis(concepts)
-    merged = {}
-    if concepts:
-        merged = merge_concepts(concepts, stack.strengths, merge.how, merge.literal, merge.options, merge.evidence)
-    return merged, faded_words(concepts, stack.strengths, word_rows)
+    fitting = Stack((concept, strength) for concept, (_, strength) in zip(concepts, pairs, strict=True))
+    merged = dict(merge_layers(fitting, merge)) if fitting else {}
+    return merged, faded_words(concepts, fitting.strengths, word_rows)
 
 
 def fitting_concepts(
@@ -93,8 +79,8 @@ def faded_words(
     words = {}
     for concept, strength in zip(concepts, strengths, strict=True):
         for word, rows in concept.tokens.items():
-            class_word, own = voice_of(concept, word)
-            share = own * min(1.0, max(0.0, strength))
+            class_word, loudness = voice_of(concept, word)
+            share = loudness * min(1.0, max(0.0, strength))
             start = word_rows(class_word) if word_rows and share < 1 else rows[:0]
             if len(start) and start.shape[-1] == rows.shape[-1]:
                 start = start.to(rows)[torch.arange(rows.shape[-2]) % len(start)]

@@ -37,7 +37,7 @@ class MergedDense:
 
     def add_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """weight + strength delta, written into `weight`; as `MergedLayer.add_to`."""
-        return weight.add_(self.values.reshape(weight.shape), alpha=strength)
+        return weight.add_(self.values.to(weight.device).reshape(weight.shape), alpha=strength)
 
     def residual(self, x: Tensor, conv: ConvGeometry | None = None) -> Tensor:
         """What the delta adds to the layer's output, in x.dtype; shapes as `LowRank.residual`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -29,6 +30,37 @@ METHODS = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """How concepts become one.
+
+    how: one of `METHODS`.  sum: W0 + sum_i strength_i delta_i (Po et al. 2024, Eq. 1).
+    literal: for "block", Zhu's sum of strengths = 1, which runs each of k concepts at 1/k; else strength 1 keeps
+    each concept as it was trained.
+    evidence: what some methods must know beside the adapters.
+    """
+
+    how: str = "sum"
+    literal: bool = False
+    options: MergeOptions = DEFAULTS
+    evidence: Evidence = NOTHING
+
+    @property
+    def method(self) -> Method:
+        """Raises AdapterError for a name that no method has, and for literal strengths of any but "block"."""
+        if self.how not in METHODS:
+            raise AdapterError(f"merge family {self.how!r} is unknown; choose one of {', '.join(FAMILIES)}")
+        if not self.literal:
+            return METHODS[self.how]
+        if self.how != BLOCK.name:
+            raise AdapterError(f"literal strengths belong to the block merge, not to {self.how!r}")
+        return Method(BLOCK.name, BLOCK.merge_layer, average_strengths, BLOCK.check)
+
+
+SUMMED = Merge()
+Pairs = Sequence[tuple[Mergeable, float]]
+
+
 def merge_concepts(
     concepts: Sequence[Mergeable],
     strengths: Sequence[float],
@@ -39,12 +71,10 @@ def merge_concepts(
 ) -> dict[str, Merged]:
     """One merged layer for each layer that any concept has; strengths are the papers' lambda or alpha.
 
-    how: one of `METHODS`.  sum: W0 + sum_i strength_i delta_i (Po et al. 2024, Eq. 1).
-    literal: for "block", Zhu's sum of strengths = 1, which runs each of k concepts at 1/k; else strength 1 keeps
-    each concept as it was trained.
+    how and all after it: as `Merge`.
     Raises AdapterError that names the concepts and the layer when they do not fit together.
     """
-    return dict(_merged_layers(concepts, strengths, _chosen(how, literal), options, evidence))
+    return dict(merge_layers(_pairs(concepts, strengths), Merge(how, literal, options, evidence)))
 
 
 def add_concepts(
@@ -61,40 +91,39 @@ def add_concepts(
     weights: layer -> weight, for every layer that a concept has, on any device.  Beside them there is never more than
     one layer's factors, and its delta for the methods that drop single weights.  Half merged if it raises.
     """
-    for layer, merged in _merged_layers(concepts, strengths, _chosen(how, literal), options, evidence):
-        merged.to(weights[layer].device).add_to(weights[layer])
+    for layer, merged in merge_layers(_pairs(concepts, strengths), Merge(how, literal, options, evidence)):
+        merged.add_to(weights[layer])
 
 
-def _chosen(how: str, literal: bool) -> Method:
-    if how not in METHODS:
-        raise AdapterError(f"merge family {how!r} is unknown; choose one of {', '.join(FAMILIES)}")
-    if not literal:
-        return METHODS[how]
-    if how != BLOCK.name:
-        raise AdapterError(f"literal strengths belong to the block merge, not to {how!r}")
-    return Method(BLOCK.name, BLOCK.merge_layer, average_strengths, BLOCK.check)
+def merge_layers(stack: Pairs, merge: Merge = SUMMED) -> Iterator[tuple[str, Merged]]:
+    """(layer, what is merged there) of pairs (concept, strength), for each layer that any concept has.
 
-
-def _merged_layers(
-    concepts: Sequence[Mergeable],
-    strengths: Sequence[float],
-    method: Method,
-    options: MergeOptions,
-    evidence: Evidence,
-) -> Iterator[tuple[str, Merged]]:
-    strengths = method.strengths(_checked_strengths(concepts, strengths))
+    Raises AdapterError that names the concepts and the layer when they do not fit together.
+    """
+    method, concepts = merge.method, [concept for concept, _ in stack]
+    _check_strengths(stack)
+    strengths = method.strengths([float(strength) for _, strength in stack])
     method.check(concepts)
-    _check_evidence(method, concepts, evidence)
-    stack = aligned([concept.layers for concept in concepts])
-    for layer in {name: None for layers in stack for name in layers}:
-        owners = [index for index, layers in enumerate(stack) if layer in layers]
-        adapters = together([stack[index][layer] for index in owners])
+    _check_evidence(method, concepts, merge.evidence)
+    by_concept = aligned([concept.layers for concept in concepts])
+    for layer in {name: None for layers in by_concept for name in layers}:
+        owners = [index for index, layers in enumerate(by_concept) if layer in layers]
+        adapters = together([by_concept[index][layer] for index in owners])
         names = [concepts[index].name for index in owners]
         _check_layer(layer, names, adapters)
-        there = LayerStack(
-            layer, names, adapters, [strengths[index] for index in owners], options, _of(evidence, owners)
+        evidence = _of(merge.evidence, owners)
+        yield (
+            layer,
+            method.merge_layer(
+                LayerStack(layer, names, adapters, [strengths[index] for index in owners], merge.options, evidence)
+            ),
         )
-        yield layer, method.merge_layer(there)
+
+
+def _pairs(concepts: Sequence[Mergeable], strengths: Sequence[float]) -> Pairs:
+    if concepts and len(concepts) != len(strengths):
+        raise AdapterError(f"{len(strengths)} strengths for {len(concepts)} concepts; give one for each")
+    return list(zip(concepts, strengths, strict=False))
 
 
 def _of(evidence: Evidence, owners: Sequence[int]) -> Evidence:
@@ -117,15 +146,12 @@ def _check_evidence(method: Method, concepts: Sequence[Mergeable], evidence: Evi
         )
 
 
-def _checked_strengths(concepts: Sequence[Mergeable], strengths: Sequence[float]) -> list[float]:
-    if not concepts:
+def _check_strengths(stack: Pairs) -> None:
+    if not stack:
         raise AdapterError("there is nothing to merge; give at least one concept")
-    if len(concepts) != len(strengths):
-        raise AdapterError(f"{len(strengths)} strengths for {len(concepts)} concepts; give one for each")
-    for concept, strength in zip(concepts, strengths, strict=True):
+    for concept, strength in stack:
         if not math.isfinite(strength):
             raise AdapterError(f"{concept.name}: strength is {strength}; it must be a finite number")
-    return [float(strength) for strength in strengths]
 
 
 def _check_layer(layer: str, names: Sequence[str], adapters: Sequence[LowRank]) -> None:

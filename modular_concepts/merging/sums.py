@@ -46,18 +46,19 @@ class MergedLayer:
     def add_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """weight + strength delta, written into `weight` and nowhere else: one product, and of its own rows only.
 
-        weight: weight-shaped, on the factors' device; the one function here that changes what it is given.
+        weight: weight-shaped, on any device; the one function here that changes what it is given.
         Only a weight in less than the factors' precision, or one that does not lie in order, costs a delta beside it;
         the sum is formed in the factors' precision and rounded once.
         """
-        if weight.dtype != self.up.dtype or self.down.dtype != self.up.dtype or not weight.is_contiguous():
-            return weight.add_(self.delta().reshape(weight.shape), alpha=strength)
-        flat, down = weight.flatten(1), self.down.flatten(1)
+        here = self.to(weight.device)
+        if weight.dtype != here.up.dtype or here.down.dtype != here.up.dtype or not weight.is_contiguous():
+            return weight.add_(here.delta().reshape(weight.shape), alpha=strength)
+        flat, down = weight.flatten(1), here.down.flatten(1)
         run = None if self.rows is None else _run(self.rows)
-        if self.rows is not None and run is None:
-            flat.index_add_(0, self.rows, self.up @ down, alpha=strength)
+        if here.rows is not None and run is None:
+            flat.index_add_(0, here.rows, here.up @ down, alpha=strength)
         else:
-            flat[slice(None) if run is None else run].addmm_(self.up, down, alpha=strength)
+            flat[slice(None) if run is None else run].addmm_(here.up, down, alpha=strength)
         return weight
 
     @property
@@ -132,9 +133,9 @@ class MergedSum:
 
     def add_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """As `MergedLayer.add_to`; what is joined for it is not kept."""
-        only = self.adapters[0]
-        if len(self.adapters) > 1 or weight.dtype != only.lora_up.dtype or weight.dtype != only.lora_down.dtype:
-            return merged_factors(self.adapters, self.strengths).add_to(weight, strength)
+        only, *others = (adapter.to(weight.device) for adapter in self.adapters)
+        if others or weight.dtype != only.lora_up.dtype or weight.dtype != only.lora_down.dtype:
+            return merged_factors([only, *others], self.strengths).add_to(weight, strength)
         layer = MergedLayer(only.lora_up.detach(), only.lora_down.detach(), only.rows, only.out_features)
         return layer.add_to(weight, strength * self.strengths[0] * only.scale)
 

@@ -232,7 +232,9 @@ def main() -> None:
         weight = plain.model.state_dict()[keys[name]].to(dtype)
         exact = weight.double() + own.delta().double()
         for title, function in {"": lambda value: value, ", changed": torch.clone}.items():
-            added = patching.MergedWeight.of(own).calculate_weight(weight.clone(), "", 1.0, 1.0, None, function)
+            added = patching.MergedWeight(set(), (own, None)).calculate_weight(
+                weight.clone(), "", 1.0, 1.0, None, function
+            )
             found[f"rounded {dtype}{title}"] = (added.double() - exact).abs().max() / exact.abs().max()
             found[f"rounding {dtype}{title}"] = (exact.to(dtype).double() - exact).abs().max() / exact.abs().max()
     facts["silent"] = [line for line in warnings if "without being called" in line]
