@@ -18,8 +18,15 @@ PACK = sorted(path for part in ("modular_concepts", "host", "nodes") for path in
 ALLOWED = json.loads((Path(__file__).parent / "house.json").read_text(encoding="utf-8"))
 NAMELESS = ("own", "found", "said", "known", "kept", "given", "told", "asked")
 LONGEST, MOST_PARAMETERS = 60, 7
-# The host calls these with what the widgets hold, by name.
-BY_THE_HOST = ("define_schema", "execute", "validate_inputs", "fingerprint_inputs", "check_lazy_status")
+# The host calls these with what the widgets hold, by name, and the last one with what its weight adapters take.
+BY_THE_HOST = (
+    "define_schema",
+    "execute",
+    "validate_inputs",
+    "fingerprint_inputs",
+    "check_lazy_status",
+    "calculate_weight",
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
