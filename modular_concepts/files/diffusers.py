@@ -17,9 +17,9 @@ from ..concept import Concept
 from ..errors import AdapterError
 from ..families import find_family, network_of
 from ..models.layers import canonical_name, check_name
-from ..storage.safetensors import read_foreign, write_safetensors
+from ..storage.safetensors import write_safetensors
 from ..storage.strict_json import parse_json
-from .kohya import READ, Imported, Layers, Parse, assemble, imported_concept, require_layers
+from .kohya import require_layers
 from .modelspec import modelspec
 from .peft_config import PeftConfig, config_beside, config_of
 
@@ -65,32 +65,6 @@ def export_diffusers(concept: Concept, path: Path | str, dtype: torch.dtype | No
         tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     write_safetensors(path, tensors, {"format": "pt"} | modelspec(concept, tensors, "lora/diffusers"))
     return path
-
-
-def import_diffusers(path: Path | str, layers: Layers | None = None, name: str | None = None) -> Imported:
-    """Read a diffusers or peft LoRA file, of today's or the older key forms, as a concept of kind "lora".
-
-    layers, unmatched keys and errors: as `kohya.import_kohya`.  alpha comes from the file's alpha keys, else
-    from its peft settings (`lora_adapter_metadata`), else is the rank.
-    """
-    path, parse = Path(path), parser(layers)
-    tensors, metadata = read_foreign(path, lambda key: parse(key)[1] in READ)
-    adapters, unmatched = assemble(path, tensors, parse, layers)
-    explicit = {parse(key)[0] for key in tensors if key.endswith(".alpha")}
-    adapters = with_peft_alphas(path, adapters, explicit, metadata)
-    return Imported(imported_concept(path, name, adapters, "diffusers", metadata), unmatched)
-
-
-def parser(layers: Layers | None) -> Parse:
-    """What `assemble` asks of diffusers' and peft's keys."""
-    names = None if layers is None else set(layers)
-
-    def parse(key: str) -> tuple[str | None, str]:
-        stem, factor = stem_and_factor(key)
-        found = name_of_path(stem) if stem else None
-        return found if names is None or found in names else None, factor
-
-    return parse
 
 
 def stem_and_factor(key: str) -> tuple[str | None, str]:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..adapters.low_rank import LowRank, check_adapter, check_size, shaped_for
+from ..adapters.low_rank import LowRank, check_adapter, check_size
 from ..adapters.sites import put_together
 from ..concept import Concept, Recipe, clip
 from ..errors import AdapterError, listed
-from ..models.layers import file_key, name_of_key
-from ..storage.safetensors import DTYPES, FLOATS, check_finite, read_foreign, write_safetensors
+from ..models.layers import file_key
+from ..storage.safetensors import DTYPES, FLOATS, check_finite, write_safetensors
 from .concept import layer_tensors, stock_metadata
 from .modelspec import about_of, architecture_said, modelspec, triggers_said
 
 READ = ("up", "down", "mid", "alpha")  # factors whose numbers are needed
-Layers = Mapping[str, nn.Module] | Iterable[str]
 Parse = Callable[[str], tuple[str | None, str]]
 MAX_KERNEL = 7
 # What diffusers and peft call every file, and folders that hold many of them and name none.
@@ -71,46 +70,7 @@ def export_kohya(concept: Concept, path: Path | str, dtype: torch.dtype | None =
     return Path(path)
 
 
-def import_kohya(path: Path | str, layers: Layers | None = None, name: str | None = None) -> Imported:
-    """Read a kohya file, LyCORIS' LoCon among them, as a concept of kind "lora".
-
-    layers: the model's canonical names, or name -> module (`find_layers`), whose weight shapes are then
-    checked too; None derives the names from the keys, which works for SD's module paths.
-    A layer with a factor that we do not know (DoRA, LoHa, LoKr) is left out whole and all its keys are
-    reported.
-    Raises AdapterError for a damaged file, a wrong shape, or when no key at all matches.
-    """
-    path = Path(path)
-    parse = parser(layers)
-    tensors, metadata = read_foreign(path, lambda key: parse(key)[1] in READ)
-    adapters, unmatched = assemble(path, tensors, parse, layers)
-    return Imported(imported_concept(path, name, adapters, "kohya", metadata), unmatched)
-
-
-def parser(layers: Layers | None) -> Parse:
-    """What `assemble` asks of kohya's keys."""
-    known = None if layers is None else {file_key(layer): layer for layer in layers}
-
-    def parse(key: str) -> tuple[str | None, str]:
-        stem, _, factor = key.partition(".")
-        factor = FACTORS.get(factor, "unknown")
-        if known is None:
-            return name_of_key(stem), factor
-        ours = stem.replace("lora_te1_", "lora_te_")
-        name = known.get(ours)
-        if name is None and (read := name_of_key(stem)) is not None:  # another program's spelling
-            name = known.get(file_key(read))
-        return name, factor
-
-    return parse
-
-
-def assemble(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    parse: Parse,
-    layers: Layers | None,
-) -> tuple[dict[str, LowRank], list[str]]:
+def assemble(path: Path, tensors: Mapping[str, Tensor], parse: Parse) -> tuple[dict[str, LowRank], list[str]]:
     """Adapters from foreign keys, and the keys that fit nowhere.
 
     parse: key -> (canonical name or None, "up" | "down" | "mid" | "alpha" | "apart" | "unknown"); a layer with an
@@ -135,9 +95,8 @@ def assemble(
             unmatched += keys.values()
             continue
         factors = {factor: _numbers(f"{path.name}: {key}", tensors[key]) for factor, key in keys.items()}
-        module = layers[name] if isinstance(layers, Mapping) else None
         try:
-            adapters[name] = _adapter(name, factors, module)
+            adapters[name] = _adapter(name, factors)
         except AdapterError as error:
             raise AdapterError(f"{path.name}: {error}") from error
     if not tensors:
@@ -194,7 +153,7 @@ def _numbers(what: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _adapter(name: str, factors: Mapping[str, Tensor], module: nn.Module | None) -> LowRank:
+def _adapter(name: str, factors: Mapping[str, Tensor]) -> LowRank:
     up, down, mid = factors["up"], factors["down"], factors.get("mid")
     if "alpha" in factors and factors["alpha"].numel() != 1:
         raise AdapterError(f"{name}: alpha has shape {tuple(factors['alpha'].shape)}; it must be one number")
@@ -207,10 +166,7 @@ def _adapter(name: str, factors: Mapping[str, Tensor], module: nn.Module | None)
         down = joined_with_middle(name, mid, down)
         alpha = alpha if len(down) == rank else alpha * len(down) / rank
     adapter = LowRank(up.contiguous(), down.contiguous(), alpha, "lora", None, up.shape[0] if up.dim() else 0)
-    weight = getattr(module, "weight", None)
-    if weight is not None:
-        adapter = shaped_for(adapter, weight.shape)
-    check_adapter(name, adapter, None if weight is None else weight.shape)
+    check_adapter(name, adapter)
     check_size(name, adapter)
     return adapter
 

@@ -95,7 +95,7 @@ def lora_concept(
         rows[part] = place.layer, place.rows
         return part, factor
 
-    adapters, unmatched = assemble(path, tensors, parse, None)
+    adapters, unmatched = assemble(path, tensors, parse)
     explicit = {parse(key)[0] for key in tensors if key.endswith(".alpha")}
     adapters = diffusers.with_peft_alphas(path, adapters, explicit, metadata)
     whole = _joined(path, adapters, rows, shapes or {})

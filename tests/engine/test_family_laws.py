@@ -21,8 +21,9 @@ from modular_concepts.adapters.low_rank import (
 )
 from modular_concepts.concept import Concept, Recipe
 from modular_concepts.crosstalk.measures import sign_conflicts
-from modular_concepts.files.diffusers import export_diffusers, import_diffusers
-from modular_concepts.files.kohya import export_kohya, import_kohya
+from modular_concepts.files.diffusers import export_diffusers
+from modular_concepts.files.kohya import export_kohya
+from modular_concepts.files.lora import import_lora
 from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, merge_concepts
 from modular_concepts.merging.custom_diffusion import RIDGE
 from modular_concepts.seeds import seeded as seeded_by
@@ -205,8 +206,8 @@ def test_an_exported_merge_is_the_merge(family, kernel, tmp_path):
     one = Concept("one", {layer: merged.as_low_rank()}, {}, Recipe("lora", merged.rank, float(merged.rank)))
     again = merge_concepts([one], [1.0])[layer]
     assert relative_error(again.delta(), merged.delta()) < 1e-6
-    for export, read in ((export_kohya, import_kohya), (export_diffusers, import_diffusers)):
-        back, unmatched = read(export(one, tmp_path / "pytorch_lora_weights.safetensors"))
+    for export in (export_kohya, export_diffusers):
+        back, unmatched = import_lora(export(one, tmp_path / "pytorch_lora_weights.safetensors"))
         assert unmatched == [] and list(back.layers) == [layer]
         assert relative_error(back.layers[layer].delta(), merged.delta()) < 1e-6
 

@@ -16,9 +16,9 @@ from mutations import mutated, peak_memory
 from modular_concepts.concept import Concept
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import load_concept, save_concept
-from modular_concepts.files.diffusers import export_diffusers, import_diffusers
+from modular_concepts.files.diffusers import export_diffusers
 from modular_concepts.files.embeddings import import_embedding
-from modular_concepts.files.kohya import export_kohya, import_kohya
+from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.lora import import_lora
 from modular_concepts.files.moments import load_moments, save_moments
 from modular_concepts.merging.moments import Moment
@@ -28,8 +28,8 @@ CASES = int(os.environ.get("MODULAR_CONCEPTS_FUZZ_CASES", "1000"))
 KINDS = {
     "concept": (save_concept, load_concept),
     "compact": (lambda concept, path: save_concept(concept, path, compact=True), load_concept),
-    "kohya": (export_kohya, import_kohya),
-    "diffusers": (export_diffusers, import_diffusers),
+    "kohya": (export_kohya, import_lora),
+    "diffusers": (export_diffusers, import_lora),
     "locon": (
         lambda concept, path: write_safetensors(
             path,

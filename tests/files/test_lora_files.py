@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from modular_concepts.adapters.low_rank import shaped_for
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.diffusers import export_diffusers
-from modular_concepts.files.kohya import export_kohya, import_kohya
+from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.lora import Place, by_rule, import_lora, lora_concept
 
 CONV = "unet.down_blocks.0.resnets.0.conv1"
@@ -171,4 +171,4 @@ def test_a_concept_says_that_it_was_imported(make_concept, tmp_path):
     concept = dataclasses.replace(make_concept("lora"), name="kodo")
     export_kohya(concept, tmp_path / "k.safetensors")
     assert import_lora(tmp_path / "k.safetensors").concept.recipe.origin == {"imported_from": "kohya"}
-    assert import_kohya(tmp_path / "k.safetensors").concept.about == {"title": "kodo"}
+    assert import_lora(tmp_path / "k.safetensors").concept.about == {"title": "kodo"}

@@ -10,8 +10,6 @@ from mutations import peak_memory
 from safetensors.torch import save_file
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.files.diffusers import import_diffusers
-from modular_concepts.files.kohya import import_kohya
 from modular_concepts.files.lora import read_concept
 from modular_concepts.storage.safetensors import MAX_HEADER
 from modular_concepts.storage.strict_json import parse_json
@@ -48,12 +46,11 @@ ALPHAS += (torch.float64, torch.float16, torch.bfloat16, torch.uint32, torch.uin
 
 
 @pytest.mark.parametrize("dtype", ALPHAS, ids=str)
-@pytest.mark.parametrize("read", [read_concept, import_kohya])
-def test_alpha_may_be_of_any_type(tmp_path, dtype, read):
+def test_alpha_may_be_of_any_type(tmp_path, dtype):
     tensors = kohya()
     tensors[f"{STEM}.alpha"] = torch.tensor(2).to(dtype)
     save_file(tensors, tmp_path / "x.safetensors")
-    concept, unmatched = read(tmp_path / "x.safetensors")
+    concept, unmatched = read_concept(tmp_path / "x.safetensors")
     adapter = concept.layers[LAYER]
     assert adapter.scale == 0.5 and not unmatched
     assert relative_error(adapter.delta(), 0.5 * UP @ DOWN) < 1e-6
@@ -114,12 +111,11 @@ def test_a_bias_beside_a_layer_leaves_the_layer(tmp_path, bias):
 
 
 @pytest.mark.parametrize("bias", ["lora_B.bias", "lora_A.bias", "lora_B.default.bias"])
-@pytest.mark.parametrize("read", [read_concept, import_diffusers])
-def test_pefts_bias_leaves_the_layer(tmp_path, bias, read):
+def test_pefts_bias_leaves_the_layer(tmp_path, bias):
     key = f"unet.{PATH}.{bias}"
     tensors = {f"unet.{PATH}.lora_A.weight": DOWN, f"unet.{PATH}.lora_B.weight": UP, key: torch.ones(12)}
     save_file(tensors, tmp_path / "x.safetensors")
-    concept, unmatched = read(tmp_path / "x.safetensors")
+    concept, unmatched = read_concept(tmp_path / "x.safetensors")
     assert unmatched == [key] and relative_error(concept.layers[LAYER].delta(), UP @ DOWN) < 1e-6
 
 
@@ -185,10 +181,9 @@ SCALES = {
 
 
 @pytest.mark.parametrize("case", SCALES)
-@pytest.mark.parametrize("read", [read_concept, import_diffusers])
-def test_the_configuration_beside_pefts_file_says_how_strongly_it_acts(tmp_path, case, read):
+def test_the_configuration_beside_pefts_file_says_how_strongly_it_acts(tmp_path, case):
     config, scale = SCALES[case]
-    adapter = read(peft(tmp_path, config)).concept.layers[LAYER]
+    adapter = read_concept(peft(tmp_path, config)).concept.layers[LAYER]
     assert math.isclose(adapter.scale, scale, rel_tol=1e-12)
     assert relative_error(adapter.delta(), scale * UP @ DOWN) < 1e-6
 
@@ -297,9 +292,8 @@ def test_half_a_character_in_what_a_file_says_is_no_text(tmp_path):
 
 def test_a_file_without_a_tensor_says_so(tmp_path):
     raw(tmp_path / "x.safetensors", {}, {"ss_sd_model_name": "a"})
-    for reader in (read_concept, import_kohya, import_diffusers):
-        with pytest.raises(AdapterError, match="^x.safetensors: the file holds no tensor at all"):
-            reader(tmp_path / "x.safetensors")
+    with pytest.raises(AdapterError, match="^x.safetensors: the file holds no tensor at all"):
+        read_concept(tmp_path / "x.safetensors")
 
 
 def test_a_configuration_in_another_encoding_is_said_in_plain_words_and_a_mark_before_it_is_no_fault(tmp_path):

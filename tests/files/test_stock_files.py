@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 
 import pytest
 import torch
 from laws import SHIFT
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from modular_concepts.concept import Concept
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import load_concept, save_concept
-from modular_concepts.files.diffusers import FILE_NAME, export_diffusers, import_diffusers
+from modular_concepts.files.diffusers import FILE_NAME, export_diffusers
 from modular_concepts.files.embeddings import export_embeddings, import_embedding
-from modular_concepts.files.kohya import export_kohya, import_kohya
+from modular_concepts.files.kohya import export_kohya
+from modular_concepts.files.lora import Place, Places, by_rule, import_lora
+from modular_concepts.merging.compatibility import fitting_concepts
 from modular_concepts.models.layers import find_layers, name_of_key
 
-ROUND_TRIPS = {"kohya": (export_kohya, import_kohya), "diffusers": (export_diffusers, import_diffusers)}
+EXPORTS = {"kohya": export_kohya, "diffusers": export_diffusers}
 
 
-@pytest.mark.parametrize("form", ROUND_TRIPS)
+def places_in(layers: Iterable[str]) -> Places:
+    """Where a model with these layers has what a LoRA brings."""
+    there = set(layers)
+
+    def place(stem: str) -> Place | None:
+        name = by_rule(stem)
+        return Place(name) if name in there else None
+
+    return place
+
+
+@pytest.mark.parametrize("form", EXPORTS)
 @pytest.mark.parametrize("named", [True, False])
 def test_export_and_import_keep_every_delta(concept, tmp_path, form, named):
-    export, read = ROUND_TRIPS[form]
-    path = tmp_path / "pytorch_lora_weights.safetensors"
-    export(concept, path)
-    imported, unmatched = read(path, list(concept.layers) if named else None)
+    path = EXPORTS[form](concept, tmp_path / "pytorch_lora_weights.safetensors")
+    imported, unmatched = import_lora(path, places=places_in(concept.layers) if named else None)
     assert unmatched == [] and set(imported.layers) == set(concept.layers)
     for name, adapter in concept.layers.items():
         assert imported.layers[name].kind == "lora"
@@ -54,17 +65,16 @@ def of_two_text_encoders(concept: Concept, layer: str) -> Concept:
     return dataclasses.replace(concept, layers=layers, recipe=dataclasses.replace(concept.recipe, architecture="sdxl"))
 
 
-@pytest.mark.parametrize("form", ROUND_TRIPS)
+@pytest.mark.parametrize("form", EXPORTS)
 def test_both_text_encoders_of_sdxl_come_back_by_name(make_concept, tmp_path, form):
     concept = of_two_text_encoders(make_concept("lora"), "unet.mid_block.attentions.0.proj_in")
-    export, read = ROUND_TRIPS[form]
-    path = export(concept, tmp_path / "x.safetensors")
+    path = EXPORTS[form](concept, tmp_path / "x.safetensors")
     keys = {key.split(".")[0] for key in load_file(path)}
     if form == "kohya":
         path_in_file = "text_model_encoder_layers_0_self_attn_q_proj"
         assert {f"lora_te1_{path_in_file}", f"lora_te2_{path_in_file}"} <= keys
-    for known in (None, list(concept.layers)):
-        imported, unmatched = read(path, known)
+    for places in (None, places_in(concept.layers)):
+        imported, unmatched = import_lora(path, places=places)
         assert unmatched == [] and set(imported.layers) == set(concept.layers)
     save_concept(concept, tmp_path / "whole.safetensors")
     assert set(load_concept(tmp_path / "whole.safetensors").layers) == set(concept.layers)
@@ -75,7 +85,7 @@ def test_joint_blocks_go_to_kohyas_form_alone(make_concept, tmp_path):
     concept = of_two_text_encoders(make_concept("lora"), layer)
     tensors = load_file(export_kohya(concept, tmp_path / "x"))
     assert "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight" in tensors
-    assert layer in import_kohya(tmp_path / "x").concept.layers
+    assert layer in import_lora(tmp_path / "x").concept.layers
     with pytest.raises(AdapterError, match="joint_blocks.0.x_block.attn.qkv: .* export to kohya's form"):
         export_diffusers(concept, tmp_path)
     assert not (tmp_path / FILE_NAME).exists()
@@ -90,20 +100,20 @@ def test_every_unmatched_key_is_reported(make_concept, tmp_path):
     dora = "lora_unet_mid_block_attentions_0_proj_in"
     tensors |= {key: torch.ones(4, 4) for key in strange} | {f"{dora}.dora_scale": torch.ones(16)}
     save_file(tensors, tmp_path / "y")
-    imported, unmatched = import_kohya(tmp_path / "y", list(concept.layers))
+    imported, unmatched = import_lora(tmp_path / "y", places=places_in(concept.layers))
     assert set(unmatched) == strange | {key for key in tensors if key.startswith(dora)}
     assert set(imported.layers) == set(concept.layers) - {"unet.mid_block.attentions.0.proj_in"}
 
 
-@pytest.mark.parametrize("form", ROUND_TRIPS)
+@pytest.mark.parametrize("form", EXPORTS)
 def test_file_of_another_model_is_refused(make_concept, tmp_path, form):
-    export, read = ROUND_TRIPS[form]
-    export(make_concept("lora"), tmp_path / "x")
+    concept = make_concept("lora")
+    EXPORTS[form](concept, tmp_path / "x")
     with pytest.raises(AdapterError, match="x: none of its"):
-        read(tmp_path / "x", ["unet.other"])
-    layers = {name: nn.Linear(8, 8) for name in make_concept("lora").layers}
-    with pytest.raises(AdapterError, match=r"x: .*another architecture"):
-        read(tmp_path / "x", layers)
+        import_lora(tmp_path / "x", places=places_in(["unet.other"]))
+    shapes = dict.fromkeys(concept.layers, (8, 8))
+    with pytest.raises(AdapterError, match=r"x, .*another architecture"):
+        fitting_concepts("toy", shapes, [import_lora(tmp_path / "x").concept])
 
 
 def test_half_a_layer_is_refused(make_concept, tmp_path):
@@ -112,14 +122,14 @@ def test_half_a_layer_is_refused(make_concept, tmp_path):
     tensors.pop("lora_unet_mid_block_attentions_0_proj_in.lora_up.weight")
     save_file(tensors, tmp_path / "x")
     with pytest.raises(AdapterError, match="only one factor"):
-        import_kohya(tmp_path / "x")
+        import_lora(tmp_path / "x")
 
 
 def test_missing_alpha_means_scale_one(make_concept, tmp_path):
     concept = make_concept("lora")
     export_kohya(concept, tmp_path / "x")
     save_file({key: t for key, t in load_file(tmp_path / "x").items() if "alpha" not in key}, tmp_path / "x")
-    imported, _ = import_kohya(tmp_path / "x")
+    imported, _ = import_lora(tmp_path / "x")
     assert {adapter.scale for adapter in imported.layers.values()} == {1.0}
     assert {adapter.scale for adapter in concept.layers.values()} == {0.5}
 
@@ -141,7 +151,7 @@ def test_older_diffusers_keys_are_understood(tmp_path):
         tensors |= {form.format("down"): torch.ones(2, 6), form.format("up"): torch.ones(4, 2)}
     tensors["unet.a.ff.net.0.proj.alpha"] = torch.tensor(1.0)
     save_file(tensors, tmp_path / "x")
-    imported, unmatched = import_diffusers(tmp_path / "x")
+    imported, unmatched = import_lora(tmp_path / "x")
     assert unmatched == [] and set(imported.layers) == set(OLD_FORMS.values())
     assert imported.layers["unet.a.ff.net.0.proj"].scale == 0.5
     assert imported.layers["unet.a.attentions.0.attn1.to_q"].delta().eq(2).all()
@@ -158,12 +168,12 @@ def test_alpha_of_peft_settings_is_applied(tmp_path):
         "text_encoder.use_rslora": True,
     }
     save_file(tensors, tmp_path / "x", {"lora_adapter_metadata": json.dumps(settings)})
-    imported, _ = import_diffusers(tmp_path / "x")
+    imported, _ = import_lora(tmp_path / "x")
     assert imported.layers["unet.a.to_q"].scale == 2.0
     assert imported.layers["text_encoder.text_model.a.q_proj"].scale == 4.0
     save_file(tensors, tmp_path / "x", {"lora_adapter_metadata": '{"unet.lora_alpha": "8"}'})
     with pytest.raises(AdapterError, match="lora_alpha"):
-        import_diffusers(tmp_path / "x")
+        import_lora(tmp_path / "x")
 
 
 def test_embeddings_are_one_tensor_named_by_the_word(make_concept, tmp_path):
