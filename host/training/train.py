@@ -223,7 +223,17 @@ def _notes(base: HostBase, plan: Plan) -> list[str]:
     present = [name for name, is_there in there.items() if is_there]
     given = [name for name in plan.given if name in TRAIN]
     given += ["accept_changes"] if plan.accept_changes else []
-    return [*plan.notes, *unread(TRAIN, given, plan.settings.method, present, lambda name: NODE_NAMES.get(name, name))]
+    return [
+        *plan.notes,
+        *_nothing_to_resume(plan),
+        *unread(TRAIN, given, plan.settings.method, present, lambda name: NODE_NAMES.get(name, name)),
+    ]
+
+
+def _nothing_to_resume(plan: Plan) -> list[str]:
+    if not plan.resume or checkpoints_in(checkpoint_folder(plan.subject.name)):
+        return []
+    return [f"resume is on, but there is no checkpoint of {plan.subject.name} yet, so it starts from the beginning"]
 
 
 @contextmanager

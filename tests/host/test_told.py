@@ -99,6 +99,7 @@ def test_regions_in_pixels_stay_in_place_in_a_second_pass(facts):
 def test_widgets_that_a_method_does_not_read_are_told(facts):
     assert facts["density in sum"] == "density changes nothing: sum does not read it, but magnitude, dare, ties would"
     assert facts["density in ties"] == ""
+    assert facts["nothing to resume"].startswith("resume is on, but there is no checkpoint of nobody yet")
     first, *others = facts["training"]
     assert first == "slot changes nothing" and len(others) == 4
     for sentence, words in zip(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+from types import SimpleNamespace
 
 from in_host import FOLDER, pack_module, start
 
@@ -105,6 +106,8 @@ def main() -> None:
         notes=("slot changes nothing",),
     )
     facts["training"] = training._notes(base, plan)
+    anew = dataclasses.replace(plan, subject=SimpleNamespace(name="nobody"), accept_changes=False, resume=True)
+    facts["nothing to resume"] = training._notes(base, anew)[1]
 
     # Inputs that mean nothing beside others, by each node itself.
     def mean_nothing(attempt) -> str:
