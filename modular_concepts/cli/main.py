@@ -22,8 +22,9 @@ from .. import __version__
 from ..errors import AdapterError, in_one_line, listed
 from ..families.toy import TOY
 from ..toy.vocabulary import STANDARD_NAMES
+from ..typed import number_typed, whole_typed
 from .merge import add_export, add_inspect, add_merge
-from .paths import add_overwrite, base_named, folder, note_repeated, refuse_existing, say, typed_path
+from .paths import add_overwrite, base_named, folder, free_names, note_repeated, refuse_existing, say, typed_path
 from .progress import Bar, Interrupts, close_bars
 from .sample import add_sample
 from .train import add_train
@@ -156,8 +157,9 @@ def _pictures(args: argparse.Namespace) -> None:
     for number, (picture, caption) in enumerate(zip(lesson.pictures, lesson.captions, strict=True)):
         to_image(picture).save(png := io.BytesIO(), "PNG")
         files |= {out / f"{number:02d}.png": png.getvalue(), out / f"{number:02d}.txt": caption.encode()}
-    for path, data in files.items():
-        if not args.overwrite and os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
+    there = [] if args.overwrite else [path for path in files if os.path.lexists(path)]
+    for path in there:
+        if not (path.is_file() and path.read_bytes() == files[path]):
             refuse_existing(path)
     others = (
         sorted(path.name for path in out.iterdir() if path not in files and not path.name.startswith("."))
@@ -171,9 +173,10 @@ def _pictures(args: argparse.Namespace) -> None:
         )
     note_repeated(args)
     folder(out)
-    with all_or_none():
+    with free_names(args.overwrite), all_or_none():
         for path, data in files.items():
-            write_atomically(path, data)
+            if path not in there:
+                write_atomically(path, data)
     say(
         f"wrote {len(lesson.pictures)} pictures with captions to {out}; train on them with this, in which each concept "
         "has a slot of its own:"
@@ -199,6 +202,8 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         self.unknown = [text.partition("=")[0] for text in _before_two_dashes(args or ()) if self._is_unknown(text)]
         self.seen: dict[str, object] = {}
+        if self._subparsers is not None and args and args[0].startswith("-") and args[0] not in self._options():
+            self.error(f"{args[0]} stands before the command; options stand behind theirs, as in train {args[0]} …")
         namespace, left = super().parse_known_args(args, namespace)
         if left and self._subparsers is None:  # here and not in the parser above, whose --help says less
             several = (
@@ -258,14 +263,14 @@ class _Once(argparse._StoreAction):
 
 def _whole(text: str) -> int:
     try:
-        return int(text)
+        return whole_typed(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
 
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        return number_typed(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
 

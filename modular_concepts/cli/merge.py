@@ -20,6 +20,7 @@ from .paths import (
     concepts_alone,
     concepts_at,
     folder,
+    free_names,
     named,
     note,
     note_repeated,
@@ -181,7 +182,8 @@ def run_merge(args: argparse.Namespace) -> None:
     evidence = _evidence(args, concepts, paths, base)
     merged = _said(about, merged_concept(name, concepts, strengths, args.how, args.literal, options, evidence))
     folder(args.out.parent)
-    save_concept(merged, args.out)
+    with free_names(args.overwrite):
+        save_concept(merged, args.out)
     names, words = listed([concept.name for concept in concepts], 20, " + "), listed(merged.tokens, 20, " ")
     say(f"wrote {args.out}: {names}; triggers {words or 'none'}")
     if args.how == "svd":
@@ -372,7 +374,8 @@ def run_export(args: argparse.Namespace) -> None:
         check_concept_output(out, args.overwrite)
     if whole:
         folder(out.parent)
-        save_concept(concept, out, compact=args.format == "compact")
+        with free_names(args.overwrite):
+            save_concept(concept, out, compact=args.format == "compact")
         say(f"wrote {out}")
         return
     files = embedding_files(concept, words)
@@ -382,7 +385,7 @@ def run_export(args: argparse.Namespace) -> None:
     if concept.tokens:
         folder(words)
     folder(out.parent)
-    with all_or_none():
+    with free_names(args.overwrite), all_or_none():
         # Words first: what cannot be exported at all is found before anything is written.
         for path, word in files.items():
             if path not in there:

@@ -12,6 +12,7 @@ from ..choices import LAYOUTS, TARGETS
 from ..errors import AdapterError
 from ..training.presets import PRESETS, Preset, preset_named
 from ..training.settings import METHODS, OPTIMIZERS, PRECISIONS, SCHEDULES, TOKEN_STARTS, TrainSettings
+from ..typed import number_typed
 
 # Option -> how it is read (a type, or the words to choose from) and what it says of itself.
 _OPTIONS: dict[str, tuple[Callable | tuple[str, ...] | str, str]] = {
@@ -159,7 +160,7 @@ _NONE = object()
 
 
 def _number_or_none(text: str) -> object:
-    return _NONE if text.lower() == "none" else float(text)
+    return _NONE if text.lower() == "none" else number_typed(text)
 
 
 _number_or_none.__name__ = "number"

@@ -8,12 +8,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import AdapterError, in_one_line
 from ..storage.names import check_new_path, safe_name
+from ..typed import number_typed
 
 if TYPE_CHECKING:
     from ..models.base import BaseModel
@@ -58,7 +60,7 @@ def concepts_at(texts: Sequence[str], apart: str = "with a space between") -> tu
         if not text.strip() or (colon and not path.strip()):
             raise AdapterError(f"a concept is given as {text!r}, which names no file; give FILE or FILE:STRENGTH")
         try:
-            strength = float(number) if colon and not Path(text).exists() else None
+            strength = number_typed(number) if colon and not Path(text).exists() else None
         except ValueError:
             strength = None
         if not Path(text if strength is None else path).exists():
@@ -98,7 +100,7 @@ def _number_meant(text: str) -> str | None:
     """A strength as it is read, of one that may be written with a decimal comma or in percent."""
     plain, percent, _ = text.strip().replace(",", ".").partition("%")
     try:
-        number = float(plain) / (100 if percent else 1)
+        number = number_typed(plain) / (100 if percent else 1)
     except ValueError:
         return None
     return f"{number:g}" if math.isfinite(number) else None
@@ -126,12 +128,19 @@ def concept_at(path: Path):
     return imported.concept
 
 
-def folder(path: Path, option: str = "--out") -> Path:
-    """Made where it is not there yet."""
-
+def check_folder_place(path: Path, option: str) -> None:
+    """Raise AdapterError where a folder neither is nor can be made; it is not made yet, for the work may be refused."""
     check_new_path(path, option)
     if files := [place for place in (path, *path.parents) if os.path.lexists(place) and not place.is_dir()]:
         raise AdapterError(f"the folder {path} cannot be made: {files[-1]} is a file; choose another {option}")
+    there = next((place for place in (path, *path.absolute().parents) if place.is_dir()), None)
+    if there is None or not os.access(there, os.W_OK):
+        raise AdapterError(f"you have no permission to write in {there or path}; choose another {option}")
+
+
+def folder(path: Path, option: str = "--out") -> Path:
+    """Made where it is not there yet."""
+    check_folder_place(path, option)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -141,6 +150,13 @@ def folder(path: Path, option: str = "--out") -> Path:
 
 def add_overwrite(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace what is there under the same name")
+
+
+def free_names(overwrite: bool) -> AbstractContextManager[None]:
+    """Within the block files are written under free names alone, unless they may replace what is there."""
+    from ..storage.atomic import only_new
+
+    return nullcontext() if overwrite else only_new()
 
 
 def check_concept_output(path: Path, overwrite: bool = True) -> None:

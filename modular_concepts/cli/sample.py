@@ -12,12 +12,14 @@ from typing import Any
 
 from ..errors import AdapterError, listed
 from ..families.toy import TOY
+from ..typed import number_typed
 from .paths import (
     add_overwrite,
     base_named,
     check_output,
     concepts_at,
     folder,
+    free_names,
     note,
     note_repeated,
     refuse_existing,
@@ -121,6 +123,8 @@ def run_sample(args: argparse.Namespace) -> None:
     for sentence in odd:
         note(sentence)
     stack = Stack(zip(concepts, strengths, strict=True))
+    for sentence in _unfelt(concepts, strengths):
+        note(sentence)
     for sentence in unheard(stack, args.prompt, regions, gated, "draw with --mode merged, where it acts everywhere"):
         note(sentence)
     how: dict[str, Any] = dict(mode="gated", stack=stack) if gated else {}
@@ -135,10 +139,18 @@ def run_sample(args: argparse.Namespace) -> None:
 
                 drawn = sample(base, [args.prompt] * len(some), some, tokens, settings, regions, step_done, **how)
                 for number, picture in enumerate(drawn, first):
-                    written.append(_write(paths[number], args.zoom, picture))
+                    written.append(_write(paths[number], args.zoom, picture, args.overwrite))
     finally:
         for number, path in enumerate(written):
             say(f"wrote {path} (seed {seeds[number]})")
+
+
+def _unfelt(concepts: Sequence, strengths: Sequence[float]) -> list[str]:
+    return [
+        f"{concept.name} has strength 0, so nothing of what its layers learned is drawn; 1 is as it was trained"
+        for concept, strength in zip(concepts, strengths, strict=True)
+        if strength == 0
+    ]
 
 
 def _unread(args: argparse.Namespace) -> list[str]:
@@ -179,17 +191,24 @@ def _outputs(args: argparse.Namespace) -> list[Path]:
     raise AssertionError
 
 
-def _write(path: Path, zoom: int, picture) -> Path:
+def _write(path: Path, zoom: int, picture, overwrite: bool) -> Path:
+    """The file; beside `path` where that has come to be another's since the command began."""
     from ..pictures import to_image
-    from ..storage.atomic import replacing
+    from ..storage.atomic import Taken, replacing
+    from ..storage.keeping import free_name
 
     image = to_image(picture)
     if zoom > 1:
         image = image.resize((image.width * zoom, image.height * zoom), 0)
     folder(path.parent)
-    with replacing(path) as file:
-        image.save(file, FORMATS[path.suffix.lower()])
-    return path
+    while True:
+        try:
+            with free_names(overwrite), replacing(path) as file:
+                image.save(file, FORMATS[path.suffix.lower()])
+            return path
+        except Taken:
+            note(f"{path} is there now and was not before; it stays as it is, and the picture is written beside it")
+            path = free_name(path)
 
 
 def _region(text: str, units: str, width: int, height: int):
@@ -207,8 +226,8 @@ def _region(text: str, units: str, width: int, height: int):
 
 def _as_typed(text: str) -> float:
     """A number that a message shows as it was typed: 2 and not 2.0."""
-    number = float(text)
-    return int(number) if number.is_integer() else number
+    number = number_typed(text)
+    return int(number) if number % 1 == 0 else number
 
 
 def _warn_unknown(base, prompts: Sequence[str], triggers: Sequence[str]) -> None:

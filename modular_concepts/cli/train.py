@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import AdapterError
 from ..families.toy import TOY
+from ..typed import whole_typed
 from .options import add_training_options, chosen_preset
 from .paths import (
     add_overwrite,
     base_named,
     check_concept_output,
-    folder,
+    check_folder_place,
+    free_names,
     named,
     note,
     note_repeated,
@@ -95,10 +96,11 @@ def run_train(args: argparse.Namespace) -> None:
     subject = _subject(args, base, preset, settings, size)
     targets = Targets(preset.targets, preset.text_encoder_targets)
     check_training(base, subject, settings, targets)
-    if args.resume and out.exists() and not args.overwrite and not _of_this_training(out, args.resume, subject, base):
+    resumed = args.resume is not None and out.exists()
+    if resumed and not args.overwrite and not _of_this_training(out, args.resume, subject, base):
         refuse_existing(out)
     prior = _prior(base, args.class_word, preset.prior, *size)
-    _teach(args, Lesson(base, subject, settings, targets, OrthogonalBasis(), prior), out)
+    _teach(args, Lesson(base, subject, settings, targets, OrthogonalBasis(), prior), out, args.overwrite or resumed)
 
 
 class Lesson(NamedTuple):
@@ -114,6 +116,7 @@ class Lesson(NamedTuple):
 
 def _check_places(args: argparse.Namespace, out: Path) -> None:
     """Refuse, before anything is loaded, what cannot be read or written."""
+    from ..storage.names import resolved
     from ..training.checkpoint import check_checkpoint
 
     # Whether it holds the training that is resumed can be told once the pictures are read.
@@ -123,7 +126,12 @@ def _check_places(args: argparse.Namespace, out: Path) -> None:
     if args.checkpoints:
         _check_checkpoints(args)
     if args.cache:
-        folder(args.cache, "--cache")
+        check_folder_place(args.cache, "--cache")
+    for option, place in (("--checkpoints", args.checkpoints), ("--cache", args.cache)):
+        if place is not None and resolved(out) in (resolved(place), *resolved(place).parents):
+            raise AdapterError(
+                f"{out} would be the concept's file, and {option} {place} a folder there; choose another {option}"
+            )
 
 
 def _chosen_settings(args: argparse.Namespace, base: BaseModel, name: str) -> tuple[Preset, TrainSettings]:
@@ -187,8 +195,11 @@ def _subject(
     )
 
 
-def _teach(args: argparse.Namespace, lesson: Lesson, out: Path) -> None:
-    """Train, and keep what was learned whatever becomes of it."""
+def _teach(args: argparse.Namespace, lesson: Lesson, out: Path, replaces: bool) -> None:
+    """Train, and keep what was learned whatever becomes of it.
+
+    replaces: whether a file that is there by then may be replaced.
+    """
     from ..files.modelspec import dated
     from ..training.checkpoint import Changed
     from ..training.loop import Unfinished
@@ -230,19 +241,21 @@ def _teach(args: argparse.Namespace, lesson: Lesson, out: Path) -> None:
         interrupted.hold()
         if fault is not None:
             concept = concept_from(lesson.base, lesson.subject, result, lesson.basis, lesson.targets)
-        written = _keep(args, dated(concept), result, out) if result.step else None
+        written = _keep(args, dated(concept), result, out, replaces) if result.step else None
     _end(args, result, written, fault)
 
 
-def _keep(args: argparse.Namespace, concept, result: TrainResult, out: Path) -> Kept:
+def _keep(args: argparse.Namespace, concept, result: TrainResult, out: Path, replaces: bool) -> Kept:
     """Write what was learned: where it was to be, or, if that fails, wherever it can be."""
     from ..files.concept import save_concept
-    from ..storage.keeping import keep, last_places
+    from ..storage.keeping import free_name, keep, last_places
 
     if not result.finished:
-        out = _free(out.with_name(f"{out.stem}-step{result.step}.safetensors"), args.overwrite)
+        out, replaces = out.with_name(f"{out.stem}-step{result.step}.safetensors"), args.overwrite
+        out = out if replaces else free_name(out)
     places = [*filter(None, [args.checkpoints]), *last_places()]
-    kept = keep(lambda path: save_concept(concept, path, compact=args.compact), out, places)
+    with free_names(replaces):
+        kept = keep(lambda path: save_concept(concept, path, compact=args.compact), out, places)
     say(f"wrote {kept.path}: {_what_learned(concept)}, last loss {result.losses[-1]:.4f}")
     return kept
 
@@ -313,7 +326,7 @@ def _check_checkpoints(args: argparse.Namespace) -> None:
     """Refuse another training's folder before the base is loaded; say what will be moved."""
     from ..training.ownership import Occupied, check_folder
 
-    folder(args.checkpoints, "--checkpoints")
+    check_folder_place(args.checkpoints, "--checkpoints")
     try:
         check_folder(args.checkpoints, args.resume)
     except Occupied as error:
@@ -357,15 +370,6 @@ def _of_this_training(out: Path, checkpoint: Path, subject, base) -> bool:
     return same and (recipe.base_hash, recipe.origin.get("fingerprint")) == (base.hash, subject.fingerprint)
 
 
-def _free(path: Path, overwrite: bool) -> Path:
-    """The path, or with a number where a file is there already: what was learned must find a place."""
-    number, free = 1, path
-    while os.path.lexists(free) and not overwrite:
-        number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
-    return free
-
-
 def _what_learned(concept) -> str:
     ranks = sorted({adapter.rank for adapter in concept.layers.values()})
     if not ranks:
@@ -390,6 +394,6 @@ def _prior(base, class_word: str, count: int, height: int, width: int):
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().replace("×", "x").partition("x")
     try:
-        return int(height), int(width)
+        return whole_typed(height), whole_typed(width)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as in 512x512") from error

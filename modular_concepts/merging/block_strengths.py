@@ -15,6 +15,7 @@ from ..adapters.low_rank import LowRank
 from ..errors import AdapterError
 from ..families import block_kinds
 from ..models.layers import block_of
+from ..typed import number_typed
 
 _ENTRY = re.compile(r"\s*(?P<kind>[a-z][a-z ]*?)(?:\s+(?P<number>\d{1,3}))?\s*=\s*(?P<value>.+?)\s*")
 EXAMPLE = "mid=0.5, up 1=0, text=0.8"
@@ -93,7 +94,7 @@ def _kind(block: str) -> str:
 
 def _number(text: str) -> float | None:
     try:
-        value = float(text)
+        value = number_typed(text)
     except ValueError:
         return None
     return value if math.isfinite(value) else None

@@ -16,6 +16,24 @@ from ..errors import AdapterError
 
 # Of `all_or_none`: temporary files and the names that they will take.
 _WAITING: ContextVar[list[tuple[Path, Path]] | None] = ContextVar("waiting", default=None)
+_ONLY_NEW: ContextVar[bool] = ContextVar("only new", default=False)
+
+
+class Taken(AdapterError):
+    """Within `only_new`, a file has the name that another was to take."""
+
+
+@contextlib.contextmanager
+def only_new() -> Generator[None]:
+    """Within the block `replacing` takes free names alone: what has appeared under one meanwhile stays as it is.
+
+    For a name that was found free before the work: it may be another's by its end.  `Taken` says so.
+    """
+    token = _ONLY_NEW.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_NEW.reset(token)
 
 
 @contextlib.contextmanager
@@ -36,7 +54,7 @@ def replacing(path: Path | str) -> Generator[BinaryIO]:
         if waiting is not None:
             waiting.append((temporary, path))
             return
-        os.replace(temporary, path)
+        _take_name(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         raise AdapterError(f"{path}: cannot be written: {reason(error)}") from error
@@ -68,9 +86,9 @@ def _take_names(waiting: Sequence[tuple[Path, Path]]) -> None:
     done: list[tuple[Path, Path | None]] = []
     try:
         for temporary, path in waiting:
-            before = _second_name(path) if path.exists() else None
+            before = _second_name(path) if path.exists() and not _ONLY_NEW.get() else None
             done.append((path, before))
-            os.replace(temporary, path)
+            _take_name(temporary, path)
         for folder in dict.fromkeys(path.parent for path, _ in done):
             sync_folder(folder)
     except BaseException as error:
@@ -85,6 +103,28 @@ def _take_names(waiting: Sequence[tuple[Path, Path]]) -> None:
             raise AdapterError(f"{path}: cannot be written: {reason(error)}") from error
         raise
     _remove([before for _, before in done if before is not None])
+
+
+def _take_name(temporary: Path, path: Path) -> None:
+    if not _ONLY_NEW.get():
+        os.replace(temporary, path)
+        return
+    try:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links: an empty file keeps the name for the moment between
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                _remove([path])
+                raise
+        else:
+            temporary.unlink()
+    except FileExistsError as error:
+        raise Taken(f"{path} is there now and was not before; it stays as it is, so choose another name") from error
 
 
 def _second_name(path: Path) -> Path:

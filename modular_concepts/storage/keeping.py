@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import AdapterError
+from .atomic import Taken
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def check_room(needs: Iterable[tuple[Path, int]]) -> None:
 def keep(write: Callable[[Path], None], path: Path, others: Sequence[Path]) -> Kept:
     """Write to `path`, or, where that cannot be, under a free name in the first of the other folders that takes it.
 
-    write: makes the file whole or not at all.  Raises AdapterError, of the first place, when none takes it.
+    write: makes the file whole or not at all.  Within `only_new`, a name that is taken has a free one beside it.
+    Raises AdapterError, of the first place, when none takes it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +55,9 @@ def keep(write: Callable[[Path], None], path: Path, others: Sequence[Path]) -> K
         return Kept(path)
     except (AdapterError, OSError) as error:
         fault = error if isinstance(error, AdapterError) else AdapterError(f"{path}: cannot be written: {error}")
-    for folder in dict.fromkeys(others):
-        if not folder.is_dir() or folder == path.parent:
+    beside = [path.parent] if isinstance(fault, Taken) else []
+    for folder in dict.fromkeys([*beside, *others]):
+        if not folder.is_dir() or (folder == path.parent and not beside):
             continue
         with suppress(AdapterError, OSError):
             place = free_name(folder / path.name)
@@ -74,7 +78,7 @@ def last_places() -> list[Path]:
 def free_name(path: Path) -> Path:
     """The path, or with the first number from 2 on that no file has."""
     number, free = 1, path
-    while free.exists():
+    while os.path.lexists(free):
         number += 1
         free = path.with_stem(f"{path.stem}-{number}")
     return free

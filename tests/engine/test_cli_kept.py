@@ -220,7 +220,11 @@ def test_an_export_is_whole_or_not_at_all(here, capsys, monkeypatch, at):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(source, target)
 
+    def no_link(_source, _target):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
     monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "link", no_link)
     refused(capsys, here, ["export", "concepts/tom.safetensors"], "the disk is full")
     monkeypatch.setattr(os, "replace", real)
     assert run(capsys, "export", "concepts/tom.safetensors")[0] == 0
