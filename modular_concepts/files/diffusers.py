@@ -54,8 +54,8 @@ def export_diffusers(concept: Concept, path: Path | str, dtype: torch.dtype | No
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     tensors = {}
-    for name, own in concept.layers.items():
-        adapter = own.stock()
+    for name, trained in concept.layers.items():
+        adapter = trained.stock()
         up = adapter.full_up()
         up = up if adapter.scale == 1 else (up.float() * adapter.scale).to(up.dtype)
         up = up[:, :, None, None] if adapter.lora_down.dim() == 4 else up
@@ -88,13 +88,13 @@ def with_peft_alphas(
         strength = config.alpha
     else:
         return dict(adapters)
-    found = {
+    scaled = {
         layer: adapter if layer in explicit else adapter.replace(alpha=strength(layer, adapter.rank))
         for layer, adapter in adapters.items()
     }
-    for layer, adapter in found.items():
+    for layer, adapter in scaled.items():
         check_size(f"{path.name}: {layer}", adapter)
-    return found
+    return scaled
 
 
 def _refuse_other_layouts(concept: Concept) -> None:
@@ -138,7 +138,9 @@ def _embedded(path: Path, text: str) -> Callable[[str, int], float]:
         raise AdapterError(f"{where} are not a JSON object; the file is damaged")
 
     def of_part(part: str) -> PeftConfig:
-        return config_of(where, {key.removeprefix(part): own for key, own in settings.items() if key.startswith(part)})
+        return config_of(
+            where, {key.removeprefix(part): value for key, value in settings.items() if key.startswith(part)}
+        )
 
     configs = {part: of_part(f"{part}.") for part in ("transformer", "unet", *TEXT_PARTS)}
     if "transformer.lora_alpha" in settings:

@@ -125,7 +125,7 @@ def imported_concept(
     """A concept around foreign adapters; what the file says of itself is kept as its origin."""
     rank, _ = Counter(adapter.rank for adapter in adapters.values()).most_common(1)[0]
     alpha, _ = Counter(adapter.alpha for adapter in adapters.values()).most_common(1)[0]
-    said = {key: metadata[key][:200] for key in ("ss_base_model_version", "ss_sd_model_name") if key in metadata}
+    base = {key: metadata[key][:200] for key in ("ss_base_model_version", "ss_sd_model_name") if key in metadata}
     title = "".join(letter for letter in name or name_of_file(path) if letter.isprintable())[:100].strip() or "imported"
     recipe = Recipe(
         method="lora",
@@ -133,7 +133,7 @@ def imported_concept(
         alpha=alpha,
         architecture=architecture_said(metadata),
         triggers=triggers_said(metadata),
-        origin={"imported_from": kind, **said},
+        origin={"imported_from": kind, **base},
     )
     return Concept(title, adapters, {}, recipe, about_of(metadata, title))
 
