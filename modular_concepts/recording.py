@@ -18,12 +18,13 @@ from .merging.moments import Recorder, recording
 from .models.base import BaseModel
 from .models.targets import EVERYTHING, concept_layers
 from .sampling import SampleSettings, customised, sample
+from .settings import merging as declared
 from .text.contexts import text_of
 
 PROMPTS = ("a photo of a {concept}", "a {concept}", "{concept}")
 PADDING = 4  # rows of a caption that all its padding counts as; a caption has three to twelve of its own
 BATCH = 32
-DRAWING = SampleSettings(steps=12, cfg=1.0, batch=8)
+DRAWING = SampleSettings(steps=declared.RECORDED_STEPS.default, cfg=1.0, batch=8)
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def recorded(
     base: BaseModel,
     concept: Concept,
     prompts: Sequence[str] = PROMPTS,
-    count: int = 8,
+    count: int = declared.RECORDED_PICTURES.default,
     settings: SampleSettings = DRAWING,
     seed: int = 0,
 ) -> Recorder:

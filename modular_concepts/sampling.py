@@ -26,34 +26,24 @@ from .regions.assignment import acting
 from .regions.conditioning import Speaking
 from .regions.geometry import Region
 from .regions.shares import Places
+from .settings import drawing as declared
 from .stack import NO_CONCEPTS, Stack
-
-MODES = ("merged", "gated")
-MOST_CFG = 100.0  # what the hosts' samplers take, either way
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """height, width in pixels, None for the base's own; cfg is the guidance scale, 1 is none.
+    """Each is declared in `settings/drawing.py`.  Raises AdapterError for values that cannot work."""
 
-    Raises AdapterError for values that cannot work.
-    """
-
-    steps: int = 20
-    cfg: float = 5.0
-    height: int | None = None
-    width: int | None = None
-    negative: str = ""
-    batch: int = 16
+    steps: int = declared.STEPS.default
+    cfg: float = declared.CFG.default
+    height: int | None = declared.HEIGHT.default
+    width: int | None = declared.WIDTH.default
+    negative: str = declared.NEGATIVE.default
+    batch: int = declared.BATCH.default
 
     def __post_init__(self):
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise AdapterError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not -MOST_CFG <= self.cfg <= MOST_CFG:
-            raise AdapterError(
-                f"cfg is {self.cfg:g}; it must be a finite number from -{MOST_CFG:g} to {MOST_CFG:g}, 1 for no guidance"
-            )
+        for name, setting in declared.DRAWING.items():
+            setting.check(getattr(self, name))
 
 
 def warnings_on_guidance(cfg: float) -> list[str]:
@@ -109,8 +99,7 @@ def sample(
     Raises AdapterError, before anything is drawn, for sizes, steps or seeds that this base cannot take; and for a
     picture that is not finite.
     """
-    if mode not in MODES:
-        raise AdapterError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+    declared.MODE.check(mode)
     if stack and mode == "merged":
         raise AdapterError("merged mode draws with the base as it is; merge the concepts into it, or choose gated")
     if len(prompts) != len(seeds):

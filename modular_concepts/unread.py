@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-_LAYERED = ("lora", "orthogonal", "block", "block_orthogonal", "custom_diffusion")
-_FACTORED = _LAYERED[:-1]
-_BLOCKS = ("block", "block_orthogonal")
+from .settings.drawing import SAMPLED
+from .settings.merging import BESIDE_MERGING, MERGING
+from .settings.setting import Setting
+from .settings.training import BESIDE_TRAINING, TRAINING
 
 
 @dataclass(frozen=True)
@@ -20,58 +21,36 @@ class Read:
 
 
 _ALWAYS = Read()
-NOISE = "a noise schedule, which flow models lack"
-ONE_ROW = "a word that starts from one row"
 RECORDED = "a file that says how it was trained"
-GUIDANCE = "guidance (cfg above 1)"
+
+
+def _declared(*groups: Mapping[str, Setting]) -> dict[str, Read]:
+    """What the declarations say of who reads each setting."""
+    settings = (setting for group in groups for setting in group.values())
+    return {setting.name: Read(setting.read_by or None, setting.needs) for setting in settings}
+
 
 TRAIN: Mapping[str, Read] = MappingProxyType(
     {
         **dict.fromkeys(("pictures", "name", "class_word", "description", "out", "overwrite", "base"), _ALWAYS),
-        **dict.fromkeys(("preset", "list_presets", "method", "prior", "size", "buckets", "cache", "compact"), _ALWAYS),
-        **dict.fromkeys(("checkpoints", "resume", "steps", "batch", "seed", "token_lr", "token_vectors"), _ALWAYS),
-        **dict.fromkeys(("token_start", "token_norm", "warmup", "schedule", "clip_norm", "noise_offset"), _ALWAYS),
-        **dict.fromkeys(("attention_regularisation", "caption_dropout", "optimizer", "precision"), _ALWAYS),
-        **dict.fromkeys(("layerwise", "shuffle_tags", "flip", "gradient_checkpointing"), _ALWAYS),
-        "slot": Read(("orthogonal", *_BLOCKS)),
-        "blocks": Read(_BLOCKS),
-        "layout": Read(_BLOCKS),
-        "erasure": Read(_LAYERED),
-        "rank": Read(_FACTORED),
-        "alpha": Read(_FACTORED),
-        "targets": Read(_LAYERED),
-        "text_encoder": Read(_LAYERED),
-        "adapter_lr": Read(_LAYERED),
-        "text_encoder_lr": Read(_LAYERED, "text_encoder"),
-        "weight_decay": Read(_LAYERED),
-        "token_noise": Read(None, ONE_ROW),
-        "prior_weight": Read(None, "prior"),
-        "min_snr": Read(None, NOISE),
-        "checkpoint_every": Read(None, "checkpoints"),
-        "keep_checkpoints": Read(None, "checkpoints"),
+        **dict.fromkeys(("preset", "list_presets", "size", "cache", "compact"), _ALWAYS),
+        **dict.fromkeys(("checkpoints", "resume"), _ALWAYS),
         "accept_changes": Read(None, "resume"),
+        **_declared(TRAINING, BESIDE_TRAINING),
     }
 )
 MERGE: Mapping[str, Read] = MappingProxyType(
     {
-        **dict.fromkeys(("concepts", "out", "overwrite", "how", "base", "thumbnail"), _ALWAYS),
+        **dict.fromkeys(("concepts", "out", "overwrite", "base", "thumbnail"), _ALWAYS),
         **dict.fromkeys(("title", "author", "description", "license", "tags"), _ALWAYS),
-        "literal": Read(("block",)),
-        "density": Read(("magnitude", "dare", "ties")),
-        "rank": Read(("svd",)),
-        "seed": Read(("dare",)),
-        "ridge": Read(("fusion",)),
-        "exact": Read(("fusion",)),
         "moments": Read(("fusion",)),
+        **_declared(MERGING, BESIDE_MERGING),
     }
 )
 SAMPLE: Mapping[str, Read] = MappingProxyType(
     {
-        **dict.fromkeys(("prompt", "concept", "region", "out", "base", "width", "height", "steps"), _ALWAYS),
-        **dict.fromkeys(("cfg", "seed", "count", "zoom", "overwrite"), _ALWAYS),
-        "units": Read(None, "region"),
-        "mode": Read(None, "region"),
-        "negative": Read(None, GUIDANCE),
+        **dict.fromkeys(("prompt", "concept", "region", "out", "base", "overwrite"), _ALWAYS),
+        **_declared(SAMPLED),
     }
 )
 DEMO: Mapping[str, Read] = MappingProxyType(dict.fromkeys(("out", "overwrite"), _ALWAYS))

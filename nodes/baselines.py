@@ -9,10 +9,12 @@ from comfy_api.latest import io
 from ..modular_concepts.models.targets import Targets
 from ..modular_concepts.training.presets import PRESETS, Preset
 from .training_form import Form, Trainer, Way, inputs, outputs, rank_input, train
+from .training_options import MEANINGS
 from .unused import unused
 
 INVERSION, P_PLUS = PRESETS["textual inversion"], PRESETS["p+"]
 CUSTOM, ED_LORA = PRESETS["custom diffusion"], PRESETS["ed-lora"]
+WORDS = tuple(MEANINGS["word_layers"])
 # Settings of a preset that a trainer has no widget for.
 WITHOUT_WIDGET = (
     *("layerwise", "token_start", "token_norm", "schedule", "warmup", "weight_decay"),
@@ -22,8 +24,8 @@ WITHOUT_WIDGET = (
 
 def _way(preset: Preset, rank: int = 1, targets: Targets | None = None) -> Way:
     """The preset's method with all that the widgets do not say."""
-    own = {name: getattr(preset.settings, name) for name in WITHOUT_WIDGET}
-    return Way(preset.settings.method, rank, targets=targets, settings=own)
+    settings = {name: getattr(preset.settings, name) for name in WITHOUT_WIDGET}
+    return Way(preset.settings.method, rank, targets=targets, settings=settings)
 
 
 class WordTrainer(Trainer):
@@ -41,8 +43,8 @@ class WordTrainer(Trainer):
                 [
                     io.Combo.Input(
                         "word",
-                        options=["one for all layers", "one for each layer"],
-                        default="one for all layers",
+                        options=list(WORDS),
+                        default=WORDS[0],
                         tooltip="one for all layers: Textual Inversion, usable as an embedding anywhere. one for each "
                         "layer: P+, which is more precise and takes fewer steps; prompts then need Concept Prompt and "
                         "the MODEL from Merge Concepts",
@@ -50,12 +52,10 @@ class WordTrainer(Trainer):
                 ],
                 Form(
                     steps=INVERSION.settings.steps,
-                    steps_help="How many training steps: 3000 for one word, 5000 in the paper; 500 for a word for each "
-                    "layer",
+                    steps_more=": 3000 for one word, 5000 in the paper; 500 for a word for each layer",
                     rate=None,
                     token_rate=INVERSION.settings.token_lr,
-                    word_help="Step size of the word, per step: 0.005 for Stable Diffusion, as in Textual Inversion; "
-                    "0.03 for the toy base",
+                    word_more=", per step: 0.005 for Stable Diffusion, as in Textual Inversion; 0.03 for the toy base",
                     vectors=INVERSION.settings.token_vectors,
                     targets=None,
                 ),
@@ -65,7 +65,7 @@ class WordTrainer(Trainer):
 
     @classmethod
     def execute(cls, word: str, **common) -> io.NodeOutput:
-        way = _way(P_PLUS if word == "one for each layer" else INVERSION, targets=Targets())
+        way = _way(P_PLUS if word == WORDS[1] else INVERSION, targets=Targets())
         return train(common, replace(way, notes=unused(cls, common)))
 
 
@@ -84,13 +84,12 @@ class CustomDiffusionTrainer(Trainer):
                 [],
                 Form(
                     steps=CUSTOM.settings.steps,
-                    steps_help="How many training steps: the authors take 250, for faces 750 at half the step size",
+                    steps_more=": the authors take 250, for faces 750 at half the step size",
                     rate=CUSTOM.settings.adapter_lr,
-                    rate_help="Step size of the layers, per step: the authors take 0.00001 for each picture of a step, "
+                    rate_more=", per step: the authors take 0.00001 for each picture of a step, "
                     "so 0.00004 for four; 0.0002 for the toy base",
                     token_rate=CUSTOM.settings.token_lr,
-                    word_help="Step size of the learned word, per step: the same as the layers' in the paper; 0.03 for "
-                    "the toy base",
+                    word_more=", per step: the same as the layers' in the paper; 0.03 for the toy base",
                     vectors=CUSTOM.settings.token_vectors,
                     targets=None,
                     prior=CUSTOM.prior,
@@ -118,14 +117,14 @@ class EDLoRATrainer(Trainer):
             inputs=inputs(
                 [],
                 Form(
-                    rank=rank_input("Size of the adapters: 4 in the paper", default=ED_LORA.settings.rank),
+                    rank=rank_input(": 4 in the paper", default=ED_LORA.settings.rank),
                     steps=ED_LORA.settings.steps,
-                    steps_help="How many training steps: the authors take 1000 for people and scenes, 500 for objects",
+                    steps_more=": the authors take 1000 for people and scenes, 500 for objects",
                     rate=ED_LORA.settings.adapter_lr,
-                    rate_help="Step size of the layers, per step: 0.0001 as the authors take for the U-Net; 0.0002 for "
+                    rate_more=", per step: 0.0001 as the authors take for the U-Net; 0.0002 for "
                     "the toy base. The text encoder's take a tenth of it",
                     token_rate=ED_LORA.settings.token_lr,
-                    word_help="Step size of the learned word, per step: 0.001 as in the paper; 0.03 for the toy base",
+                    word_more=", per step: 0.001 as in the paper; 0.03 for the toy base",
                     targets="attention",
                     text_encoder=True,
                 ),
@@ -138,5 +137,5 @@ class EDLoRATrainer(Trainer):
         way = _way(ED_LORA, rank)
         # A tenth of the others' in the paper, whatever the others' is.
         share = (ED_LORA.settings.text_encoder_lr or 0.0) / ED_LORA.settings.adapter_lr
-        own = {**way.settings, "text_encoder_lr": share * common["learning_rate"] or None}
-        return train(common, replace(way, settings=own, notes=unused(cls, common)))
+        settings = {**way.settings, "text_encoder_lr": share * common["learning_rate"] or None}
+        return train(common, replace(way, settings=settings, notes=unused(cls, common)))

@@ -9,13 +9,12 @@ from comfy_api.latest import io, ui
 from ..host.files.basis import basis_changed, basis_names, load_basis_named
 from ..host.messages import show_text
 from ..modular_concepts.adapters.basis import OrthogonalBasis, capacity
+from ..modular_concepts.settings import basis as declared
 from .unused import unused
+from .widgets import widget
 
 ORTHO_BASIS = io.Custom("ORTHO_BASIS")
 GENERATED = "generated"
-KINDS = ("hadamard", "haar")
-METHODS = ("orthogonal", "block_orthogonal")
-SLOT_POLICIES = ("slot", "hashed")
 # Input widths of the layers that adapters go to, the narrowest first: it decides how many concepts there is room for.
 WIDTHS = {"toy base": (64, 128, 256, 512), "Stable Diffusion 1.5": (320, 640, 768, 1280, 2560, 5120)}
 
@@ -39,9 +38,9 @@ def describe(choice: OrthoChoice) -> str:
     origin = "from a file" if basis.kind == "file" else f"{basis.kind}, seed {basis.seed}"
     widths = {"this file": tuple(sorted(basis.matrices))} if basis.kind == "file" else WIDTHS
     lines = [f"fingerprint {basis.identity} ({origin})"]
-    for model, known in widths.items():
-        room = [f"{capacity(width, rank)} at width {width}" for width in known if width >= rank]
-        narrow = [str(width) for width in known if width < rank]
+    for model, inputs in widths.items():
+        room = [f"{capacity(width, rank)} at width {width}" for width in inputs if width >= rank]
+        narrow = [str(width) for width in inputs if width < rank]
         lines.append(f"{model}, rank {rank}: room for {', '.join(room) or 'none'}")
         if narrow:
             lines[-1] += f"; layers of width {', '.join(narrow)} are too narrow"
@@ -67,43 +66,11 @@ class OrthoBasisLoader(io.ComfyNode):
                     tooltip="generated: made from kind and seed. Else a file or folder of matrices in "
                     "models/ortho_bases (.safetensors, .npy)",
                 ),
-                io.Combo.Input(
-                    "kind",
-                    options=list(KINDS),
-                    default="hadamard",
-                    tooltip="How it is generated: hadamard for any width, quickly; haar is random in the strict sense, "
-                    "up to width 2048. No effect on a file",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**31 - 1,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Which basis is generated. Everyone whose concepts are to be merged needs the same number",
-                ),
-                io.Combo.Input(
-                    "method",
-                    options=list(METHODS),
-                    default="orthogonal",
-                    tooltip="orthogonal for Train Orthogonal Concept; block_orthogonal for Train Block Concept, where "
-                    "each concept also has output rows of its own",
-                ),
-                io.Int.Input(
-                    "rank",
-                    default=20,
-                    min=1,
-                    max=512,
-                    tooltip="Columns per concept. More learn more and leave room for fewer concepts: width / rank",
-                ),
-                io.Combo.Input(
-                    "slot_policy",
-                    options=list(SLOT_POLICIES),
-                    default="slot",
-                    tooltip="slot: by the number on the trainer, exactly disjoint. hashed: by the concept's name, no "
-                    "numbers to agree on, almost disjoint",
-                    advanced=True,
-                ),
+                widget(declared.KIND),
+                widget(declared.SEED, control_after_generate=io.ControlAfterGenerate.fixed),
+                widget(declared.METHOD),
+                widget(declared.COLUMNS),
+                widget(declared.SLOT_POLICY),
             ],
             outputs=[
                 ORTHO_BASIS.Output("ortho_basis", display_name="ORTHO_BASIS", tooltip="For the concept trainers"),

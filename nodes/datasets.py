@@ -14,6 +14,8 @@ from ..host.messages import show_text
 from ..modular_concepts.data.buckets import sizes_of
 from ..modular_concepts.data.dataset import Dataset, load_folder, of_pictures, refuse_single
 from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.settings.training import BUCKETS
+from .widgets import widget
 
 CONCEPT_DATASET = io.Custom("CONCEPT_DATASET")
 SIDE = 512  # of pictures in a folder, where no size is chosen
@@ -73,14 +75,7 @@ class ConceptDataset(io.ComfyNode):
                     step=STEP,
                     tooltip=f"Training size in pixels; 0: as high as the first picture ({SIDE} for a folder)",
                 ),
-                io.Boolean.Input(
-                    "keep_aspect",
-                    default=False,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Train wide pictures wide and high ones high, each at a size of about width x height "
-                    "pixels, instead of cropping all to one size",
-                ),
+                widget(BUCKETS, optional=True),
             ],
             outputs=[
                 CONCEPT_DATASET.Output("dataset", display_name="CONCEPT_DATASET", tooltip="For the concept trainers")

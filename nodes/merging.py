@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..host.merging.fusion import Drawing, fused
@@ -10,19 +12,22 @@ from ..host.merging.notices import APPLY, merged_by
 from ..host.merging.weights import concept_inside
 from ..host.messages import show_text
 from ..host.training.train import lora_of
-from ..modular_concepts.merging import FAMILIES, MergeOptions
+from ..modular_concepts.merging import MergeOptions
 from ..modular_concepts.merging.blocks import BLOCK
 from ..modular_concepts.merging.fusion import FUSION
 from ..modular_concepts.merging.method import TEXTS
 from ..modular_concepts.merging.methods import METHODS
-from ..modular_concepts.merging.orthogonalize import WAYS, orthogonal_concepts
+from ..modular_concepts.merging.orthogonalize import orthogonal_concepts
 from ..modular_concepts.recording import PROMPTS
+from ..modular_concepts.settings import merging as declared
+from ..modular_concepts.settings.setting import Setting
 from . import stacks
 from .types import CONCEPT, CONCEPT_STACK, apply_input, many_concepts_input
+from .widgets import widget
 
 # Methods that have nodes of their own; all others are on Merge Concepts, the one that needs texts last.
 APART = (BLOCK.name, FUSION.name)
-SUMS = tuple(sorted((name for name in FAMILIES if name not in APART), key=lambda name: METHODS[name].needs == TEXTS))
+SUMS = tuple(sorted((name for name in METHODS if name not in APART), key=lambda name: METHODS[name].needs == TEXTS))
 DEFAULTS = MergeOptions()
 
 OUTPUTS = (
@@ -30,6 +35,13 @@ OUTPUTS = (
     ("clip", io.Clip, "The text encoder with the concepts in it; it knows their trigger words"),
     ("stack", CONCEPT_STACK, "The concepts and strengths that are in the model, for reports and for saving"),
 )
+
+
+def _option(setting: Setting, **differs: Any) -> io.Input:
+    """A choice that some methods read, which its tooltip names."""
+    *others, last = setting.read_by
+    readers = f"{', '.join(others)} and {last}" if others else last
+    return widget(setting, tooltip=f"For {readers}: {setting.help}{setting.more}", optional=True, **differs)
 
 
 def _outputs() -> list:
@@ -51,42 +63,14 @@ class ConceptMerge(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base that the concepts were trained on"),
                 io.Clip.Input("clip", tooltip="Its text encoder"),
                 many_concepts_input("A concept or a stack; each one's strength sits on its own Load Concept node"),
-                io.Combo.Input(
-                    "method",
+                widget(
+                    declared.HOW,
                     options=list(SUMS),
-                    default="sum",
-                    tooltip=". ".join(f"{family}: {FAMILIES[family]}" for family in SUMS),
+                    tooltip=". ".join(f"{name}: {declared.METHOD_HELP[name]}" for name in SUMS),
                 ),
-                io.Float.Input(
-                    "density",
-                    default=DEFAULTS.density,
-                    min=0.01,
-                    max=1.0,
-                    step=0.05,
-                    round=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="For magnitude, dare and ties: the share of each concept's weights that stays",
-                ),
-                io.Int.Input(
-                    "rank",
-                    default=DEFAULTS.rank,
-                    min=1,
-                    max=4096,
-                    optional=True,
-                    advanced=True,
-                    tooltip="For svd: the rank that the sum is cut to; the node says how much of it is lost",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=DEFAULTS.seed,
-                    min=0,
-                    max=2**31 - 1,
-                    optional=True,
-                    advanced=True,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="For dare: which weights are dropped follows from it; same seed, same merge",
-                ),
+                _option(declared.DENSITY),
+                _option(declared.RANK),
+                _option(declared.SEED, control_after_generate=io.ControlAfterGenerate.fixed),
                 apply_input(),
             ],
             outputs=_outputs(),
@@ -164,30 +148,10 @@ class ConceptFusion(io.ComfyNode):
                     tooltip="What each concept is drawn with, one prompt a line, used in turn; {concept} stands for "
                     "its trigger word",
                 ),
-                io.Int.Input(
-                    "pictures", default=8, min=1, max=1000, tooltip="How many pictures of each concept are drawn"
-                ),
-                io.Float.Input(
-                    "ridge",
-                    default=DEFAULTS.ridge,
-                    min=1e-6,
-                    max=10.0,
-                    step=0.05,
-                    round=1e-6,
-                    tooltip="Damping towards each concept's own weight; larger is nearer to the mean of all where the "
-                    "concepts were not seen; far below 0.1 the merge only fits the prompts that were recorded, and "
-                    "0.000001 is the exact optimum for them",
-                ),
-                io.Int.Input("steps", default=12, min=1, max=200, advanced=True, tooltip="Sampling steps of a picture"),
-                io.Int.Input(
-                    "size",
-                    default=512,
-                    min=16,
-                    max=2048,
-                    step=8,
-                    advanced=True,
-                    tooltip="Width and height of the pictures drawn, in pixels; 32 for the toy base",
-                ),
+                widget(declared.RECORDED_PICTURES),
+                widget(declared.RIDGE),
+                widget(declared.RECORDED_STEPS),
+                widget(declared.RECORDED_SIDE),
                 io.Boolean.Input(
                     "anew",
                     default=False,
@@ -209,8 +173,8 @@ class ConceptFusion(io.ComfyNode):
         prompts: str,
         pictures: int,
         ridge: float,
-        steps: int = 12,
-        size: int = 512,
+        steps: int = declared.RECORDED_STEPS.default,
+        size: int = declared.RECORDED_SIDE.default,
         anew: bool = False,
         apply: str = APPLY[0],
     ) -> io.NodeOutput:
@@ -234,13 +198,7 @@ class ConceptOrthogonalize(io.ComfyNode):
             search_aliases=["orthogonal lora", "lora merge", "decorrelate", "lora conflict", "gram schmidt"],
             inputs=[
                 many_concepts_input("A concept or a stack; strengths pass through"),
-                io.Combo.Input(
-                    "way",
-                    options=list(WAYS),
-                    default=WAYS[0],
-                    tooltip="symmetric: all give way alike. sequential: the first keeps everything, each next one "
-                    "gives way to those before it",
-                ),
+                widget(declared.WAY),
             ],
             outputs=[
                 CONCEPT_STACK.Output("stack", display_name="CONCEPT_STACK", tooltip="The changed concepts"),
@@ -250,11 +208,12 @@ class ConceptOrthogonalize(io.ComfyNode):
 
     @classmethod
     def execute(cls, concepts: dict, way: str) -> io.NodeOutput:
-        given, strengths = stacks.parts(stacks.joined(concepts))
-        new, kept = orthogonal_concepts(given, way)
-        text = "\n".join(f"{c.name} keeps {share:.1%} of its energy" for c, share in zip(new, kept, strict=True))
+        whole, strengths = stacks.parts(stacks.joined(concepts))
+        changed, shares = orthogonal_concepts(whole, way)
+        energies = zip(changed, shares, strict=True)
+        text = "\n".join(f"{concept.name} keeps {share:.1%} of its energy" for concept, share in energies)
         show_text(text)
-        return io.NodeOutput(tuple(zip(new, strengths, strict=True)), text)
+        return io.NodeOutput(tuple(zip(changed, strengths, strict=True)), text)
 
 
 class ConceptHook(io.ComfyNode):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from comfy_api.latest import io
 
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.regions.parsing import json_problem, regions_from_json
+from ..modular_concepts.settings.drawing import CANVAS
 from .types import CONCEPT_REGIONS
+from .widgets import widget
 
 
 class DrawRegions(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        side: dict[str, Any] = {"default": 512, "min": 16, "max": 16384, "step": 8}
         return io.Schema(
             node_id="DrawRegions",
             display_name="Draw Regions",
@@ -23,8 +22,8 @@ class DrawRegions(io.ComfyNode):
             "drawing is kept in the workflow as text that scripts can change.",
             search_aliases=["bounding box editor", "regional prompt", "paint regions", "canvas", "layout", "boxes"],
             inputs=[
-                io.Int.Input("width", tooltip="The picture's width in pixels, for its shape on this node", **side),
-                io.Int.Input("height", tooltip="Its height in pixels", **side),
+                widget(CANVAS, id="width", tooltip="The picture's width in pixels, for its shape on this node"),
+                widget(CANVAS, id="height", tooltip="Its height in pixels"),
                 CONCEPT_REGIONS.Input("regions", optional=True, tooltip="Regions before these"),
                 io.String.Input(
                     "json",

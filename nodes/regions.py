@@ -10,16 +10,18 @@ from comfy_api.latest import io, ui
 from ..host.messages import show_text
 from ..host.regions.sampling import Sampling, sample_regions, with_regions
 from ..modular_concepts.errors import AdapterError
-from ..modular_concepts.regions.geometry import OVERLAPS, region_from
+from ..modular_concepts.regions.geometry import region_from
 from ..modular_concepts.regions.parsing import names_from, region_box
 from ..modular_concepts.regions.preview import draw_regions
+from ..modular_concepts.settings import drawing as declared
 from . import stacks
 from .types import CONCEPT_REGIONS, concepts_input
 from .unused import unused
+from .widgets import widget
 
 AUTOMATIC = "automatic"
-UNITS = ("fractions", "pixels", AUTOMATIC)
-MODES = ("gated", "merged")
+UNITS = (*declared.UNITS.choices, AUTOMATIC)
+MODES = declared.MODE.choices
 
 
 def prompt_inputs(tooltip: str = "The whole picture in words; it holds wherever no region is") -> list[io.Input]:
@@ -32,32 +34,12 @@ def prompt_inputs(tooltip: str = "The whole picture in words; it holds wherever 
     ]
 
 
-def mode_input(optional: bool = False) -> io.Combo.Input:
-    return io.Combo.Input(
-        "mode",
-        options=list(MODES),
-        default="gated",
-        optional=optional,
-        tooltip="gated: each concept acts in its regions alone, so look-alikes stay apart; give the model from before "
-        "any merge. merged: all concepts are in the weights and act everywhere; only the prompts are regional",
-    )
+def mode_input(optional: bool = False) -> io.Input:
+    return widget(declared.MODE, optional=optional)
 
 
-def overlap_input(optional: bool = False) -> io.Combo.Input:
-    return io.Combo.Input(
-        "overlap",
-        options=list(OVERLAPS),
-        default="average",
-        optional=optional,
-        tooltip="Where regions overlap: average lets them share the place, priority gives it to the one with the "
-        "highest priority, of equals to the later one",
-    )
-
-
-def share(name: str, default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(
-        name, default=default, min=0.0, max=1.0, step=0.01, round=0.001, optional=True, advanced=True, tooltip=tooltip
-    )
+def overlap_input(optional: bool = False) -> io.Input:
+    return widget(declared.OVERLAP, optional=optional)
 
 
 def drawing_inputs() -> list[io.Input]:
@@ -66,40 +48,20 @@ def drawing_inputs() -> list[io.Input]:
         io.Latent.Input("latent", tooltip="An empty latent image of the picture's size, or one to change"),
         io.Combo.Input("sampler_name", options=SAMPLER_NAMES, default="dpmpp_2m", tooltip="Sampling algorithm"),
         io.Combo.Input("scheduler", options=SCHEDULER_NAMES, default="karras", tooltip="How noise falls off"),
-        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps; more is slower and finer"),
-        io.Float.Input(
-            "cfg",
-            default=5.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            round=0.01,
-            tooltip="Guidance scale: how strictly the prompts are followed; 1 is none and twice as fast",
-        ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
-            tooltip="Number that the noise is drawn from; the same noise whatever the regions are",
-        ),
-        io.Float.Input(
-            "denoise",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            round=0.01,
-            tooltip="How much of the latent is drawn anew: 1 all of it, less keeps its composition",
-        ),
+        widget(declared.STEPS),
+        widget(declared.CFG),
+        widget(declared.SEED, control_after_generate=True),
+        widget(declared.DENOISE),
     ]
+
+
+def _edge(name: str, default: float, tooltip: str) -> io.Input:
+    return widget(declared.EDGE, id=name, default=default, tooltip=tooltip)
 
 
 class ConceptRegion(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        edge: dict[str, Any] = {"min": 0.0, "max": 16384.0, "step": 0.01, "round": 0.001}
         return io.Schema(
             node_id="ConceptRegion",
             display_name="Concept Region",
@@ -122,37 +84,18 @@ class ConceptRegion(io.ComfyNode):
                     default="",
                     tooltip="What is in this region, with trigger words; say the scene again for a seamless picture",
                 ),
-                io.Combo.Input(
-                    "units",
+                widget(
+                    declared.UNITS,
                     options=list(UNITS),
-                    default="fractions",
                     tooltip="What the edges and the feather are counted in: fractions of the picture, or its pixels; "
                     "automatic means no edges: the sampler finds the place by the concept's own words",
                 ),
-                io.Float.Input("left", default=0.0, tooltip="Left edge: 0 is the picture's left", **edge),
-                io.Float.Input("top", default=0.0, tooltip="Top edge: 0 is the picture's top", **edge),
-                io.Float.Input(
-                    "right", default=1.0, tooltip="Right edge: as a fraction, 1 is the picture's right", **edge
-                ),
-                io.Float.Input("bottom", default=1.0, tooltip="Bottom edge: as a fraction, 1 is the bottom", **edge),
-                io.Float.Input(
-                    "feather",
-                    default=0.0,
-                    tooltip="Width of the soft edge, half of it on each side: a fraction of the picture's shorter "
-                    "side, or pixels; 0 is a hard edge",
-                    **edge,
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    round=0.05,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip="How far this prompt replaces the global one inside: 1 wholly, 0.5 half of each, 0 not "
-                    "at all",
-                ),
+                _edge("left", 0.0, "Left edge: 0 is the picture's left"),
+                _edge("top", 0.0, "Top edge: 0 is the picture's top"),
+                _edge("right", 1.0, "Right edge: as a fraction, 1 is the picture's right"),
+                _edge("bottom", 1.0, "Bottom edge: as a fraction, 1 is the bottom"),
+                widget(declared.FEATHER),
+                widget(declared.STRENGTH, display_mode=io.NumberDisplay.slider),
                 io.String.Input(
                     "negative",
                     multiline=True,
@@ -177,17 +120,9 @@ class ConceptRegion(io.ComfyNode):
                     tooltip="Names of the concepts that act here, with commas between; empty means those whose "
                     "trigger word is in the prompt, a dash none at all",
                 ),
-                share("start", 0.0, "Part of the sampling from which the region holds: 0 from the first step on"),
-                share("end", 1.0, "Part of the sampling up to which the region holds: 1 to the last step"),
-                io.Int.Input(
-                    "priority",
-                    default=0,
-                    min=-1000,
-                    max=1000,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Who lies on top where regions overlap, if the sampler's overlap is set to priority",
-                ),
+                widget(declared.START, optional=True),
+                widget(declared.END, optional=True),
+                widget(declared.PRIORITY, optional=True),
                 io.BoundingBox.Input(
                     "bounding_box",
                     optional=True,
@@ -265,8 +200,8 @@ class RegionPreview(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 CONCEPT_REGIONS.Input("regions", tooltip="From Draw Regions, Concept Region or Regions From JSON"),
-                io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="The picture's width in pixels"),
-                io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Its height in pixels"),
+                widget(declared.CANVAS, id="width", tooltip="The picture's width in pixels"),
+                widget(declared.CANVAS, id="height", tooltip="Its height in pixels"),
                 overlap_input(),
                 io.Image.Input(
                     "image", optional=True, tooltip="A picture to draw upon; its size takes the place of the two above"

@@ -5,13 +5,16 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.settings import training as declared
 from .bases import ORTHO_BASIS, OrthoChoice
 from .training_form import Form, Trainer, Way, inputs, outputs, rank_input, train
 from .unused import unused
+from .widgets import widget
 
 
 def _slot(tooltip: str) -> io.Input:
-    return io.Int.Input("slot", default=0, min=0, max=10_000, tooltip=tooltip)
+    """A node that asks for one has a slot, where the shell may leave it out."""
+    return widget(declared.SLOT, default=0, tooltip=tooltip)
 
 
 class OrthoLoRATrainer(Trainer):
@@ -40,10 +43,10 @@ class OrthoLoRATrainer(Trainer):
             raise AdapterError(
                 f"the basis is for method {ortho_basis.method}; set it to orthogonal, or use Train Block Concept"
             )
-        own = slot if ortho_basis.slot_policy == "slot" else None
+        numbered = slot if ortho_basis.slot_policy == "slot" else None
         notes = unused(cls, {**common, "ortho_basis": ortho_basis, "slot": slot})
         return train(
-            common, Way("orthogonal", ortho_basis.rank, ortho_basis.basis, settings={"slot": own}, notes=notes)
+            common, Way("orthogonal", ortho_basis.rank, ortho_basis.basis, settings={"slot": numbered}, notes=notes)
         )
 
 
@@ -64,38 +67,12 @@ class BlockLoRATrainer(Trainer):
                         optional=True,
                         tooltip="With method block_orthogonal: rows and columns of its own; sets the rank",
                     ),
-                    io.Int.Input(
-                        "blocks",
-                        default=15,
-                        min=1,
-                        max=1000,
-                        tooltip="Into how many blocks the rows are divided; the same for all concepts of a set",
-                    ),
+                    widget(declared.BLOCKS),
                     _slot("Which block is this concept's own, from 0; a different number for each concept of a set"),
-                    io.Combo.Input(
-                        "layout",
-                        options=["contiguous", "strided"],
-                        default="contiguous",
-                        tooltip="contiguous: neighbouring rows. strided: every blocks-th row",
-                        advanced=True,
-                    ),
-                    io.Float.Input(
-                        "erasure",
-                        default=0.0,
-                        min=0.0,
-                        max=0.95,
-                        step=0.05,
-                        round=0.01,
-                        tooltip="Probability that a row is left out of a step, so that rows learn to do without each "
-                        "other; 0 for never",
-                        advanced=True,
-                    ),
+                    widget(declared.LAYOUT),
+                    widget(declared.ERASURE),
                 ],
-                Form(
-                    rank_input(
-                        "Size of the adapters; at most the rows of a block. No effect where a basis is connected"
-                    )
-                ),
+                Form(rank_input("; at most the rows of a block. No effect where a basis is connected")),
             ),
             outputs=outputs(),
         )
@@ -111,10 +88,10 @@ class BlockLoRATrainer(Trainer):
         ortho_basis: OrthoChoice | None = None,
         **common,
     ) -> io.NodeOutput:
-        own = dict(blocks=blocks, slot=slot, layout=layout, erasure=erasure)
+        settings = dict(blocks=blocks, slot=slot, layout=layout, erasure=erasure)
         notes = unused(cls, {**common, "ortho_basis": ortho_basis, "rank": rank})
         if ortho_basis is None:
-            return train(common, Way("block", rank, settings=own, notes=notes))
+            return train(common, Way("block", rank, settings=settings, notes=notes))
         if ortho_basis.method != "block_orthogonal":
             raise AdapterError(
                 f"the basis is for method {ortho_basis.method}; set it to block_orthogonal, or use Train "
@@ -122,7 +99,7 @@ class BlockLoRATrainer(Trainer):
             )
         if ortho_basis.slot_policy != "slot":
             raise AdapterError("a block concept's columns go by its slot; set the basis' slot_policy to slot")
-        way = Way("block_orthogonal", ortho_basis.rank, ortho_basis.basis, settings=own, notes=notes)
+        way = Way("block_orthogonal", ortho_basis.rank, ortho_basis.basis, settings=settings, notes=notes)
         return train(common, way)
 
 
@@ -136,7 +113,7 @@ class LoRATrainer(Trainer):
             description="Learns one concept as an ordinary LoRA with a word of its own. Good alone; for several that "
             "are to be merged, train orthogonal concepts.",
             search_aliases=["train lora", "lora trainer", "dreambooth", "textual inversion", "fine-tune"],
-            inputs=inputs([], Form(rank_input("Size of the adapters; more learn more and make a larger file"))),
+            inputs=inputs([], Form(rank_input())),
             outputs=outputs(),
         )
 

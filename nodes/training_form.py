@@ -13,9 +13,11 @@ from ..modular_concepts.adapters.basis import OrthogonalBasis
 from ..modular_concepts.data.dataset import with_words
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.models.targets import Targets
+from ..modular_concepts.settings import training as declared
 from .datasets import CONCEPT_DATASET
 from .training_options import CONCEPT_TRAINING_OPTIONS
 from .types import CONCEPT
+from .widgets import widget
 
 # What the widget says -> layers of the network that draws, and of the text encoder where that is switched on.
 TARGETS = {
@@ -31,89 +33,42 @@ CHANGES = ("refuse", "go on")
 class Form:
     """Where a trainer's widgets start, and what their tooltips say of it.
 
-    rank, rate, targets: None where the method leaves no choice.
+    rank, rate, targets: None where the method leaves no choice.  steps_more, rate_more, word_more: what tooltips go on
+    with, None for what the declaration says.
     """
 
     rank: io.Input | None = None
     steps: int = 400
-    steps_help: str = "How many training steps"
-    batch: int = 4
-    rate: float | None = 1e-4
-    rate_help: str = (
-        "Step size of the layers, per step: 0.0001 for Stable Diffusion, 0.0002 for the toy base. Small "
-        "beside the learned word's, so that merged concepts do not disturb each other"
-    )
-    token_rate: float = 1e-3
-    word_help: str = "Step size of the learned word, per step: 0.001 for Stable Diffusion, 0.03 for the toy base"
-    vectors: int = 2
+    steps_more: str | None = None
+    batch: int = declared.BATCH.default
+    rate: float | None = declared.ADAPTER_LR.default
+    rate_more: str | None = None
+    token_rate: float = declared.TOKEN_LR.default
+    word_more: str | None = None
+    vectors: int = declared.TOKEN_VECTORS.default
     targets: str | None = "attention + feed-forward"
-    text_encoder: bool = False
-    prior: int = 0
+    text_encoder: bool = declared.TEXT_ENCODER.default
+    prior: int = declared.PRIOR.default
 
 
-def inputs(own: list[io.Input], form: Form) -> list[io.Input]:
+def inputs(special: list[io.Input], form: Form) -> list[io.Input]:
     """What all trainers ask for, with what one asks besides.  Orders are kept: saved workflows go by them."""
     return [
         io.Model.Input("model", tooltip="The base model, as its loader gives it; it stays as it is, bit for bit"),
         io.Clip.Input("clip", tooltip="Its text encoder"),
         io.Vae.Input("vae", tooltip="Its VAE, which turns the pictures into latents"),
         CONCEPT_DATASET.Input("dataset", tooltip="Pictures, captions and masks, from Concept Pictures"),
-        *own,
-        io.String.Input(
-            "name", default="my_concept", tooltip="The concept's name; <name> is the word that calls it in a prompt"
-        ),
-        io.String.Input(
-            "class_word",
-            default="",
-            tooltip="What it is, in one or two words that the base knows: man, dog, style",
-        ),
-        io.String.Input(
-            "description",
-            default="",
-            optional=True,
-            tooltip="What it looks like, in words that the base knows, such as: man red shirt brown hair. The learned "
-            "word starts from there, with one vector for each word; empty: from the class word",
-        ),
-        io.Int.Input("steps", default=form.steps, min=1, max=100_000, tooltip=form.steps_help),
-        io.Int.Input(
-            "batch_size", default=form.batch, min=1, max=256, tooltip="Pictures per step; more need more memory"
-        ),
+        *special,
+        *_who_it_is(),
+        widget(declared.STEPS, form.steps_more, default=form.steps),
+        widget(declared.BATCH, default=form.batch),
         *_rates(form),
-        io.Int.Input(
-            "token_vectors",
-            default=form.vectors,
-            min=1,
-            max=32,
-            tooltip="How many words' worth of meaning the trigger holds; a longer description has one for each word",
-        ),
+        widget(declared.TOKEN_VECTORS, default=form.vectors),
         *([form.rank] if form.rank is not None else []),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**31 - 1,
-            control_after_generate=io.ControlAfterGenerate.fixed,
-            tooltip="Everything random follows from it, the fresh adapters too: same seed, same concept",
-        ),
+        widget(declared.SEED, control_after_generate=io.ControlAfterGenerate.fixed),
         *_targets(form),
-        io.Int.Input(
-            "prior_pictures",
-            default=form.prior,
-            min=0,
-            max=1000,
-            tooltip="Pictures that the base draws itself first, to be trained on beside yours, so that it forgets "
-            "nothing; 0 for none. Each step then takes twice as long",
-            advanced=not form.prior,
-        ),
-        io.Int.Input(
-            "checkpoint_every",
-            default=100,
-            min=0,
-            max=100_000,
-            tooltip="Steps between checkpoints in output/modular_concepts/NAME, all that a crash can cost; 0: only at "
-            "the end and when cancelled",
-            advanced=True,
-        ),
+        widget(declared.PRIOR, default=form.prior, advanced=not form.prior),
+        widget(declared.CHECKPOINT_EVERY, default=declared.CHECKPOINTED),
         io.Boolean.Input(
             "resume",
             default=False,
@@ -121,22 +76,8 @@ def inputs(own: list[io.Input], form: Form) -> list[io.Input]:
             "it starts from the beginning",
             advanced=True,
         ),
-        io.Int.Input(
-            "preview_every", default=50, min=0, max=100_000, tooltip="Steps between preview pictures; 0 for none"
-        ),
-        io.String.Input(
-            "preview_prompt",
-            default="a {concept}",
-            tooltip="What previews show, drawn with the same seed each time; {concept} becomes the trigger word. "
-            "Several prompts, one a picture, with | between them",
-        ),
-        io.Combo.Input(
-            "precision",
-            options=["fp32", "bf16", "fp16"],
-            default="fp32",
-            tooltip="How the networks compute: bf16 is faster and smaller on recent GPUs, fp16 on older ones",
-            advanced=True,
-        ),
+        *_previews(),
+        widget(declared.PRECISION),
         CONCEPT_TRAINING_OPTIONS.Input(
             "options",
             optional=True,
@@ -154,41 +95,54 @@ def inputs(own: list[io.Input], form: Form) -> list[io.Input]:
     ]
 
 
+def _who_it_is() -> list[io.Input]:
+    return [
+        io.String.Input(
+            "name", default="my_concept", tooltip="The concept's name; <name> is the word that calls it in a prompt"
+        ),
+        io.String.Input(
+            "class_word",
+            default="",
+            tooltip="What it is, in one or two words that the base knows: man, dog, style",
+        ),
+        io.String.Input(
+            "description",
+            default="",
+            optional=True,
+            tooltip="What it looks like, in words that the base knows, such as: man red shirt brown hair. The learned "
+            "word starts from there, with one vector for each word; empty: from the class word",
+        ),
+    ]
+
+
 def _rates(form: Form) -> list[io.Input]:
-    token_rate = io.Float.Input(
-        "token_learning_rate",
-        default=form.token_rate,
-        min=0.0,
-        max=1.0,
-        step=1e-4 if form.token_rate >= 1e-4 else 1e-5,
-        round=1e-6,
-        tooltip=form.word_help,
-    )
+    step = {} if form.token_rate >= 1e-4 else {"step": 1e-5}
+    token_rate = widget(declared.TOKEN_LR, form.word_more, default=form.token_rate, **step)
     if form.rate is None:
         return [token_rate]
-    rate = io.Float.Input(
-        "learning_rate",
-        default=form.rate,
-        min=0.0,
-        max=1.0,
-        step=1e-5,
-        round=1e-7,
-        tooltip=form.rate_help,
-    )
-    return [rate, token_rate]
+    return [widget(declared.ADAPTER_LR, form.rate_more, default=form.rate), token_rate]
 
 
 def _targets(form: Form) -> list[io.Input]:
     if form.targets is None:
         return []
     return [
-        io.Combo.Input(
-            "targets",
-            options=list(TARGETS),
-            default=form.targets,
-            tooltip="Which layers learn. More layers learn more and make a larger file",
+        widget(declared.TARGET, options=list(TARGETS), default=form.targets),
+        widget(declared.TEXT_ENCODER, default=form.text_encoder),
+    ]
+
+
+def _previews() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "preview_every", default=50, min=0, max=100_000, tooltip="Steps between preview pictures; 0 for none"
         ),
-        io.Boolean.Input("text_encoder", default=form.text_encoder, tooltip="Let the text encoder's layers learn too"),
+        io.String.Input(
+            "preview_prompt",
+            default="a {concept}",
+            tooltip="What previews show, drawn with the same seed each time; {concept} becomes the trigger word. "
+            "Several prompts, one a picture, with | between them",
+        ),
     ]
 
 
@@ -204,8 +158,9 @@ def outputs(lora: bool = True) -> list[io.Output]:
 _LORA = io.LoraModel.Output("lora", display_name="LORA_MODEL", tooltip="The layers alone, for ComfyUI's LoRA nodes")
 
 
-def rank_input(tooltip: str, default: int = 16) -> io.Input:
-    return io.Int.Input("rank", default=default, min=1, max=512, tooltip=tooltip)
+def rank_input(more: str | None = None, default: int = 16) -> io.Input:
+    """more: what the tooltip says of it for this method."""
+    return widget(declared.RANK, more, default=default)
 
 
 @dataclass(frozen=True)
@@ -241,10 +196,10 @@ def train(common: dict, way: Way) -> io.NodeOutput:
     options = dict(common.get("options") or {})
     keep_latents = bool(options.pop("keep_latents", False))
     rates = Rates(common.get("learning_rate", 0.0), common["token_learning_rate"])
-    own = dict(way.settings)
+    of_method = dict(way.settings)
     if not base.family.family.token_norm:
-        own.pop("token_norm", None)  # a length in CLIP-L's table says nothing of others
-    settings = settings_for(base.family.family, rates, **{**chosen, **own, **options})
+        of_method.pop("token_norm", None)  # a length in CLIP-L's table says nothing of others
+    settings = settings_for(base.family.family, rates, **{**chosen, **of_method, **options})
     plan = Plan(
         subject,
         settings,

@@ -6,7 +6,9 @@ from comfy_api.latest import io
 
 from ..host.merging.notices import APPLY
 from ..modular_concepts.errors import AdapterError
-from ..modular_concepts.merging.block_strengths import EXAMPLE, MOST, check_strength
+from ..modular_concepts.merging.block_strengths import EXAMPLE, check_strength
+from ..modular_concepts.settings.merging import STRENGTH
+from .widgets import widget
 
 LORA_STACK = io.Custom("LORA_STACK")
 CONCEPT = io.Custom("CONCEPT")
@@ -26,17 +28,12 @@ def many_concepts_input(tooltip: str) -> io.Autogrow.Input:
     return io.Autogrow.Input("concepts", template=template, tooltip=tooltip)
 
 
-def strength_input(tooltip: str) -> io.Float.Input:
+def strength_input(tooltip: str) -> io.Input:
     # The slider widget ignores `step` unless `round` is given too.
-    return io.Float.Input(
-        "strength",
-        default=1.0,
-        min=-2.0,
-        max=2.0,
-        step=0.01,
-        round=0.01,
+    return widget(
+        STRENGTH,
         display_mode=io.NumberDisplay.slider,
-        tooltip=f"{tooltip}. The slider ends at 2; a number connected to it may be from -{MOST:g} to {MOST:g}",
+        tooltip=f"{tooltip}. The slider ends at {STRENGTH.ends[1]:g}; a number connected to it may be {STRENGTH.reach}",
     )
 
 

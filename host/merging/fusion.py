@@ -26,6 +26,7 @@ from ...modular_concepts.merging.methods import Merge
 from ...modular_concepts.merging.moments import Moment, recording
 from ...modular_concepts.models.fingerprint import concept_mark
 from ...modular_concepts.recording import PROMPTS, trigger_of
+from ...modular_concepts.settings import merging as declared
 from ..called import uncompiled
 from ..files.concepts import file_of
 from ..layers import host_layers, mark_of
@@ -44,9 +45,9 @@ class Drawing:
     """
 
     prompts: Sequence[str] = PROMPTS
-    pictures: int = 8
-    steps: int = 12
-    size: int = 512
+    pictures: int = declared.RECORDED_PICTURES.default
+    steps: int = declared.RECORDED_STEPS.default
+    size: int = declared.RECORDED_SIDE.default
     seed: int = 0
 
     def __post_init__(self):

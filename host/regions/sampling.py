@@ -28,6 +28,7 @@ from ...modular_concepts.regions.assignment import acting, check_names, unheard
 from ...modular_concepts.regions.geometry import Region, region_weights
 from ...modular_concepts.regions.shares import Places
 from ...modular_concepts.regions.warnings import doubtful_places
+from ...modular_concepts.settings.drawing import MODE
 from ...modular_concepts.stack import NO_CONCEPTS, Stack
 from ..families.cross_attention import replacements_in, text_patches_in
 from ..families.lookup import host_family_of
@@ -44,7 +45,7 @@ from .gating import HostGate, check_memory, fitting_stack, with_concepts, with_w
 from .joint_attention import JointListening
 from .kinds import NEGATIVE, POSITIVE, marked, with_kinds
 
-MODES = ("merged", "gated")
+MODES = MODE.choices
 REGIONS = "modular_concepts_regions"
 FROM_NOISE = 0.9  # share of the largest sigma from which on a sampling starts from noise alone
 
@@ -241,8 +242,7 @@ def with_first_size(model: comfy.model_patcher.ModelPatcher, places: Places) -> 
 
 
 def _check(model: comfy.model_patcher.ModelPatcher, regions: Sequence[Region], mode: str) -> None:
-    if mode not in MODES:
-        raise AdapterError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+    MODE.check(mode)
     if not regions:
         raise AdapterError("there is no region; connect a Concept Region, or use a plain sampler for one prompt")
     host_family_of(model)  # raises for what is no base of ours

@@ -31,6 +31,7 @@ from ...modular_concepts.models.layers import file_key
 from ...modular_concepts.models.schedules import FlowSchedule
 from ...modular_concepts.models.targets import Targets
 from ...modular_concepts.sampling import SampleSettings
+from ...modular_concepts.settings.training import BESIDE_TRAINING, NOISE, TRAINING
 from ...modular_concepts.storage.keeping import check_room, free_name, keep, last_places
 from ...modular_concepts.storage.names import safe_name
 from ...modular_concepts.training.checkpoint import Changed, newest_checkpoint
@@ -49,17 +50,15 @@ from ...modular_concepts.training.teach import (
     train_concept,
     trigger_of,
 )
-from ...modular_concepts.unread import NOISE, TRAIN, unread
+from ...modular_concepts.unread import TRAIN, unread
 from ..messages import show_text
 from .base import HostBase, draw
 from .progress import Previews, Watch
 
 # What the nodes call what the engine calls otherwise.
 NODE_NAMES = {
-    "prior": "prior_pictures",
-    "text_encoder_lr": "text_encoder_learning_rate",
+    **{name: setting.widget_name for name, setting in {**TRAINING, **BESIDE_TRAINING}.items()},
     "accept_changes": "on_change",
-    "batch": "batch_size",
 }
 PRIOR_SEED = 1000
 PRIOR_STEPS = 12

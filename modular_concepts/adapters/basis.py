@@ -35,10 +35,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..settings import basis as declared
 
 Array = NDArray[np.float64]
 
-KINDS = ("hadamard", "haar", "file")
+KINDS = (*declared.KIND.choices, "file")
 ROUNDS = 6
 HAAR_WIDTH = 2048
 FILE_TOLERANCE = 1e-5
@@ -55,8 +56,8 @@ class OrthogonalBasis:
     matrices: width -> (width, width) orthogonal, for "file" only.
     """
 
-    kind: str = "hadamard"
-    seed: int = 0
+    kind: str = declared.KIND.default
+    seed: int = declared.SEED.default
     matrices: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..choices import LAYOUTS
 from ..errors import AdapterError
+from ..settings.training import LAYOUTS
 
 if TYPE_CHECKING:
     from .basis import OrthogonalBasis

@@ -1,4 +1,4 @@
-"""The commands around merging: merge by any family, inspect what concepts do to each other, export for others."""
+"""The commands around merging: merge by any method, inspect what concepts do to each other, export for others."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..choices import DENSITY, FAMILIES, RANK, RIDGE, SEED
 from ..errors import AdapterError, listed
+from ..settings.merging import DENSITY, EXACT, HOW, LITERAL, MERGING, METHOD_HELP, RANK, RIDGE, SEED
+from .declared import add_option
 from .paths import (
     add_overwrite,
     base_named,
@@ -45,46 +46,27 @@ SAID = {
 
 
 def add_merge(commands) -> None:
-    families = "\n".join(
-        textwrap.fill(f"{name}: {said}", 90, initial_indent="  ", subsequent_indent="      ")
-        for name, said in FAMILIES.items()
+    methods = "\n".join(
+        textwrap.fill(f"{name}: {text}", 90, initial_indent="  ", subsequent_indent="      ")
+        for name, text in METHOD_HELP.items()
     )
     merge = commands.add_parser(
         "merge",
-        help="several concepts into one file, by any family",
+        help="several concepts into one file, by any method",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Merge concepts, or LoRAs with kohya's or diffusers' keys, into one file that stock loaders read "
         "too.\nKeys that find no place are named. A sum is exact: one LoRA whose rank is the sum of theirs, strengths\n"
-        "inside; what the other families do is said below.",
-        epilog=f"families:\n{families}",
+        "inside; what the other methods do is said below.",
+        epilog=f"methods:\n{methods}",
     )
     merge.add_argument("concepts", nargs="+", help="FILE or FILE:STRENGTH")
     merge.add_argument("--out", type=typed_file, required=True, help="the concept file to write")
     add_overwrite(merge)
-    merge.add_argument("--how", choices=tuple(FAMILIES), default="sum", metavar="FAMILY", help="see below (sum)")
-    merge.add_argument("--literal", action="store_true", help="block: strengths scaled to add up to 1, as in the paper")
-    merge.add_argument(
-        "--density",
-        type=float,
-        help=f"magnitude, dare, ties: the share of weights that stays (default {DENSITY})",
-    )
-    merge.add_argument("--rank", type=int, help=f"svd: the rank that the sum is cut to (default {RANK})")
-    merge.add_argument(
-        "--seed",
-        type=int,
-        help=f"dare: which weights are dropped follows from it (default {SEED})",
-    )
-    merge.add_argument(
-        "--ridge",
-        type=float,
-        help="fusion: damping towards each concept's own weight, relative to the mean of its moments' spectrum "
-        f"(default {RIDGE})",
-    )
-    merge.add_argument(
-        "--exact",
-        action="store_true",
-        help="fusion: the least-squares optimum of what was recorded, without damping; what was not recorded suffers",
-    )
+    add_option(merge, HOW, default=HOW.default, usual="(see below; default sum)", metavar="METHOD")
+    add_option(merge, LITERAL, default=False, usual="", only=True, action="store_true")
+    for setting in (DENSITY, RANK, SEED, RIDGE):
+        add_option(merge, setting, only=True)
+    add_option(merge, EXACT, default=False, usual="", only=True, action="store_true")
     merge.add_argument(
         "--moments",
         nargs="+",
@@ -161,7 +143,7 @@ def run_merge(args: argparse.Namespace) -> None:
     name = named(args.out.stem, "the concept's name")
     if args.exact and args.ridge is not None:
         raise AdapterError("--exact is fusion without damping, and --ridge is the damping; give one of them")
-    chosen = {name: getattr(args, name) for name in ("density", "seed", "rank", "ridge")}
+    chosen = {name: getattr(args, name) for name in MERGING}
     chosen["ridge"] = EXACT if args.exact else args.ridge
     options = MergeOptions(**{name: value for name, value in chosen.items() if value is not None})
     note_repeated(args)

@@ -12,7 +12,9 @@ from typing import Any
 
 from ..errors import AdapterError, listed
 from ..families.toy import TOY
+from ..settings import drawing
 from ..typed import number_typed
+from .declared import add_option
 from .paths import (
     add_overwrite,
     base_named,
@@ -28,7 +30,7 @@ from .paths import (
 )
 from .progress import Bar
 
-MOST = 10_000  # pictures of one command
+CFG = 4.0  # the toy base's, which the shell draws with where no other is named
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 
 
@@ -53,16 +55,8 @@ def add_sample(commands) -> None:
         metavar="LEFT,TOP,RIGHT,BOTTOM:PROMPT",
         help="a box with a prompt of its own, as in 0,0,0.5,1:a <rex>; once for each",
     )
-    sample.add_argument(
-        "--units",
-        choices=["fractions", "pixels"],
-        help="what boxes count: fractions of the picture, from 0 to 1 (default), or its pixels",
-    )
-    sample.add_argument(
-        "--mode",
-        choices=["gated", "merged"],
-        help="with regions: a concept acts in those alone that call it (gated, default), or everywhere (merged)",
-    )
+    add_option(sample, drawing.UNITS)
+    add_option(sample, drawing.MODE)
     sample.add_argument(
         "--out",
         type=typed_file,
@@ -71,20 +65,14 @@ def add_sample(commands) -> None:
     )
     add_overwrite(sample)
     sample.add_argument("--base", default=TOY.name, help="toy (default), or the folder of a diffusers model")
-    sample.add_argument("--negative", default="", metavar="PROMPT", help="what not to draw (default nothing)")
-    sample.add_argument("--width", type=int, metavar="PIXELS", help="default the base's own, 32 for toy")
-    sample.add_argument("--height", type=int, metavar="PIXELS", help="default the base's own, 32 for toy")
-    sample.add_argument("--steps", type=int, default=20, help="how often the noise is taken down (default 20)")
-    sample.add_argument(
-        "--cfg", type=float, default=4.0, help="how strictly the prompt is followed; 1 is no guidance (default 4)"
-    )
-    sample.add_argument(
-        "--seed", type=int, default=0, help="the first picture's noise; the next has the next (default 0)"
-    )
-    sample.add_argument("--count", type=_count, default=1, help="how many pictures (default 1)")
-    sample.add_argument(
-        "--zoom", type=_count, default=1, help="enlarge the file, each pixel to ZOOM x ZOOM (default 1)"
-    )
+    add_option(sample, drawing.NEGATIVE, default="", usual="(default nothing)", metavar="PROMPT")
+    add_option(sample, drawing.WIDTH, metavar="PIXELS")
+    add_option(sample, drawing.HEIGHT, metavar="PIXELS")
+    add_option(sample, drawing.STEPS, default=drawing.STEPS.default)
+    add_option(sample, drawing.CFG, default=CFG, usual=f"(default {CFG:g})")
+    add_option(sample, drawing.SEED, default=drawing.SEED.default)
+    add_option(sample, drawing.COUNT, default=drawing.COUNT.default, type=_count)
+    add_option(sample, drawing.ZOOM, default=drawing.ZOOM.default, type=_count)
     sample.set_defaults(run=run_sample)
 
 
@@ -155,10 +143,10 @@ def _unfelt(concepts: Sequence, strengths: Sequence[float]) -> list[str]:
 
 def _unread(args: argparse.Namespace) -> list[str]:
     """A sentence for each option that was typed and that this drawing does not read."""
-    from ..unread import GUIDANCE, SAMPLE, unread
+    from ..unread import SAMPLE, unread
 
     given = [name for name in SAMPLE if getattr(args, name) not in (None, "", [])]
-    present = [*(["region"] if args.region else []), *([GUIDANCE] if args.cfg != 1 else [])]
+    present = [*(["region"] if args.region else []), *([drawing.GUIDANCE] if args.cfg != 1 else [])]
     return unread(SAMPLE, given, present=present, called=lambda name: f"--{name}")
 
 
@@ -237,6 +225,7 @@ def _warn_unknown(base, prompts: Sequence[str], triggers: Sequence[str]) -> None
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MOST:
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of at least 1 and at most {MOST}")
+    if not text.isdecimal() or len(text) > 9 or not drawing.COUNT.allows(int(text)):
+        most = drawing.COUNT.most
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of at least 1 and at most {most}")
     return int(text)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import AdapterError
 from ..families.toy import TOY
+from ..settings.training import BUCKETS, CHECKPOINTED, NOISE, ONE_ROW, TOKEN_STARTS
 from ..typed import whole_typed
-from .options import add_training_options, chosen_preset
+from .declared import add_option
+from .options import add_checkpoint_every, add_training_options, chosen_preset
 from .paths import (
     add_overwrite,
     base_named,
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
     from ..training.settings import TrainSettings
     from ..training.teach import Subject
 
-CHECKPOINT_EVERY = 100
-
 
 def add_train(commands) -> None:
     train = commands.add_parser(
@@ -66,15 +66,13 @@ def add_train(commands) -> None:
     train.add_argument("--base", default=TOY.name, help="toy (default), or a diffusers folder")
     add_training_options(train)
     train.add_argument("--size", type=_size, help="WIDTHxHEIGHT to train at (default: the base's own)")
-    train.add_argument(
-        "--buckets", action="store_true", help="keep each picture's aspect, at sizes of about the same area"
-    )
+    add_option(train, BUCKETS, default=False, usual="", action="store_true")
     train.add_argument("--cache", type=typed_path, metavar="DIR", help="folder to keep the pictures' latents in")
     train.add_argument("--compact", action="store_true", help="leave the frozen factors out of the file")
     train.add_argument(
         "--checkpoints", type=typed_path, help="folder for checkpoints (default none: the training cannot be resumed)"
     )
-    train.add_argument("--checkpoint-every", type=int, metavar="STEPS", help=f"default {CHECKPOINT_EVERY}")
+    add_checkpoint_every(train)
     train.add_argument("--resume", type=typed_path, help="a checkpoint, or a folder for its newest")
     train.add_argument(
         "--accept-changes", action="store_true", help="resume although pictures, captions, base or settings changed"
@@ -142,10 +140,6 @@ def _chosen_settings(args: argparse.Namespace, base: BaseModel, name: str) -> tu
     usual = (SETTINGS if args.description else UNDESCRIBED) if toy else TrainSettings()
     preset = chosen_preset(args, usual, lambda own: on_toy_base(own, described=bool(args.description)) if toy else own)
     settings = replace(preset.settings, name=name)
-    if args.compact and settings.method in ("lora", "words"):
-        raise AdapterError(
-            f"--compact leaves out what is frozen, and method {settings.method} freezes nothing; leave it"
-        )
     return preset, replace(settings, checkpoint_every=_every(args)) if args.checkpoints else settings
 
 
@@ -277,13 +271,12 @@ def _end(args: argparse.Namespace, result: TrainResult, kept: Kept | None, fault
 
 
 def _every(args: argparse.Namespace) -> int:
-    return CHECKPOINT_EVERY if args.checkpoint_every is None else args.checkpoint_every
+    return CHECKPOINTED if args.checkpoint_every is None else args.checkpoint_every
 
 
 def _unread(args: argparse.Namespace, method: str, preset, base) -> list[str]:
     """A sentence for each option that was typed and that this training does not read."""
-    from ..training.settings import TOKEN_STARTS
-    from ..unread import NOISE, ONE_ROW, TRAIN, unread
+    from ..unread import TRAIN, unread
 
     given = [name for name in TRAIN if getattr(args, name, None) not in (None, False, "")]
     alone = len(base.word_rows(args.description or args.class_word)) == 1

@@ -1,6 +1,6 @@
 """Merging: several concepts become one residual a layer, by one of several methods; each method its own file."""
 
-from ..choices import FAMILIES
+from ..settings.merging import METHOD_HELP
 from .block_strengths import BlockStrengths
 from .blocks import MergedBlocks, merged_blocks
 from .dense import MergedDense
@@ -10,7 +10,7 @@ from .sums import MergedLayer, MergedSum, average_strengths, mean_strengths, mer
 
 __all__ = [
     "DEFAULTS",
-    "FAMILIES",
+    "METHOD_HELP",
     "NOTHING",
     "BlockStrengths",
     "Evidence",

@@ -15,19 +15,17 @@ from ..adapters.low_rank import LowRank
 from ..errors import AdapterError
 from ..families import block_kinds
 from ..models.layers import block_of
+from ..settings.merging import STRENGTH
 from ..typed import number_typed
 
 _ENTRY = re.compile(r"\s*(?P<kind>[a-z][a-z ]*?)(?:\s+(?P<number>\d{1,3}))?\s*=\s*(?P<value>.+?)\s*")
 EXAMPLE = "mid=0.5, up 1=0, text=0.8"
-MOST = 100.0  # what the host's own loaders take; LoRAs that are sliders are used far beyond 1
 
 
 def check_strength(what: str, strength: float) -> None:
-    """Raise AdapterError for a strength of a whole concept that is no number, or beyond MOST either way."""
-    if not -MOST <= strength <= MOST:
-        raise AdapterError(
-            f"{what}: strength is {strength:g}; give one from -{MOST:g} to {MOST:g}, 1 is as it was trained"
-        )
+    """Raise AdapterError for a strength of a whole concept that is no number, or too large either way."""
+    if not STRENGTH.allows(strength):
+        raise AdapterError(f"{what}: strength is {strength:g}; give one {STRENGTH.reach}, 1 is as it was trained")
 
 
 def unfelt(names: Sequence[str], strengths: Sequence[float]) -> list[str]:

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from ..adapters.low_rank import LowRank
-from ..choices import RIDGE
+from ..settings import merging as declared
 from .method import MOMENTS, LayerStack, Method
 from .moments import Moment
 from .sums import MergedLayer, merged_factors
 
 EXACT = 1e-6
+RIDGE: float = declared.RIDGE.default
 
 
 @torch.no_grad()

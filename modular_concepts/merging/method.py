@@ -73,7 +73,7 @@ class LayerStack:
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A way to merge.  What it is for a person who chooses stands in `choices.FAMILIES`, under the same name.
+    """A way to merge.  What it is for a person who chooses stands in `settings.merging.METHOD_HELP`, by the same name.
 
     merge_layer: one layer's adapters -> one merged layer; strengths enter here, once.
     strengths: what becomes of all concepts' strengths before.  check(concepts): raises AdapterError for concepts that

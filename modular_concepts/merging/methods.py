@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..adapters.low_rank import LowRank, check_adapter, together
 from ..adapters.sites import aligned
-from ..choices import FAMILIES
 from ..errors import AdapterError
+from ..settings.merging import METHOD_HELP
 from .blocks import BLOCK, MergedBlocks
 from .custom_diffusion import CUSTOM_DIFFUSION
 from .dense import MergedDense
@@ -49,7 +49,7 @@ class Merge:
     def method(self) -> Method:
         """Raises AdapterError for a name that no method has, and for literal strengths of any but "block"."""
         if self.how not in METHODS:
-            raise AdapterError(f"merge family {self.how!r} is unknown; choose one of {', '.join(FAMILIES)}")
+            raise AdapterError(f"merge method {self.how!r} is unknown; choose one of {', '.join(METHOD_HELP)}")
         if not self.literal:
             return METHODS[self.how]
         if self.how != BLOCK.name:

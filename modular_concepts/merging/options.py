@@ -1,38 +1,28 @@
-"""What a person can choose about a merge beside the strengths, and what some families must know beside adapters."""
+"""What a person can choose about a merge beside the strengths, and what some methods must know beside adapters."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..choices import DENSITY, RANK, RIDGE, SEED
-from ..errors import AdapterError
+from ..settings import merging as declared
 from .moments import Moment
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """density: share of weights that stay, for magnitude, dare and ties.  seed: for dare's draws.
+    """Each is declared in `settings/merging.py`.  Raises AdapterError for values that cannot work."""
 
-    rank: the merged layers' largest rank, for svd.  ridge: damping of fusion, relative to the inputs' variance.
-    Raises AdapterError for values that cannot work.
-    """
-
-    density: float = DENSITY
-    seed: int = SEED
-    rank: int = RANK
-    ridge: float = RIDGE
+    density: float = declared.DENSITY.default
+    seed: int = declared.SEED.default
+    rank: int = declared.RANK.default
+    ridge: float = declared.RIDGE.default
 
     def __post_init__(self):
-        if not 0 < self.density <= 1:
-            raise AdapterError(f"density is {self.density}; it must be above 0 and at most 1")
-        if self.rank < 1:
-            raise AdapterError(f"rank is {self.rank}; it must be at least 1")
-        if not 0 < self.ridge < math.inf:
-            raise AdapterError(f"ridge is {self.ridge}; it must be a positive number, such as {RIDGE}")
+        for name, setting in declared.MERGING.items():
+            setting.check(getattr(self, name))
 
 
 @dataclass(frozen=True, eq=False)

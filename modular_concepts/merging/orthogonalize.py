@@ -15,8 +15,9 @@ from torch import Tensor
 from ..adapters.low_rank import LowRank, together
 from ..concept import Concept
 from ..errors import AdapterError
+from ..settings import merging as declared
 
-WAYS = ("symmetric", "sequential")
+WAYS = declared.WAY.choices
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from ..adapters.sites import Layer, apart
-from ..choices import TARGETS
 from ..errors import AdapterError
 from ..families import find_family, network_of, networks, titles
 from ..families.family import Network
+from ..settings.training import TARGETS
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 MAX_NAME = 256

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..settings import drawing as declared
 
-OVERLAPS = ("average", "priority")
+OVERLAPS = declared.OVERLAP.choices
 _MOST_PIXELS = 2**20
 
 
@@ -36,22 +37,22 @@ class Region:
     box: tuple[float, float, float, float] | None = None
     mask: Tensor | None = None
     negative: str | None = None
-    feather: float = 0.0
-    strength: float = 1.0
+    feather: float = declared.FEATHER.default
+    strength: float = declared.STRENGTH.default
     pixels: bool = False
     concepts: tuple[str, ...] | None = None
-    start: float = 0.0
-    end: float = 1.0
-    priority: int = 0
-    control: float = 1.0
+    start: float = declared.START.default
+    end: float = declared.END.default
+    priority: int = declared.PRIORITY.default
+    control: float = declared.CONTROL.default
 
     def __post_init__(self):
         if self.box is not None and self.mask is not None:
             raise AdapterError(f"region {self.prompt!r} has a box and a mask; give one of them")
-        if not 0 <= self.strength <= 1:
-            raise AdapterError(f"region {self.prompt!r} has strength {self.strength}; it must be from 0 to 1")
-        if not 0 <= self.control <= 10:
-            raise AdapterError(f"region {self.prompt!r} has control {self.control}; it must be from 0 to 10")
+        for setting, value in ((declared.STRENGTH, self.strength), (declared.CONTROL, self.control)):
+            if not setting.allows(value):
+                what = f"region {self.prompt!r} has {setting.name} {value}"
+                raise AdapterError(f"{what}; it must be {setting.reach}")
         if not 0 <= self.start < self.end <= 1:
             raise AdapterError(
                 f"region {self.prompt!r} holds from {self.start:g} to {self.end:g} of the sampling; "
@@ -143,8 +144,7 @@ def region_weights(regions: Sequence[Region], height: int, width: int, overlap: 
     overlap: "average" lets all have what they cover; with "priority" the highest takes its own and those below
     what is left of the cell, so that the sum is never above 1.
     """
-    if overlap not in OVERLAPS:
-        raise AdapterError(f"overlap is {overlap!r}; choose one of {', '.join(OVERLAPS)}")
+    declared.OVERLAP.check(overlap)
     weights = torch.zeros(len(regions), height, width)
     for weight, region in zip(weights, regions, strict=True):
         weight.copy_(_cover(region, height, width))

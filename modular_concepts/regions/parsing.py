@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..concept import clip, is_number
 from ..errors import AdapterError
+from ..settings.drawing import END, FEATHER, PRIORITY, START, STRENGTH, UNITS
 from ..storage.strict_json import is_deep
 from .geometry import Region
 
@@ -28,14 +29,14 @@ FIELDS = {
     "units": '"fractions" (of the picture) or "pixels", for box and feather',
     "concepts": "a list of names; left out, those whose trigger word is in the prompt; [] for none",
     "feather": "a number: width of the soft edge",
-    "strength": "a number from 0 to 1",
-    "start": "a number from 0 to 1: the part of the sampling from which it holds",
-    "end": "a number from 0 to 1: the part of the sampling up to which it holds",
+    "strength": f"a number {STRENGTH.reach}",
+    "start": f"a number {START.reach}: the part of the sampling from which it holds",
+    "end": f"a number {END.reach}: the part of the sampling up to which it holds",
     "priority": "a whole number; the higher lies on top",
 }
 MOST_REGIONS = 64
 MOST_TEXT = 1_000_000
-_UNITS = ("fractions", "pixels")
+_UNITS = UNITS.choices
 
 
 def regions_from_json(text: str, masks: Tensor | None = None) -> list[Region]:
@@ -131,7 +132,7 @@ def _region(what: str, entry: object, masks: Tensor | None) -> Region:
         raise AdapterError(f"{what} has the unknown entry {clip(unknown[0])}; there are {', '.join(FIELDS)}")
     if "prompt" not in entry:
         raise AdapterError(f"{what} has no prompt; say what is there")
-    units = entry.get("units", "fractions")
+    units = entry.get("units", UNITS.default)
     if units not in _UNITS:
         raise AdapterError(f"{what}: units is {clip(units)}; write fractions or pixels")
     box, mask = entry.get("box"), None
@@ -154,13 +155,13 @@ def _region(what: str, entry: object, masks: Tensor | None) -> Region:
             box=None if box is None else _box(what, box, units),
             mask=mask,
             negative=_text(f"{what}: negative", entry["negative"]).strip() or None if "negative" in entry else None,
-            feather=_number(f"{what}: feather", entry.get("feather", 0.0)),
-            strength=_number(f"{what}: strength", entry.get("strength", 1.0)),
+            feather=_number(f"{what}: feather", entry.get("feather", FEATHER.default)),
+            strength=_number(f"{what}: strength", entry.get("strength", STRENGTH.default)),
             pixels=units == "pixels",
             concepts=_names(what, entry.get("concepts")),
-            start=_number(f"{what}: start", entry.get("start", 0.0)),
-            end=_number(f"{what}: end", entry.get("end", 1.0)),
-            priority=_whole(f"{what}: priority", entry.get("priority", 0)),
+            start=_number(f"{what}: start", entry.get("start", START.default)),
+            end=_number(f"{what}: end", entry.get("end", END.default)),
+            priority=_whole(f"{what}: priority", entry.get("priority", PRIORITY.default)),
         )
     except AdapterError as error:
         message = str(error)

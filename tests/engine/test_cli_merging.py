@@ -15,7 +15,7 @@ from modular_concepts.cli import main as cli
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.moments import load_moments, moments_path
-from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, merge_concepts
+from modular_concepts.merging import METHOD_HELP, Evidence, MergeOptions, merge_concepts
 from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.recording import recorded, text_features, usual_text
 from modular_concepts.storage.safetensors import read_header
@@ -75,7 +75,7 @@ def merge(capsys, how: str, *more, names=STRENGTHS) -> tuple[int, str, str]:
     return run(capsys, "merge", *files, "--out", f"{how}.safetensors", "--how", how, "--overwrite", *options, *more)
 
 
-@pytest.mark.parametrize("how", FAMILIES)
+@pytest.mark.parametrize("how", METHOD_HELP)
 def test_every_family_writes_its_exact_merge(capsys, how):
     base = load_toy_base()
     settings = {"method": "block", "blocks": 3} if how == "block" else {}
@@ -104,7 +104,7 @@ def test_the_help_says_what_each_family_does_to_orthogonal_concepts(capsys):
     with pytest.raises(SystemExit):
         cli.main(["merge", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert all(f"{name}: {words}" in said for name, words in FAMILIES.items())
+    assert all(f"{name}: {words}" in said for name, words in METHOD_HELP.items())
     assert said.count("destroys orthogonality") >= 3
 
 

@@ -21,7 +21,7 @@ from modular_concepts.concept import Concept, Recipe
 from modular_concepts.crosstalk.measures import crosstalk_table
 from modular_concepts.crosstalk.report import explained
 from modular_concepts.files.concept import load_concept, save_concept
-from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, add_concepts, merge_concepts
+from modular_concepts.merging import METHOD_HELP, Evidence, MergeOptions, add_concepts, merge_concepts
 from modular_concepts.merging.as_concept import merged_concept
 from modular_concepts.merging.moments import Moment
 from modular_concepts.merging.orthogonalize import orthogonal_concepts
@@ -233,7 +233,7 @@ def evidence_for(concepts, place) -> Evidence:
     return Evidence(moments, texts, torch.eye(12).to(place))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", METHOD_HELP)
 def test_every_family_merges_concepts_from_files_into_weights_on_another_device(device, family):
     """And concepts of which one lies on the device: trained just now, the other from a file."""
     options, strengths = MergeOptions(rank=2, density=0.5), [0.7, -0.4]

@@ -24,7 +24,7 @@ from modular_concepts.crosstalk.measures import sign_conflicts
 from modular_concepts.files.diffusers import export_diffusers
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.lora import import_lora
-from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, merge_concepts
+from modular_concepts.merging import METHOD_HELP, Evidence, MergeOptions, merge_concepts
 from modular_concepts.merging.custom_diffusion import RIDGE
 from modular_concepts.seeds import seeded as seeded_by
 
@@ -122,7 +122,7 @@ def by_hand(family, concepts, strengths, evidence, options=OPTIONS):
 
 CASES = [
     (family, kind, shape)
-    for family in FAMILIES
+    for family in METHOD_HELP
     for kind in (BLOCK_KINDS if family == "block" else KINDS)
     for shape in SHAPES
     # Custom Diffusion's own formula is for layers that read text, which are linear; others are summed.
@@ -147,7 +147,7 @@ def test_merged_and_bypassed_are_the_formula_in_float64(family, kind, shape):
         assert relative_error(plain, apply(weight)) > EFFECT
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", METHOD_HELP)
 def test_the_order_of_concepts_does_not_matter(family):
     concepts, pairs = concepts_of("block" if family == "block" else "lora", (24, 40, None)), range(4)
     evidence = evidence_for(concepts)
@@ -165,7 +165,7 @@ def test_the_order_of_concepts_does_not_matter(family):
     assert relative_error(others.delta(), first) > EFFECT
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", METHOD_HELP)
 @pytest.mark.parametrize("kernel", [None, (3, 3)])
 def test_strength_0_leaves_weights_bit_for_bit_and_1_alone_is_the_concept(family, kernel):
     """Families that drop or cut are asked to drop nothing; Custom Diffusion promises it for the concept's words."""
@@ -186,7 +186,7 @@ def test_strength_0_leaves_weights_bit_for_bit_and_1_alone_is_the_concept(family
 
 
 @pytest.mark.parametrize("count", [1, 100])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", METHOD_HELP)
 def test_any_number_of_concepts(family, count):
     concepts = concepts_of("block" if family == "block" else "lora", (104, 112, None), count)
     strengths = (torch.rand(count, generator=seeded(0)) + 0.5).tolist()
@@ -195,7 +195,7 @@ def test_any_number_of_concepts(family, count):
     assert relative_error(merged, by_hand(family, concepts, strengths, evidence)) < 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", METHOD_HELP)
 @pytest.mark.parametrize("kernel", [None, (3, 3)])
 def test_an_exported_merge_is_the_merge(family, kernel, tmp_path):
     """As one plain LoRA: merged again, and read back from files for other programs."""
@@ -227,7 +227,7 @@ def test_sums_have_each_orthogonal_concept_in_its_own_directions_untouched(famil
 
 @pytest.mark.parametrize("family", ["magnitude", "dare", "ties", "svd"])
 def test_families_that_say_so_do_destroy_orthogonality(family):
-    assert "orthogonal" in FAMILIES[family]
+    assert "orthogonal" in METHOD_HELP[family]
     concepts = concepts_of("orthogonal", (48, 64, None))
     whole = merge_concepts(concepts, [1.0] * 4, family, options=replace(OPTIONS, rank=2))[LAYER].delta().double()
     off = []

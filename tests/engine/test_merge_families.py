@@ -11,7 +11,7 @@ from modular_concepts.adapters.low_rank import KINDS, ConvGeometry
 from modular_concepts.concept import Concept, Recipe, check_concept
 from modular_concepts.crosstalk.measures import crosstalk
 from modular_concepts.errors import AdapterError
-from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, add_concepts, merge_concepts, merged_factors
+from modular_concepts.merging import METHOD_HELP, Evidence, MergeOptions, add_concepts, merge_concepts, merged_factors
 from modular_concepts.merging.dense import MergedDense
 from modular_concepts.merging.fusion import EXACT, RIDGE, fused_factors
 from modular_concepts.merging.method import LayerStack, Method
@@ -75,7 +75,7 @@ def by_hand(family, concepts, options, evidence):
 
 
 @pytest.mark.parametrize(("out", "inp", "kernel"), SHAPES)
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("dare", "custom_diffusion")])
+@pytest.mark.parametrize("family", [name for name in METHOD_HELP if name not in ("dare", "custom_diffusion")])
 def test_a_family_is_its_formula(family, out, inp, kernel):
     concepts = trio("block" if family == "block" else "lora", out, inp, kernel)
     width = inp * (kernel[0] * kernel[1] if kernel else 1)
@@ -429,7 +429,7 @@ def test_a_made_up_method_is_a_file_a_name_and_a_sentence(monkeypatch):
         return MergedDense(deltas.gather(0, deltas.abs().argmax(0, keepdim=True))[0])
 
     monkeypatch.setitem(METHODS, "loudest", Method("loudest", loudest))
-    monkeypatch.setitem(FAMILIES, "loudest", "each weight of the concept that moves it most")
+    monkeypatch.setitem(METHOD_HELP, "loudest", "each weight of the concept that moves it most")
     adapters = [filled_adapter("lora", 6, 5, 2, slot) for slot in range(2)]
     concepts = [SimpleNamespace(name=name, layers={"layer": a}) for name, a in zip("ab", adapters, strict=True)]
     merged = merge_concepts(concepts, [1.0, 0.5], "loudest")["layer"].delta()
@@ -438,5 +438,5 @@ def test_a_made_up_method_is_a_file_a_name_and_a_sentence(monkeypatch):
 
 
 def test_every_method_has_a_sentence_and_every_sentence_a_method():
-    assert set(METHODS) == set(FAMILIES)
+    assert set(METHODS) == set(METHOD_HELP)
     assert all(name == method.name for name, method in METHODS.items())

@@ -57,7 +57,7 @@ from modular_concepts.files.embeddings import export_embedding, export_embedding
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.lora import read_concept
 from modular_concepts.files.moments import load_moments, save_moments
-from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, merge_concepts
+from modular_concepts.merging import METHOD_HELP, Evidence, MergeOptions, merge_concepts
 from modular_concepts.merging.as_concept import merged_concept
 from modular_concepts.merging.moments import Moment
 from modular_concepts.models.targets import Targets, concept_layers
@@ -519,7 +519,7 @@ def _plain_moments() -> dict[str, Moment]:
 def use_concept(concept: Concept, path: Path, out: Path, moments: dict[str, Moment] | None = None) -> None:
     """All that a person can do with a concept; AdapterError is an answer everywhere."""
     pair = [concept, _partner()]
-    for how in FAMILIES:
+    for how in METHOD_HELP:
         with contextlib.suppress(AdapterError):
             use_merge(pair, how, moments or _plain_moments(), out)
     for write in (save_concept, export_kohya, export_diffusers):

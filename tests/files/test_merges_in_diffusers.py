@@ -11,7 +11,7 @@ from laws import SHIFT, seeded
 from modular_concepts.adapters.low_rank import block_rows, new_block, new_lora
 from modular_concepts.concept import Concept, Recipe
 from modular_concepts.files.diffusers import FILE_NAME, export_diffusers
-from modular_concepts.merging import FAMILIES, Evidence, MergeOptions, merge_concepts
+from modular_concepts.merging import METHOD_HELP, Evidence, MergeOptions, merge_concepts
 from modular_concepts.models.layers import find_layers
 
 STRENGTHS = [0.6, 1.0, -0.5]
@@ -59,7 +59,7 @@ def evidence_for(concepts):
     return Evidence(moments, [torch.randn(2, TEXT, generator=seeded(slot)) for slot in range(3)], torch.eye(TEXT))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", METHOD_HELP)
 def test_diffusers_computes_what_was_merged(unet, tmp_path, family):
     from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
 

@@ -15,7 +15,7 @@ from test_patching import CONVOLUTIONS, relative_error, wide_concept
 from modular_concepts.files.concept import save_concept
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.moments import load_moments, moments_path
-from modular_concepts.merging import FAMILIES as MERGES
+from modular_concepts.merging import METHOD_HELP as MERGES
 from modular_concepts.merging import BlockStrengths, Evidence, MergeOptions, merge_concepts
 from modular_concepts.merging.moments import Moment
 from modular_concepts.merging.orthogonalize import orthogonal_concepts

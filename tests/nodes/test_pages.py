@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 PACK = Path(__file__).resolve().parents[2]
 NAMED = re.compile(r'node_id="(\w+)"')
 INPUT = re.compile(r"\b(?:\w+)\.Input\(\s*\"(\w+)\"")
+# An input that is made of a setting's declaration, by its constant in the module that the file calls `declared`.
+WIDGET = re.compile(r"\b(?:widget|_option|_choice|_number)\(\s*declared\.(\w+)(?:,\s*id=\"(\w+)\")?")
+MODULE = re.compile(r"modular_concepts\.settings import (\w+) as declared")
 SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted((PACK / "nodes").glob("*.py"))}
 IDS = [node for source in SOURCES.values() for node in NAMED.findall(source)]
 
@@ -30,8 +34,17 @@ def test_a_help_page_begins_with_a_title_and_names_the_inputs(node):
     for source in SOURCES.values():
         for piece in re.split(r"\nclass ", source)[1:]:
             if f'node_id="{node}"' in piece:
-                missing = [name for name in INPUT.findall(piece) if not re.search(rf"\b{name}\b", page)]
+                names = [*INPUT.findall(piece), *declared_in(source, piece)]
+                missing = [name for name in names if not re.search(rf"\b{name}\b", page)]
                 assert not missing, f"{node}.md says nothing of {missing}"
+
+
+def declared_in(source: str, piece: str) -> list[str]:
+    """What the inputs are called that a part of a file makes of declarations."""
+    for module in MODULE.findall(source):
+        settings = importlib.import_module(f"modular_concepts.settings.{module}")
+        return [id or getattr(settings, name).widget_name for name, id in WIDGET.findall(piece)]
+    return []
 
 
 def test_registration_loads_nothing_and_is_short():

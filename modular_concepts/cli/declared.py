@@ -1,0 +1,70 @@
+"""An option of the shell, made from the declaration of a setting."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..settings.setting import Setting
+from ..typed import number_typed
+
+NONE = object()  # what "none" is read as: a value too, which takes back what a preset says
+
+
+def add_option(
+    parser: argparse.ArgumentParser,
+    setting: Setting,
+    default: object = None,
+    usual: str | None = None,
+    *,
+    only: bool = False,
+    **more: Any,
+) -> None:
+    """Add --NAME, in words the setting's own help and default.
+
+    default: what the parser gives where the option is not typed.  usual: what the help says of it, if not the
+    declaration's own.  only: begin with the methods that read it.  more: as argparse has it.
+    """
+    usual = usual_text(setting) if usual is None else usual
+    for_whom = f"{', '.join(setting.read_by)}: " if only else ""
+    text = f"{for_whom}{setting.help}{setting.in_shell} {usual}".strip()
+    if setting.kind is bool:
+        more.setdefault("action", argparse.BooleanOptionalAction)
+    elif setting.choices:
+        more["choices"] = setting.choices
+    else:
+        optional = setting.default is None and setting.kind is float
+        more.setdefault("type", _number_or_none if optional else setting.kind)
+    parser.add_argument(flag(setting.name), default=default, help=text, **more)
+
+
+def usual_text(setting: Setting) -> str:
+    """What holds where the option is not given, as the help ends with it."""
+    if setting.default is None:
+        return f"(default: {setting.without})" if setting.without != "none" else "(default none)"
+    return f"(default {in_words(setting.default)})"
+
+
+def in_words(value: object) -> str:
+    """A setting's value as the help says it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " and ".join(map(in_words, value))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def typed(value: object) -> object:
+    """A value as the engine takes it."""
+    return None if value is NONE else value
+
+
+def _number_or_none(text: str) -> object:
+    return NONE if text.lower() == "none" else number_typed(text)
+
+
+_number_or_none.__name__ = "number"
