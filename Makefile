@@ -7,7 +7,7 @@
 #   TORTURE_FLAGS=--quick      handed to bench/torture
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gpu gpu-dry bench-train bench-merge bench-methods bench-families bench-regions torture test test-host check format install clean
+.PHONY: help demo gpu gpu-dry bench-train bench-merge bench-methods bench-merge-methods bench-families bench-regions torture test test-host check format install clean
 .NOTPARALLEL:
 
 VENV := .venv
@@ -41,7 +41,7 @@ help:
 	@echo "make bench-methods  train every method on toy concepts and judge them (half an hour on two cores)"
 	@echo "make bench-merge  measure merging beside ComfyUI's LoRA loaders and peft"
 	@echo "make bench-regions  measure regional sampling beside ComfyUI's masks and LoRA hooks (half an hour, 12 GB)"
-	@echo "make bench-families  merge toy concepts by every family and judge them (three quarters of an hour on two cores)"
+	@echo "make bench-merge-methods  merge toy concepts by every method and judge them (three quarters of an hour on two cores)"
 	@echo "make gpu        prove and measure on a machine with an NVIDIA GPU what at most eight minutes hold (installs nothing)"
 	@echo "make gpu-dry    the same in small on the CPU (two minutes)"
 	@echo "make torture    try the twelve promises in full and write docs/trust.md (an hour on two cores; TORTURE_FLAGS=--quick)"
@@ -69,8 +69,10 @@ bench-train: $(STAMP)
 bench-methods: $(STAMP)
 	@$(BIN)/python -m bench.methods $(BENCH_FLAGS)
 
-bench-families: $(STAMP)
-	@$(BIN)/python -m bench.families $(BENCH_FLAGS)
+bench-merge-methods: $(STAMP)
+	@$(BIN)/python -m bench.merge_methods $(BENCH_FLAGS)
+
+bench-families: bench-merge-methods  # as it was called before
 
 bench-merge: $(STAMP)
 	@$(BIN)/python bench/merge.py $(BENCH_FLAGS)

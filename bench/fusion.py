@@ -1,9 +1,10 @@
 """Fusion on the toy base: damped least squares beside the papers' descent, and what the damping does.
 
-    python -m bench.fusion --concepts bench_output/families/concepts/lora
+    python -m bench.fusion --concepts bench_output/merge_methods/concepts/lora
 
-Needs concepts that `make bench-families` trained.  Residuals are |sum_i (D - delta_i) X_i|^2 / |sum_i delta_i X_i|^2
-over all layers, on the rows that the merge was made from ("seen") and on rows of other prompts and noise ("new").
+Needs concepts that `make bench-merge-methods` trained.
+Residuals are |sum_i (D - delta_i) X_i|^2 / |sum_i delta_i X_i|^2 over all layers, on the rows that the merge was made
+from ("seen") and on rows of other prompts and noise ("new").
 "own" and "others" are mean changes of a pixel (of 255): of the concepts' own pictures by new prompts from what each
 draws alone, and of pictures without any concept from what the base draws.  Prints a table and one line of JSON.
 """
@@ -123,12 +124,14 @@ def size(merged: Mapping) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--concepts", type=Path, default=Path("bench_output/families/concepts/lora"))
+    parser.add_argument("--concepts", type=Path, default=Path("bench_output/merge_methods/concepts/lora"))
     parser.add_argument("--names", nargs="+", default=["tom", "tim", "rex", "minka", "ada"])
     args = parser.parse_args(arguments)
     files = [args.concepts / f"{name}.safetensors" for name in args.names]
     if missing := [file.name for file in files if not file.is_file()]:
-        parser.error(f"{args.concepts} has no {', '.join(missing)}; run `make bench-families` first, which trains them")
+        parser.error(
+            f"{args.concepts} has no {', '.join(missing)}; run `make bench-merge-methods` first, which trains them"
+        )
     base, concepts = load_toy_base(), [load_concept(file) for file in files]
     inputs = [recorded_inputs(base, concept) for concept in concepts]
     seen = [moments_of(own) for own in inputs]

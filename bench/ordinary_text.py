@@ -1,7 +1,7 @@
 """How far Custom Diffusion's merge moves text that it was never shown, beside a concept's own answer.
 
     python -m bench.ordinary_text                                  three concepts with random changes
-    python -m bench.ordinary_text --concepts bench_output/families/concepts/custom_diffusion
+    python -m bench.ordinary_text --concepts bench_output/merge_methods/concepts/custom_diffusion
 
 The keys and values of captions that are not among the merge's own, root mean square over rows and layers, as a share of
 what a concept's layers answer to its own words.  "text" are the rows from the start to the end mark, "all" with the

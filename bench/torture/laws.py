@@ -20,8 +20,8 @@ LAWS: dict[int, dict[str, str]] = {
     3: {
         "engine/test_adapters.py": "merged_equals_bypass|strength_0_and_a_new",
         "engine/test_merge.py": "sum_of_deltas",
-        "engine/test_family_laws.py": "merged_and_bypassed",
-        "engine/test_merge_families.py": "family_is_its_formula|adding_to_a_weight|strength_zero",
+        "engine/test_method_laws.py": "merged_and_bypassed",
+        "engine/test_merge_methods.py": "method_is_its_formula|adding_to_a_weight|strength_zero",
     },
     4: {
         "engine/test_customisation.py": "leaves_the_base|leave_the_base|strength_0",
@@ -36,15 +36,15 @@ LAWS: dict[int, dict[str, str]] = {
     5: {
         "engine/test_bases.py": "orthogonal|orthonormal|other_columns|same_bits",
         "engine/test_crosstalk.py": "no_crosstalk|disjoint|does_not_answer",
-        "engine/test_family_laws.py": "own_directions|own_rows",
+        "engine/test_method_laws.py": "own_directions|own_rows",
         "engine/test_training.py": "exactly_the_trainable",
-        "engine/test_merge_families.py": "orthogonal_concepts_pass|orthogonalising_makes",
+        "engine/test_merge_methods.py": "orthogonal_concepts_pass|orthogonalising_makes",
     },
     6: {
         "engine/test_merge.py": "order|any_number|strength_0|mean_divides|side_by_side|merged_again|"
         "add_up_to_one|in_the_room",
-        "engine/test_family_laws.py": "order_of_concepts|any_number|strength_0|exported_merge",
-        "engine/test_merge_families.py": "density_one|dare_keeps",
+        "engine/test_method_laws.py": "order_of_concepts|any_number|strength_0|exported_merge",
+        "engine/test_merge_methods.py": "density_one|dare_keeps",
     },
     7: {
         "files/test_merges_in_diffusers.py": "",
@@ -71,14 +71,14 @@ HOST_LAWS: dict[int, dict[str, str]] = {
     2: {"host/test_golden_files.py": ""},
     3: {
         "host/test_patching.py": "engines_delta|bypass_computes",
-        "host/test_merge_families_in_host.py": "engines_delta|bypass_computes|smaller_dtype",
+        "host/test_merge_methods_in_host.py": "engines_delta|bypass_computes|smaller_dtype",
         "host/test_exactness_in_host.py": "take_a_merge|round_a_merge",
     },
     4: {
         "host/test_patching.py": "untouched",
         "host/test_exactness_in_host.py": "untouched",
         "host/test_interop_in_host.py": "untouched",
-        "host/test_merge_families_in_host.py": "untouched",
+        "host/test_merge_methods_in_host.py": "untouched",
         "host/test_regions_in_host.py": "as_it_was",
         "host/test_gated_regions_in_host.py": "as_it_was",
         "host/test_toy_base.py": "as_it_was",
@@ -88,7 +88,7 @@ HOST_LAWS: dict[int, dict[str, str]] = {
         "host/test_interop_in_host.py": "any_program|same_as_its_file|both_strengths|core_loads|without_a_place|"
         "cores_node",
         "host/test_patching.py": "stock_loader",
-        "host/test_merge_families_in_host.py": "stock_loader",
+        "host/test_merge_methods_in_host.py": "stock_loader",
         "host/test_exactness_in_host.py": "saved_by_cores",
     },
     8: {"host/test_stopped_training.py": "", "host/test_training_in_host.py": "resuming_is_exact"},

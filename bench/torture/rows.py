@@ -23,7 +23,7 @@ PROMISES = {
     12: "Nothing sneaky",
 }
 LAWS = {
-    3: "Every kind of adapter and every merge family on Linear, 1x1 and 3x3 layers of drawn sizes, strengths -1 to 2, "
+    3: "Every kind of adapter and every merge method on Linear, 1x1 and 3x3 layers of drawn sizes, strengths -1 to 2, "
     "one to three batch dimensions, fp32, fp16 and bf16, against float64 arithmetic written out by hand",
     4: "",
     5: "Bases, slots and rows of concepts, the frozen factor before and after training, what one concept's slot does "

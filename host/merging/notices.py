@@ -1,4 +1,4 @@
-"""Merging as a node asks for it: patched clones, and words for what a family costs and what does not belong there."""
+"""Merging as a node asks for it: patched clones, and words for what a method costs and what does not belong there."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def merged_by(
     model: comfy.model_patcher.ModelPatcher,
     clip: comfy.sd.CLIP,
     stack: Sequence[tuple[Concept, float]],
-    family: str,
+    how: str,
     options: MergeOptions,
     literal: bool = False,
     apply: str = APPLY[0],
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP]:
     """`merged`, and on the node: warnings, and what a cut to a lower rank keeps of the sum.
 
-    family: any but fusion, which draws first (`fusion.fused`).  apply: one of `APPLY`.
+    how: any method but fusion, which draws first (`fusion.fused`).  apply: one of `APPLY`.
     """
-    evidence = spoken_evidence(model, clip, stack) if METHODS[family].needs == TEXTS else NOTHING
-    result = merged(model, clip, stack, Merge(family, literal, options, evidence), apply == "activations")
+    evidence = spoken_evidence(model, clip, stack) if METHODS[how].needs == TEXTS else NOTHING
+    result = merged(model, clip, stack, Merge(how, literal, options, evidence), apply == "activations")
     given = [name for name, value in asdict(options).items() if value != getattr(MergeOptions(), name)]
-    said = [*unread(MERGE, given, family), *warnings_of(model, clip, stack, apply)]
-    if family == SVD.name:
+    said = [*unread(MERGE, given, how), *warnings_of(model, clip, stack, apply)]
+    if how == SVD.name:
         said.append(kept_by_cut(stack, options))
     if said:
         show_text("\n".join(said))

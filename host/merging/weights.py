@@ -177,7 +177,7 @@ def _merges_in(model: comfy.model_patcher.ModelPatcher) -> tuple[Inside, ...]:
 
 
 def concept_inside(model: comfy.model_patcher.ModelPatcher, name: str = "") -> Concept:
-    """All that was merged into a MODEL and its CLIP, by whatever family, as one concept: exactly what is in them.
+    """All that was merged into a MODEL and its CLIP, by whatever method, as one concept: exactly what is in them.
 
     name: the concept's; its parts' names otherwise.  Raises AdapterError for a MODEL without concepts.
     """

@@ -28,7 +28,7 @@ def merged_concept(
 ) -> Concept:
     """One concept that holds the exact merge of several: ranks add up, strengths are inside, trigger words are kept.
 
-    how and all after it: as `merge_concepts`.  Families that drop single weights leave a layer no low rank, and its
+    how and all after it: as `merge_concepts`.  Methods that drop single weights leave a layer no low rank, and its
     adapter is then as wide as the layer is.
     Raises AdapterError for concepts of two architectures, of two orthogonal bases, or with one trigger word.
     """

@@ -1,4 +1,4 @@
-"""Merging on the command line: every family under its one name, exact files, and warnings in plain words."""
+"""Merging on the command line: every method under its one name, exact files, and warnings in plain words."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
 def merge(capsys, how: str, *more, names=STRENGTHS) -> tuple[int, str, str]:
     files = [f"{name}.safetensors:{strength}" for name, strength in names.items()]
-    # Those that this family reads: of any other it is said that it changes nothing.
+    # Those that this method reads: of any other it is said that it changes nothing.
     options = [text for name, value in OPTIONS.items() if how in MERGE[name].by for text in (f"--{name}", value)]
     return run(capsys, "merge", *files, "--out", f"{how}.safetensors", "--how", how, "--overwrite", *options, *more)
 
 
 @pytest.mark.parametrize("how", METHOD_HELP)
-def test_every_family_writes_its_exact_merge(capsys, how):
+def test_every_method_writes_its_exact_merge(capsys, how):
     base = load_toy_base()
     settings = {"method": "block", "blocks": 3} if how == "block" else {}
     concepts = [made(base, name, **settings, slot=slot) for slot, name in enumerate(STRENGTHS)]
@@ -100,7 +100,7 @@ def test_every_family_writes_its_exact_merge(capsys, how):
     assert ("crosstalk tom and rex" in out) and merged.recipe.origin["merge"] == how
 
 
-def test_the_help_says_what_each_family_does_to_orthogonal_concepts(capsys):
+def test_the_help_says_what_each_method_does_to_orthogonal_concepts(capsys):
     with pytest.raises(SystemExit):
         cli.main(["merge", "--help"])
     said = " ".join(capsys.readouterr().out.split())

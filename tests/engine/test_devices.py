@@ -233,20 +233,20 @@ def evidence_for(concepts, place) -> Evidence:
     return Evidence(moments, texts, torch.eye(12).to(place))
 
 
-@pytest.mark.parametrize("family", METHOD_HELP)
-def test_every_family_merges_concepts_from_files_into_weights_on_another_device(device, family):
+@pytest.mark.parametrize("how", METHOD_HELP)
+def test_every_method_merges_concepts_from_files_into_weights_on_another_device(device, how):
     """And concepts of which one lies on the device: trained just now, the other from a file."""
     options, strengths = MergeOptions(rank=2, density=0.5), [0.7, -0.4]
-    kind = "block" if family == "block" else "lora"
+    kind = "block" if how == "block" else "lora"
     here = concepts_on(["cpu"] * 2, kind)
-    wanted = merge_concepts(here, strengths, family, False, options, evidence_for(here, "cpu"))
+    wanted = merge_concepts(here, strengths, how, False, options, evidence_for(here, "cpu"))
     for places in (["cpu", "cpu"], ["cpu", device], [device, "cpu"]):
         concepts = concepts_on(places, kind)
         for place in {"cpu", places[0]}:
             evidence = evidence_for(concepts, place)
             weights = {name: torch.zeros(own.weight_shape).to(device) for name, own in concepts[0].layers.items()}
-            add_concepts(weights, concepts, strengths, family, False, options, evidence)
-            merged = merge_concepts(concepts, strengths, family, False, options, evidence)
+            add_concepts(weights, concepts, strengths, how, False, options, evidence)
+            merged = merge_concepts(concepts, strengths, how, False, options, evidence)
             for name, own in wanted.items():
                 assert weights[name].device == device
                 assert relative_error(weights[name].cpu(), own.delta()) < NEAR

@@ -162,14 +162,14 @@ def test_eight_bit_moments_are_resumed_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("family", ["sum", "mean", "block", "svd", "magnitude", "dare", "ties"])
+@pytest.mark.parametrize("how", ["sum", "mean", "block", "svd", "magnitude", "dare", "ties"])
 @pytest.mark.parametrize("strength", [-1.0, 0.0, 0.3, 1.0, 2.0])
-def test_a_merge_into_weights_in_half_precision_is_rounded_once(dtype, family, strength):
-    kind = "block" if family == "block" else "lora"
+def test_a_merge_into_weights_in_half_precision_is_rounded_once(dtype, how, strength):
+    kind = "block" if how == "block" else "lora"
     for kernel in (None, (3, 3)):
         adapters = [filled_adapter(kind, 24, 16, 4, slot, kernel) for slot in range(3)]
         concepts = [Concept(f"c{number}", {"layer": own}, {}, Recipe()) for number, own in enumerate(adapters)]
-        merged = merge_concepts(concepts, [strength] * 3, family, options=MergeOptions(rank=8, density=0.5))["layer"]
+        merged = merge_concepts(concepts, [strength] * 3, how, options=MergeOptions(rank=8, density=0.5))["layer"]
         weight = torch.randn(adapters[0].weight_shape, generator=seeded(1)).to(dtype)
         exact = weight.double() + merged.delta().double()
         found = merged.add_to(weight.clone())

@@ -7,7 +7,7 @@
 
 `run(count_per_kind, seed, folder, kinds=None)` writes one sound file of each of `KINDS` into `folder`, changes it
 `count_per_kind` times, reads what comes out with the product's own reader, and uses whatever that accepts: merged by
-every family, exported, inspected, drawn on the toy base, resumed.  One `Outcome` for each kind.  The same seed gives
+by every method, exported, inspected, drawn on the toy base, resumed.  One `Outcome` for each kind.  The same seed gives
 the same files.  A fault is any exception but AdapterError, a sentence that is none, a number that is not finite, or a
 file outside `folder`; the file that caused it is kept in `folder`/faults under the name that the fault begins with.
 It changes the working directory while it runs, needs no network and no graphics card, and costs 10 to 40 processor

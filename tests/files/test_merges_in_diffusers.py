@@ -1,4 +1,4 @@
-"""Promise 7 for merges: diffusers and peft load every family's merge as one LoRA and compute the same delta."""
+"""Promise 7 for merges: diffusers and peft load every method's merge as one LoRA and compute the same delta."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def evidence_for(concepts):
     return Evidence(moments, [torch.randn(2, TEXT, generator=seeded(slot)) for slot in range(3)], torch.eye(TEXT))
 
 
-@pytest.mark.parametrize("family", METHOD_HELP)
-def test_diffusers_computes_what_was_merged(unet, tmp_path, family):
+@pytest.mark.parametrize("how", METHOD_HELP)
+def test_diffusers_computes_what_was_merged(unet, tmp_path, how):
     from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
 
     layers = find_layers(unet, None, "attention")
-    concepts = concepts_for(layers, family == "block")
+    concepts = concepts_for(layers, how == "block")
     options = MergeOptions(density=0.4, rank=3)
-    merged = merge_concepts(concepts, STRENGTHS, family, options=options, evidence=evidence_for(concepts))
+    merged = merge_concepts(concepts, STRENGTHS, how, options=options, evidence=evidence_for(concepts))
     one = Concept("one", {name: layer.as_low_rank() for name, layer in merged.items()}, {}, Recipe("lora", 6, 6.0))
     export_diffusers(one, tmp_path / FILE_NAME)
     state, alphas = Loader.lora_state_dict(str(tmp_path), weight_name=FILE_NAME)

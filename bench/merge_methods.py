@@ -1,10 +1,10 @@
-"""The same five toy concepts merged by every family, then each drawn from the merged model and judged.
+"""The same five toy concepts merged by every method, then each drawn from the merged model and judged.
 
-    python -m bench.families                            everything: three quarters of an hour on two cores
-    python -m bench.families --only "orthogonal, sum"   these rows alone; what is finished stays in --out
+    python -m bench.merge_methods                            everything: three quarters of an hour on two cores
+    python -m bench.merge_methods --only "orthogonal, sum"   these rows alone; what is finished stays in --out
 
 Writes OUT/concepts/METHOD/NAME.safetensors with moments beside, OUT/rows/*.json and .safetensors (the pictures),
-OUT/families.md (the table) and OUT/families.png (the sheet); prints one line of JSON.
+OUT/methods.md (the table) and OUT/methods.png (the sheet); prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.family_sheet import family_sheet
 from bench.fusion import SAID, descended, recorded_inputs
+from bench.merge_sheet import merge_sheet
 from bench.methods import Method
 from modular_concepts.adapters.attach import attached
 from modular_concepts.concept import Concept
@@ -57,13 +57,13 @@ TRAINED = {
     "block": Method("block", {"method": "block", "blocks": 8, "erasure": 0.2, "layerwise": True}),
     "custom_diffusion": Method("custom diffusion", {"method": "custom_diffusion"}, Targets(("cross_attention_kv",))),
 }
-COLUMNS = ("family", "merge, s", "energy lost", "disturbed", "identity", "bleed", "mistaken", "image", "moved")
+COLUMNS = ("method", "merge, s", "energy lost", "disturbed", "identity", "bleed", "mistaken", "image", "moved")
 GROUPS = {"lora": "LoRA", "orthogonal": "orthogonal", "block": "block", "custom_diffusion": "Custom Diffusion"}
 
 
 @dataclass(frozen=True)
-class Family:
-    """A row.  how: "alone", "descent" (fusion by L-BFGS) or one of `merge.FAMILIES`.
+class Row:
+    """A row.  how: "alone", "descent" (fusion by L-BFGS) or one of `settings.merging.METHOD_HELP`.
 
     first: how the concepts are made orthogonal before, see `merging/orthogonalize.py`.
     """
@@ -78,37 +78,37 @@ class Family:
 
 
 ROWS = (
-    Family("LoRA, each alone", "lora", "alone"),
-    Family("LoRA, sum (task arithmetic)", "lora"),
-    Family("LoRA, sum at 0.6", "lora", strength=0.6),
-    Family("LoRA, mean = average", "lora", "mean"),
-    Family("LoRA, fusion, closed form", "lora", "fusion"),
-    Family("LoRA, fusion, damping 0.001", "lora", "fusion", options=MergeOptions(ridge=1e-3)),
-    Family("LoRA, fusion, L-BFGS", "lora", "descent"),
-    Family("LoRA, TIES, density 0.5", "lora", "ties"),
-    Family("LoRA, DARE, density 0.5", "lora", "dare"),
-    Family("LoRA, magnitude, density 0.5", "lora", "magnitude"),
-    Family("LoRA, SVD to rank 8 of 40", "lora", "svd", options=MergeOptions(rank=8)),
-    Family("LoRA, made orthogonal, sum", "lora", first="symmetric"),
-    Family("LoRA, one after another, sum", "lora", first="sequential"),
-    Family("orthogonal, each alone", "orthogonal", "alone"),
-    Family("orthogonal, sum", "orthogonal"),
-    Family("orthogonal, sum at 0.6", "orthogonal", strength=0.6),
-    Family("orthogonal, fusion", "orthogonal", "fusion"),
-    Family("orthogonal, TIES", "orthogonal", "ties"),
-    Family("orthogonal, SVD to rank 8 of 40", "orthogonal", "svd", options=MergeOptions(rank=8)),
-    Family("block, each alone", "block", "alone"),
-    Family("block", "block", "block"),
-    Family("block, strengths sum to 1", "block", "block", literal=True),
-    Family("Custom Diffusion, each alone", "custom_diffusion", "alone"),
-    Family("Custom Diffusion, constrained", "custom_diffusion", "custom_diffusion"),
-    Family("Custom Diffusion, sum", "custom_diffusion"),
+    Row("LoRA, each alone", "lora", "alone"),
+    Row("LoRA, sum (task arithmetic)", "lora"),
+    Row("LoRA, sum at 0.6", "lora", strength=0.6),
+    Row("LoRA, mean = average", "lora", "mean"),
+    Row("LoRA, fusion, closed form", "lora", "fusion"),
+    Row("LoRA, fusion, damping 0.001", "lora", "fusion", options=MergeOptions(ridge=1e-3)),
+    Row("LoRA, fusion, L-BFGS", "lora", "descent"),
+    Row("LoRA, TIES, density 0.5", "lora", "ties"),
+    Row("LoRA, DARE, density 0.5", "lora", "dare"),
+    Row("LoRA, magnitude, density 0.5", "lora", "magnitude"),
+    Row("LoRA, SVD to rank 8 of 40", "lora", "svd", options=MergeOptions(rank=8)),
+    Row("LoRA, made orthogonal, sum", "lora", first="symmetric"),
+    Row("LoRA, one after another, sum", "lora", first="sequential"),
+    Row("orthogonal, each alone", "orthogonal", "alone"),
+    Row("orthogonal, sum", "orthogonal"),
+    Row("orthogonal, sum at 0.6", "orthogonal", strength=0.6),
+    Row("orthogonal, fusion", "orthogonal", "fusion"),
+    Row("orthogonal, TIES", "orthogonal", "ties"),
+    Row("orthogonal, SVD to rank 8 of 40", "orthogonal", "svd", options=MergeOptions(rank=8)),
+    Row("block, each alone", "block", "alone"),
+    Row("block", "block", "block"),
+    Row("block, strengths sum to 1", "block", "block", literal=True),
+    Row("Custom Diffusion, each alone", "custom_diffusion", "alone"),
+    Row("Custom Diffusion, constrained", "custom_diffusion", "custom_diffusion"),
+    Row("Custom Diffusion, sum", "custom_diffusion"),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("bench_output/families"))
+    parser.add_argument("--out", type=Path, default=Path("bench_output/merge_methods"))
     parser.add_argument("--only", nargs="+", metavar="ROW", choices=[row.name for row in ROWS])
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args(arguments)
@@ -130,11 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in chosen:
         alone = shown.get(f"{GROUPS[row.trained]}, each alone")
         found[row.name]["moved"] = None if alone is None else moved(shown[row.name], alone)
-    with replacing(args.out / "families.md") as file:
+    with replacing(args.out / "methods.md") as file:
         file.write(markdown(found).encode())
     references = {name: pictures_of(BY_NAME[name])[0] for name in CONCEPTS}
-    family_sheet(args.out / "families.png", references, shown)
-    print(json.dumps({"concepts": CONCEPTS, "steps": args.steps, "pictures": PICTURES, "families": found}))
+    merge_sheet(args.out / "methods.png", references, shown)
+    print(json.dumps({"concepts": CONCEPTS, "steps": args.steps, "pictures": PICTURES, "methods": found}))
     return 0
 
 
@@ -159,7 +159,7 @@ def concepts_of(base: BaseModel, trained: str, folder: Path, steps: int) -> list
 
 
 def run(
-    base: BaseModel, judges: Judges, row: Family, concepts: Sequence[Concept], folder: Path
+    base: BaseModel, judges: Judges, row: Row, concepts: Sequence[Concept], folder: Path
 ) -> tuple[dict, dict[str, Tensor]]:
     """A row's figures and its pictures, (PICTURES, 3, 32, 32) for each concept; same prompts and noise in all rows."""
     evidence = evidence_of(base, row, concepts, folder)
@@ -190,8 +190,8 @@ def given_way(concepts: Sequence[Concept], way: str) -> dict:
     return {"kept": shares, "crosstalk": [crosstalk_table(own)["mean"] for own in (concepts, after)]}
 
 
-def evidence_of(base: BaseModel, row: Family, concepts: Sequence[Concept], folder: Path) -> Evidence | list[Mapping]:
-    """What the family must know beside adapters: moments from the files, text features, or whole inputs."""
+def evidence_of(base: BaseModel, row: Row, concepts: Sequence[Concept], folder: Path) -> Evidence | list[Mapping]:
+    """What the method must know beside adapters: moments from the files, text features, or whole inputs."""
     if row.how == "fusion":
         return Evidence([load_moments(moments_path(folder / row.trained / f"{c.name}.safetensors")) for c in concepts])
     if row.how == "custom_diffusion":
@@ -203,7 +203,7 @@ def evidence_of(base: BaseModel, row: Family, concepts: Sequence[Concept], folde
 
 
 def timed_merge(
-    base: BaseModel, row: Family, concepts: Sequence[Concept], evidence
+    base: BaseModel, row: Row, concepts: Sequence[Concept], evidence
 ) -> tuple[dict[str, Merged], float, float | None]:
     """(merged layers, processor seconds until they are in copies of the weights, share of energy lost where it is)."""
     modules = concept_layers(base, Targets(("all_linear",), ("all_linear",)))
@@ -218,7 +218,7 @@ def timed_merge(
     return merged, seconds, lost
 
 
-def merge(row: Family, concepts: Sequence[Concept], evidence) -> tuple[dict[str, Merged], float | None]:
+def merge(row: Row, concepts: Sequence[Concept], evidence) -> tuple[dict[str, Merged], float | None]:
     """(merged layers, share of energy that making orthogonal lost)."""
     strengths, lost = [row.strength] * len(concepts), None
     if row.how == "descent":
@@ -229,11 +229,11 @@ def merge(row: Family, concepts: Sequence[Concept], evidence) -> tuple[dict[str,
     return merge_concepts(concepts, strengths, row.how, row.literal, row.options, evidence), lost
 
 
-def disturbance(base: BaseModel, row: Family, folder: Path) -> float:
-    """How much this family changes each concept where it is alone by right: its own directions, or its own rows.
+def disturbance(base: BaseModel, row: Row, folder: Path) -> float:
+    """How much this method changes each concept where it is alone by right: its own directions, or its own rows.
 
     Measured on orthogonal concepts (on block ones for a block merge): |M P_i - s_i delta_i| / |s_i delta_i|, mean over
-    concepts, M the merged delta, P_i the projection, s_i the strength at which M has the concept.  0: the family keeps
+    concepts, M the merged delta, P_i the projection, s_i the strength at which M has the concept.  0: the method keeps
     orthogonal concepts apart.
     """
     kind = "block" if row.trained == "block" else "orthogonal"
@@ -276,7 +276,7 @@ def moved(pictures: Mapping[str, Tensor], alone: Mapping[str, Tensor]) -> dict[s
 
 
 def markdown(found: Mapping[str, Mapping]) -> str:
-    """The table, one row a family."""
+    """The table, one row a method."""
     lines = [
         f"{len(CONCEPTS)} concepts, {PICTURES} pictures each.",
         "",

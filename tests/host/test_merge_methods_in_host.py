@@ -1,4 +1,4 @@
-"""Every merge family in the host: the engine's delta in the weights, the same as activations, the base untouched."""
+"""Every merge method in the host: the engine's delta in the weights, the same as activations, the base untouched."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from modular_concepts.recording import PROMPTS
 from modular_concepts.seeds import seeded
 
 EVERY = list(MERGES)
-FAMILIES = ["sum", "mean", "average", "magnitude", "dare", "ties", "svd"]
+SUMS = ["sum", "mean", "average", "magnitude", "dare", "ties", "svd"]
 STRENGTHS = {"tom": 0.7, "rex": 1.0, "wide": -0.5}
 OPTIONS = {"density": 0.3, "rank": 4, "seed": 5}
 RIDGE = 1e-3
@@ -37,7 +37,7 @@ def concepts():
 
 @pytest.fixture(scope="module")
 def exported(concepts):
-    """Every family of merge, as one plain LoRA for other programs."""
+    """Every method of merge, as one plain LoRA for other programs."""
     blocks = {
         name: made_concept(name, "block", blocks=5, slot=slot) for slot, name in enumerate(("tom", "rex", "wide"))
     }
@@ -51,29 +51,29 @@ def exported(concepts):
     ]
     texts = [torch.randn(3, 128, generator=generator) for _ in concepts]
     evidence = Evidence(moments, texts, torch.eye(128))
-    merges = {family: wanted(blocks if family == "block" else concepts, family, evidence) for family in EVERY}
+    merges = {how: wanted(blocks if how == "block" else concepts, how, evidence) for how in EVERY}
     return {
-        family: replace(concepts["tom"], tokens={}, layers={name: one.as_low_rank() for name, one in merged.items()})
-        for family, merged in merges.items()
+        how: replace(concepts["tom"], tokens={}, layers={name: one.as_low_rank() for name, one in merged.items()})
+        for how, merged in merges.items()
     }
 
 
 @pytest.fixture(scope="module")
 def found(host, concepts, exported, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("families")
+    folder = tmp_path_factory.mktemp("methods")
     (folder / "concepts").mkdir()
     for name, concept in concepts.items():
         save_concept(concept, folder / "concepts" / f"{name}.safetensors")
     save_concept(made_concept("tom", "lora", slot=2), folder / "another_tom.safetensors")
     (folder / "exported").mkdir()
-    for family, merged in exported.items():
-        export_kohya(merged, folder / "exported" / f"{family}.safetensors")
+    for how, merged in exported.items():
+        export_kohya(merged, folder / "exported" / f"{how}.safetensors")
     wordless = replace(concepts["tom"], tokens={}, recipe=replace(concepts["tom"].recipe, triggers=()))
     export_kohya(wordless, folder / "concepts" / "plain.safetensors")
     layers = sorted(concepts["wide"].layers)
     plan = {
         "strengths": STRENGTHS,
-        "families": FAMILIES,
+        "methods": SUMS,
         "exported": list(exported),
         "options": OPTIONS,
         "layers": layers,
@@ -83,14 +83,14 @@ def found(host, concepts, exported, tmp_path_factory):
         "square": next(name for name in sorted(concepts["tom"].layers) if name.endswith("attn1.to_q")),
     }
     (folder / "plan.json").write_text(json.dumps(plan))
-    host.run("merge_families.py", folder)
+    host.run("merge_methods.py", folder)
     return load_file(folder / "found.safetensors"), json.loads((folder / "found.json").read_text()), plan, folder
 
 
-def wanted(concepts, family, evidence=None):
+def wanted(concepts, how, evidence=None):
     options = MergeOptions(**OPTIONS, ridge=RIDGE)
     return merge_concepts(
-        list(concepts.values()), list(STRENGTHS.values()), family, options=options, evidence=evidence or Evidence()
+        list(concepts.values()), list(STRENGTHS.values()), how, options=options, evidence=evidence or Evidence()
     )
 
 
@@ -106,29 +106,29 @@ def check_weights(tensors, layers, title, merged, tolerance=1e-6):
     assert moved > 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_weights_are_the_base_and_the_engines_delta(found, concepts, family):
+@pytest.mark.parametrize("how", SUMS)
+def test_weights_are_the_base_and_the_engines_delta(found, concepts, how):
     assert set(CONVOLUTIONS) <= set(found[2]["layers"])
-    check_weights(found[0], found[2]["layers"], family, wanted(concepts, family))
+    check_weights(found[0], found[2]["layers"], how, wanted(concepts, how))
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "fusion"])
-def test_bypass_computes_what_merged_weights_compute(found, family):
+@pytest.mark.parametrize("how", [*SUMS, "fusion"])
+def test_bypass_computes_what_merged_weights_compute(found, how):
     tensors = found[0]
-    assert relative_error(tensors[f"{family}|by_bypass"], tensors[f"{family}|by_weight"]) < 1e-5
-    assert relative_error(tensors["base|by_weight"], tensors[f"{family}|by_weight"]) > 1e-2
+    assert relative_error(tensors[f"{how}|by_bypass"], tensors[f"{how}|by_weight"]) < 1e-5
+    assert relative_error(tensors["base|by_weight"], tensors[f"{how}|by_weight"]) > 1e-2
 
 
-@pytest.mark.parametrize("family", EVERY)
-def test_a_merge_as_one_lora_is_the_same_in_the_stock_loader(found, exported, family):
-    deltas = {layer: SimpleNamespace(delta=adapter.delta) for layer, adapter in exported[family].layers.items()}
-    check_weights(found[0], found[2]["layers"], f"stock {family}", deltas)
+@pytest.mark.parametrize("how", EVERY)
+def test_a_merge_as_one_lora_is_the_same_in_the_stock_loader(found, exported, how):
+    deltas = {layer: SimpleNamespace(delta=adapter.delta) for layer, adapter in exported[how].layers.items()}
+    check_weights(found[0], found[2]["layers"], f"stock {how}", deltas)
     assert found[1]["stock warnings"] == []
 
 
-def test_families_differ(found, concepts):
+def test_methods_differ(found, concepts):
     layer = next(iter(concepts["tom"].layers))
-    everything = [found[0][f"{family}|{layer}"] for family in [*FAMILIES, "fusion"]]
+    everything = [found[0][f"{how}|{layer}"] for how in [*SUMS, "fusion"]]
     pairs = [relative_error(a, b) for i, a in enumerate(everything) for b in everything[:i]]
     assert min(pairs) > 1e-4
 
@@ -211,7 +211,7 @@ def test_hooks_scale_a_merge_while_sampling(found, concepts):
 
 
 def test_the_loaded_base_is_untouched_after_everything(found):
-    assert len(found[1]["untouched"]) > 2 * len(FAMILIES)
+    assert len(found[1]["untouched"]) > 2 * len(SUMS)
     assert all(found[1]["untouched"])
 
 

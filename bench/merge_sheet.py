@@ -1,4 +1,4 @@
-"""The picture sheet of `bench.families`: a row for each family, a few pictures of each concept in its column."""
+"""The picture sheet of `bench.merge_methods`: a row for each method, a few pictures of each concept in its column."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ZOOM, EACH = 2, 3  # screen pixels per toy pixel, pictures of a concept in a row
 LABEL, GAP, TOP = 250, 4, 44
 
 
-def family_sheet(path: Path, references: Mapping[str, Tensor], rows: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """references: concept -> (N, 3, 32, 32); rows: family -> concept -> the same; same noise in a column.
+def merge_sheet(path: Path, references: Mapping[str, Tensor], rows: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """references: concept -> (N, 3, 32, 32); rows: method -> concept -> the same; same noise in a column.
 
     Rows of one way of training stand together: a line is left before those whose name ends in "each alone".
     """

@@ -1,4 +1,4 @@
-"""In the host: put the same concepts into the toy base by every family, as weights and as activations."""
+"""In the host: put the same concepts into the toy base by every method, as weights and as activations."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def main() -> None:
     stacks = {name: loading.ConceptLoader.execute(f"{name}.safetensors", s)[0] for name, s in plan["strengths"].items()}
     facts["listed"] = pack_module("host.files.concepts").concept_names()
     sockets = {f"concept{index}": stack for index, stack in enumerate(stacks.values())}
-    for family in plan["families"]:
-        result = merging.ConceptMerge.execute(model, clip, sockets, family, **plan["options"]).args
-        look(family, *result[:2])
-        look_by_bypass(family, result[0])
+    for how in plan["methods"]:
+        result = merging.ConceptMerge.execute(model, clip, sockets, how, **plan["options"]).args
+        look(how, *result[:2])
+        look_by_bypass(how, result[0])
     options = pack_module("modular_concepts.merging").MergeOptions(**plan["options"])
     facts["svd"] = merging_words.kept_by_cut(sum(stacks.values(), ()), options)
 
@@ -131,11 +131,11 @@ def main() -> None:
         (FOLDER / "concepts" / f"{name}.safetensors").unlink()
     back_to_base()
 
-    # What the test exported of each family, in core's own loader.
+    # What the test exported of each method, in core's own loader.
     folder_paths.folder_names_and_paths["loras"] = ([str(FOLDER / "exported")], {".safetensors"})
     warned = len(warnings)
-    for family in plan["exported"]:
-        look(f"stock {family}", *nodes.LoraLoader().load_lora(model, clip, f"{family}.safetensors", 1.0, 1.0))
+    for how in plan["exported"]:
+        look(f"stock {how}", *nodes.LoraLoader().load_lora(model, clip, f"{how}.safetensors", 1.0, 1.0))
     facts["stock warnings"] = warnings[warned:]
 
     # Made orthogonal, and strong in parts.

@@ -1,4 +1,4 @@
-"""Promise: every merge family is its formula, whatever the layer's size and kind, and says what it costs."""
+"""Promise: every merge method is its formula, whatever the layer's size and kind, and says what it costs."""
 
 from types import SimpleNamespace
 
@@ -44,21 +44,21 @@ def moment(width, seed, rows=400):
     return inputs, inputs.mT @ inputs / rows
 
 
-def by_hand(family, concepts, options, evidence):
-    """Each family as plain float64 arithmetic on whole deltas, written without our helpers."""
+def by_hand(how, concepts, options, evidence):
+    """Each method as plain float64 arithmetic on whole deltas, written without our helpers."""
     found = [s * d for s, d in zip(STRENGTHS, deltas(concepts), strict=True)]
     flat = torch.stack(found).flatten(2) if found[0].dim() > 2 else torch.stack(found)
-    if family in ("sum", "block"):
+    if how in ("sum", "block"):
         return flat.sum(0)
-    if family == "mean":
+    if how == "mean":
         return flat.sum(0) / 3
-    if family == "average":
+    if how == "average":
         return flat.sum(0) / sum(STRENGTHS)
-    if family == "fusion":
+    if how == "fusion":
         grams = [known[LAYER] for known in evidence.moments]
         damped = [g + options.ridge * g.diagonal().mean() * torch.eye(len(g), dtype=torch.float64) for g in grams]
         return sum(d.flatten(1) @ g for d, g in zip(flat, damped, strict=True)) @ torch.linalg.inv(sum(damped))
-    if family == "svd":
+    if how == "svd":
         u, values, v = torch.linalg.svd(flat.sum(0))
         return (u[:, : options.rank] * values[: options.rank]) @ v[: options.rank]
     kept = []
@@ -67,7 +67,7 @@ def by_hand(family, concepts, options, evidence):
         smallest = delta.abs().flatten().sort(descending=True).values[count - 1]
         kept.append(delta * (delta.abs() >= smallest))
     kept = torch.stack(kept)
-    if family == "magnitude":
+    if how == "magnitude":
         return kept.sum(0)
     sign = kept.sum(0).sign()
     agreeing = kept.sign() == sign
@@ -75,14 +75,14 @@ def by_hand(family, concepts, options, evidence):
 
 
 @pytest.mark.parametrize(("out", "inp", "kernel"), SHAPES)
-@pytest.mark.parametrize("family", [name for name in METHOD_HELP if name not in ("dare", "custom_diffusion")])
-def test_a_family_is_its_formula(family, out, inp, kernel):
-    concepts = trio("block" if family == "block" else "lora", out, inp, kernel)
+@pytest.mark.parametrize("how", [name for name in METHOD_HELP if name not in ("dare", "custom_diffusion")])
+def test_a_method_is_its_formula(how, out, inp, kernel):
+    concepts = trio("block" if how == "block" else "lora", out, inp, kernel)
     width = inp * (kernel[0] * kernel[1] if kernel else 1)
     options = MergeOptions(density=0.3, rank=4)
     evidence = Evidence([{LAYER: moment(width, seed)[1]} for seed in range(3)])
-    merged = merge_concepts(concepts, STRENGTHS, family, options=options, evidence=evidence)[LAYER]
-    wanted = by_hand(family, concepts, options, evidence)
+    merged = merge_concepts(concepts, STRENGTHS, how, options=options, evidence=evidence)[LAYER]
+    wanted = by_hand(how, concepts, options, evidence)
     assert merged.delta().shape == deltas(concepts)[0].shape
     assert relative_error(merged.delta().flatten(1), wanted) < 1e-5
     assert relative_error(merged.as_low_rank().delta().flatten(1), wanted) < 1e-5
@@ -92,16 +92,16 @@ def test_a_family_is_its_formula(family, out, inp, kernel):
     plain = torch.nn.functional.conv2d(x, weight, None, 1, 1) if kernel else x @ weight.mT
     assert relative_error(merged.residual(x, geometry), plain) < 1e-5
     assert plain.norm() > EFFECT
-    if family not in ("sum", "block"):
-        plain_sum = merge_concepts(concepts, STRENGTHS, "block" if family == "block" else "sum")[LAYER].delta()
+    if how not in ("sum", "block"):
+        plain_sum = merge_concepts(concepts, STRENGTHS, "block" if how == "block" else "sum")[LAYER].delta()
         assert relative_error(merged.delta(), plain_sum) > EFFECT
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("out", "inp", "kernel"), SHAPES)
-@pytest.mark.parametrize("family", ["sum", "block", "ties", "svd"])
-def test_adding_to_a_weight_in_place_is_adding_the_delta(family, out, inp, kernel, dtype):
-    merged = merge_concepts(trio("block" if family == "block" else "lora", out, inp, kernel), STRENGTHS, family)[LAYER]
+@pytest.mark.parametrize("how", ["sum", "block", "ties", "svd"])
+def test_adding_to_a_weight_in_place_is_adding_the_delta(how, out, inp, kernel, dtype):
+    merged = merge_concepts(trio("block" if how == "block" else "lora", out, inp, kernel), STRENGTHS, how)[LAYER]
     base = torch.randn(merged.delta().shape, generator=seeded(4)).to(dtype)
     for strength in (1.0, -0.4):
         weight = base.clone()
@@ -136,9 +136,9 @@ def test_concepts_are_added_to_weights_that_are_ours_to_change():
 
 def test_concepts_of_strength_zero_leave_a_weight_bit_for_bit():
     base = torch.randn(OUT, INP, generator=seeded(2))
-    for family in ("sum", "mean", "magnitude", "dare", "ties", "svd"):
-        merged = merge_concepts(trio(), [0.0] * 3, family)[LAYER]
-        assert torch.equal(merged.add_to(base.clone()), base), family
+    for how in ("sum", "mean", "magnitude", "dare", "ties", "svd"):
+        merged = merge_concepts(trio(), [0.0] * 3, how)[LAYER]
+        assert torch.equal(merged.add_to(base.clone()), base), how
 
 
 def test_dare_keeps_the_mean_follows_its_seed_and_leaves_the_global_generator_alone():
@@ -159,10 +159,10 @@ def test_dare_keeps_the_mean_follows_its_seed_and_leaves_the_global_generator_al
     assert relative_error(torch.stack(drawn).mean(0), whole) < 0.1
 
 
-@pytest.mark.parametrize("family", ["magnitude", "ties", "dare"])
-def test_density_one_drops_nothing(family):
+@pytest.mark.parametrize("how", ["magnitude", "ties", "dare"])
+def test_density_one_drops_nothing(how):
     (concept,) = trio()[:1]
-    merged = merge_concepts([concept], [0.7], family, options=MergeOptions(density=1.0))[LAYER]
+    merged = merge_concepts([concept], [0.7], how, options=MergeOptions(density=1.0))[LAYER]
     assert relative_error(merged.delta(), 0.7 * deltas([concept])[0]) < 1e-6
 
 
@@ -396,7 +396,7 @@ def test_two_concepts_with_the_very_same_directions_share_them_fairly():
 
 
 @pytest.mark.parametrize(
-    ("family", "evidence", "words"),
+    ("how", "evidence", "words"),
     [
         ("fusion", Evidence(), "needs the moments of every concept"),
         ("fusion", Evidence([{}, {}, {}]), "a: its moments say nothing of unet.mid_block"),
@@ -404,9 +404,9 @@ def test_two_concepts_with_the_very_same_directions_share_them_fairly():
         ("loudest", Evidence(), "choose one of sum, mean, average, block"),
     ],
 )
-def test_what_is_missing_is_said(family, evidence, words):
+def test_what_is_missing_is_said(how, evidence, words):
     with pytest.raises(AdapterError, match=words):
-        merge_concepts(trio(), STRENGTHS, family, evidence=evidence)
+        merge_concepts(trio(), STRENGTHS, how, evidence=evidence)
 
 
 @pytest.mark.parametrize("wrong", [{"density": 0.0}, {"density": 1.5}, {"rank": 0}, {"ridge": 0.0}])

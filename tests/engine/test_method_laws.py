@@ -1,4 +1,4 @@
-"""Promises 3, 5, 6 and 7 for every merge family: the formula, merged and bypassed, on layers of every kind and size."""
+"""Promises 3, 5, 6 and 7 for every merge method: the formula, merged and bypassed, on layers of every kind and size."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -81,29 +81,29 @@ def damped(gram, ridge):
     return gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
 
 
-def by_hand(family, concepts, strengths, evidence, options=OPTIONS):
-    """The family as float64 arithmetic on whole deltas, (out, n), written without our helpers."""
+def by_hand(how, concepts, strengths, evidence, options=OPTIONS):
+    """The method as float64 arithmetic on whole deltas, (out, n), written without our helpers."""
     found = [next(iter(concept.layers.values())).to(dtype=torch.float64).delta().flatten(1) for concept in concepts]
     scaled = [s * d for s, d in zip(strengths, found, strict=True)]
-    if family in ("sum", "block"):
+    if how in ("sum", "block"):
         return sum(scaled)
-    if family == "mean":
+    if how == "mean":
         return sum(scaled) / len(scaled)
-    if family == "average":
+    if how == "average":
         return sum(scaled) / sum(strengths)
-    if family == "fusion":
+    if how == "fusion":
         grams = [next(iter(known.values())) for known in evidence.moments]
         grams = [damped(gram, options.ridge) for gram in grams]
         return sum(d @ gram for d, gram in zip(scaled, grams, strict=True)) @ torch.linalg.inv(sum(grams))
-    if family == "custom_diffusion":
+    if how == "custom_diffusion":
         rows, gram = torch.cat(list(evidence.texts)), damped(evidence.usual, RIDGE)
         wanted = torch.cat([own @ d.mT for d, own in zip(scaled, evidence.texts, strict=True)])
         read = rows @ torch.linalg.inv(gram)
         return wanted.mT @ torch.linalg.inv(damped(read @ rows.mT, 1e-6)) @ read
-    if family == "svd":
+    if how == "svd":
         u, values, v = torch.linalg.svd(sum(scaled), full_matrices=False)
         return (u[:, : options.rank] * values[: options.rank]) @ v[: options.rank]
-    if family == "dare":
+    if how == "dare":
         draws = [torch.rand(d.shape, generator=seeded_by(options.seed, "dare", c.name, LAYER)) for c, d in
                  zip(concepts, found, strict=True)]  # fmt: skip
         return sum(d * (draw < options.density) for d, draw in zip(scaled, draws, strict=True)) / options.density
@@ -113,7 +113,7 @@ def by_hand(family, concepts, strengths, evidence, options=OPTIONS):
             delta.abs().flatten().sort(descending=True).values[max(1, round(options.density * delta.numel())) - 1]
         )
         kept.append(strength * delta * (delta.abs() >= smallest))
-    if family == "magnitude":
+    if how == "magnitude":
         return sum(kept)
     kept = torch.stack(kept)
     agreeing = (kept.sign() == kept.sum(0).sign()) & (kept != 0)
@@ -121,21 +121,21 @@ def by_hand(family, concepts, strengths, evidence, options=OPTIONS):
 
 
 CASES = [
-    (family, kind, shape)
-    for family in METHOD_HELP
-    for kind in (BLOCK_KINDS if family == "block" else KINDS)
+    (how, kind, shape)
+    for how in METHOD_HELP
+    for kind in (BLOCK_KINDS if how == "block" else KINDS)
     for shape in SHAPES
     # Custom Diffusion's own formula is for layers that read text, which are linear; others are summed.
-    if not (family == "custom_diffusion" and (shape[2] or shape[1] < 8))
+    if not (how == "custom_diffusion" and (shape[2] or shape[1] < 8))
 ]
 
 
-@pytest.mark.parametrize(("family", "kind", "shape"), CASES)
-def test_merged_and_bypassed_are_the_formula_in_float64(family, kind, shape):
+@pytest.mark.parametrize(("how", "kind", "shape"), CASES)
+def test_merged_and_bypassed_are_the_formula_in_float64(how, kind, shape):
     concepts = concepts_of(kind, shape)
     evidence, (_, inp, kernel) = evidence_for(concepts), shape
-    merged = merge_concepts(concepts, STRENGTHS, family, options=OPTIONS, evidence=evidence)[LAYER]
-    wanted = by_hand(family, concepts, STRENGTHS, evidence)
+    merged = merge_concepts(concepts, STRENGTHS, how, options=OPTIONS, evidence=evidence)[LAYER]
+    wanted = by_hand(how, concepts, STRENGTHS, evidence)
     assert relative_error(merged.delta().flatten(1), wanted) < 1e-5
     base = torch.randn(merged.delta().shape, generator=seeded(1))
     weight, geometry = base.double() + wanted.reshape(base.shape), ConvGeometry(padding=(1, 1)) if kernel else None
@@ -147,38 +147,38 @@ def test_merged_and_bypassed_are_the_formula_in_float64(family, kind, shape):
         assert relative_error(plain, apply(weight)) > EFFECT
 
 
-@pytest.mark.parametrize("family", METHOD_HELP)
-def test_the_order_of_concepts_does_not_matter(family):
-    concepts, pairs = concepts_of("block" if family == "block" else "lora", (24, 40, None)), range(4)
+@pytest.mark.parametrize("how", METHOD_HELP)
+def test_the_order_of_concepts_does_not_matter(how):
+    concepts, pairs = concepts_of("block" if how == "block" else "lora", (24, 40, None)), range(4)
     evidence = evidence_for(concepts)
-    first = merge_concepts(concepts, STRENGTHS, family, options=OPTIONS, evidence=evidence)[LAYER].delta()
+    first = merge_concepts(concepts, STRENGTHS, how, options=OPTIONS, evidence=evidence)[LAYER].delta()
     for order in (pairs[::-1], [1, 3, 0, 2]):
         again = merge_concepts(
             [concepts[i] for i in order],
             [STRENGTHS[i] for i in order],
-            family,
+            how,
             options=OPTIONS,
             evidence=Evidence([evidence.moments[i] for i in order], [evidence.texts[i] for i in order], evidence.usual),
         )[LAYER]
         assert relative_error(again.delta(), first) < 1e-6
-    others = merge_concepts(concepts, STRENGTHS[::-1], family, options=OPTIONS, evidence=evidence)[LAYER]
+    others = merge_concepts(concepts, STRENGTHS[::-1], how, options=OPTIONS, evidence=evidence)[LAYER]
     assert relative_error(others.delta(), first) > EFFECT
 
 
-@pytest.mark.parametrize("family", METHOD_HELP)
+@pytest.mark.parametrize("how", METHOD_HELP)
 @pytest.mark.parametrize("kernel", [None, (3, 3)])
-def test_strength_0_leaves_weights_bit_for_bit_and_1_alone_is_the_concept(family, kernel):
-    """Families that drop or cut are asked to drop nothing; Custom Diffusion promises it for the concept's words."""
+def test_strength_0_leaves_weights_bit_for_bit_and_1_alone_is_the_concept(how, kernel):
+    """Methods that drop or cut are asked to drop nothing; Custom Diffusion promises it for the concept's words."""
     layer = "unet.conv_in" if kernel else LAYER
-    concepts = concepts_of("block" if family == "block" else "lora", (24, 16, kernel), layer=layer)[:1]
+    concepts = concepts_of("block" if how == "block" else "lora", (24, 16, kernel), layer=layer)[:1]
     options = MergeOptions(density=1.0, rank=1000, ridge=1e-12)
     own, evidence = concepts[0].layers[layer].delta(), evidence_for(concepts, layer=layer)
-    silent = merge_concepts(concepts, [0.0], family, options=options, evidence=evidence)[layer]
+    silent = merge_concepts(concepts, [0.0], how, options=options, evidence=evidence)[layer]
     base = torch.randn(own.shape, generator=seeded(3))
     assert torch.equal(silent.add_to(base.clone()), base)
-    alone = merge_concepts(concepts, [1.0], family, options=options, evidence=evidence)[layer].delta()
+    alone = merge_concepts(concepts, [1.0], how, options=options, evidence=evidence)[layer].delta()
     assert relative_error(base + own, base) > EFFECT
-    if family == "custom_diffusion" and not kernel:
+    if how == "custom_diffusion" and not kernel:
         words = evidence.texts[0].float()
         assert relative_error(words @ alone.mT, words @ own.mT) < 1e-4
     else:
@@ -186,23 +186,23 @@ def test_strength_0_leaves_weights_bit_for_bit_and_1_alone_is_the_concept(family
 
 
 @pytest.mark.parametrize("count", [1, 100])
-@pytest.mark.parametrize("family", METHOD_HELP)
-def test_any_number_of_concepts(family, count):
-    concepts = concepts_of("block" if family == "block" else "lora", (104, 112, None), count)
+@pytest.mark.parametrize("how", METHOD_HELP)
+def test_any_number_of_concepts(how, count):
+    concepts = concepts_of("block" if how == "block" else "lora", (104, 112, None), count)
     strengths = (torch.rand(count, generator=seeded(0)) + 0.5).tolist()
     evidence = evidence_for(concepts, rows=1)
-    merged = merge_concepts(concepts, strengths, family, options=OPTIONS, evidence=evidence)[LAYER].delta()
-    assert relative_error(merged, by_hand(family, concepts, strengths, evidence)) < 1e-5
+    merged = merge_concepts(concepts, strengths, how, options=OPTIONS, evidence=evidence)[LAYER].delta()
+    assert relative_error(merged, by_hand(how, concepts, strengths, evidence)) < 1e-5
 
 
-@pytest.mark.parametrize("family", METHOD_HELP)
+@pytest.mark.parametrize("how", METHOD_HELP)
 @pytest.mark.parametrize("kernel", [None, (3, 3)])
-def test_an_exported_merge_is_the_merge(family, kernel, tmp_path):
+def test_an_exported_merge_is_the_merge(how, kernel, tmp_path):
     """As one plain LoRA: merged again, and read back from files for other programs."""
     layer = "unet.mid_block.resnets.0.conv1" if kernel else LAYER
-    concepts = concepts_of("block" if family == "block" else "lora", (24, 16, kernel), layer=layer)
+    concepts = concepts_of("block" if how == "block" else "lora", (24, 16, kernel), layer=layer)
     evidence = evidence_for(concepts, layer=layer)
-    merged = merge_concepts(concepts, STRENGTHS, family, options=OPTIONS, evidence=evidence)[layer]
+    merged = merge_concepts(concepts, STRENGTHS, how, options=OPTIONS, evidence=evidence)[layer]
     one = Concept("one", {layer: merged.as_low_rank()}, {}, Recipe("lora", merged.rank, float(merged.rank)))
     again = merge_concepts([one], [1.0])[layer]
     assert relative_error(again.delta(), merged.delta()) < 1e-6
@@ -213,10 +213,10 @@ def test_an_exported_merge_is_the_merge(family, kernel, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(24, 40, None), (24, 8, (3, 3))])
-@pytest.mark.parametrize(("family", "shares"), [("sum", 1.0), ("mean", 0.25), ("average", 1 / 2.3)])
-def test_sums_have_each_orthogonal_concept_in_its_own_directions_untouched(family, shares, shape):
+@pytest.mark.parametrize(("how", "shares"), [("sum", 1.0), ("mean", 0.25), ("average", 1 / 2.3)])
+def test_sums_have_each_orthogonal_concept_in_its_own_directions_untouched(how, shares, shape):
     concepts = concepts_of("orthogonal", shape)
-    whole = merge_concepts(concepts, STRENGTHS, family)[LAYER].delta().double().flatten(1)
+    whole = merge_concepts(concepts, STRENGTHS, how)[LAYER].delta().double().flatten(1)
     for concept, strength in zip(concepts, STRENGTHS, strict=True):
         own = concept.layers[LAYER]
         rows = own.lora_down.double().flatten(1)
@@ -225,11 +225,11 @@ def test_sums_have_each_orthogonal_concept_in_its_own_directions_untouched(famil
     assert relative_error(whole, shares * concepts[0].layers[LAYER].delta().double().flatten(1)) > EFFECT
 
 
-@pytest.mark.parametrize("family", ["magnitude", "dare", "ties", "svd"])
-def test_families_that_say_so_do_destroy_orthogonality(family):
-    assert "orthogonal" in METHOD_HELP[family]
+@pytest.mark.parametrize("how", ["magnitude", "dare", "ties", "svd"])
+def test_methods_that_say_so_do_destroy_orthogonality(how):
+    assert "orthogonal" in METHOD_HELP[how]
     concepts = concepts_of("orthogonal", (48, 64, None))
-    whole = merge_concepts(concepts, [1.0] * 4, family, options=replace(OPTIONS, rank=2))[LAYER].delta().double()
+    whole = merge_concepts(concepts, [1.0] * 4, how, options=replace(OPTIONS, rank=2))[LAYER].delta().double()
     off = []
     for concept in concepts:
         own = concept.layers[LAYER]
