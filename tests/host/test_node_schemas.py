@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
+
+from modular_concepts.settings import basis, drawing, merging, training
+from modular_concepts.settings.setting import Setting
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 NODES = {
@@ -106,3 +110,34 @@ def test_sliders_have_a_step_that_both_renderers_keep(schemas):
     assert {"ConceptLoader.strength", "ConceptStrength.strength"} <= {where for where, _ in sliders}
     for where, settings in sliders:
         assert settings["step"] == settings["round"] > 0, where
+
+
+INPUTS = Path(__file__).parent / "golden" / "inputs.json"
+
+
+def reduced(schema: dict) -> list[list]:
+    """What saved workflows go by: names in order, kinds, defaults and bounds of a node's inputs."""
+    return [
+        [name, kind if isinstance(kind, str) else "COMBO", *(settings.get(key) for key in ("default", "min", "max"))]
+        for name, kind, settings in inputs_of(schema)
+    ]
+
+
+def test_inputs_are_those_that_saved_workflows_name(schemas):
+    """A new input comes last, is optional, and is added to the file."""
+    golden = json.loads(INPUTS.read_text(encoding="utf-8"))
+    assert {node: reduced(schema) for node, schema in schemas.items()} == golden
+
+
+def test_inputs_are_as_their_settings_are_declared(schemas):
+    inputs = [each for schema in schemas.values() for each in inputs_of(schema)]
+    declared = [value for module in (training, basis, merging, drawing) for value in vars(module).values()]
+    settings = [value for value in declared if isinstance(value, Setting) and value.widget is not None]
+    assert len(settings) > 50
+    for setting in settings:
+        if setting in (drawing.EDGE, drawing.CANVAS):  # one for each side
+            continue
+        named = [(kind, more) for name, kind, more in inputs if name == setting.widget_name]
+        assert named, setting.name
+        if setting.is_number:
+            assert any(more.get("max") == setting.ends[1] for _, more in named), setting.name
