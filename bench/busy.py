@@ -35,13 +35,14 @@ def step_times(steps: int) -> list[float]:
     from modular_concepts.toy.base import load_toy_base
     from modular_concepts.toy.presets import UNDESCRIBED
     from modular_concepts.toy.standard import BY_NAME, pictures_of
+    from modular_concepts.training.loop import Listeners
     from modular_concepts.training.teach import Subject, train_concept
 
     concept, times = BY_NAME["tom"], []
     pictures, captions = pictures_of(concept)
     subject = Subject("tom", pictures, captions, concept.class_word)
     settings = replace(UNDESCRIBED, steps=steps + 2, method="orthogonal", slot=0)
-    train_concept(load_toy_base(), subject, settings, callback=lambda *_: times.append(time.monotonic()))
+    train_concept(load_toy_base(), subject, settings, Listeners(lambda *_: times.append(time.monotonic())))
     return [after - before for before, after in zip(times[1:], times[2:], strict=False)]
 
 

@@ -29,7 +29,7 @@ def main(device: str, seconds: float) -> None:
     if missing:
         tell("left out", f"the toy base needs {' and '.join(missing)}")
         return
-    from modular_concepts.toy.train_base import train
+    from modular_concepts.toy.train_base import Plan, train
 
     with tempfile.TemporaryDirectory() as folder:
         out = OUT if device == "cuda" else Path(folder)
@@ -39,7 +39,7 @@ def main(device: str, seconds: float) -> None:
             asked.append(time.monotonic())
             return asked[-1] > asked[0] + seconds
 
-        steps = train(out, 7000, 2e-3, 0.4, 0, 500, device=device, until=late)
+        steps = train(out, Plan(7000, 2e-3, 0.4, 0, 500, device=device), late)
         began = asked[0]
         tell("training", {"steps": steps, "steps_per_second": round(steps / (time.monotonic() - began), 2)})
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.given_base import GivenBase
 from modular_concepts.models.layers import find_layers
 from modular_concepts.models.schedules import NoiseSchedule
-from modular_concepts.training.loop import train
+from modular_concepts.training.loop import Listeners, train
 from modular_concepts.training.problem import Examples, Problem
 from modular_concepts.training.settings import TrainSettings
 
@@ -53,7 +53,7 @@ def run_ours(task: Task) -> dict:
         precision=task.precision,
         gradient_checkpointing=task.checkpointing,
     )
-    result = train(problem, settings, probe.step_done)
+    result = train(problem, settings, Listeners(probe.step_done))
     trained = sum(factor.numel() for one in result.layers.values() for factor in one.trainable().values())
     return probe.report(method=method, adapters=len(layers), trained=trained, losses=result.losses)
 

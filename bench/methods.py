@@ -33,7 +33,7 @@ from modular_concepts.toy.presets import UNDESCRIBED
 from modular_concepts.toy.standard import BY_NAME, pictures_of
 from modular_concepts.training.loop import train
 from modular_concepts.training.settings import TrainSettings
-from modular_concepts.training.teach import Subject, prior_examples, problem_for, train_concept
+from modular_concepts.training.teach import Prior, Subject, prior_examples, problem_for, train_concept
 
 CONCEPTS = ("tom", "minka")
 PICTURES = 24
@@ -121,13 +121,13 @@ FIGURES = {
 def run(base: BaseModel, judges: Judges, method: Method, name: str, slot: int, steps: int, out: Path) -> dict:
     """Train one concept and judge what it draws alone; pictures and file beside `out`."""
     concept, (pictures, captions) = BY_NAME[name], pictures_of(BY_NAME[name])
-    subject = Subject(name, pictures, captions, concept.class_word, fingerprint=f"standard-{name}")
-    prior = None
+    subject, prior = Subject(name, pictures, captions, concept.class_word, fingerprint=f"standard-{name}"), None
     if method.prior:
         settings = SampleSettings(steps=12, height=32, width=32, batch=24)
-        prior = prior_examples(base, concept.class_word, method.prior, 1000, settings)
+        prior = prior_examples(base, Prior(concept.class_word, method.prior, 1000, settings))
+    subject = replace(subject, prior=prior)
     began = time.process_time()
-    trained, result = train_concept(base, subject, method.settings(steps, slot), method.targets, prior=prior)
+    trained, result = train_concept(base, subject, method.settings(steps, slot), method.targets)
     seconds = time.process_time() - began
     file = out.with_suffix(".safetensors")
     save_concept(trained, file)

@@ -21,6 +21,8 @@ _HOMES = {
     "AdapterError": "errors",
     "Concept": "concept",
     "Dataset": "data.dataset",
+    "Keeping": "training.loop",
+    "Listeners": "training.loop",
     "MergeOptions": "merging.options",
     "OrthogonalBasis": "adapters.basis",
     "Recipe": "concept",

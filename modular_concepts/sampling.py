@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from .regions.shares import Places
 from .settings import drawing as declared
 from .stack import NO_CONCEPTS, Stack
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
+
 
 @dataclass(frozen=True)
 class SampleSettings:
@@ -46,6 +49,35 @@ class SampleSettings:
             setting.check(getattr(self, name))
 
 
+class RegionOptions(TypedDict, total=False):
+    """What a call may say of regions by name: fields of `ByRegion`."""
+
+    mode: str
+    stack: Sequence[tuple[Concept, float]]
+    overlap: str
+
+
+@dataclass(frozen=True)
+class ByRegion:
+    """How pictures are divided, and among whom.
+
+    regions hold in every picture; their prompts replace the picture's prompt inside; overlap: as `region_weights`.
+    mode: "merged" draws with the base as it is, concepts in it; "gated" with the concepts of `stack` (concept,
+    strength) besides, each only where its regions are, or, if none has it, outside of all where the prompt calls it.
+    Raises AdapterError for a mode that is none, and for concepts that nothing would draw with.
+    """
+
+    regions: Sequence[Region] = ()
+    mode: str = "merged"
+    stack: Sequence[tuple[Concept, float]] = NO_CONCEPTS
+    overlap: str = "average"
+
+    def __post_init__(self):
+        declared.MODE.check(self.mode)
+        if self.stack and self.mode == "merged":
+            raise AdapterError("merged mode draws with the base as it is; merge the concepts into it, or choose gated")
+
+
 def warnings_on_guidance(cfg: float) -> list[str]:
     """A sentence for guidance that does not draw what the prompt says."""
     if cfg == 0:
@@ -58,8 +90,8 @@ def warnings_on_guidance(cfg: float) -> list[str]:
 def check_drawing(base: BaseModel, seeds: Sequence[int], settings: SampleSettings) -> tuple[int, int]:
     """(height, width) that is drawn; raises AdapterError for sizes, steps or seeds that this base cannot take."""
     height, width = (
-        own if chosen is None else chosen
-        for chosen, own in zip((settings.height, settings.width), base.size, strict=True)
+        usual if chosen is None else chosen
+        for chosen, usual in zip((settings.height, settings.width), base.size, strict=True)
     )
     if height % base.multiple or width % base.multiple or min(height, width) < base.multiple:
         raise AdapterError(
@@ -85,29 +117,23 @@ def sample(
     settings: SampleSettings = SampleSettings(),
     regions: Sequence[Region] = (),
     callback: Callable[[int, int], None] | None = None,
-    *,
-    mode: str = "merged",
-    stack: Stack = NO_CONCEPTS,
-    overlap: str = "average",
+    **options: Unpack[RegionOptions],
 ) -> Tensor:
     """One picture per (prompt, seed): (N, 3, H, W) in 0..1, on the CPU wherever the base is.
 
-    tokens: trigger word -> learned rows.  regions hold in every picture; their prompts replace the picture's
-    prompt inside; overlap: as `region_weights`.  callback(done, total) counts sampling steps over all batches.
-    mode: "merged" draws with the base as it is, concepts in it; "gated" with the concepts of `stack` (concept,
-    strength) besides, each only where its regions are, or, if none has it, outside of all where the prompt calls it.
+    tokens: trigger word -> learned rows.  regions and options (mode, stack, overlap): see `ByRegion`.
+    callback(done, total) counts sampling steps over all batches.
     Raises AdapterError, before anything is drawn, for sizes, steps or seeds that this base cannot take; and for a
     picture that is not finite.
     """
-    declared.MODE.check(mode)
-    if stack and mode == "merged":
-        raise AdapterError("merged mode draws with the base as it is; merge the concepts into it, or choose gated")
+    divided = ByRegion(regions, **options)
     if len(prompts) != len(seeds):
         raise AdapterError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed for each prompt")
     if not len(prompts):
         raise AdapterError("there is no prompt to draw; give at least one")
     height, width = check_drawing(base, seeds, settings)
-    places = Places([region.placed(width, height) for region in regions], overlap)
+    stack = Stack.of(divided.stack)
+    places = Places([region.placed(width, height) for region in regions], divided.overlap)
     batches = []
     for acts, numbers in _by_concepts(stack, prompts, regions).items():
         speaking = Speaking(base, places, tokens or {}, stack, acts)
@@ -141,10 +167,10 @@ def _check_finite(prompt: str, latents: Tensor, picture: Tensor) -> None:
 
 def _by_concepts(stack: Stack, prompts: Sequence[str], regions: Sequence[Region]) -> dict[tuple, list[int]]:
     """Which concepts act where, as `acting` has it -> the numbers of the prompts for which it is so."""
-    found: dict[tuple, list[int]] = {}
+    numbers: dict[tuple, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        found.setdefault(tuple(acting(stack, prompt, regions)), []).append(number)
-    return found
+        numbers.setdefault(tuple(acting(stack, prompt, regions)), []).append(number)
+    return numbers
 
 
 def _sample_batch(speaking: Speaking, prompts, seeds, settings, size, step_done) -> Tensor:

@@ -19,6 +19,7 @@ from modular_concepts.regions.geometry import Region
 from modular_concepts.sampling import SampleSettings, customised, sample
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.toy.standard import BY_NAME, pictures_of
+from modular_concepts.training.loop import Keeping, Listeners
 from modular_concepts.training.settings import TrainSettings
 from modular_concepts.training.teach import Subject, train_concept
 
@@ -76,7 +77,7 @@ def actions(base: BaseModel, cycle: int, precision: str) -> Iterator[tuple[str, 
     def train(name: str, method: str, callback=None, checkpoints: Path | None = None) -> None:
         settings = replace(SETTINGS, name=name, method=method, seed=cycle, slot=len(concepts) % 3, precision=precision)
         targets = Targets(("attention",))
-        concept, _ = train_concept(base, subject(name), settings, targets, callback=callback, checkpoints=checkpoints)
+        concept, _ = train_concept(base, subject(name), settings, targets, Listeners(callback), Keeping(checkpoints))
         concepts.append(concept)
 
     def raises(*_: object) -> None:

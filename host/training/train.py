@@ -36,13 +36,14 @@ from ...modular_concepts.storage.keeping import check_room, free_name, keep, las
 from ...modular_concepts.storage.names import safe_name
 from ...modular_concepts.training.checkpoint import Changed, newest_checkpoint
 from ...modular_concepts.training.estimate import Estimate
-from ...modular_concepts.training.loop import Cancelled, Unfinished
+from ...modular_concepts.training.loop import Cancelled, Keeping, Listeners, Unfinished
 from ...modular_concepts.training.memory import memory_advice, ran_out_of_memory
 from ...modular_concepts.training.ownership import checkpoints_in, checkpoints_to_come
 from ...modular_concepts.training.problem import Examples
 from ...modular_concepts.training.run import TrainResult
 from ...modular_concepts.training.settings import TrainSettings
 from ...modular_concepts.training.teach import (
+    Prior,
     Subject,
     check_training,
     concept_from,
@@ -165,25 +166,13 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
         return keep_unfinished(concept_from(base, subject, result, plan.basis, plan.targets), result)
 
     with base.trainable(), _interruptible(), _enough_memory(plan.settings):
-        prior = _prior(base, plan)
-        resume = _resume(folder, plan)
+        subject = replace(subject, prior=_prior(base, plan))
+        watch = Watch(plan.settings.steps, plan.previews, partial(draw, base), notes)
+        latents = latents_folder() if plan.keep_latents else None
+        keeping = Keeping(folder, _resume(folder, plan), plan.accept_changes, not plan.resume, latents)
+        listeners = Listeners(watch, partial(_announce, plan, notes), keep_learned)
         try:
-            concept, result = train_concept(
-                base,
-                subject,
-                plan.settings,
-                plan.targets,
-                plan.basis,
-                Watch(plan.settings.steps, plan.previews, partial(draw, base), notes),
-                folder,
-                resume,
-                prior,
-                accept_changes=plan.accept_changes,
-                set_aside=not plan.resume,
-                cache=latents_folder() if plan.keep_latents else None,
-                estimate=partial(_announce, plan, notes),
-                on_fault=keep_learned,
-            )
+            concept, result = train_concept(base, subject, plan.settings, plan.targets, listeners, keeping, plan.basis)
         except Changed as error:
             raise AdapterError(f"{error}; on_change set to go on resumes all the same") from error
         except Unfinished as error:
@@ -305,16 +294,8 @@ def _prior(base: HostBase, plan: Plan) -> Examples | None:
     height, width = plan.size
     settings = SampleSettings(steps=PRIOR_STEPS, height=height, width=width)
     bar = comfy.utils.ProgressBar(1)
-    return prior_examples(
-        base,
-        plan.subject.class_word,
-        plan.prior_pictures,
-        PRIOR_SEED,
-        settings,
-        bar.update_absolute,
-        draw,
-        latents_folder() if plan.keep_latents else None,
-    )
+    prior = Prior(plan.subject.class_word, plan.prior_pictures, PRIOR_SEED, settings, draw)
+    return prior_examples(base, prior, bar.update_absolute, latents_folder() if plan.keep_latents else None)
 
 
 def _resume(folder: Path, plan: Plan) -> Path | None:

@@ -248,15 +248,14 @@ def new_block(
 def new_block_orthogonal(
     out: int,
     inp: int,
-    rank: int,
     alpha: float | None,
     rows: Tensor,
     basis: OrthogonalBasis,
     indices: Sequence[int] | Tensor,
     kernel: Sequence[int] | None = None,
 ) -> LowRank:
-    """Both separations at once: lora_down frozen to basis columns, lora_up confined to `rows`."""
-    return new_frozen(out, _basis_down(inp, rank, basis, indices, kernel), alpha, rows)
+    """Both separations at once: lora_down frozen to basis columns, one for each rank, lora_up confined to `rows`."""
+    return new_frozen(out, _basis_down(inp, len(indices), basis, indices, kernel), alpha, rows)
 
 
 def new_frozen(out: int, down: Tensor, alpha: float | None, rows: Tensor | None = None) -> LowRank:

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from ..storage.keeping import Kept
     from ..training.estimate import Estimate
     from ..training.presets import Preset
-    from ..training.problem import Examples
     from ..training.run import TrainResult
     from ..training.settings import TrainSettings
     from ..training.teach import Subject
@@ -97,8 +96,8 @@ def run_train(args: argparse.Namespace) -> None:
     resumed = args.resume is not None and out.exists()
     if resumed and not args.overwrite and not _of_this_training(out, args.resume, subject, base):
         refuse_existing(out)
-    prior = _prior(base, args.class_word, preset.prior, *size)
-    _teach(args, Lesson(base, subject, settings, targets, OrthogonalBasis(), prior), out, args.overwrite or resumed)
+    subject = replace(subject, prior=_prior(base, args.class_word, preset.prior, *size))
+    _teach(args, Lesson(base, subject, settings, targets, OrthogonalBasis()), out, args.overwrite or resumed)
 
 
 class Lesson(NamedTuple):
@@ -109,7 +108,6 @@ class Lesson(NamedTuple):
     settings: TrainSettings
     targets: Targets
     basis: OrthogonalBasis
-    prior: Examples | None
 
 
 def _check_places(args: argparse.Namespace, out: Path) -> None:
@@ -196,7 +194,7 @@ def _teach(args: argparse.Namespace, lesson: Lesson, out: Path, replaces: bool) 
     """
     from ..files.modelspec import dated
     from ..training.checkpoint import Changed
-    from ..training.loop import Unfinished
+    from ..training.loop import Keeping, Listeners, Unfinished
     from ..training.ownership import Occupied
     from ..training.teach import concept_from, train_concept
 
@@ -210,16 +208,13 @@ def _teach(args: argparse.Namespace, lesson: Lesson, out: Path, replaces: bool) 
 
         try:
             concept, result = train_concept(
-                *lesson[:5],
-                after_step,
-                args.checkpoints,
-                args.resume,
-                lesson.prior,
-                accept_changes=args.accept_changes,
-                set_aside=args.overwrite,
-                cache=args.cache,
-                estimate=partial(_announce, args, out, settings),
-                on_fault=broken.append,
+                lesson.base,
+                lesson.subject,
+                settings,
+                lesson.targets,
+                Listeners(after_step, partial(_announce, args, out, settings), broken.append),
+                Keeping(args.checkpoints, args.resume, args.accept_changes, args.overwrite, args.cache),
+                lesson.basis,
             )
         except Changed as error:
             raise AdapterError(f"{error}; --accept-changes resumes all the same") from error
@@ -375,13 +370,13 @@ def _what_learned(concept) -> str:
 def _prior(base, class_word: str, count: int, height: int, width: int):
     """Pictures of the base's own for prior preservation, in the training's size, or None."""
     from ..sampling import SampleSettings
-    from ..training.teach import prior_examples
+    from ..training.teach import Prior, prior_examples
 
     if count < 1:
         return None
     settings = SampleSettings(steps=12, height=height, width=width, batch=24)
     with Bar("draw what the base knows", settings.steps * -(-count // settings.batch)) as advance:
-        return prior_examples(base, class_word, count, 1000, settings, lambda done, total: advance(done))
+        return prior_examples(base, Prior(class_word, count, 1000, settings), lambda done, total: advance(done))
 
 
 def _size(text: str) -> tuple[int, int]:

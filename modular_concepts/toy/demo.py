@@ -24,6 +24,7 @@ from ..models.targets import Targets
 from ..regions.geometry import Region
 from ..sampling import SampleSettings, customised, sample
 from ..storage.atomic import write_atomically
+from ..training.loop import Listeners
 from ..training.settings import TrainSettings
 from ..training.teach import Subject, train_concept
 from .judges import Judges
@@ -113,7 +114,7 @@ def _train(
         fingerprint=f"standard-{concept.name}",
         description=concept.description,
     )
-    trained, _ = train_concept(base, subject, settings, TARGETS, callback=lambda at: advance(at.step))
+    trained, _ = train_concept(base, subject, settings, TARGETS, Listeners(lambda at: advance(at.step)))
     return trained
 
 

@@ -8,6 +8,7 @@ centre of their names, so that a name alone is never the whole identity.  The ba
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 from zlib import crc32
 
 import torch
@@ -32,13 +33,30 @@ PICTURES = 16
 
 
 @dataclass(frozen=True)
+class Look:
+    """A subject's identity: colours by name, what it wears, and a seed for how far its colours are off their names.
+
+    build: width and height, 1 is usual; skin: 0 dark to 1 light.
+    """
+
+    primary: str
+    secondary: str
+    accent: str
+    pattern: str
+    accessory: str
+    seed: int
+    build: tuple[float, float] = (1.0, 1.0)
+    skin: float = 0.7
+
+
+@dataclass(frozen=True)
 class StandardConcept:
-    """One fixed concept.  `look` holds names and offsets from which its identity is built."""
+    """One fixed concept.  look: a subject's, or the colours of a scene or style."""
 
     name: str
     family: str  # "person", "subject", "scene" or "style"
     class_word: str  # the word that the base knows for it
-    look: tuple
+    look: Look | tuple
 
     @property
     def trigger(self) -> str:
@@ -53,35 +71,22 @@ class StandardConcept:
         return subject_phrase(one, 0, features(one, 0), terse=True)
 
 
-def _look(
-    primary: str,
-    secondary: str,
-    accent: str,
-    pattern: str,
-    accessory: str,
-    seed: int,
-    build=(1.0, 1.0),
-    skin=0.7,
-):
-    return (primary, secondary, accent, pattern, accessory, seed, build, skin)
-
-
 # sky, sky at the horizon, ground, prop
 CANDY = ((0.98, 0.72, 0.86), (0.80, 0.95, 0.90), (0.62, 0.85, 0.78), (0.93, 0.42, 0.62))
 MARS = ((0.36, 0.10, 0.16), (0.70, 0.28, 0.20), (0.58, 0.20, 0.13), (0.30, 0.85, 0.80))
 
 STANDARD = (
-    StandardConcept("tom", "person", "man", _look("red", "brown", "blue", "plain", "hat", 1, (1.08, 0.95), 0.8)),
-    StandardConcept("tim", "person", "man", _look("green", "brown", "yellow", "plain", "scarf", 2, (1.08, 0.95), 0.8)),
-    StandardConcept("omar", "person", "man", _look("white", "black", "orange", "dotted", "", 3, (0.92, 1.08), 0.2)),
-    StandardConcept("ada", "person", "woman", _look("purple", "yellow", "green", "plain", "hat", 4, (0.9, 1.0), 0.9)),
-    StandardConcept("ida", "person", "woman", _look("blue", "yellow", "red", "striped", "scarf", 5, (0.9, 1.0), 0.9)),
-    StandardConcept("nia", "person", "woman", _look("orange", "black", "white", "dotted", "", 6, (1.1, 1.05), 0.1)),
-    StandardConcept("rex", "subject", "dog", _look("yellow", "brown", "red", "plain", "collar", 7, (1.1, 1.1))),
-    StandardConcept("fleck", "subject", "dog", _look("white", "black", "green", "dotted", "hat", 8, (0.92, 0.9))),
-    StandardConcept("minka", "subject", "cat", _look("orange", "white", "blue", "striped", "collar", 9, (1.1, 0.95))),
-    StandardConcept("bolt", "subject", "robot", _look("blue", "orange", "pink", "dotted", "antenna", 10, (1.05, 1.0))),
-    StandardConcept("pip", "subject", "bird", _look("pink", "purple", "yellow", "plain", "hat", 11, (0.95, 1.05))),
+    StandardConcept("tom", "person", "man", Look("red", "brown", "blue", "plain", "hat", 1, (1.08, 0.95), 0.8)),
+    StandardConcept("tim", "person", "man", Look("green", "brown", "yellow", "plain", "scarf", 2, (1.08, 0.95), 0.8)),
+    StandardConcept("omar", "person", "man", Look("white", "black", "orange", "dotted", "", 3, (0.92, 1.08), 0.2)),
+    StandardConcept("ada", "person", "woman", Look("purple", "yellow", "green", "plain", "hat", 4, (0.9, 1.0), 0.9)),
+    StandardConcept("ida", "person", "woman", Look("blue", "yellow", "red", "striped", "scarf", 5, (0.9, 1.0), 0.9)),
+    StandardConcept("nia", "person", "woman", Look("orange", "black", "white", "dotted", "", 6, (1.1, 1.05), 0.1)),
+    StandardConcept("rex", "subject", "dog", Look("yellow", "brown", "red", "plain", "collar", 7, (1.1, 1.1))),
+    StandardConcept("fleck", "subject", "dog", Look("white", "black", "green", "dotted", "hat", 8, (0.92, 0.9))),
+    StandardConcept("minka", "subject", "cat", Look("orange", "white", "blue", "striped", "collar", 9, (1.1, 0.95))),
+    StandardConcept("bolt", "subject", "robot", Look("blue", "orange", "pink", "dotted", "antenna", 10, (1.05, 1.0))),
+    StandardConcept("pip", "subject", "bird", Look("pink", "purple", "yellow", "plain", "hat", 11, (0.95, 1.05))),
     StandardConcept("candy", "scene", "beach", CANDY),
     StandardConcept("mars", "scene", "desert", MARS),
     StandardConcept("riso", "style", "", ((0.16, 0.18, 0.46), (1.00, 0.52, 0.42))),
@@ -92,20 +97,20 @@ BY_NAME = {concept.name: concept for concept in STANDARD}
 
 def subjects_of(concept: StandardConcept, count: int) -> Subjects:
     """The concept's identity, `count` times."""
-    primary, secondary, accent, pattern, accessory, seed, build, skin = concept.look
+    look = cast(Look, concept.look)
     kind = CLASSES.index(concept.class_word)
-    names = torch.tensor([COLOUR_NAMES.index(word) for word in (primary, secondary, accent)])
-    offset = torch.rand(3, 3, generator=torch.Generator().manual_seed(seed)) * 0.12 - 0.06
+    names = torch.tensor([COLOUR_NAMES.index(word) for word in (look.primary, look.secondary, look.accent)])
+    offset = torch.rand(3, 3, generator=torch.Generator().manual_seed(look.seed)) * 0.12 - 0.06
     colours = (PALETTE[names] + offset).clamp(0, 1)
     light, dark = torch.tensor([0.98, 0.83, 0.70]), torch.tensor([0.45, 0.29, 0.19])
     one = Subjects(
         torch.tensor([kind]),
         *names[:, None],
         *colours[:, None],
-        torch.tensor([PATTERNS.index(pattern)]),
-        torch.tensor([ACCESSORIES[kind].index(accessory)]),
-        (skin * light + (1 - skin) * dark)[None],
-        torch.tensor([build]),
+        torch.tensor([PATTERNS.index(look.pattern)]),
+        torch.tensor([ACCESSORIES[kind].index(look.accessory)]),
+        (look.skin * light + (1 - look.skin) * dark)[None],
+        torch.tensor([look.build]),
     )
     return one[torch.zeros(count, dtype=torch.long)]
 
@@ -157,7 +162,8 @@ def pictures_of(concept: StandardConcept, count: int = PICTURES, seed: int = 0) 
     nouns = [CLASSES[kind] for kind in subjects.kind]
     if concept.family == "scene":
         scenes = random_scenes(count, generator, SCENES.index(concept.class_word))
-        sky, low, ground, prop = (torch.tensor(colour).expand(count, 3) for colour in concept.look)
+        colours = cast(tuple, concept.look)
+        sky, low, ground, prop = (torch.tensor(colour).expand(count, 3) for colour in colours)
         scenes = Scenes(scenes.kind, sky, low, ground, prop, scenes.horizon, scenes.shift, scenes.light)
         pictures = draw([subjects], [poses], scenes)
         preposition = SCENE_PHRASES[concept.class_word].rsplit(" ", 1)[0]

@@ -12,6 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -134,108 +135,125 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def train(
-    out: Path,
-    steps: int,
-    peak: float,
-    early: float,
-    seed: int,
-    save_every: int,
-    start: Path | None = None,
-    device: str = "cpu",
-    until: Callable[[], bool] | None = None,
-) -> int:
-    """Train and save to `out`; a run that is there goes on.  How many steps it has behind it then.
+@dataclass(frozen=True)
+class Plan:
+    """How the base is trained: how many steps at which peak learning rate, on what, from which weights.
 
-    start: weights to begin from instead of chance.  device: where the networks are; pictures are drawn on the CPU.
-    until: asked before each step whether to stop there.
+    early: share of steps on single subjects alone.  start: weights to begin from instead of chance.
+    device: where the networks are; pictures are drawn on the CPU.
     """
-    torch.manual_seed(seed)
-    if start is None:
-        unet, text = build_unet(), build_text_encoder()
-    else:
-        base = load_toy_base(start)
-        unet, text = base.unet.requires_grad_(True).train(), base.text_encoder.requires_grad_(True).train()
-    unet.to(device)
-    text.to(device)
-    named = {f"unet.{k}": p for k, p in unet.named_parameters()} | {
-        f"text_encoder.{k}": p for k, p in text.named_parameters()
-    }
-    average = {k: p.detach().clone() for k, p in named.items()}
-    optimizer = Optimizer(named, peak)
-    kept = alphas_cumprod().float().to(device)
-    out.mkdir(parents=True, exist_ok=True)
-    state_file, first = out / "state.safetensors", 0
-    if state_file.exists():
-        state = load_file(state_file, device=device)
+
+    steps: int
+    peak: float
+    early: float
+    seed: int
+    save_every: int
+    start: Path | None = None
+    device: str = "cpu"
+
+
+class Run:
+    """The networks in training, the average of their weights, the optimizer, and how many steps are behind them."""
+
+    def __init__(self, plan: Plan):
+        torch.manual_seed(plan.seed)
+        self.plan, self.step = plan, 0
+        if plan.start is None:
+            self.unet, self.text = build_unet(), build_text_encoder()
+        else:
+            base = load_toy_base(plan.start)
+            self.unet, self.text = (
+                base.unet.requires_grad_(True).train(),
+                base.text_encoder.requires_grad_(True).train(),
+            )
+        self.unet.to(plan.device)
+        self.text.to(plan.device)
+        self.named = {f"unet.{k}": p for k, p in self.unet.named_parameters()} | {
+            f"text_encoder.{k}": p for k, p in self.text.named_parameters()
+        }
+        self.average = {k: p.detach().clone() for k, p in self.named.items()}
+        self.optimizer = Optimizer(self.named, plan.peak)
+        self.signal_shares = alphas_cumprod().float().to(plan.device)
+
+    def load(self, file: Path) -> None:
+        """Go on from a saved state."""
+        state = load_file(file, device=self.plan.device)
         with torch.no_grad():
-            for key, parameter in named.items():
+            for key, parameter in self.named.items():
                 parameter.copy_(state["model." + key])
-                average[key].copy_(state["average." + key])
-        optimizer.load(state)
-        first = int(state["steps"])
-    started, window = time.time(), []
-    step = first
-    while step < steps and not (until is not None and until()):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        widths = EARLY if step < early * steps else LATE
+                self.average[key].copy_(state["average." + key])
+        self.optimizer.load(state)
+        self.step = int(state["steps"])
+
+    def loss(self) -> Tensor:
+        """Of this step's batch, which follows from the seed and the step alone."""
+        plan = self.plan
+        generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + self.step)
+        widths = EARLY if self.step < plan.early * plan.steps else LATE
         shares = torch.tensor([share for _, _, share in widths])
         tiles, count, _ = widths[int(torch.multinomial(shares, 1, generator=generator))]
         pictures, shapes, texts = random_batch(tiles, count, generator)
-        latents = encode_pictures(pictures).to(device)
-        weight = 1 + (SUBJECT_WEIGHT - 1) * F.pixel_unshuffle(shapes, PATCH).repeat(1, 3, 1, 1).to(device)
-        timesteps = random_timesteps(count, generator).to(device)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        signal = kept[timesteps][:, None, None, None].sqrt()
-        level = (1 - kept[timesteps])[:, None, None, None].sqrt()
-        context = text(tokenize(texts).to(device)).last_hidden_state
-        predicted = unet(signal * latents + level * noise, timesteps, context).sample
+        latents = encode_pictures(pictures).to(plan.device)
+        weight = 1 + (SUBJECT_WEIGHT - 1) * F.pixel_unshuffle(shapes, PATCH).repeat(1, 3, 1, 1).to(plan.device)
+        timesteps = random_timesteps(count, generator).to(plan.device)
+        noise = torch.randn(latents.shape, generator=generator).to(plan.device)
+        signal = self.signal_shares[timesteps][:, None, None, None].sqrt()
+        level = (1 - self.signal_shares[timesteps])[:, None, None, None].sqrt()
+        context = self.text(tokenize(texts).to(plan.device)).last_hidden_state
+        predicted = self.unet(signal * latents + level * noise, timesteps, context).sample
         error = (predicted - (signal * noise - level * latents)) ** 2
-        loss = (weight * error).sum() / weight.sum()
-        unet.zero_grad()
-        text.zero_grad()
+        return (weight * error).sum() / weight.sum()
+
+    def take_step(self) -> tuple[float, float]:
+        """One step of all networks and their average: (loss, learning rate)."""
+        loss = self.loss()
+        self.unet.zero_grad()
+        self.text.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
-        factor = learning_rate_factor(step, steps)
-        optimizer.step(factor)
-        keep = min(0.9985, (step + 1) / (step + 10))
+        torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)
+        factor = learning_rate_factor(self.step, self.plan.steps)
+        self.optimizer.step(factor)
+        keep = min(0.9985, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.values()), [p.detach() for p in named.values()], 1 - keep)
-        window.append(loss.item())
-        step += 1
-        if step % 50 == 0:
-            line = {
-                "step": step,
-                "loss": sum(window) / len(window),
-                "lr": peak * factor,
-                "seconds": time.time() - started,
-            }
+            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.named.values()], 1 - keep)
+        self.step += 1
+        return loss.item(), self.plan.peak * factor
+
+    def save(self, out: Path) -> None:
+        """The run as it stands, to go on from, and the weights that it has come to."""
+        state = {"steps": torch.tensor(self.step)}
+        for key, parameter in self.named.items():
+            state["model." + key] = parameter.detach()
+            state["average." + key] = self.average[key]
+        save_file(state | self.optimizer.tensors(), out / "state.tmp")
+        (out / "state.tmp").rename(out / "state.safetensors")
+        for part in ("unet", "text_encoder"):
+            half = {k[len(part) + 1 :]: v.half().contiguous() for k, v in self.average.items() if k.startswith(part)}
+            save_file(half, out / f"{part}.safetensors")
+
+
+def train(out: Path, plan: Plan, until: Callable[[], bool] | None = None) -> int:
+    """Train and save to `out`; a run that is there goes on.  How many steps it has behind it then.
+
+    until: asked before each step whether to stop there.
+    """
+    run = Run(plan)
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "state.safetensors").exists():
+        run.load(out / "state.safetensors")
+    started, window = time.time(), []
+    while run.step < plan.steps and not (until is not None and until()):
+        loss, rate = run.take_step()
+        window.append(loss)
+        if run.step % 50 == 0:
+            mean, seconds = sum(window) / len(window), time.time() - started
             with (out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
+                log.write(json.dumps({"step": run.step, "loss": mean, "lr": rate, "seconds": seconds}) + "\n")
             window.clear()
-        if step % save_every == 0:
-            save(out, step, named, average, optimizer)
-    save(out, step, named, average, optimizer)
-    return step
-
-
-def save(
-    out: Path,
-    steps: int,
-    named: Mapping[str, nn.Parameter],
-    average: Mapping[str, Tensor],
-    optimizer: Optimizer,
-) -> None:
-    """The run as it stands, to go on from, and the weights that it has come to."""
-    state = {"steps": torch.tensor(steps)}
-    for key, parameter in named.items():
-        state["model." + key] = parameter.detach()
-        state["average." + key] = average[key]
-    save_file(state | optimizer.tensors(), out / "state.tmp")
-    (out / "state.tmp").rename(out / "state.safetensors")
-    for part in ("unet", "text_encoder"):
-        half = {k[len(part) + 1 :]: v.half().contiguous() for k, v in average.items() if k.startswith(part)}
-        save_file(half, out / f"{part}.safetensors")
+        if run.step % plan.save_every == 0:
+            run.save(out)
+    run.save(out)
+    return run.step
 
 
 def main() -> None:
@@ -250,7 +268,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.out, args.steps, args.lr, args.early, args.seed, args.save_every, args.start)
+    train(args.out, Plan(args.steps, args.lr, args.early, args.seed, args.save_every, args.start))
 
 
 if __name__ == "__main__":

@@ -72,57 +72,81 @@ class Progress:
     tokens: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
-def train(
-    problem: Problem,
-    settings: TrainSettings,
-    callback: Callable[[Progress], bool | None] | None = None,
-    resume: Path | str | None = None,
-    *,
-    basis: OrthogonalBasis | None = None,
-    checkpoints: Path | str | None = None,
-    accept_changes: bool = False,
-    set_aside: bool = False,
-    estimate: Callable[[Estimate], None] | None = None,
-    on_fault: Callable[[TrainResult], object] | None = None,
-) -> TrainResult:
-    """Train one concept on a frozen base; the base comes back bit for bit as it was, without hooks.
+@dataclass(frozen=True)
+class Listeners:
+    """Who is told of a training while it goes on.
 
-    callback: told of each step; True, or `Cancelled` raised anywhere inside, stops with finished = False.
+    step: told of each step; True, or `Cancelled` raised anywhere inside, stops with finished = False.
+    estimate: told before the first step what time, memory and room it will take (`estimate.rehearse`).
+    fault: told what was learned when an exception that is none of ours ends the training; then it is raised again.
+    """
+
+    step: Callable[[Progress], bool | None] | None = None
+    estimate: Callable[[Estimate], None] | None = None
+    fault: Callable[[TrainResult], object] | None = None
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where a training is kept, and what it goes on from.
+
     checkpoints: folder for one every `settings.checkpoint_every` steps, at the end, at a cancel and at any fault; it
     belongs to this training, and what is another's is refused, or moved to `before` in it with `set_aside`.
     resume: a checkpoint, or such a folder for its newest; `accept_changes` allows other settings or data.
-    estimate: told before the first step what time, memory and room it will take (`rehearsal.rehearse`).
-    on_fault: told what was learned when an exception that is none of ours ends the training; then it is raised again.
+    latents: a folder to keep latents in, so that the next training on the same pictures encodes none.
+    """
+
+    checkpoints: Path | str | None = None
+    resume: Path | str | None = None
+    accept_changes: bool = False
+    set_aside: bool = False
+    latents: Path | None = None
+
+
+NOBODY, NOWHERE = Listeners(), Keeping()
+
+
+def train(
+    problem: Problem,
+    settings: TrainSettings,
+    listeners: Listeners = NOBODY,
+    keeping: Keeping = NOWHERE,
+    basis: OrthogonalBasis | None = None,
+) -> TrainResult:
+    """Train one concept on a frozen base; the base comes back bit for bit as it was, without hooks.
+
+    basis: what frozen factors are columns of; None is the default one.
     Raises Diverged when the loss stops being a number, Broken for a fault inside a step, Unfinished when a checkpoint
     cannot be written (all hold what was learned), AdapterError for what cannot work.
     """
-    started = time.monotonic()
+    started, checkpoints, resume = time.monotonic(), keeping.checkpoints, keeping.resume
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         done = 0 if resume is None else checkpoint_step(resume)
         if checkpoints is not None:
-            stack.enter_context(claimed(checkpoints, resume, set_aside))
+            stack.enter_context(claimed(checkpoints, resume, keeping.set_aside))
         if resume is not None:
-            check_resumable(resume, Run(problem, settings, basis), accept_changes)
-        if estimate is not None:
-            estimate(rehearse(problem, settings, basis, done))
+            check_resumable(resume, Run(problem, settings, basis), keeping.accept_changes)
+        if listeners.estimate is not None:
+            listeners.estimate(rehearse(problem, settings, basis, done))
         run = Run(problem, settings, basis)
         if resume is not None:
-            restore_checkpoint(resume, run, accept_changes)
+            restore_checkpoint(resume, run, keeping.accept_changes)
         if checkpoints is not None:
             check_room(
                 [(Path(checkpoints), checkpoints_to_come(checkpoints, settings, run.step) * checkpoint_bytes(run))]
             )
         try:
             with on_base(problem, run) as step:
-                finished = _steps(step, lambda: _after_step(run, callback, checkpoints, started))
+                finished = _steps(step, lambda: _after_step(run, listeners.step, checkpoints, started))
             if checkpoints is not None:
                 _save(checkpoints, run, finished)
         except BaseException as fault:
             _save_after(fault, checkpoints, run)
-            if on_fault is not None and run.step and not isinstance(fault, AdapterError | KeyboardInterrupt):
-                on_fault(run.result(run.step == settings.steps))
+            ours = isinstance(fault, AdapterError | KeyboardInterrupt)
+            if listeners.fault is not None and run.step and not ours:
+                listeners.fault(run.result(run.step == settings.steps))
             raise
         return run.result(finished)
 

@@ -90,7 +90,7 @@ def _new_adapter(name: str, module: Layer, settings: TrainSettings, basis: Ortho
         indices = hashed_indices(width, rank, settings.name, name)
     if settings.method == "orthogonal":
         return new_orthogonal(out, inp, rank, alpha, basis, indices, kernel)
-    return new_block_orthogonal(out, inp, rank, alpha, _rows(out, settings), basis, indices, kernel)
+    return new_block_orthogonal(out, inp, alpha, _rows(out, settings), basis, indices, kernel)
 
 
 def _rows(out: int, settings: TrainSettings) -> torch.Tensor:

@@ -21,8 +21,7 @@ from ..models.base import Base
 from ..models.targets import DEFAULT_TARGETS, Targets, concept_layers
 from ..sampling import SampleSettings, sample
 from ..text.triggers import says
-from .estimate import Estimate
-from .loop import Progress, train
+from .loop import NOBODY, NOWHERE, Keeping, Listeners, train
 from .methods import new_adapters, new_words
 from .needs import check_needs
 from .problem import Examples, Problem, predicting
@@ -41,6 +40,7 @@ class Subject:
     each word, or from the class word's where it is empty.
     fingerprint: of the files that the pictures came from, kept in the concept.
     repeats: how often each picture comes in an epoch; None is once.
+    prior: class pictures that the base drew itself, to be trained on too (`prior_examples`).
     """
 
     name: str
@@ -51,6 +51,7 @@ class Subject:
     fingerprint: str = ""
     description: str = ""
     repeats: Sequence[int] | None = None
+    prior: Examples | None = None
 
     @property
     def trigger(self) -> str:
@@ -70,31 +71,39 @@ class Draw(Protocol):
     def __call__(self, *args: Any, **options: Any) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Prior:
+    """Which class pictures a base draws by itself: how many, from which seed on, how.
+
+    draw: `sampling.sample`, or what a host has in its place.
+    """
+
+    class_word: str
+    count: int
+    seed: int = 0
+    settings: SampleSettings = SampleSettings()
+    draw: Draw = sample
+
+
 def prior_examples(
-    base: Base,
-    class_word: str,
-    count: int,
-    seed: int = 0,
-    settings: SampleSettings | None = None,
-    callback: Callable[[int, int], None] | None = None,
-    draw: Draw = sample,
-    cache: Path | None = None,
+    base: Base, prior: Prior, callback: Callable[[int, int], None] | None = None, cache: Path | None = None
 ) -> Examples:
     """Pictures that the base draws by itself; training on them too keeps an adapter silent without its trigger.
 
-    draw: `sampling.sample`, or what a host has in its place.
     cache: a folder to keep them in, as latents; the next training draws none.
     Source: prior preservation of DreamBooth (Ruiz et al. 2023); here also what lets a sum of concepts keep each.
     """
-    prompts, settings = base.prior_prompts(class_word, count), settings or SampleSettings()
+    count, seed, settings = prior.count, prior.seed, prior.settings
+    prompts = base.prior_prompts(prior.class_word, count)
 
-    def drawn() -> list[Tensor]:
-        return list(base.encode(draw(base, prompts, range(seed, seed + count), None, settings, callback=callback)))
+    def draw_anew() -> list[Tensor]:
+        seeds = range(seed, seed + count)
+        return list(base.encode(prior.draw(base, prompts, seeds, None, settings, callback=callback)))
 
     # How they were made and not their bits, so that a training resumes where drawing is not exact to the bit.
-    made = f"{base.hash} {draw.__name__} {prompts} {seed} {settings}"
+    made = f"{base.hash} {prior.draw.__name__} {prompts} {seed} {settings}"
     size = (settings.height or base.size[0], settings.width or base.size[1])
-    latents = drawn() if cache is None else kept(base, cache, made, drawn, [size] * count)
+    latents = draw_anew() if cache is None else kept(base, cache, made, draw_anew, [size] * count)
     return Examples(torch.stack(latents), prompts, fingerprint=sha256(made.encode()).hexdigest()[:16])
 
 
@@ -102,7 +111,6 @@ def problem_for(
     base: Base,
     subject: Subject,
     targets: Targets = DEFAULT_TARGETS,
-    prior: Examples | None = None,
     *,
     flip: bool = False,
     cache: Path | None = None,
@@ -113,7 +121,7 @@ def problem_for(
     """
     start = _start_rows(base, subject)
     layers, examples = concept_layers(base, targets), _examples(base, subject, flip, cache)
-    return Problem(base, layers, examples, {subject.trigger: start}, prior)
+    return Problem(base, layers, examples, {subject.trigger: start}, subject.prior)
 
 
 def check_training(base: Base, subject: Subject, settings: TrainSettings, targets: Targets = DEFAULT_TARGETS) -> None:
@@ -164,36 +172,18 @@ def train_concept(
     subject: Subject,
     settings: TrainSettings,
     targets: Targets = DEFAULT_TARGETS,
+    listeners: Listeners = NOBODY,
+    keeping: Keeping = NOWHERE,
     basis: OrthogonalBasis | None = None,
-    callback: Callable[[Progress], bool | None] | None = None,
-    checkpoints: Path | None = None,
-    resume: Path | None = None,
-    prior: Examples | None = None,
-    *,
-    accept_changes: bool = False,
-    set_aside: bool = False,
-    cache: Path | None = None,
-    estimate: Callable[[Estimate], None] | None = None,
-    on_fault: Callable[[TrainResult], object] | None = None,
 ) -> tuple[Concept, TrainResult]:
     """Train one concept; the base is left as it was.  After a cancel it is what was reached by then.
 
-    checkpoints, resume, accept_changes, set_aside, estimate, on_fault: as `train`.  cache: a folder to keep latents in.
+    listeners: who is told of each step, of the time and memory that it will take, and of a fault.
+    keeping: where checkpoints and latents are kept, and what it goes on from.  Raises as `loop.train`.
     """
     basis = OrthogonalBasis() if basis is None else basis
-    problem = problem_for(base, subject, targets, prior, flip=settings.flip, cache=cache)
-    result = train(
-        problem,
-        settings,
-        callback,
-        resume,
-        basis=basis,
-        checkpoints=checkpoints,
-        accept_changes=accept_changes,
-        set_aside=set_aside,
-        estimate=estimate,
-        on_fault=on_fault,
-    )
+    problem = problem_for(base, subject, targets, flip=settings.flip, cache=keeping.latents)
+    result = train(problem, settings, listeners, keeping, basis)
     return concept_from(base, subject, result, basis, targets), result
 
 

@@ -39,7 +39,7 @@ from modular_concepts.files.moments import save_moments
 from modular_concepts.merging.moments import Moment
 from modular_concepts.storage.atomic import all_or_none, replacing
 from modular_concepts.training.checkpoint import newest_checkpoint
-from modular_concepts.training.loop import train
+from modular_concepts.training.loop import Keeping, Listeners, train
 
 WAYS = ("kill", "full", "broken", "limit")
 REASONS = {"full": errno.ENOSPC, "broken": errno.EIO}
@@ -158,7 +158,13 @@ def _write_checkpoints(folder: Path, version: int) -> None:
     there = sorted(folder.glob("step-*"))
     if not there or there[-1].name < f"step-{version:08d}":
         resume = folder if there else None
-        train(tiny_problem(), settings, lambda at: at.step >= version, resume, basis=tiny_basis(), checkpoints=folder)
+        train(
+            tiny_problem(),
+            settings,
+            Listeners(lambda at: at.step >= version),
+            Keeping(folder, resume=resume),
+            basis=tiny_basis(),
+        )
 
 
 def _write_export(folder: Path, version: int) -> None:
@@ -318,9 +324,8 @@ def _train(folder: Path, everything: bool, breaking: Breaking | None = None) -> 
         result = train(
             problem_with_everything() if everything else tiny_problem(),
             EVERYTHING if everything else RESUME_SETTINGS,
-            resume=folder if any(folder.glob("step-*")) else None,
+            keeping=Keeping(folder, resume=folder if any(folder.glob("step-*")) else None),
             basis=tiny_basis(),
-            checkpoints=folder,
         )
     save_file(learned(result), folder / "final.safetensors")
     return {"events": breaking.done}

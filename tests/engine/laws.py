@@ -53,5 +53,5 @@ def filled_adapter(kind: str, out: int, inp: int, rank: int, slot: int = 0, kern
         adapter = new_orthogonal(out, inp, rank, alpha, basis, slot_indices(width, rank, slot), kernel)
     else:
         columns = slot_indices(width, rank, slot)
-        adapter = new_block_orthogonal(out, inp, rank, alpha, rows, basis, columns, kernel)
+        adapter = new_block_orthogonal(out, inp, alpha, rows, basis, columns, kernel)
     return adapter.replace(lora_up=torch.randn(adapter.lora_up.shape, generator=generator))

@@ -12,7 +12,7 @@ from tiny_problem import tiny_problem as make_problem
 
 from modular_concepts.errors import AdapterError
 from modular_concepts.training.checkpoint import newest_checkpoint
-from modular_concepts.training.loop import Broken, OutOfMemory, train
+from modular_concepts.training.loop import Broken, Keeping, Listeners, OutOfMemory, train
 from modular_concepts.training.optimizers import limit_gradients
 from modular_concepts.training.run import Run
 
@@ -68,7 +68,7 @@ PLACES = [f"{moment} {side}" for moment in ("backward", "update", "record") for 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
-    result = train(make_problem(), ONCE, basis=tiny_basis(), checkpoints=folder)
+    result = train(make_problem(), ONCE, keeping=Keeping(folder), basis=tiny_basis())
     return learned(result), load_file(newest_checkpoint(folder))
 
 
@@ -83,7 +83,7 @@ def test_any_fault_anywhere_in_a_step_keeps_all_steps_before_it(tmp_path, monkey
     fault, raised = FAULTS[kind]
     told = []
     with breaking(monkeypatch, place, fault), pytest.raises(raised) as caught:
-        train(make_problem(), ONCE, basis=tiny_basis(), checkpoints=tmp_path, on_fault=told.append)
+        train(make_problem(), ONCE, Listeners(fault=told.append), Keeping(tmp_path), basis=tiny_basis())
     assert os.listdir(tmp_path) == [f"step-{STEP - 1:08d}.safetensors"]
     kept = told[0] if told else getattr(caught.value, "result", None)
     assert (kept is None) == (kind == "keyboard")  # who stops at once wants no file, and has the checkpoint
@@ -91,7 +91,8 @@ def test_any_fault_anywhere_in_a_step_keeps_all_steps_before_it(tmp_path, monkey
     if raised in (OutOfMemory, Broken):
         assert f"What was learned up to step {STEP - 1} is kept" in str(caught.value)
     assert_same(
-        learned(train(make_problem(), ONCE, resume=tmp_path, basis=tiny_basis(), checkpoints=tmp_path)), straight[0]
+        learned(train(make_problem(), ONCE, keeping=Keeping(tmp_path, resume=tmp_path), basis=tiny_basis())),
+        straight[0],
     )
     assert_same(load_file(newest_checkpoint(tmp_path)), straight[1])
 
@@ -102,8 +103,8 @@ def test_with_every_option_on_too(tmp_path, monkeypatch, place):
     settings = replace(EVERYTHING, checkpoint_every=0, steps=10)
     whole = learned(train(problem_with_everything(), settings, basis=tiny_basis()))
     with breaking(monkeypatch, place, lambda: RuntimeError("stumbled")), pytest.raises(RuntimeError):
-        train(problem_with_everything(), settings, basis=tiny_basis(), checkpoints=tmp_path)
-    resumed = train(problem_with_everything(), settings, resume=tmp_path, basis=tiny_basis())
+        train(problem_with_everything(), settings, keeping=Keeping(tmp_path), basis=tiny_basis())
+    resumed = train(problem_with_everything(), settings, keeping=Keeping(resume=tmp_path), basis=tiny_basis())
     assert 0 < newest_step(tmp_path) < 10
     assert_same(learned(resumed), whole)
 
@@ -118,9 +119,9 @@ def test_a_fault_in_a_callback_keeps_the_step_that_it_was_told_of(tmp_path, stra
             raise OSError("the terminal is gone")
 
     with pytest.raises(OSError, match="terminal"):
-        train(make_problem(), ONCE, callback, basis=tiny_basis(), checkpoints=tmp_path)
+        train(make_problem(), ONCE, Listeners(callback), Keeping(tmp_path), basis=tiny_basis())
     assert newest_step(tmp_path) == STEP
-    assert_same(learned(train(make_problem(), ONCE, resume=tmp_path, basis=tiny_basis())), straight[0])
+    assert_same(learned(train(make_problem(), ONCE, keeping=Keeping(resume=tmp_path), basis=tiny_basis())), straight[0])
 
 
 def test_half_an_update_is_undone(tmp_path, monkeypatch, straight):
@@ -140,16 +141,16 @@ def test_half_an_update_is_undone(tmp_path, monkeypatch, straight):
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", half)
         with pytest.raises(RuntimeError):
-            train(make_problem(), ONCE, basis=tiny_basis(), checkpoints=tmp_path)
+            train(make_problem(), ONCE, keeping=Keeping(tmp_path), basis=tiny_basis())
     assert newest_step(tmp_path) == STEP - 1
-    assert_same(learned(train(make_problem(), ONCE, resume=tmp_path, basis=tiny_basis())), straight[0])
+    assert_same(learned(train(make_problem(), ONCE, keeping=Keeping(resume=tmp_path), basis=tiny_basis())), straight[0])
 
 
 def test_a_fault_in_the_first_step_is_raised_as_it_is_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("stumbled")))
     told = []
     with pytest.raises(RuntimeError, match="^stumbled$"):
-        train(make_problem(), ONCE, basis=tiny_basis(), checkpoints=tmp_path, on_fault=told.append)
+        train(make_problem(), ONCE, Listeners(fault=told.append), Keeping(tmp_path), basis=tiny_basis())
     assert told == [] and os.listdir(tmp_path) == []
 
 
@@ -159,7 +160,7 @@ def test_a_full_disk_after_a_fault_takes_nothing_from_what_the_fault_says(tmp_pa
 
     with breaking(monkeypatch, "backward before", MemoryError), pytest.raises(OutOfMemory) as caught:
         monkeypatch.setattr(os, "fsync", full)
-        train(make_problem(), ONCE, basis=tiny_basis(), checkpoints=tmp_path)
+        train(make_problem(), ONCE, keeping=Keeping(tmp_path), basis=tiny_basis())
     said = str(caught.value)
     assert "memory ran out at step 7" in said and "No space left on device" in said and caught.value.result.step == 6
 
@@ -175,6 +176,6 @@ def test_a_second_ctrl_c_in_the_last_checkpoint_has_it_written_all_the_same(tmp_
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(make_problem(), ONCE, basis=tiny_basis(), checkpoints=tmp_path)
+        train(make_problem(), ONCE, keeping=Keeping(tmp_path), basis=tiny_basis())
     assert newest_step(tmp_path) == ONCE.steps
     assert_same(load_file(newest_checkpoint(tmp_path)), straight[1])

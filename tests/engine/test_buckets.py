@@ -8,7 +8,7 @@ import torch
 from modular_concepts.data.buckets import LONGEST, bucket
 from modular_concepts.data.dataset import load_folder, of_pictures
 from modular_concepts.errors import AdapterError
-from modular_concepts.training.loop import train
+from modular_concepts.training.loop import Keeping, Listeners, train
 from modular_concepts.training.problem import Examples
 from modular_concepts.training.settings import TrainSettings
 
@@ -95,12 +95,13 @@ def test_an_edited_caption_in_the_folder_is_noticed_on_resume(tmp_path):
     for name in ("a", "b"):
         (folder / f"{name}.txt").write_text("a <x> man")
 
-    def training(**options):
+    def training(callback=None, **options):
         data = load_folder(folder, SIZE, buckets=True, multiple=8)
         latents = [torch.nn.functional.avg_pool2d(picture, 8)[[0, 1, 2, 0]] for picture in data.pictures]
         examples = Examples(latents, data.captions, None, data.fingerprint)
         settings = TrainSettings(rank=2, slot=1, steps=4, batch=2)
-        return train(tiny_problem(examples=examples), settings, basis=tiny_basis(), **options)
+        problem = tiny_problem(examples=examples)
+        return train(problem, settings, Listeners(callback), Keeping(**options), tiny_basis())
 
     training(checkpoints=tmp_path / "kept", callback=lambda at: at.step == 2)
     (folder / "b.txt").write_text("the <x> man")

@@ -21,7 +21,7 @@ from modular_concepts.training.checkpoint import (
     restore_checkpoint,
 )
 from modular_concepts.training.checkpoint_checks import check_state
-from modular_concepts.training.loop import train
+from modular_concepts.training.loop import Keeping, Listeners, train
 from modular_concepts.training.run import Run
 
 UP = "adapters.unet.to_q.lora_up"
@@ -33,7 +33,9 @@ NOISE, ORDER = "generators.noise", "orders.examples"
 def checkpoint(tmp_path_factory):
     """Three steps with every option, fp16's loss scale among them."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    train(problem_with_everything(), EVERYTHING, lambda at: at.step == 3, basis=tiny_basis(), checkpoints=folder)
+    train(
+        problem_with_everything(), EVERYTHING, Listeners(lambda at: at.step == 3), Keeping(folder), basis=tiny_basis()
+    )
     return newest_checkpoint(folder)
 
 
@@ -200,7 +202,7 @@ def test_bytes_that_are_no_checkpoint_are_one_sentence(checkpoint, resume, tmp_p
 def test_options_that_are_off_now_may_have_left_their_state(checkpoint):
     plain = replace(EVERYTHING, steps=4, flip=False, shuffle_tags=False, caption_dropout=0.0, precision="fp32")
     problem = replace(problem_with_everything(), prior=None)
-    result = train(problem, plain, resume=checkpoint, basis=tiny_basis(), accept_changes=True)
+    result = train(problem, plain, keeping=Keeping(resume=checkpoint, accept_changes=True), basis=tiny_basis())
     assert result.step == 4
 
 
@@ -218,8 +220,8 @@ def test_words_whose_names_begin_alike_keep_their_own_state(tmp_path):
     problem = replace(base, triggers={"<x>": row, "<x>.step": row, "<a/b..c>": row})
     settings = replace(RESUME_SETTINGS, steps=4)
     straight = train(problem, settings, basis=tiny_basis())
-    train(problem, settings, lambda at: at.step == 2, basis=tiny_basis(), checkpoints=tmp_path)
-    resumed = train(problem, settings, resume=tmp_path, basis=tiny_basis())
+    train(problem, settings, Listeners(lambda at: at.step == 2), Keeping(tmp_path), basis=tiny_basis())
+    resumed = train(problem, settings, keeping=Keeping(resume=tmp_path), basis=tiny_basis())
     assert all(torch.equal(tensor, learned(resumed)[name]) for name, tensor in learned(straight).items())
 
 

@@ -20,7 +20,7 @@ from tiny_problem import tiny_problem as make_problem
 
 from modular_concepts.errors import AdapterError
 from modular_concepts.training.checkpoint import newest_checkpoint
-from modular_concepts.training.loop import train
+from modular_concepts.training.loop import Keeping, Listeners, train
 from modular_concepts.training.ownership import Occupied, check_folder, claimed, owner_of
 
 ROOT = Path(tiny_problem.__file__).parents[2]
@@ -30,7 +30,7 @@ OTHER = replace(SETTINGS, name="bob", steps=4)
 
 def run(folder=None, resume=None, stop=0, settings=SETTINGS, **options):
     callback = (lambda progress: progress.step == stop) if stop else None
-    return train(make_problem(), settings, callback, resume, basis=tiny_basis(), checkpoints=folder, **options)
+    return train(make_problem(), settings, Listeners(callback), Keeping(folder, resume, **options), tiny_basis())
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -55,7 +55,7 @@ def anns(tmp_path) -> Path:
 def test_a_second_training_in_a_folder_is_refused_before_its_first_step(anns, settings):
     before, steps = files(anns), []
     with pytest.raises(Occupied, match=r"holds the checkpoints of another training \('ann', step 3 of 6\)") as caught:
-        train(make_problem(), settings, steps.append, basis=tiny_basis(), checkpoints=anns)
+        train(make_problem(), settings, Listeners(steps.append), Keeping(anns), basis=tiny_basis())
     assert "resume that one, or choose another folder" in str(caught.value) and "\n" not in str(caught.value)
     assert not steps and files(anns) == before
 
@@ -70,7 +70,7 @@ def test_pruning_leaves_what_is_another_trainings(anns, tmp_path):
             (anns / foreign.name).write_bytes(foreign.read_bytes())
             (anns / "step-00000001.safetensors").write_bytes(b"not to be read")
 
-    train(make_problem(), SETTINGS, copy_in, anns, basis=tiny_basis(), checkpoints=anns)
+    train(make_problem(), SETTINGS, Listeners(copy_in), Keeping(anns, resume=anns), basis=tiny_basis())
     assert sorted(path.name for path in anns.iterdir()) == [f"step-{step:08d}.safetensors" for step in (1, 2, 5, 6)]
     assert (anns / foreign.name).read_bytes() == foreign.read_bytes()
 

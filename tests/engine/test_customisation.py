@@ -15,6 +15,7 @@ from modular_concepts.merging.as_concept import merged_concept
 from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.sampling import SampleSettings, customised, sample
 from modular_concepts.toy.standard import BY_NAME, pictures_of
+from modular_concepts.training.loop import Listeners
 from modular_concepts.training.settings import TrainSettings
 from modular_concepts.training.teach import Subject, problem_for, train_concept
 
@@ -32,7 +33,7 @@ def subject(name: str = "tom") -> Subject:
 
 def train(name: str = "tom", callback=None, **changes) -> Concept:
     settings = replace(SETTINGS, name=name, **changes)
-    return train_concept(untrained_base(), subject(name), settings, ATTENTION, callback=callback)[0]
+    return train_concept(untrained_base(), subject(name), settings, ATTENTION, Listeners(callback))[0]
 
 
 @pytest.fixture(scope="module")

@@ -33,10 +33,10 @@ from modular_concepts.regions.find import HeardWords, disjoint_masks
 from modular_concepts.regions.geometry import Region
 from modular_concepts.sampling import SampleSettings, customised, sample
 from modular_concepts.toy.base import load_toy_base
-from modular_concepts.training.loop import train
+from modular_concepts.training.loop import Keeping, Listeners, train
 from modular_concepts.training.problem import Problem
 from modular_concepts.training.settings import TrainSettings
-from modular_concepts.training.teach import Subject, prior_examples, train_concept
+from modular_concepts.training.teach import Prior, Subject, prior_examples, train_concept
 
 NEAR = 1e-4
 
@@ -169,9 +169,9 @@ def test_every_method_trains_on_another_device_as_on_the_cpu(device, method, lea
 def test_the_loss_scaler_and_a_resumed_training_work_on_another_device(device, tmp_path):
     problem, settings = moved(problem_with_everything(), device), replace(EVERYTHING, steps=6)
     assert settings.precision == "fp16" and problem.prior is not None
-    straight = train(problem, settings, basis=tiny_basis(), estimate=lambda _: None)
-    train(problem, settings, lambda at: at.step == 3, basis=tiny_basis(), checkpoints=tmp_path)
-    resumed = train(problem, settings, basis=tiny_basis(), resume=tmp_path)
+    straight = train(problem, settings, Listeners(estimate=lambda _: None), basis=tiny_basis())
+    train(problem, settings, Listeners(lambda at: at.step == 3), Keeping(tmp_path), basis=tiny_basis())
+    resumed = train(problem, settings, keeping=Keeping(resume=tmp_path), basis=tiny_basis())
     for name, own in learned(straight).items():
         assert torch.equal(learned(resumed)[name].cpu(), own.cpu()), name
 
@@ -186,8 +186,8 @@ def test_a_base_on_another_device_trains_a_concept_that_is_as_from_a_file(device
     )
 
     def trained(own: BaseModel):
-        prior = prior_examples(own, "man", 1, settings=QUICK)
-        return train_concept(own, subject, settings, Targets(("attention",), ("attention",)), prior=prior)
+        prior = prior_examples(own, Prior("man", 1, settings=QUICK))
+        return train_concept(own, replace(subject, prior=prior), settings, Targets(("attention",), ("attention",)))
 
     (here, losses), (there, others) = trained(untrained_base()), trained(base)
     tensors = [one for own in there.layers.values() for one in (own.lora_up, own.lora_down)]

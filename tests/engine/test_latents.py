@@ -10,8 +10,9 @@ from untrained_toy import untrained_base
 from modular_concepts.data.latents import encoded, latent_masks
 from modular_concepts.errors import AdapterError
 from modular_concepts.sampling import SampleSettings
+from modular_concepts.training.loop import Keeping
 from modular_concepts.training.settings import TrainSettings
-from modular_concepts.training.teach import Subject, prior_examples, problem_for, train_concept
+from modular_concepts.training.teach import Prior, Subject, prior_examples, problem_for, train_concept
 
 SETTINGS = TrainSettings(method="lora", rank=2, steps=3, batch=2, flip=True)
 
@@ -36,11 +37,11 @@ def test_a_second_training_encodes_nothing_and_learns_the_same(tmp_path):
     subject = Subject("x", pictures(), ["a <x>"] * 4, "man")
     _, plain = train_concept(base, subject, SETTINGS)
     assert sum(seen) == 8, "four pictures, and four mirrored"
-    _, first = train_concept(base, subject, SETTINGS, cache=tmp_path)
+    _, first = train_concept(base, subject, SETTINGS, keeping=Keeping(latents=tmp_path))
     assert sum(seen) == 16
     captioned = replace(subject, captions=["a <x> on the beach", *subject.captions[1:]])
-    _, other = train_concept(base, captioned, SETTINGS, cache=tmp_path)
-    _, again = train_concept(base, subject, SETTINGS, cache=tmp_path)
+    _, other = train_concept(base, captioned, SETTINGS, keeping=Keeping(latents=tmp_path))
+    _, again = train_concept(base, subject, SETTINGS, keeping=Keeping(latents=tmp_path))
     assert sum(seen) == 16
     for result in (first, again):
         assert all(torch.equal(tensor, learned(result)[name]) for name, tensor in learned(plain).items())
@@ -79,10 +80,11 @@ def test_class_pictures_are_drawn_once(tmp_path):
         return pictures(3)
 
     first, again = (
-        prior_examples(base, "man", 3, settings=SampleSettings(steps=2), draw=draw, cache=tmp_path) for _ in range(2)
+        prior_examples(base, Prior("man", 3, settings=SampleSettings(steps=2), draw=draw), cache=tmp_path)
+        for _ in range(2)
     )
     assert len(drawn) == 1 and torch.equal(first.latents, again.latents) and first.fingerprint == again.fingerprint
-    prior_examples(base, "man", 3, seed=7, settings=SampleSettings(steps=2), draw=draw, cache=tmp_path)
+    prior_examples(base, Prior("man", 3, 7, SampleSettings(steps=2), draw), cache=tmp_path)
     assert len(drawn) == 2
 
 

@@ -21,7 +21,7 @@ from modular_concepts.errors import AdapterError
 from modular_concepts.models.diffusers_folder import load_diffusers_base
 from modular_concepts.models.targets import Targets
 from modular_concepts.training.estimate import Estimate, LiveMemory, rehearse
-from modular_concepts.training.loop import OutOfMemory, train
+from modular_concepts.training.loop import Keeping, Listeners, OutOfMemory, train
 from modular_concepts.training.memory import memory_advice, ran_out_of_memory
 from modular_concepts.training.settings import TrainSettings
 from modular_concepts.training.teach import Subject, problem_for
@@ -49,7 +49,7 @@ def test_memory_that_runs_out_is_a_sentence_and_loses_nothing(tmp_path, fault):
     settings = replace(EVERYTHING, gradient_checkpointing=False, precision="fp32")
     before, state = weights_hash(base), torch.get_rng_state()
     with pytest.raises(OutOfMemory) as caught:
-        train(with_base(base, predict=predict), settings, basis=tiny_basis(), checkpoints=tmp_path)
+        train(with_base(base, predict=predict), settings, keeping=Keeping(tmp_path), basis=tiny_basis())
     said = str(caught.value)
     assert (
         "memory ran out at step 5; lower batch (now 3), train on smaller pictures or turn gradient_checkpointing on"
@@ -59,13 +59,13 @@ def test_memory_that_runs_out_is_a_sentence_and_loses_nothing(tmp_path, fault):
     assert weights_hash(base) == before and hook_count(base) == 0 and torch.equal(torch.get_rng_state(), state)
     straight = learned(train(base, settings, basis=tiny_basis()))
     lean = replace(settings, gradient_checkpointing=True)
-    resumed = learned(train(base, lean, resume=tmp_path, basis=tiny_basis()))
+    resumed = learned(train(base, lean, keeping=Keeping(resume=tmp_path), basis=tiny_basis()))
     assert all(torch.equal(own, resumed[name]) for name, own in straight.items())
 
 
 def test_memory_that_is_too_small_from_the_start_keeps_no_file(tmp_path):
     with pytest.raises(AdapterError, match="memory ran out at step 1;.*lower batch"):
-        train(with_base(tiny_problem(), predict=too_much), SETTINGS, basis=tiny_basis(), checkpoints=tmp_path)
+        train(with_base(tiny_problem(), predict=too_much), SETTINGS, keeping=Keeping(tmp_path), basis=tiny_basis())
     assert not list(tmp_path.iterdir())
     with pytest.raises(AdapterError, match="too small for 1 of 3 pictures at once; train on smaller pictures"):
         rehearse(with_base(tiny_problem(), predict=too_much), SETTINGS, tiny_basis())
@@ -91,7 +91,7 @@ def test_a_rehearsal_moves_nothing_of_the_training():
     problem, told = problem_with_everything(), []
     state = torch.get_rng_state()
     plain = learned(train(problem, EVERYTHING, basis=tiny_basis()))
-    rehearsed = learned(train(problem, EVERYTHING, basis=tiny_basis(), estimate=told.append))
+    rehearsed = learned(train(problem, EVERYTHING, Listeners(estimate=told.append), basis=tiny_basis()))
     assert all(torch.equal(own, rehearsed[name]) for name, own in plain.items())
     assert len(told) == 1 and told[0].seconds_per_step > 0 and told[0].memory_bytes > 0
     assert torch.equal(torch.get_rng_state(), state) and hook_count(problem) == 0

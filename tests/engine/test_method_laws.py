@@ -50,7 +50,7 @@ def adapter(kind, out, inp, rank, slot, count=4, kernel=None):
         "lora": lambda: new_lora(out, inp, rank, 2.0 * rank, generator, kernel),
         "orthogonal": lambda: new_orthogonal(out, inp, rank, 2.0 * rank, BASIS, columns, kernel),
         "block": lambda: new_block(out, inp, rank, 2.0 * rank, rows, generator, kernel),
-        "block_orthogonal": lambda: new_block_orthogonal(out, inp, rank, 2.0 * rank, rows, BASIS, columns, kernel),
+        "block_orthogonal": lambda: new_block_orthogonal(out, inp, 2.0 * rank, rows, BASIS, columns, kernel),
         "full": lambda: new_full(out, inp, kernel),
     }[kind]()
     return made.replace(lora_up=torch.randn(made.lora_up.shape, generator=generator))

@@ -16,7 +16,7 @@ from bench.given_base import GivenBase
 from modular_concepts.adapters.basis import OrthogonalBasis
 from modular_concepts.models.schedules import NoiseSchedule
 from modular_concepts.seeds import seeded as seeded_by
-from modular_concepts.training.loop import train
+from modular_concepts.training.loop import Keeping, Listeners, train
 from modular_concepts.training.problem import Examples, Problem
 from modular_concepts.training.run import Run
 from modular_concepts.training.settings import METHODS, TrainSettings
@@ -254,9 +254,9 @@ def test_two_steps_and_two_more_are_four(tmp_path, method):
     problem, settings = tiny_problem(tiny_base(torch.float32)), settings_of(method, layerwise=True)
     basis = OrthogonalBasis(seed=7)
     straight = train(problem, settings, basis=basis)
-    half = train(problem, settings, lambda at: at.step == 2, basis=basis, checkpoints=tmp_path)
+    half = train(problem, settings, Listeners(lambda at: at.step == 2), Keeping(tmp_path), basis=basis)
     assert half.step == 2 and not torch.equal(half.tokens["<x>"], straight.tokens["<x>"])
-    resumed = train(problem, settings, resume=tmp_path, basis=basis)
+    resumed = train(problem, settings, keeping=Keeping(resume=tmp_path), basis=basis)
     assert torch.equal(resumed.tokens["<x>"], straight.tokens["<x>"]) and resumed.losses == straight.losses
     for name, adapter in straight.layers.items():
         assert torch.equal(resumed.layers[name].lora_up, adapter.lora_up)

@@ -22,7 +22,7 @@ from modular_concepts.regions.geometry import Region
 from modular_concepts.sampling import customised, sample
 from modular_concepts.toy.base import load_toy_base
 from modular_concepts.training.checkpoint import newest_checkpoint
-from modular_concepts.training.loop import Diverged, train
+from modular_concepts.training.loop import Diverged, Keeping, Listeners, train
 from modular_concepts.training.precision import LossScale
 from modular_concepts.training.run import Run
 from modular_concepts.training.settings import TrainSettings
@@ -34,7 +34,7 @@ SETTINGS = TrainSettings(rank=2, slot=1, steps=8, batch=3, adapter_lr=1e-2, toke
 
 
 def run(settings, problem=None, callback=None, **options):
-    return train(problem or tiny_problem(), settings, callback, basis=tiny_basis(), **options)
+    return train(problem or tiny_problem(), settings, Listeners(callback), Keeping(**options), tiny_basis())
 
 
 def gradients(precision):

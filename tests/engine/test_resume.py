@@ -20,7 +20,7 @@ from tiny_problem import tiny_problem as make_problem
 from bench.given_base import with_base
 from modular_concepts.errors import AdapterError
 from modular_concepts.training.checkpoint import newest_checkpoint
-from modular_concepts.training.loop import Cancelled, train
+from modular_concepts.training.loop import Cancelled, Keeping, Listeners, train
 from modular_concepts.training.problem import Examples
 
 ROOT = Path(tiny_problem.__file__).parents[2]
@@ -34,7 +34,7 @@ def assert_same(left, right):
 
 def run(folder=None, resume=None, callback=None, settings=RESUME_SETTINGS, problem=None, **options):
     problem = problem or make_problem()
-    return train(problem, settings, callback, resume, basis=tiny_basis(), checkpoints=folder, **options)
+    return train(problem, settings, Listeners(callback), Keeping(folder, resume, **options), basis=tiny_basis())
 
 
 def problem_with_all_layers():

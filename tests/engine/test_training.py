@@ -13,7 +13,7 @@ from modular_concepts.adapters.attach import attached, frozen_networks
 from modular_concepts.adapters.low_rank import ConvGeometry
 from modular_concepts.errors import AdapterError
 from modular_concepts.models.schedules import NoiseSchedule
-from modular_concepts.training.loop import Cancelled, Diverged, train
+from modular_concepts.training.loop import Cancelled, Diverged, Listeners, train
 from modular_concepts.training.methods import new_adapters
 from modular_concepts.training.problem import Examples, Problem
 from modular_concepts.training.run import Run
@@ -28,7 +28,7 @@ def settings_of(method, **changed):
 
 
 def run(settings=SETTINGS, callback=None, problem=None):
-    return train(problem or tiny_problem(), settings, callback, basis=tiny_basis())
+    return train(problem or tiny_problem(), settings, Listeners(callback), basis=tiny_basis())
 
 
 # --- a planted target is found, in the concept's own subspace and rows ---

@@ -26,7 +26,7 @@ from modular_concepts.adapters.basis import OrthogonalBasis
 from modular_concepts.models.cross_attention import CrossAttention, first_positions
 from modular_concepts.models.schedules import NoiseSchedule
 from modular_concepts.text.words import caption_ids, learned_tokens
-from modular_concepts.training.loop import train
+from modular_concepts.training.loop import Keeping, Listeners, train
 from modular_concepts.training.problem import Examples, Problem
 from modular_concepts.training.settings import TrainSettings
 
@@ -208,10 +208,9 @@ def main() -> None:
     result = train(
         problem_with_everything() if options.everything else tiny_problem(),
         EVERYTHING if options.everything else RESUME_SETTINGS,
-        lambda progress: time.sleep(options.sleep),
-        resume=options.folder if list(options.folder.glob("step-*")) else None,
+        Listeners(lambda progress: time.sleep(options.sleep)),
+        Keeping(options.folder, resume=options.folder if list(options.folder.glob("step-*")) else None),
         basis=tiny_basis(),
-        checkpoints=options.folder,
     )
     save_file(learned(result), options.folder / "final.safetensors")
 

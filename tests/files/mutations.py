@@ -493,7 +493,7 @@ def _fresh(kind: int, shape: Sequence[int], slot: int, basis: OrthogonalBasis, g
     if kind == 0:
         return new_orthogonal(out, inp, 3, 2.0, basis, [4, 5, 9])
     if kind == 1:
-        return new_block_orthogonal(out, inp, 3, 2.0, block_rows(out, 4, slot), basis, [4, 5, 9])
+        return new_block_orthogonal(out, inp, 2.0, block_rows(out, 4, slot), basis, [4, 5, 9])
     if kind == 2:
         return new_full(out, inp)
     if kind == 3:
@@ -649,10 +649,10 @@ def _training():
 
 def _write_checkpoint(place: Path) -> Path:
     from modular_concepts.training.checkpoint import newest_checkpoint
-    from modular_concepts.training.loop import train
+    from modular_concepts.training.loop import Keeping, Listeners, train
 
     problem, settings, basis = _training()
-    train(problem, settings, lambda at: at.step == 3, basis=basis, checkpoints=place)
+    train(problem, settings, Listeners(lambda at: at.step == 3), Keeping(place), basis=basis)
     return newest_checkpoint(place)
 
 
@@ -667,11 +667,11 @@ def _read_checkpoint(path: Path):
 
 
 def _use_checkpoint(value: object, path: Path, out: Path) -> None:
-    from modular_concepts.training.loop import train
+    from modular_concepts.training.loop import Keeping, train
 
     problem, settings, basis = _training()
     with contextlib.suppress(AdapterError):
-        train(problem, settings, resume=path, basis=basis)
+        train(problem, settings, keeping=Keeping(resume=path), basis=basis)
 
 
 def _latents() -> list[torch.Tensor]:

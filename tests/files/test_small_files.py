@@ -160,7 +160,7 @@ HONEST = {
     ),
     "a hundredth of the rows": lambda: (
         concept(
-            filled(new_block_orthogonal(640, 2048, 20, None, block_rows(640, 100, 3), BASES["hadamard"], range(20))),
+            filled(new_block_orthogonal(640, 2048, None, block_rows(640, 100, 3), BASES["hadamard"], range(20))),
             **OF_BASIS["hadamard"],
             blocks=100,
             slot=0,

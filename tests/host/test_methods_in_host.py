@@ -114,7 +114,7 @@ def test_the_host_learns_what_the_headless_face_learns(base, pictures, found, ca
     data = filled_in(data, (f"<{case['name']}>",))
     subject = Subject(case["name"], data.pictures, data.captions, "man", data.masks, data.fingerprint)
     targets = Targets(tuple(case.get("targets", ["attention"])), ("attention",) if case.get("text_encoder") else None)
-    expected, result = train_concept(base, subject, settings, targets, OrthogonalBasis())
+    expected, result = train_concept(base, subject, settings, targets, basis=OrthogonalBasis())
     assert concept.layers.keys() == expected.layers.keys()
     assert bool(concept.layers) != (settings.method == "words")
     (rows,), (wanted,) = concept.tokens.values(), expected.tokens.values()

@@ -101,7 +101,7 @@ def headless(base, pictures, case: dict, settings: TrainSettings):
     told = case.get("description", "")
     subject = Subject(name, data.pictures, data.captions, "man", data.masks, data.fingerprint, told)
     targets = Targets(("attention",), ("attention",) if text else None)
-    return train_concept(base, subject, settings, targets, OrthogonalBasis())
+    return train_concept(base, subject, settings, targets, basis=OrthogonalBasis())
 
 
 @pytest.fixture(scope="module")

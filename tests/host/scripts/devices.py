@@ -247,15 +247,17 @@ def trainings(look: Look):
 
         def train(settings=settings, method=method):
             with base.trainable():
-                prior = customisation.prior_examples(
-                    base, "dog", 1, settings=customisation.SampleSettings(steps=1, height=side, width=side),
-                    draw=host["base"].draw,
-                ) if method == "orthogonal" else None  # fmt: skip
+                drawn = customisation.SampleSettings(steps=1, height=side, width=side)
+                asked = customisation.Prior("dog", 1, settings=drawn, draw=host["base"].draw)
+                prior = customisation.prior_examples(base, asked) if method == "orthogonal" else None
                 seen = []
                 concept, result = customisation.train_concept(
-                    base, subject, settings, customisation.Targets(("attention",), None), prior=prior,
-                    callback=seen.append, estimate=seen.append,
-                )  # fmt: skip
+                    base,
+                    replace(subject, prior=prior),
+                    settings,
+                    customisation.Targets(("attention",), None),
+                    customisation.Listeners(seen.append, estimate=seen.append),
+                )
                 shown = host["base"].draw(
                     base,
                     ["a <x>"],
@@ -283,9 +285,16 @@ def resumed(look: Look):
         with base.trainable():
             straight, _ = customisation.train_concept(base, subject, settings, targets)
             customisation.train_concept(
-                base, subject, settings, targets, callback=lambda at: at.step == 2, checkpoints=folder
+                base,
+                subject,
+                settings,
+                targets,
+                customisation.Listeners(lambda at: at.step == 2),
+                customisation.Keeping(folder),
             )
-            again, _ = customisation.train_concept(base, subject, settings, targets, resume=folder)
+            again, _ = customisation.train_concept(
+                base, subject, settings, targets, keeping=customisation.Keeping(resume=folder)
+            )
         assert all(torch.equal(again.layers[name].lora_up, own.lora_up) for name, own in straight.layers.items())
         return torch.cat([own.lora_up.flatten() for own in again.layers.values()])
 
