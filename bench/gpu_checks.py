@@ -184,7 +184,9 @@ class Checks:
         left = [geometry.Region(PROMPT, (0.0, 0.0, 0.5, 1.0), concepts=(concept.name,))]
 
         def draw(places, stack, mode: str) -> Tensor:
-            found = regions.with_regions(self.model, self.clip, stack, places, (PROMPT, NEGATIVE), mode)
+            found = regions.with_regions(
+                regions.HostModel(self.model, self.clip), regions.Scene(stack, places, (PROMPT, NEGATIVE), mode)
+            )
             return self.drawn(found.model, found[1:])
 
         apart = relative(draw(whole, [], "merged"), self.plain)
@@ -201,12 +203,13 @@ class Checks:
         geometry, regions = pack_module("modular_concepts.regions.geometry"), pack_module("host.regions.sampling")
         concept = self.stack[0][0]
         left = [geometry.Region(PROMPT, (0.0, 0.0, 0.5, 1.0), concepts=(concept.name,))]
+        scene = regions.Scene([(concept, 1.0)], left, (PROMPT, NEGATIVE), "gated")
         ways: dict[str, Callable] = {
             "weights": lambda: (self.merged(), None),
             "activations": lambda: (self.merged("activations"), None),
             "gated": lambda: (
                 lambda found: (found.model, found[1:])
-            )(regions.with_regions(self.model, self.clip, [(concept, 1.0)], left, (PROMPT, NEGATIVE), "gated")),
+            )(regions.with_regions(regions.HostModel(self.model, self.clip), scene)),
         }  # fmt: skip
         for way, make in ways.items():
             model, conditioning = make()

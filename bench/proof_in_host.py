@@ -58,7 +58,10 @@ class Proof:
         stack = [(self.concepts[name], 1.0) for name in group["names"]]
         regions = [region(prompt, concepts=(n,)) for prompt, n in zip(group["prompts"], group["names"], strict=True)]
         drawn = regional.sample_regions(
-            self.model, self.clip, stack, (group["called"], ""), regions, latent, how, "gated"
+            regional.HostModel(self.model, self.clip),
+            regional.Scene(stack, regions, (group["called"], ""), "gated"),
+            latent,
+            how,
         )
         return self.vae.decode(drawn["samples"]).movedim(-1, 1)
 

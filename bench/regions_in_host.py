@@ -88,7 +88,10 @@ class Bench:
             for number, box in enumerate(boxes(count))
         ]
         prompts = (f"people {SCENE}", "blurry")
-        return self.regions.with_regions(self.model, self.clip, self.stack[:count], regions, prompts, mode)
+        return self.regions.with_regions(
+            self.regions.HostModel(self.model, self.clip),
+            self.regions.Scene(self.stack[:count], regions, prompts, mode),
+        )
 
     def core_masks(self, count: int):
         """All concepts in the weights by a chain of loaders; a masked prompt for each, the global one as default."""

@@ -27,5 +27,10 @@ class Stack(tuple[tuple[Concept, float], ...]):
     def strengths(self) -> list[float]:
         return [strength for _, strength in self]
 
+    @property
+    def layerwise(self) -> bool:
+        """Whether any learned word has rows of its own for each cross-attention layer."""
+        return any(rows.dim() == 3 for concept, _ in self for rows in concept.tokens.values())
+
 
 NO_CONCEPTS = Stack()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host.messages import show_text
-from ..host.regions.sampling import Sampling, find_regions
+from ..host.model import HostModel
+from ..host.regions.sampling import find_regions
+from ..host.regions.scene import Sampling, Scene
 from . import stacks
 from .regions import drawing_inputs, overlap_input, prompt_inputs
 from .types import CONCEPT_REGIONS, concepts_input
@@ -60,4 +62,5 @@ class FindRegions(io.ComfyNode):
         if idle := unused(cls, dict(negative=negative, cfg=cfg)):
             show_text("\n".join(idle))
         how, stack = Sampling(sampler_name, scheduler, steps, cfg, seed, denoise), stacks.as_stack(concepts)
-        return io.NodeOutput(*find_regions(model, clip, stack, (prompt, negative), regions, latent, how, overlap))
+        scene = Scene(stack, regions, (prompt, negative), overlap=overlap)
+        return io.NodeOutput(*find_regions(HostModel(model, clip), scene, latent, how))

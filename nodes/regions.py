@@ -8,7 +8,9 @@ from comfy.samplers import SAMPLER_NAMES, SCHEDULER_NAMES
 from comfy_api.latest import io, ui
 
 from ..host.messages import show_text
-from ..host.regions.sampling import Sampling, sample_regions, with_regions
+from ..host.model import HostModel
+from ..host.regions.sampling import sample_regions, with_regions
+from ..host.regions.scene import Sampling, Scene
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.regions.geometry import region_from
 from ..modular_concepts.regions.parsing import names_from, region_box
@@ -252,7 +254,8 @@ class RegionalConcepts(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, regions, prompt, negative, mode, overlap, concepts=None) -> io.NodeOutput:
         stack = stacks.as_stack(concepts)
-        return io.NodeOutput(*with_regions(model, clip, stack, regions, (prompt, negative), mode, overlap))
+        scene = Scene(stack, regions, (prompt, negative), mode, overlap)
+        return io.NodeOutput(*with_regions(HostModel(model, clip), scene))
 
 
 class RegionalConceptSampler(io.ComfyNode):
@@ -304,5 +307,5 @@ class RegionalConceptSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         how, stack = Sampling(sampler_name, scheduler, steps, cfg, seed, denoise), stacks.as_stack(concepts)
         notes = unused(cls, dict(negative=negative, cfg=cfg))
-        drawn = sample_regions(model, clip, stack, (prompt, negative), regions, latent, how, mode, overlap, notes)
-        return io.NodeOutput(drawn)
+        scene = Scene(stack, regions, (prompt, negative), mode, overlap)
+        return io.NodeOutput(sample_regions(HostModel(model, clip), scene, latent, how, notes))

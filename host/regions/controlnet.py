@@ -9,11 +9,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ...modular_concepts.regions.moment import Moment
 from ...modular_concepts.regions.shares import Places
 
 
 def weighted(
-    control: Mapping[str, list[Tensor | None]] | None, places: Places, latent_size: tuple[int, int], progress: float
+    control: Mapping[str, list[Tensor | None]] | None, places: Places, moment: Moment
 ) -> Mapping[str, list[Tensor | None]] | None:
     """The host's control of one call, inside each region times its `control`, as it was outside.
 
@@ -27,7 +28,7 @@ def weighted(
         if tensor is None:
             return None
         size = tensor.shape[2:] if tensor.dim() == 4 else tensor.shape[1:2]
-        division = places.division(math.prod(size), latent_size, progress, tensor)
+        division = places.division(math.prod(size), moment, tensor)
         weights = (factors @ division.texts).to(tensor)
         return tensor * (rearrange(weights, "(h w) -> h w", h=size[0]) if tensor.dim() == 4 else weights[:, None])
 

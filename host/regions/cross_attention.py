@@ -27,18 +27,18 @@ DISPLACED = (
     "a node behind Regional Concepts (an IP adapter, attention couple or other regions) has taken over the model's "
     "cross-attention, which regions cannot share; leave one of the two out"
 )
-PROGRESS = "modular_concepts_progress"  # in transformer_options: how far the sampling is, 0..1
+MOMENT = "modular_concepts_moment"  # in transformer_options: the `Moment` of this call of the network
 
 
 class Listening:
     """The patches of one sampling; what they compute depends on nothing but the call and the regions.
 
     contexts, negatives: (1, T, D) for each region, (1, L, T, D) where it is layer-wise.
-    own: whether rows of the negative prompt must ask the regions too; else one negative holds everywhere.
+    apart: whether rows of the negative prompt must ask the regions too; else one negative holds everywhere.
     """
 
-    def __init__(self, places: Places, contexts: Sequence[Tensor], negatives: Sequence[Tensor], own: bool):
-        self.places, self.own = places, own
+    def __init__(self, places: Places, contexts: Sequence[Tensor], negatives: Sequence[Tensor], apart: bool):
+        self.places, self.apart = places, apart
         pairs = [_same_length(c, n) for c, n in zip(contexts, negatives, strict=True)]
         self.lengths = [positive.shape[-2] for positive, _ in pairs]
         self.texts = [joined(texts) for texts in zip(*pairs, strict=True)]
@@ -49,7 +49,7 @@ class Listening:
         replace_cross_attention(model, self.attend)
         self.blocks = set(blocks_of(model.model.diffusion_model))
 
-    def prepared(self, _network: nn.Module, _x: Tensor, context: Tensor, options: dict) -> tuple[Tensor, dict, list]:
+    def prepared(self, _network: nn.Module, context: Tensor, options: dict) -> tuple[Tensor, dict, list]:
         """(context, transformer_options, how many tokens each region's text has) for one call of the network.
 
         Raises AdapterError where another node has put itself in the place of what `patch` did.
@@ -69,14 +69,13 @@ class Listening:
         """Attention to the global text, blended with that to each region's where it holds."""
         lengths = [key.shape[1] - sum(self.lengths), *self.lengths]
         texts = list(zip(key.split(lengths, dim=1), value.split(lengths, dim=1), strict=True))
-        size = options["original_shape"][-2:]
-        division = self.places.division(query.shape[1], size, options.get(PROGRESS, 0.0), query)
+        division = self.places.division(query.shape[1], options[MOMENT], query)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attention(query, key, value, options)
 
         kinds = kinds_of(options)
-        if self.own or set(kinds) == {POSITIVE}:
+        if self.apart or set(kinds) == {POSITIVE}:
             return attend_by_region(attend, query, texts, division)
         attended, each = attend(query, *texts[0]), len(query) // len(kinds)
         for chunk, kind in enumerate(kinds):
@@ -87,20 +86,20 @@ class Listening:
         return attended
 
 
-class Clock:
+class Sigmas:
     """How far a sampling is, in the steps that matter: the latest start or end of a region that it has reached."""
 
     def __init__(self, places: Places, model: comfy.model_patcher.ModelPatcher):
-        moments = {moment for region in places.regions for moment in (region.start, region.end)} - {0.0, 1.0}
+        turns = {turn for region in places.regions for turn in (region.start, region.end)} - {0.0, 1.0}
         sampling: Any = model.get_model_object("model_sampling")
-        self.sigmas = {moment: float(sampling.percent_to_sigma(moment)) for moment in sorted(moments)}
+        self.sigmas = {turn: float(sampling.percent_to_sigma(turn)) for turn in sorted(turns)}
 
     def progress(self, sigma: Tensor) -> float:
         """sigma: (B,) noise of the rows, the same for all."""
         if not self.sigmas:
             return 0.0
         now = float(sigma.flatten()[0])
-        return max((moment for moment, own in self.sigmas.items() if now <= own), default=0.0)
+        return max((turn for turn, reached in self.sigmas.items() if now <= reached), default=0.0)
 
 
 def replace_cross_attention(model: comfy.model_patcher.ModelPatcher, attend: Callable[..., Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_patcher
 import comfy.sd
@@ -18,78 +18,57 @@ from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.regions.assignment import acting, called
 from ...modular_concepts.regions.find import HeardWords, disjoint_masks
 from ...modular_concepts.regions.geometry import Region
+from ...modular_concepts.regions.moment import Moment
 from ...modular_concepts.regions.shares import Places
 from ...modular_concepts.stack import Stack
-from ..families.lookup import host_family_of
-from ..layers import architecture_of
+from ..model import HostModel
 from ..text.layerwise import with_layers
 from ..text.words import encode_prompt, word_positions
 from .cross_attention import attention, replace_cross_attention
 from .gating import HostGate, fitting_stack, with_concepts, with_words
 from .kinds import POSITIVE, kinds_of
-
-if TYPE_CHECKING:
-    from .sampling import Sampling
+from .scene import Sampling, Scene
 
 FIRST = 0.4  # of the steps; the earlier half of them shows noise alone
 KEY = "modular_concepts_scout"
 
 
-def found_regions(
-    model: comfy.model_patcher.ModelPatcher,
-    clip: comfy.sd.CLIP,
-    stack: Stack,
-    regions: Sequence[Region],
-    prompts: tuple[str, str],
-    latent: dict,
-    how: Sampling,
-) -> list[Region]:
+def place_regions(host: HostModel, scene: Scene, latent: dict, how: Sampling) -> list[Region]:
     """Regions of which those without a place have a mask, where their concepts' words are heard in the first steps.
 
     The steps are drawn with the noise and the settings `how` of the picture itself, all concepts acting everywhere.
-    prompts: the global one, which should call the concepts, and the negative one; where it does not, the regions'
-    prompts are said behind it.
+    The global prompt should call the concepts; where it does not, the regions' prompts are said behind it.
     Raises AdapterError for a region without a concept, for several pictures at once and for diffusion transformers.
     """
-    searched = [number for number, region in enumerate(regions) if region.unplaced]
+    searched = [number for number, region in enumerate(scene.regions) if region.unplaced]
     if not searched:
-        return list(regions)
-    _check(model, regions, latent)
-    stack = fitting_stack(model, clip, stack)
-    acts = [acting(stack, "", regions)[1:][number] for number in searched]
-    for number, own in zip(searched, acts, strict=True):
-        if not own:
-            raise AdapterError(
-                f"region {regions[number].prompt!r} has neither a place nor a concept, so there is no word to look "
-                "for; draw a box or a mask, or name a concept of the stack in it"
-            )
-    prompt = _scene(stack, prompts[0], [regions[number] for number in searched], acts)
-    clip = with_words(model, clip, stack)
-    words = [
-        _positions(clip, prompt, regions[number], [stack[n][0] for n in own])
-        for number, own in zip(searched, acts, strict=True)
-    ]
-    everyone = tuple(range(len(stack)))
-    reading = with_concepts(architecture_of(model), clip, stack)
-    positive, negative = (encode_prompt(reading, text) for text in (prompt, prompts[1]))
+        return list(scene.regions)
+    _check(host, latent)
+    stack = fitting_stack(host, scene.stack)
+    wanted = _wanted(stack, scene.regions, searched)
+    prompt = _whole_prompt(stack, scene.prompts[0], wanted)
+    host = with_words(host, stack)
+    words = [_positions(host.clip, prompt, region, [stack[n][0] for n in numbers]) for region, numbers in wanted]
+    reading = with_concepts(host, stack)
+    positive, negative = (encode_prompt(reading, text) for text in (prompt, scene.prompts[1]))
     heard = HeardWords(words, positive[0][0].shape[1], tuple(latent["samples"].shape[-2:]))
     steps = max(1, round(FIRST * how.steps))
-    scout = _scouting(model, HostGate(model, stack, [everyone], Places([])), heard, steps // 2)
-    if any(rows.dim() == 3 for concept, _ in stack for rows in concept.tokens.values()):
+    everyone = tuple(range(len(stack)))
+    scout = _scouting(host.model, HostGate(host, stack, [everyone], Places([])), heard, steps // 2)
+    if stack.layerwise:
         with_layers(scout)
     common_ksampler(
         scout, how.seed, how.steps, how.cfg, how.sampler, how.scheduler, positive, negative, latent, how.denoise,
         last_step=steps,
     )  # fmt: skip
-    masks = disjoint_masks(heard.maps())
-    placed = list(regions)
-    for number, mask in zip(searched, masks, strict=True):
-        placed[number] = replace(regions[number], mask=mask)
+    placed = list(scene.regions)
+    for number, mask in zip(searched, disjoint_masks(heard.maps()), strict=True):
+        placed[number] = replace(placed[number], mask=mask)
     return placed
 
 
-def _check(model: comfy.model_patcher.ModelPatcher, regions: Sequence[Region], latent: dict) -> None:
-    if host_family_of(model).family.denoiser.joint:
+def _check(host: HostModel, latent: dict) -> None:
+    if host.family.family.denoiser.joint:
         raise AdapterError(
             "the model is a diffusion transformer, whose words' places are not looked for; draw a box or a mask for "
             "each region"
@@ -101,22 +80,35 @@ def _check(model: comfy.model_patcher.ModelPatcher, regions: Sequence[Region], l
         )
 
 
-def _scene(stack: Stack, prompt: str, regions: Sequence[Region], acts: Sequence[tuple[int, ...]]) -> str:
+def _wanted(stack: Stack, regions: Sequence[Region], searched: Sequence[int]) -> list[tuple[Region, tuple[int, ...]]]:
+    """The regions that are searched for, each with the numbers of its concepts."""
+    acts = acting(stack, "", regions)[1:]
+    wanted = [(regions[number], acts[number]) for number in searched]
+    for region, numbers in wanted:
+        if not numbers:
+            raise AdapterError(
+                f"region {region.prompt!r} has neither a place nor a concept, so there is no word to look "
+                "for; draw a box or a mask, or name a concept of the stack in it"
+            )
+    return wanted
+
+
+def _whole_prompt(stack: Stack, prompt: str, wanted: Sequence[tuple[Region, tuple[int, ...]]]) -> str:
     """The global prompt if it calls all concepts that are looked for; else with the regions' prompts behind it."""
-    if {number for own in acts for number in own} <= set(called(stack, prompt)):
+    if {number for _, numbers in wanted for number in numbers} <= set(called(stack, prompt)):
         return prompt
-    return ", ".join(part for part in (prompt.strip(), *(region.prompt for region in regions)) if part)
+    return ", ".join(part for part in (prompt.strip(), *(region.prompt for region, _ in wanted)) if part)
 
 
 def _positions(clip: comfy.sd.CLIP, prompt: str, region: Region, concepts: Sequence[Concept]) -> list[int]:
     words = {word for concept in concepts for word in (*concept.tokens, *concept.recipe.triggers)}
-    found = sorted({position for word in words for position in word_positions(clip, prompt, word)})
-    if not found:
+    positions = sorted({position for word in words for position in word_positions(clip, prompt, word)})
+    if not positions:
         raise AdapterError(
             f"region {region.prompt!r} has no place, and neither it nor the global prompt says "
             f"{' or '.join(sorted(words))}, by which one could be found; say it in one of them"
         )
-    return found
+    return positions
 
 
 def _scouting(
@@ -137,7 +129,8 @@ def _scouting(
 
     def call(apply_model, x, sigma, concat=None, context=None, control=None, options: Any = None, **more):
         late = bool(sigma.flatten()[0] <= options["sample_sigmas"][first])
-        with gate.attached(apply_model.class_obj.diffusion_model, tuple(x.shape[-2:]), 0.0, (), options):
+        moment = Moment(tuple(x.shape[-2:]), lengths=())
+        with gate.attached(apply_model.class_obj.diffusion_model, moment, options):
             return apply_model(x, sigma, concat, context, control, {**options, KEY: late}, **more)
 
     replace_cross_attention(model, attend)

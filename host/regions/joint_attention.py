@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...modular_concepts.errors import AdapterError
+from ...modular_concepts.regions.moment import Moment
 from ...modular_concepts.regions.shares import Division, Places
-from .cross_attention import PROGRESS
+from .cross_attention import MOMENT
 from .kinds import kinds_of
 
 OVERRIDE = "optimized_attention_override"
@@ -34,24 +35,23 @@ class JointListening:
         self.places, self.texts = places, list(zip(contexts, negatives, strict=True))
         self._masks: dict[tuple, _Mask | None] = {}
 
-    def prepared(self, network: Any, x: Tensor, context: Tensor, options: dict) -> tuple[Tensor, dict, list[int]]:
+    def prepared(self, network: Any, context: Tensor, options: dict) -> tuple[Tensor, dict, list[int]]:
         """(context, transformer_options, how many tokens each region's text has) for one call of the network."""
-        patch = network.patch_size
-        size = tuple(x.shape[-2:])
-        rows, columns = (math.ceil(side / patch) for side in size)
-        division = self.places.division(rows * columns, size, options[PROGRESS], context)
+        moment: Moment = options[MOMENT]
+        rows, columns = (math.ceil(side / network.patch_size) for side in moment.latent_size)
+        division = self.places.division(rows * columns, moment, context)
         kinds = kinds_of(options)
-        heard = [part is not None for part in division.regions]
+        present = [part is not None for part in division.regions]
         lengths = [
-            max(own.shape[1] for own in both) if there else 0 for there, both in zip(heard, self.texts, strict=True)
+            max(text.shape[1] for text in both) if there else 0 for there, both in zip(present, self.texts, strict=True)
         ]
         own_length = 0 if division.covered else context.shape[1]
         each = len(context) // len(kinds)
         longer = [context[:, :own_length]]
-        for there, length, both in zip(heard, lengths, self.texts, strict=True):
+        for there, length, both in zip(present, lengths, self.texts, strict=True):
             if there:
                 padded = [F.pad(both[kind], (0, 0, 0, length - both[kind].shape[1])) for kind in kinds]
-                longer.append(torch.cat([own.expand(each, -1, -1) for own in padded]).to(context))
+                longer.append(torch.cat([text.expand(each, -1, -1) for text in padded]).to(context))
         mask = self._mask(division, [own_length, *lengths], kinds, each)
         if mask is not None:
             options = {**options, OVERRIDE: _Masked(mask, options.get(OVERRIDE))}

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..families.unet import CROSS_ATTENTION
 from ..models.library import LibraryNetwork
 from ..text.layerwise import cross_attention_transformers
+from .moment import Clock
 from .shares import Division, Places
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -38,7 +39,7 @@ def with_regions(
     attend: Attend, query: Tensor, everywhere: Tensor, texts: Sequence[tuple[Tensor, Tensor]], division: Division
 ) -> Tensor:
     """`attend_by_region` where the global text was attended to already, as `everywhere` (B, T, D)."""
-    found = everywhere.clone() if division.replaced else everywhere * division.rest[:, None]
+    blended = everywhere.clone() if division.replaced else everywhere * division.rest[:, None]
     for (key, value), part in zip(texts, division.regions, strict=True):
         if part is None:
             continue
@@ -48,12 +49,12 @@ def with_regions(
         if part.share is not None:
             inside = inside * part.share
         if part.index is None:
-            found += inside
+            blended += inside
         elif division.replaced:
-            found.index_copy_(1, part.index, inside)
+            blended.index_copy_(1, part.index, inside)
         else:
-            found.index_add_(1, part.index, inside)
-    return found
+            blended.index_add_(1, part.index, inside)
+    return blended
 
 
 @contextmanager
@@ -61,16 +62,13 @@ def regional_attention(
     unet: LibraryNetwork,
     places: Places,
     contexts: Tensor | None,
-    latent_size: tuple[int, int],
-    progress: Callable[[], float] = lambda: 0.0,
-    speak: Callable[[int], None] = lambda text: None,
+    clock: Clock,
 ) -> Generator[None]:
     """Within the block every cross-attention of a diffusers U-Net listens to the regions.
 
     contexts: (R, B, T, D), each region's text for each row of the batch (its negative for unconditional rows), or
     (R, B, L, T, D) with one for each of the U-Net's transformers.
-    latent_size: (height, width) of the latents.  progress(): 0..1 of the sampling, asked in every layer.
-    speak(text): told whose keys and values come next, 0 for the global text and then the regions'.
+    clock: asked in every layer where the sampling is, and told whose keys and values come next.
     The U-Net's own processors come back on leaving.
     """
     if not places.regions or contexts is None:
@@ -82,8 +80,8 @@ def regional_attention(
     for name in before:
         if CROSS_ATTENTION in name.split("."):
             index = transformers.index(name.split(".transformer_blocks.")[0])
-            own = contexts[:, :, index] if contexts.dim() == 5 else contexts
-            regional[name] = _RegionalProcessor(places, own, latent_size, progress, speak)
+            heard = contexts[:, :, index] if contexts.dim() == 5 else contexts
+            regional[name] = _RegionalProcessor(places, heard, clock)
     unet.set_attn_processor(before | regional)
     try:
         yield
@@ -94,9 +92,8 @@ def regional_attention(
 class _RegionalProcessor:
     """A diffusers attention processor for one sampling run."""
 
-    def __init__(self, places: Places, contexts: Tensor, latent_size: tuple[int, int], progress, speak):
-        self.places, self.contexts, self.latent_size, self.progress = places, contexts, latent_size, progress
-        self.speak = speak
+    def __init__(self, places: Places, contexts: Tensor, clock: Clock):
+        self.places, self.contexts, self.clock = places, contexts, clock
 
     def __call__(
         self, attention: LibraryNetwork, hidden_states: Tensor, encoder_hidden_states: Tensor, *args, **kwargs
@@ -104,10 +101,10 @@ class _RegionalProcessor:
         query = attention.to_q(hidden_states)
         texts = []
         for number, text in enumerate((encoder_hidden_states, *self.contexts)):
-            self.speak(number)
+            self.clock.read(number)
             texts.append((attention.to_k(text), attention.to_v(text)))
-        self.speak(0)
-        division = self.places.division(query.shape[1], self.latent_size, self.progress(), query)
+        self.clock.read(0)
+        division = self.places.division(query.shape[1], self.clock(), query)
         blended = attend_by_region(_attend_in(attention.heads), query, texts, division)
         return attention.to_out[1](attention.to_out[0](blended))
 

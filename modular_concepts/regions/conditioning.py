@@ -16,6 +16,7 @@ from ..stack import Stack
 from ..text.contexts import Context, joined, text_of
 from .attention import regional_attention
 from .gating import Gate
+from .moment import Clock, Moment
 from .shares import Places
 
 
@@ -53,19 +54,19 @@ class Speaking:
             whole = joined([self._context(0, [negative] * count), whole])
         regional = []
         for number, region in enumerate(self.places.regions, start=1):
-            own = self._context(number, [region.prompt] * count)
+            context = self._context(number, [region.prompt] * count)
             if negative is not None:
-                said = negative if region.negative is None else region.negative
-                own = joined([self._context(number, [said] * count), own])
-            regional.append(text_of(own))
+                instead = negative if region.negative is None else region.negative
+                context = joined([self._context(number, [instead] * count), context])
+            regional.append(text_of(context))
         return whole, regional
 
     def _context(self, text: int, prompts: Sequence[str]) -> Context:
         """Prompts as the text encoder reads them with the concepts of one text."""
-        own = [self.stack[number] for number in self.acts[text]]
+        pairs = [self.stack[number] for number in self.acts[text]]
         adapters = {}
-        if own:
-            merged, _ = fitted(self.base.architecture, self.shapes, own)
+        if pairs:
+            merged, _ = fitted(self.base.architecture, self.shapes, pairs)
             adapters = {name: layer for name, layer in merged.items() if not name.startswith("unet.")}
         with attached(self.layers, adapters):
             return self.base.context(prompts, self.tokens)
@@ -76,21 +77,10 @@ class Speaking:
 
         texts: each region's, from `contexts`; latent_size: (height, width) of the latents.
         """
-        now, gate = [0.0], self.gate
-
-        def at(progress: float) -> None:
-            now[0] = progress
-            if gate is not None:
-                gate.now = (latent_size, progress)
-
-        def speak(text: int) -> None:
-            if gate is not None:
-                gate.speaking = text
-
-        at(0.0)
+        clock = Clock(Moment(latent_size))
         regional = torch.stack(list(texts)) if texts else None
         with (
-            regional_attention(self.base.unet, self.places, regional, latent_size, lambda: now[0], speak),
-            gate.attached(self.layers) if gate is not None else nullcontext(),
+            regional_attention(self.base.unet, self.places, regional, clock),
+            self.gate.attached(self.layers, clock) if self.gate is not None else nullcontext(),
         ):
-            yield at
+            yield clock.at

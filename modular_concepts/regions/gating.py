@@ -27,6 +27,7 @@ from ..families.family import JOINT, NEITHER, TEXTS
 from ..merging.sums import MergedLayer, MergedSum, merged_factors
 from ..models.layers import tokens_of
 from ..stack import Stack
+from .moment import Moment, Now
 from .shares import Part, Places
 
 # Moving a row in and out costs about as much as this much more rank.
@@ -181,12 +182,9 @@ class Gated:
 
 
 class Gate:
-    """All gated layers of one sampling, and where it is just now.
+    """All gated layers of one sampling.
 
     texts: for each text, the global one first, the numbers of the stack's concepts that act there.
-    now: (height, width) of the latent and how far the sampling is, 0..1; `speaking` or `lengths`: which text the keys
-    and values are of that are asked for next, or how many tokens each region's has behind the global one's.
-    positions: how many tokens the picture has where a layer reads it in one row with the texts.
     """
 
     def __init__(
@@ -197,76 +195,76 @@ class Gate:
         for text, concepts in enumerate(texts):
             self.acts[list(concepts), text] = 1.0
         self.gated = gated_layers(stack, layers, {number for concepts in texts for number in concepts})
-        self.now: tuple[tuple[int, int], float] = ((1, 1), 0.0)
-        self.speaking: int = 0
-        self.lengths: Sequence[int] | None = None
-        self.positions: int = 0
         self._known: dict[object, Held] = {}
         self._by_moment: dict[tuple, Held] = {}
         self.called: set[str] = set()  # names of the layers that were called since someone emptied it
 
     @contextmanager
-    def attached(self, layers: Mapping[str, nn.Module | Site]) -> Generator[None]:
-        """Within the block the layers add what their concepts do where they act; hooks, which end on leaving."""
+    def attached(self, layers: Mapping[str, nn.Module | Site], now: Now) -> Generator[None]:
+        """Within the block the layers add what their concepts do where they act; hooks, which end on leaving.
+
+        now(): where the sampling is, asked in every layer.
+        """
         with ExitStack() as stack:
             for name, gated in self.gated.items():
-                hook, place = self._hook(name, gated), layers[name]
+                hook, place = self._hook(name, gated, now), layers[name]
                 module = place.module if isinstance(place, Site) else place
                 hook = _on_rows(place, hook) if isinstance(place, Site) else hook
                 stack.callback(module.register_forward_hook(self._noting(name, hook)).remove)
             yield
 
-    def _hook(self, name: str, gated: Gated) -> Callable[..., Tensor]:
+    def _hook(self, name: str, gated: Gated, now: Now) -> Callable[..., Tensor]:
         tokens, network = tokens_of(name), network_of(name)
         if tokens == JOINT and network is not None:
-            return self._on_joint(gated, network.text_first)
-        return self._on_texts(gated) if tokens == TEXTS else self._on_positions(gated)
+            return self._on_joint(gated, now, network.text_first)
+        return self._on_texts(gated, now) if tokens == TEXTS else self._on_positions(gated, now)
 
     def _noting(self, name: str, hook: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def noted(*given) -> Tensor:
+        def noted(*inputs) -> Tensor:
             self.called.add(name)
-            return hook(*given)
+            return hook(*inputs)
 
         return noted
 
-    def _on_positions(self, gated: Gated):
+    def _on_positions(self, gated: Gated, now: Now):
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            tokens = output.shape[-2] if gated.conv is None else output.shape[-2] * output.shape[-1]
-            moment = (tokens, self.now, output.dtype, output.device)
-            held = self._by_moment.get(moment)
+            tokens, moment = output.shape[-2] if gated.conv is None else output.shape[-2] * output.shape[-1], now()
+            key = (tokens, moment.latent_size, moment.progress, output.dtype, output.device)
+            held = self._by_moment.get(key)
             if held is None:
-                division = self.places.division(tokens, *self.now, output)
-                held = self._by_moment[moment] = self._held(division, lambda: division.texts, output)
+                division = self.places.division(tokens, moment, output)
+                held = self._by_moment[key] = self._held(division, lambda: division.texts, output)
             return gated.add(output, args[0], held)
 
         return hook
 
-    def _on_joint(self, gated: Gated, text_first: bool):
+    def _on_joint(self, gated: Gated, now: Now, text_first: bool):
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            lengths = self._lengths(output.shape[-2] - self.positions)
-            key = (self.positions, text_first, self.now, *lengths, output.dtype, output.device)
+            moment = now()
+            lengths = self._lengths(output.shape[-2] - moment.positions, moment)
+            key = (moment, text_first, *lengths, output.dtype, output.device)
 
             def shares() -> Tensor:
-                parts = (_blocks(lengths), self.places.division(self.positions, *self.now, output).texts)
+                parts = (_blocks(lengths), self.places.division(moment.positions, moment, output).texts)
                 return torch.cat(parts if text_first else parts[::-1], dim=1)
 
             return gated.add(output, args[0], self._held(key, shares, output))
 
         return hook
 
-    def _on_texts(self, gated: Gated):
+    def _on_texts(self, gated: Gated, now: Now):
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            lengths = self._lengths(output.shape[-2])
+            lengths = self._lengths(output.shape[-2], now())
             key = (*lengths, output.dtype, output.device)
             return gated.add(output, args[0], self._held(key, lambda: _blocks(lengths), output))
 
         return hook
 
-    def _lengths(self, tokens: int) -> list[int]:
+    def _lengths(self, tokens: int, moment: Moment) -> list[int]:
         """How many of the tokens are each text's."""
-        if self.lengths is not None:
-            return [tokens - sum(self.lengths), *self.lengths]
-        return [tokens if text == self.speaking else 0 for text in range(self.acts.shape[1])]
+        if moment.lengths is not None:
+            return [tokens - sum(moment.lengths), *moment.lengths]
+        return [tokens if text == moment.text else 0 for text in range(self.acts.shape[1])]
 
     def _held(self, key: object, texts: Callable[[], Tensor], like: Tensor) -> Held:
         """texts(): (1 + R, T) float32, how much of each token is each text's."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Region, grid_of, refuse_unplaced, region_weights
+from .moment import Moment
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +79,12 @@ class Places:
             self._fixed, self._run = latent_size, run
             self._known.clear()
 
-    def division(self, tokens: int, latent_size: Sequence[int], progress: float, like: Tensor) -> Division:
-        """For a layer of `tokens` positions on a latent of (height, width), at `progress` 0..1 of the sampling."""
-        holding = tuple(region.holds(progress) for region in self.regions)
-        key = (tokens, *latent_size, holding, like.device, like.dtype)
+    def division(self, tokens: int, moment: Moment, like: Tensor) -> Division:
+        """For a layer of `tokens` positions, at a moment of the sampling."""
+        size, holding = moment.latent_size, tuple(region.holds(moment.progress) for region in self.regions)
+        key = (tokens, size, holding, like.device, like.dtype)
         if key not in self._known:
-            self._known[key] = Division(self._shares(grid_of(tokens, *latent_size), latent_size, holding), like)
+            self._known[key] = Division(self._shares(grid_of(tokens, *size), size, holding), like)
         return self._known[key]
 
     def _shares(self, grid: tuple[int, int], latent_size: Sequence[int], holding: Sequence[bool]) -> Tensor:

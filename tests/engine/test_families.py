@@ -30,6 +30,7 @@ from modular_concepts.models.layers import block_of, file_key, name_of_key, toke
 from modular_concepts.models.targets import Targets
 from modular_concepts.regions.gating import Gate
 from modular_concepts.regions.geometry import Region
+from modular_concepts.regions.moment import Moment
 from modular_concepts.regions.shares import Places
 from modular_concepts.training.settings import TrainSettings
 from modular_concepts.training.teach import Subject, train_concept
@@ -217,8 +218,7 @@ def test_a_gate_over_everything_is_the_merge_and_outside_of_a_region_nothing_cha
 
     def gated(*regions: Region) -> tuple[Tensor, Tensor]:
         gate = Gate(stack, [(), *[(0, 1)] * len(regions)], Places(regions), places)
-        gate.now, gate.speaking, gate.positions = ((HEIGHT, SIDE), 0.0), 0, HEIGHT * SIDE
-        with gate.attached(places):
+        with gate.attached(places, lambda: Moment((HEIGHT, SIDE), positions=HEIGHT * SIDE)):
             x = torch.randn(1, TOKENS + HEIGHT * SIDE, WIDTH, generator=seeded(5))
             return places[QKV](x), x
 

@@ -19,6 +19,7 @@ from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.regions.assignment import acting
 from modular_concepts.regions.gating import Gate, Gated, Held
 from modular_concepts.regions.geometry import Region
+from modular_concepts.regions.moment import Moment
 from modular_concepts.regions.shares import Places
 from modular_concepts.sampling import SampleSettings, customised, sample
 
@@ -282,13 +283,12 @@ def test_a_gate_on_a_real_network_leaves_each_layer_alone_outside_of_its_region(
     layers = base.layers(("all_linear",), ("all_linear",))
     places = Places([Region(TOM, LEFT)])
     gate = Gate(friends(), acting(friends(), "", places.regions), places, layers)
-    gate.now, gate.lengths = ((16, 16), 0.0), [5]
     for name in gate.gated:
         tokens = 12 if tokens_of(name) == TEXTS else 64
         x = torch.randn(2, tokens, layers[name].in_features, generator=seeded(1))
         with torch.no_grad():
             plain = layers[name](x)
-            with gate.attached(layers):
+            with gate.attached(layers, lambda: Moment((16, 16), lengths=(5,))):
                 found = layers[name](x)
         inside = torch.arange(12) >= 7 if tokens == 12 else torch.arange(64) % 8 < 4
         assert torch.equal(found[:, ~inside], plain[:, ~inside])

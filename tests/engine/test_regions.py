@@ -10,6 +10,7 @@ from untrained_toy import QUICK, filled_concept, picture, traces, untrained_base
 from modular_concepts.errors import AdapterError
 from modular_concepts.regions.attention import attend_by_region, regional_attention
 from modular_concepts.regions.geometry import Region, grid_of, region_from, region_weights
+from modular_concepts.regions.moment import Clock, Moment
 from modular_concepts.regions.shares import Division, Places
 from modular_concepts.sampling import SampleSettings, customised
 
@@ -112,7 +113,8 @@ def test_the_base_gets_its_processors_back_also_after_an_exception():
     with pytest.raises(RuntimeError, match="on purpose"):
         sample(base, [EVERYWHERE], [0], settings=QUICK, regions=[Region(HERE, LEFT)], callback=fail)
     assert traces(base) == before
-    with regional_attention(base.unet, Places([Region(HERE, LEFT)]), torch.zeros(1, 1, 2, 128), (16, 16)):
+    clock = Clock(Moment((16, 16)))
+    with regional_attention(base.unet, Places([Region(HERE, LEFT)]), torch.zeros(1, 1, 2, 128), clock):
         assert traces(base)[2] != before[2]
     assert traces(base) == before
 
@@ -123,7 +125,7 @@ def test_every_cell_is_shared_out_whole(overlap):
     masks = torch.cat([torch.rand(3, 40, generator=seeded(5)), torch.zeros(3, 8), torch.ones(3, 8)], dim=1)
     masks[1, 48:] = 0
     places = Places([Region("", mask=mask.unflatten(0, (4, 14))) for mask in masks], overlap)
-    division = places.division(56, (4, 14), 0.0, masks)
+    division = places.division(56, Moment((4, 14)), masks)
     texts = [(row, row) for row in torch.eye(4)]
     shares = attend_by_region(
         lambda query, _key, value: value.expand(*query.shape[:2], 4), masks[:1, :, None], texts, division

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from modular_concepts.files.concept import save_concept
 from modular_concepts.regions.attention import regional_attention
 from modular_concepts.regions.geometry import region_from
+from modular_concepts.regions.moment import Clock, Moment
 from modular_concepts.regions.shares import Places
 from modular_concepts.sampling import customised
 
@@ -91,7 +92,7 @@ def test_the_network_listens_to_regions_as_the_headless_sampler_makes_it(found, 
 
         contexts = torch.stack([both(region.prompt, region.negative or NEGATIVE) for region in regions])
         doubled = noisy.repeat(2, 1, 1, 1)
-        with regional_attention(base.unet, Places(regions), contexts, (16, 48)):
+        with regional_attention(base.unet, Places(regions), contexts, Clock(Moment((16, 48)))):
             expected = base.predict(doubled, timesteps, both(PROMPT, NEGATIVE))
         plain = base.predict(doubled, timesteps, both(PROMPT, NEGATIVE))
     assert relative_error(tensors["plain"], plain) < 1e-5

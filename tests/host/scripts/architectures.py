@@ -247,7 +247,9 @@ def regions(run: Run, concept) -> None:
     def draw(title: str, prompt: str, *texts: tuple, mode: str = "merged", **more) -> None:
         places = [geometry.Region(text, box=box, **more) for text, box in texts]
         prompts = (prompt, "a car")
-        drawn = regions_host.sample_regions(*run.loaded[:2], stack, prompts, places, latent, sampling, mode)
+        drawn = regions_host.sample_regions(
+            regions_host.HostModel(*run.loaded[:2]), regions_host.Scene(stack, places, prompts, mode), latent, sampling
+        )
         run.found[f"region|{title}"] = drawn["samples"]
 
     for mode in ("merged", "gated"):

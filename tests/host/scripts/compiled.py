@@ -53,7 +53,9 @@ def main() -> None:
     def gated(model):
         region = Region("a man on the beach", (0.0, 0.0, 0.5, 1.0), concepts=("tom",))
         prompts = ("a man on the beach", "tree")
-        ready = regions.with_regions(model, clip, [(concept, 1.0)], [region], prompts, "gated")
+        ready = regions.with_regions(
+            regions.HostModel(model, clip), regions.Scene([(concept, 1.0)], [region], prompts, "gated")
+        )
         return nodes.common_ksampler(ready.model, 5, 1, 3.0, "euler", "normal", *ready[1:], latent)[0]["samples"]
 
     def note(title: str, attempt) -> None:

@@ -195,7 +195,10 @@ def regions(look: Look):
         }.items():
 
             def by_region(mode=mode, entries=entries):
-                ready = host["regions"].with_regions(look.model, look.clip, stack, entries, ("a house", "a car"), mode)
+                ready = host["regions"].with_regions(
+                    host["regions"].HostModel(look.model, look.clip),
+                    host["regions"].Scene(stack, entries, ("a house", "a car"), mode),
+                )
                 return look.sample(*ready)
 
             yield f"regions, {title}, {mode}", by_region
@@ -207,7 +210,10 @@ def regions(look: Look):
         prompts = ("a <tom> dog and a <rex> dog", "a car")
         how = Sampling("euler", "normal", 4, 3.0, 5)
         return host["regions"].sample_regions(
-            look.model, look.clip, stack, prompts, entries, look.latent, how, "gated"
+            host["regions"].HostModel(look.model, look.clip),
+            host["regions"].Scene(stack, entries, prompts, "gated"),
+            look.latent,
+            how,
         )["samples"]
 
     yield "regions, found", automatic

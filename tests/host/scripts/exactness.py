@@ -184,9 +184,9 @@ def main() -> None:
             (replace(own, layers={n: a for n, a in own.layers.items() if tokens_of(n) != "neither"}), s)
             for own, s in concepts
         ]
-        gate = gating.HostGate(base, held, [(), (0, 1)], Places([whole]))
+        gate = gating.HostGate(gating.HostModel(base, clip), held, [(), (0, 1)], Places([whole]))
         comfy.model_management.load_models_gpu([base], force_full_load=True)
-        with gate.attached(base.model.diffusion_model, (8, 8), 0.0, (77,), {}):
+        with gate.attached(base.model.diffusion_model, gating.Moment((8, 8), lengths=(77,)), {}):
             found[f"{kind}|gated"] = base.model.apply_model(*usual[0], **usual[1]).float()
         comfy.model_management.unload_all_models()
         facts["called"][kind] = [len(gate.gate.called), len(gate.gate.gated), len(held[0][0].layers)]

@@ -68,7 +68,8 @@ class Look:
         prompts = own.pop("prompt", plan["prompt"]), plan["negative"]
         placed = [region.placed(96, 32) for region in regions(entries)]
         ready = regions_host.with_regions(
-            model or self.model, self.clip, self.stack if stack is None else stack, placed, prompts, mode, overlap
+            regions_host.HostModel(model or self.model, self.clip),
+            regions_host.Scene(self.stack if stack is None else stack, placed, prompts, mode, overlap),
         )
         return self.sample(ready.model if change is None else change(ready.model), *ready[1:], sampler, latent, **own)
 
@@ -166,7 +167,10 @@ def toy() -> None:
 
     # The network itself, against the headless sampler: rows of the positive prompt, then of the negative one.
     placed = [region.placed(96, 32) for region in regions(plan["regions"])]
-    ready = regions_host.with_regions(model, clip, stack, placed, (plan["prompt"], plan["negative"]), "gated")
+    ready = regions_host.with_regions(
+        regions_host.HostModel(model, clip),
+        regions_host.Scene(stack, placed, (plan["prompt"], plan["negative"]), "gated"),
+    )
     comfy.model_management.load_models_gpu([ready.model])
     count, patched = len(asked["noisy"]), ready.model
     options = {**patched.model_options["transformer_options"], "cond_or_uncond": [0, 1]}
@@ -204,13 +208,21 @@ def toy() -> None:
     )
     sampling = regions_host.Sampling("euler", "normal", 2, 3.0, 5)
     found["all in one"] = regions_host.sample_regions(
-        model, clip, stack, (plan["prompt"], plan["negative"]), regions(two), noise, sampling, "gated"
+        regions_host.HostModel(model, clip),
+        regions_host.Scene(stack, regions(two), (plan["prompt"], plan["negative"]), "gated"),
+        noise,
+        sampling,
     )["samples"]
 
     automatic(look, sampling)
 
     def search(entries, latent=noise):
-        return regions_host.found_regions(model, clip, stack, unplaced(entries), (plan["prompt"], ""), latent, sampling)
+        return regions_host.place_regions(
+            regions_host.HostModel(model, clip),
+            regions_host.Scene(stack, unplaced(entries), (plan["prompt"], "")),
+            latent,
+            sampling,
+        )
 
     before = digest(model)
     try:
@@ -220,7 +232,9 @@ def toy() -> None:
     facts["hooks"]["after failing"], facts["untouched by failing"] = hooks(model), digest(model) == before
     found["afterwards"] = look.regional(two)
     for title, attempt in {
-        "merged already": lambda: regions_host.with_regions(*merged, stack, regions(two), ("a", ""), "gated"),
+        "merged already": lambda: regions_host.with_regions(
+            regions_host.HostModel(*merged), regions_host.Scene(stack, regions(two), ("a", ""), "gated")
+        ),
         "unknown": lambda: look.regional([{"prompt": "a man", "concepts": ["tim"]}]),
         "mode": lambda: look.regional(two, mode="both"),
         "overlap": lambda: look.regional(two, overlap="sum"),
@@ -264,8 +278,18 @@ def automatic(look: Look, sampling) -> None:
     ]
     base = look.model, look.clip, look.stack
     for title, prompt in {"": plan["prompt"], ", called": "a <tom> and a <rex> at night"}.items():
-        placed = regions_host.found_regions(*base, wanted, (prompt, plan["negative"]), look.latent, sampling)
-        again = regions_host.found_regions(*base, wanted, (prompt, plan["negative"]), look.latent, sampling)
+        placed = regions_host.place_regions(
+            regions_host.HostModel(*base[:2]),
+            regions_host.Scene(base[2], wanted, (prompt, plan["negative"])),
+            look.latent,
+            sampling,
+        )
+        again = regions_host.place_regions(
+            regions_host.HostModel(*base[:2]),
+            regions_host.Scene(base[2], wanted, (prompt, plan["negative"])),
+            look.latent,
+            sampling,
+        )
         found[f"found{title}"], found[f"found again{title}"] = (
             torch.stack([region.mask for region in made[:2]]) for made in (placed, again)
         )
@@ -273,9 +297,16 @@ def automatic(look: Look, sampling) -> None:
             placed[2] is wanted[2] and [region.prompt for region in placed] == [region.prompt for region in wanted]
         )
     prompts = (plan["prompt"], plan["negative"])
-    first = regions_host.found_regions(*base, wanted, prompts, look.latent, sampling)
+    first = regions_host.place_regions(
+        regions_host.HostModel(*base[:2]), regions_host.Scene(base[2], wanted, prompts), look.latent, sampling
+    )
     for title, regions in {"found by the sampler": wanted, "found before": first}.items():
-        found[title] = regions_host.sample_regions(*base, prompts, regions, look.latent, sampling, "gated")["samples"]
+        found[title] = regions_host.sample_regions(
+            regions_host.HostModel(*base[:2]),
+            regions_host.Scene(base[2], regions, prompts, "gated"),
+            look.latent,
+            sampling,
+        )["samples"]
 
 
 def stable_diffusion() -> None:

@@ -242,7 +242,7 @@ def main() -> None:
     places = [pack_module("modular_concepts.regions.geometry").Region("a man", (0.0, 0.0, 1.0, 1.0))]
     for mode in regional.MODES:
         for stack in ([(concepts["tom"], 1.0), (other, 1.0)], [(concepts["tom"], 1.0)]):
-            regional.with_regions(model, clip, stack, places, ("a man", ""), mode)
+            regional.with_regions(regional.HostModel(model, clip), regional.Scene(stack, places, ("a man", ""), mode))
     facts["regional warnings"] = said
     warned = len(warnings)
     strange = files.load_concept_named("strange.safetensors")

@@ -18,9 +18,9 @@ TEXT, SIDE, WIDTH = 5, 8, 16
 context = torch.randn(2, TEXT, WIDTH, generator=torch.Generator().manual_seed(0))
 regions = places.Places([geometry.Region("left", box=(0.0, 0.0, 0.5, 1.0))], scale=8)
 heard = joint.JointListening(regions, [context[:1]], [context[1:]])
-options = {"cond_or_uncond": [0, 1], listening.PROGRESS: 0.0}
+options = {"cond_or_uncond": [0, 1], listening.MOMENT: joint.Moment((SIDE, SIDE))}
 network = SimpleNamespace(patch_size=2)
-longer, options, _ = heard.prepared(network, torch.zeros(2, 16, SIDE, SIDE), context, options)
+longer, options, _ = heard.prepared(network, context, options)
 tokens = longer.shape[1] + (SIDE // 2) ** 2
 found = {}
 for device, dtype in (("cpu", "float32"), ("cpu", "bfloat16"), ("meta", "float16"), ("cpu", "float32")):

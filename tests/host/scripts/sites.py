@@ -65,8 +65,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def gated(box: tuple) -> torch.Tensor:
     stack = [(parts, 1.0)]
-    gate = gating.HostGate(model, stack, [(), (0,)], shares.Places([geometry.Region("a", box)]))
-    return answer(model, gate.attached(network, (SIDE, SIDE), 0.0, [0], {}))
+    gate = gating.HostGate(gating.HostModel(model, None), stack, [(), (0,)], shares.Places([geometry.Region("a", box)]))
+    return answer(model, gate.attached(network, gating.Moment((SIDE, SIDE), lengths=(0,)), {}))
 
 
 base = answer(model)
