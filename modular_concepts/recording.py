@@ -20,6 +20,7 @@ from .models.targets import EVERYTHING, concept_layers
 from .sampling import SampleSettings, customised, sample
 from .settings import merging as declared
 from .text.contexts import text_of
+from .text.learned_word import layers_of
 
 PROMPTS = ("a photo of a {concept}", "a {concept}", "{concept}")
 PADDING = 4  # rows of a caption that all its padding counts as; a caption has three to twelve of its own
@@ -69,7 +70,7 @@ def text_features(base: BaseModel, concept: Concept, prompts: Sequence[str] = PR
 
 def refuse_layerwise(concept: Concept) -> None:
     """Raise AdapterError for a word that differs from layer to layer."""
-    if any(rows.dim() == 3 for rows in concept.tokens.values()):
+    if any(map(layers_of, concept.tokens.values())):
         raise AdapterError(
             f"{concept.name}: its word was learned for each layer apart, which this merge cannot answer; merge by sum"
         )

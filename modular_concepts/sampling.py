@@ -206,12 +206,12 @@ def customised(
 ) -> Generator[Mapping[str, Tensor]]:
     """Within the block the base draws with the merged concepts; yields their learned tokens for prompts.
 
-    Below strength 1 a learned word goes back towards its class word (`merge.compatibility.faded_words`).
+    Below strength 1 a learned word goes back towards its class word (`merging.compatibility.learned_words`).
     Raises AdapterError for a concept of another base.
     """
     everything = with_sites(concept_layers(base, EVERYTHING))
     shapes = {name: module.weight.shape for name, module in everything.items()}
     stack = Stack(zip(concepts, strengths, strict=True))
-    merged, tokens = fitted(base.architecture, shapes, stack, Merge(how), base.word_rows)
+    merged, words = fitted(base.architecture, shapes, stack, Merge(how), base.word_rows)
     with attached(everything, merged):
-        yield tokens
+        yield {word.trigger: word.rows for word in words}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .concept import Concept
+from .text.learned_word import layers_of
 
 
 class Stack(tuple[tuple[Concept, float], ...]):
@@ -30,7 +31,7 @@ class Stack(tuple[tuple[Concept, float], ...]):
     @property
     def layerwise(self) -> bool:
         """Whether any learned word has rows of its own for each cross-attention layer."""
-        return any(rows.dim() == 3 for concept, _ in self for rows in concept.tokens.values())
+        return any(layers_of(rows) for concept, _ in self for rows in concept.tokens.values())
 
 
 NO_CONCEPTS = Stack()

@@ -27,9 +27,10 @@ from ...modular_concepts.merging.lift import lift
 from ...modular_concepts.merging.methods import SUMMED, Merge
 from ...modular_concepts.merging.tensors import tensors_of, with_tensors
 from ...modular_concepts.stack import Stack
-from ..layers import HostLayer, architecture_of, host_places
-from ..text.layerwise import cross_attention_layers, refuse_other_layers, with_layers
-from ..text.words import class_words_of, learned_words, with_tokens, word_rows
+from ..layers import HostLayer
+from ..model import HostModel
+from ..text.layerwise import refuse_other_layers, with_layers
+from ..text.words import with_words
 from .activations import set_beside
 
 INSIDE = "modular_concepts"
@@ -115,16 +116,14 @@ def merged(
                 f"{concept.name} is in this model already; take the model from before the first merge, or leave "
                 "the concept out"
             )
-    places = host_places(model, clip)
-    shapes = {name: place.shape for name, place in places.items()}
-    adapters, tokens = fitted(architecture_of(model), shapes, stack, merge, lambda words: word_rows(clip, words))
-    refuse_other_layers(tokens, cross_attention_layers(model))
-    words = with_tokens(clip.clone(), tokens, class_words_of(stack.concepts), learned_words(stack.concepts))
-    model, clip = model.clone(), words
+    host = HostModel(model, clip)
+    adapters, words = fitted(host.architecture, host.shapes, stack, merge, host.word_rows)
+    refuse_other_layers(words, host.cross_attention_layers)
+    model, clip = model.clone(), with_words(clip.clone(), words)
     for part, patcher in (("unet", model), ("text_encoder", clip.patcher)):
-        there = {name: place for name, place in places.items() if place.part == part}
+        there = {name: place for name, place in host.places.items() if place.part == part}
         _put(adapters, there, patcher, beside)
-    if any(rows.dim() == 3 for rows in tokens.values()):
+    if stack.layerwise:
         with_layers(model)
     model.set_attachments(INSIDE, (*_merges_in(model), Inside(stack, merge.how, adapters)))
     return model, clip
@@ -165,7 +164,7 @@ def concepts_in(model: comfy.model_patcher.ModelPatcher) -> tuple[str, ...]:
 
 def is_inside(model: comfy.model_patcher.ModelPatcher, concept: Concept) -> bool:
     """Whether this very concept, and not only one of its name, was merged into a MODEL."""
-    return any(same_concept(concept, own) for own in merged_concepts(model))
+    return any(same_concept(concept, other) for other in merged_concepts(model))
 
 
 def merged_concepts(model: comfy.model_patcher.ModelPatcher) -> tuple[Concept, ...]:
@@ -188,11 +187,11 @@ def concept_inside(model: comfy.model_patcher.ModelPatcher, name: str = "") -> C
     concepts, strengths = Stack.of(stack).concepts, Stack.of(stack).strengths
     parts: dict[str, list[LowRank]] = {}
     for merge in merges:
-        for layer, own in merge.layers.items():
-            parts.setdefault(layer, []).append(own.as_low_rank())
+        for layer, merged_layer in merge.layers.items():
+            parts.setdefault(layer, []).append(merged_layer.as_low_rank())
     layers = {
-        layer: own[0] if len(own) == 1 else merged_factors(own, [1.0] * len(own)).as_low_rank()
-        for layer, own in parts.items()
+        layer: adapters[0] if len(adapters) == 1 else merged_factors(adapters, [1.0] * len(adapters)).as_low_rank()
+        for layer, adapters in parts.items()
     }
     how = ", ".join(dict.fromkeys(merge.how for merge in merges))
     title = name.strip() or "+".join(concept.name for concept in concepts)

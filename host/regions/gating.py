@@ -20,7 +20,7 @@ from torch import nn
 
 from ...modular_concepts.adapters.sites import Site
 from ...modular_concepts.errors import AdapterError
-from ...modular_concepts.merging.compatibility import faded_words, fitted, fitting_concepts
+from ...modular_concepts.merging.compatibility import fitted, fitting_concepts, learned_words
 from ...modular_concepts.regions.gating import Gate
 from ...modular_concepts.regions.moment import Moment
 from ...modular_concepts.regions.shares import Places
@@ -31,7 +31,7 @@ from ..layers import HostLayer, host_layers
 from ..merging.weights import MergedWeight, is_inside
 from ..model import HostModel
 from ..text.layerwise import refuse_other_layers
-from ..text.words import class_words_of, learned_words, with_tokens
+from ..text.words import with_words as clip_with_words
 
 
 class HostGate:
@@ -100,10 +100,9 @@ def check_memory(model: comfy.model_patcher.ModelPatcher, stack: Stack) -> None:
 
 def with_words(host: HostModel, stack: Stack) -> HostModel:
     """The same with a CLIP that knows all learned words of the stack; no concept acts on it."""
-    words = faded_words(stack.concepts, stack.strengths, host.word_rows)
+    words = learned_words(stack, host.word_rows)
     refuse_other_layers(words, host.cross_attention_layers)
-    clip = with_tokens(host.clip, words, class_words_of(stack.concepts), learned_words(stack.concepts))
-    return HostModel(host.model, clip)
+    return HostModel(host.model, clip_with_words(host.clip, words))
 
 
 def with_concepts(host: HostModel, stack: Stack) -> comfy.sd.CLIP:

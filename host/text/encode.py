@@ -11,10 +11,11 @@ from einops import rearrange
 from torch import Tensor
 
 from ...modular_concepts.errors import AdapterError
+from ...modular_concepts.text.learned_word import LearnedWord
 from ..families.family import HostFamily
 from ..families.lookup import host_family_of_texts
 from ..layers import text_encoders_of
-from .words import MEAN, at_layer, key_of, layers_in, with_tokens
+from .words import MEAN, at_layer, key_of, layers_in, with_words
 
 
 class HostContext(NamedTuple):
@@ -43,26 +44,24 @@ def check_text_models(clip: comfy.sd.CLIP, family: HostFamily) -> None:
 def contexts(
     clip: comfy.sd.CLIP,
     prompts: Sequence[str],
-    tokens: Mapping[str, Tensor],
-    class_words: Mapping[str, str],
+    words: Sequence[LearnedWord],
     read: dict[tuple[int, ...], Tensor],
 ) -> Tensor | HostContext:
     """What the model is told of each prompt, learned words standing for their rows.
 
-    tokens: trigger word -> (vectors, width) or layer-wise (L, vectors, width); then text is (B, L, T, D), and pooled
-    that of the layers' mean.  class_words: what T5 reads for a trigger word.
+    With a layer-wise word text is (B, L, T, D), and pooled that of the layers' mean.  T5 reads class words.
     read: what T5 made of token ids before, which never changes; more is put there.
     Brackets in a prompt are words, not weights.  Prompts longer than one section lengthen all of them.
     """
-    known = with_tokens(clip, tokens, class_words)
-    layers = max((len(rows) for rows in tokens.values() if rows.dim() == 3), default=0)
-    apart = [bool(layers_in(known, prompt)) for prompt in prompts]
-    mean = at_layer(known, MEAN) if layers else known
-    said = [mean.tokenize(prompt, disable_weights=True) for prompt in prompts]
+    speaking = with_words(clip, words)
+    layers = max((word.layers for word in words), default=0)
+    apart = [bool(layers_in(speaking, prompt)) for prompt in prompts]
+    mean = at_layer(speaking, MEAN) if layers else speaking
+    texts = [mean.tokenize(prompt, disable_weights=True) for prompt in prompts]
     for layer in range(layers if any(apart) else 0):
-        own = at_layer(known, layer)
-        said += [own.tokenize(prompts[i], disable_weights=True) for i, is_apart in enumerate(apart) if is_apart]
-    text, pooled = _encoded(clip, said, read)
+        here = at_layer(speaking, layer)
+        texts += [here.tokenize(prompts[i], disable_weights=True) for i, is_apart in enumerate(apart) if is_apart]
+    text, pooled = _encoded(clip, texts, read)
     if layers:
         text = _by_layer(text, apart, layers)
     return text if pooled is None else HostContext(text, pooled[: len(prompts)])
@@ -70,14 +69,14 @@ def contexts(
 
 def _by_layer(text: Tensor, apart: Sequence[bool], layers: int) -> Tensor:
     """(B + L * those apart, T, D), all prompts and then those apart for one layer after another -> (B, L, T, D)."""
-    rows, own = list(text[: len(apart), None].expand(-1, layers, -1, -1)), [i for i, one in enumerate(apart) if one]
-    for number, at in enumerate(own):
-        rows[at] = text[len(apart) + number :: len(own)]
+    rows, places = list(text[: len(apart), None].expand(-1, layers, -1, -1)), [i for i, one in enumerate(apart) if one]
+    for number, at in enumerate(places):
+        rows[at] = text[len(apart) + number :: len(places)]
     return torch.stack(rows)
 
 
 def _encoded(
-    clip: comfy.sd.CLIP, said: Sequence[Mapping[str, list]], read: dict[tuple[int, ...], Tensor]
+    clip: comfy.sd.CLIP, texts: Sequence[Mapping[str, list]], read: dict[tuple[int, ...], Tensor]
 ) -> tuple[Tensor, Tensor | None]:
     """(text, pooled or None) of prompts as the host's tokenizers read them, put together as the host's encoder does."""
     whole, empty = clip.cond_stage_model, clip.tokenize("", disable_weights=True)
@@ -87,11 +86,11 @@ def _encoded(
     whole.set_clip_options({"execution_device": clip.patcher.load_device})
     hidden, pooled = {}, {}
     for name, encoder in text_encoders_of(clip).items():
-        sections = [one[key_of(name)] for one in said]
-        longest = max(len(own) for own in sections)
-        padded = [own + empty[key_of(name)] * (longest - len(own)) for own in sections]
-        text, summary = encoder([[token for token, *_ in section] for own in padded for section in own])[:2]
-        hidden[name] = rearrange(text, "(b sections) t d -> b (sections t) d", b=len(said))
+        sections = [text[key_of(name)] for text in texts]
+        longest = max(map(len, sections))
+        padded = [each + empty[key_of(name)] * (longest - len(each)) for each in sections]
+        text, summary = encoder([[token for token, *_ in section] for each in padded for section in each])[:2]
+        hidden[name] = rearrange(text, "(b sections) t d -> b (sections t) d", b=len(texts))
         # The host takes that of the first section.
-        pooled[name] = rearrange(summary, "(b sections) d -> b sections d", b=len(said))[:, 0]
-    return host_family_of_texts(clip).put_together(clip, hidden, pooled, said, read)
+        pooled[name] = rearrange(summary, "(b sections) d -> b sections d", b=len(texts))[:, 0]
+    return host_family_of_texts(clip).put_together(clip, hidden, pooled, texts, read)

@@ -8,7 +8,7 @@ attention does not notice, so that positive and negative still go through the ne
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import comfy.model_patcher
 import torch
@@ -18,6 +18,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ...modular_concepts.errors import AdapterError
+from ...modular_concepts.text.learned_word import LearnedWord
 from ..families.cross_attention import TEXT_PATCHES
 
 LAYERS = "modular_concepts_layers"  # in a CONDITIONING: (1, L, T, D)
@@ -31,20 +32,17 @@ def cross_attention_layers(model: comfy.model_patcher.ModelPatcher) -> int:
     return sum(isinstance(part, SpatialTransformer) for part in model.model.diffusion_model.modules())
 
 
-def refuse_other_layers(tokens: Mapping[str, Tensor], layers: int) -> None:
-    """Raise AdapterError for a layer-wise word that was learned for another number of layers.
-
-    tokens: trigger word -> (vectors, width) or (layers, vectors, width).
-    """
-    for word, rows in tokens.items():
-        if rows.dim() == 3 and not layers:
+def refuse_other_layers(words: Iterable[LearnedWord], layers: int) -> None:
+    """Raise AdapterError for a layer-wise word that was learned for another number of layers."""
+    for word in words:
+        if word.layers and not layers:
             raise AdapterError(
-                f"{word} was learned for each cross-attention layer apart, and this model has none; "
+                f"{word.trigger} was learned for each cross-attention layer apart, and this model has none; "
                 "use it with a model of the family that it was trained on"
             )
-        if rows.dim() == 3 and len(rows) != layers:
+        if word.layers not in (0, layers):
             raise AdapterError(
-                f"{word} was learned for {len(rows)} cross-attention layers, and this model has {layers}; "
+                f"{word.trigger} was learned for {word.layers} cross-attention layers, and this model has {layers}; "
                 "use it with a model of the family that it was trained on"
             )
 

@@ -18,16 +18,15 @@ from torch import Tensor
 from ...modular_concepts.concept import Concept
 from ...modular_concepts.errors import AdapterError, listed
 from ...modular_concepts.families import encoder_names, reader_names
-from ...modular_concepts.merging.compatibility import faded_words, refuse_shared_triggers
+from ...modular_concepts.merging.compatibility import learned_words, refuse_shared_triggers
 from ...modular_concepts.models.cross_attention import first_positions
-from ...modular_concepts.stack import Stack
+from ...modular_concepts.text.learned_word import LearnedWord, layers_of
 from ...modular_concepts.text.triggers import TRIGGER, between, heard, replaced
 from ...modular_concepts.text.words import caption_ids, learned_rows, token_ids
 from ..layers import text_encoders_of
 from .layerwise import LAYERS
 
-# On a tokenizer: all learned words, what other text models read for them, and the words at full strength.
-KNOWN = "modular_concepts_words"
+WORDS = "modular_concepts_words"  # on a tokenizer: trigger word -> LearnedWord
 MEAN = "mean"
 
 
@@ -39,10 +38,8 @@ def encode_prompt(clip: comfy.sd.CLIP, text: str, stack: Sequence[tuple[Concept,
     With a layer-wise word in it, its tensor is made with the mean of the layers' rows, and `layerwise.LAYERS` holds a
     context for each layer, which the samplers of a MODEL with the concept listen to.
     """
-    concepts, strengths = Stack.of(stack).concepts, Stack.of(stack).strengths
-    refuse_shared_triggers(concepts)
-    said = faded_words(concepts, strengths, lambda words: word_rows(clip, words))
-    clip = with_tokens(clip, said, class_words_of(concepts), learned_words(concepts))
+    refuse_shared_triggers([concept for concept, _ in stack])
+    clip = with_words(clip, learned_words(stack, lambda words: word_rows(clip, words)))
     layers = layers_in(clip, text)
     if not layers:
         return _encoded(clip, text)
@@ -60,8 +57,10 @@ def _encoded(clip: comfy.sd.CLIP, text: str) -> list:
 
 def warnings_of_words(clip: comfy.sd.CLIP, texts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
     """A sentence for trigger words in the texts that neither the CLIP nor a concept knows; none if there are none."""
-    known, *_ = getattr(clip.tokenizer, KNOWN, ({},))
-    triggers = {*known, *(word for concept in concepts for word in (*concept.tokens, *concept.recipe.triggers))}
+    triggers = {
+        *words_in(clip),
+        *(word for concept in concepts for word in (*concept.tokens, *concept.recipe.triggers)),
+    }
     unknown = [match[0] for text in texts for part in between(text, triggers) for match in TRIGGER.finditer(part)]
     if not unknown:
         return []
@@ -71,30 +70,22 @@ def warnings_of_words(clip: comfy.sd.CLIP, texts: Sequence[str], concepts: Seque
     ]
 
 
-def learned_words(concepts: Sequence[Concept]) -> dict[str, Tensor]:
-    """Trigger word -> rows at full strength."""
-    return {word: rows for concept in concepts for word, rows in concept.tokens.items()}
-
-
-def class_words_of(concepts: Sequence[Concept]) -> dict[str, str]:
-    """Trigger word -> what a text model reads that cannot learn words."""
-    return {word: concept.recipe.class_word for concept in concepts for word in concept.tokens}
-
-
 def with_tokens(
-    clip: comfy.sd.CLIP,
-    tokens: Mapping[str, Tensor],
-    class_words: Mapping[str, str] | None = None,
-    learned: Mapping[str, Tensor] | None = None,
+    clip: comfy.sd.CLIP, tokens: Mapping[str, Tensor], class_words: Mapping[str, str] | None = None
 ) -> comfy.sd.CLIP:
-    """A clone of `clip` whose tokenizers know the trigger words too; the weights are shared.
+    """`with_words` of trigger words -> rows, as a training has them, and -> class words."""
+    classes = class_words or {}
+    return with_words(clip, [LearnedWord(word, rows, classes.get(word, "")) for word, rows in tokens.items()])
 
-    tokens: trigger word -> (vectors, width) float32, or (layers, vectors, width), of which `at_layer` chooses.
-    width: that of all CLIP text models together, CLIP-L's columns first.  T5 reads `class_words` instead.
-    learned: the same at full strength, by which a word that the CLIP knows already is told from another of its name.
+
+def with_words(clip: comfy.sd.CLIP, words: Sequence[LearnedWord]) -> comfy.sd.CLIP:
+    """A clone of `clip` whose tokenizers know the words too; the weights are shared.
+
+    Rows are as wide as all CLIP text models together, CLIP-L's columns first.  T5 reads class words instead.
+    Words that the CLIP knows already stay as loud as they are there.
     Raises AdapterError for a width that is not the text models', and for a word that they know otherwise.
     """
-    if not tokens:
+    if not words:
         return clip
     stock = _stock(clip.tokenizer)
     if not stock:
@@ -102,34 +93,46 @@ def with_tokens(
             f"the CLIP is a {type(clip.tokenizer).__name__}, whose prompts cannot hold learned words; "
             "load the text encoder of the base that the concept was trained on"
         )
-    known, known_classes, known_learned = getattr(clip.tokenizer, KNOWN, ({}, {}, {}))
-    learned = {**tokens, **(learned or {})}
-    for word, rows in learned.items():
-        if word in known_learned and not torch.equal(known_learned[word], rows):
-            raise AdapterError(f"{word} means another concept in this CLIP already; train one under another name")
-    every, classes = {**tokens, **known}, {**known_classes, **(class_words or {})}
     widths = [part.embedding_size for part in stock.values()]
-    for word, rows in every.items():
-        if rows.shape[-1] != sum(widths):
+    every = _joined(words, words_in(clip))
+    for word in every.values():
+        if word.width != sum(widths):
             raise AdapterError(
-                f"{word}: the learned tokens are {rows.shape[-1]} wide, the text model's {sum(widths)}; "
+                f"{word.trigger}: the learned tokens are {word.width} wide, the text model's {sum(widths)}; "
                 "they were trained on another base"
             )
-    clone = _own_tokenizer(clip)
-    setattr(clone.tokenizer, KNOWN, (every, classes, {**learned, **known_learned}))
-    split = {word: rows.split(widths, dim=-1) for word, rows in every.items()}
+    clone = _with_tokenizer(clip)
+    setattr(clone.tokenizer, WORDS, every)
+    split = {trigger: word.rows.split(widths, dim=-1) for trigger, word in every.items()}
     for number, (name, part) in enumerate(stock.items()):
-        own = {word: columns[number] for word, columns in split.items()}
-        setattr(clone.tokenizer, name, LearnedWords(part, own))
+        columns = {trigger: each[number] for trigger, each in split.items()}
+        setattr(clone.tokenizer, name, LearnedWords(part, columns))
+    classes = {trigger: word.class_word for trigger, word in every.items()}
     for name in reader_names():
         if (reader := getattr(clip.tokenizer, name, None)) is not None:
             setattr(clone.tokenizer, name, ClassWords(getattr(reader, "stock", reader), classes))
     return clone
 
 
+def words_in(clip: comfy.sd.CLIP) -> dict[str, LearnedWord]:
+    """Trigger word -> what a CLIP knows of it already."""
+    return getattr(clip.tokenizer, WORDS, {})
+
+
+def _joined(words: Sequence[LearnedWord], before: Mapping[str, LearnedWord]) -> dict[str, LearnedWord]:
+    """Trigger word -> word, of new ones and those that were there before."""
+    for word in words:
+        there = before.get(word.trigger)
+        if there is not None and not torch.equal(there.at_full_strength, word.at_full_strength):
+            raise AdapterError(
+                f"{word.trigger} means another concept in this CLIP already; train one under another name"
+            )
+    return {word.trigger: word for word in words} | dict(before)
+
+
 def at_layer(clip: comfy.sd.CLIP, layer: int | str) -> comfy.sd.CLIP:
     """A clone for which layer-wise words are those of one cross-attention layer, or the mean of all (MEAN)."""
-    clone = _own_tokenizer(clip)
+    clone = _with_tokenizer(clip)
     for name, part in _parts(clip.tokenizer).items():
         if isinstance(part, LearnedWords):
             setattr(clone.tokenizer, name, LearnedWords(part.stock, part.tokens, layer))
@@ -138,11 +141,11 @@ def at_layer(clip: comfy.sd.CLIP, layer: int | str) -> comfy.sd.CLIP:
 
 def layers_in(clip: comfy.sd.CLIP, text: str) -> int:
     """For how many layers the learned words in a prompt were learned; 0 where there is no layer-wise word."""
-    known, *_ = getattr(clip.tokenizer, KNOWN, ({},))
-    found = {place.word: len(known[place.word]) for place in heard(text, known) if known[place.word].dim() == 3}
-    if len(set(found.values())) > 1:
-        raise AdapterError(f"{' and '.join(found)} were learned for different numbers of layers; use one at a time")
-    return next(iter(found.values()), 0)
+    words = words_in(clip)
+    layers = {place.word: words[place.word].layers for place in heard(text, words) if words[place.word].layers}
+    if len(set(layers.values())) > 1:
+        raise AdapterError(f"{' and '.join(layers)} were learned for different numbers of layers; use one at a time")
+    return next(iter(layers.values()), 0)
 
 
 def word_rows(clip: comfy.sd.CLIP, words: str) -> Tensor:
@@ -152,10 +155,10 @@ def word_rows(clip: comfy.sd.CLIP, words: str) -> Tensor:
         ids, bare = (
             [token for section in clip.tokenize(text)[key_of(name)] for token, *_ in section] for text in (words, "")
         )
-        known = [token for token in ids if isinstance(token, int) and token not in bare]
+        inner = [token for token in ids if isinstance(token, int) and token not in bare]
         table = encoder.transformer.get_input_embeddings()
         with torch.no_grad():
-            columns.append(table(torch.tensor(known, dtype=torch.long), out_dtype=torch.float32).float().cpu().clone())
+            columns.append(table(torch.tensor(inner, dtype=torch.long), out_dtype=torch.float32).float().cpu().clone())
     return torch.cat(columns, dim=1)
 
 
@@ -183,9 +186,9 @@ def word_positions(clip: comfy.sd.CLIP, prompt: str, word: str) -> list[int]:
         return [token for section in reader.tokenize_with_weights(text, disable_weights=True) for token, *_ in section]
 
     bare = set(ids(""))
-    own, every = [token for token in ids(word) if token not in bare], ids(prompt)
-    starts = [place for place in range(len(every)) if own and every[place : place + len(own)] == own]
-    return [place + step for place in starts for step in range(len(own))]
+    inner, every = [token for token in ids(word) if token not in bare], ids(prompt)
+    starts = [place for place in range(len(every)) if inner and every[place : place + len(inner)] == inner]
+    return [place + step for place in starts for step in range(len(inner))]
 
 
 def _parts(tokenizer: Any) -> dict[str, Any]:
@@ -199,7 +202,8 @@ def _stock(tokenizer: Any) -> dict[str, comfy.sd1_clip.SDTokenizer]:
     return {name: part.stock if isinstance(part, LearnedWords) else part for name, part in _parts(tokenizer).items()}
 
 
-def _own_tokenizer(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+def _with_tokenizer(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    """A clone whose tokenizer may be changed."""
     clone = clip.clone()
     clone.tokenizer = copy.copy(clip.tokenizer)
     return clone
@@ -222,7 +226,7 @@ class LearnedWords:
         self._vocab_size = max(stock.inv_vocab) + 1
         self.ids = token_ids(self._spelled, self._vocab_size)
         self._unsaid = {
-            self.ids[word.lower()][0]: word for word, rows in tokens.items() if layer is None and rows.dim() == 3
+            self.ids[word.lower()][0]: word for word, rows in tokens.items() if layer is None and layers_of(rows)
         }
 
     def __getattr__(self, name: str):
@@ -273,7 +277,7 @@ class ClassWords:
 
 
 def _of_layer(rows: Tensor, layer: int | str | None) -> Tensor:
-    if rows.dim() == 2:
+    if not layers_of(rows):
         return rows
     if isinstance(layer, int):
         return rows[layer]

@@ -28,6 +28,7 @@ from ...modular_concepts.models.cross_attention import CrossAttention, cross_att
 from ...modular_concepts.models.layers import chosen_layers
 from ...modular_concepts.models.schedules import FlowSchedule, NoiseSchedule, Schedule
 from ...modular_concepts.sampling import SampleSettings
+from ...modular_concepts.text.learned_word import LearnedWord, layers_of
 from ...modular_concepts.training.frozen import frozen_forward, own_weights
 from ...modular_concepts.training.loop import Cancelled
 from ..called import uncompiled
@@ -151,10 +152,11 @@ class HostBase:
     def context(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor | HostContext:
         """What the host's own text encoding gives, learned words standing for their rows: see `texts.contexts`."""
         with _cancellable():
-            found = contexts(self.clip, prompts, tokens, self.class_words, self.read_by_t5)
-        if isinstance(found, HostContext):
-            return HostContext(*(part.to(self.device) for part in found))
-        return found.to(self.device)
+            words = [LearnedWord(word, rows, self.class_words.get(word, "")) for word, rows in tokens.items()]
+            context = contexts(self.clip, prompts, words, self.read_by_t5)
+        if isinstance(context, HostContext):
+            return HostContext(*(part.to(self.device) for part in context))
+        return context.to(self.device)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, context: Tensor | HostContext) -> Tensor:
         text, pooled = context if isinstance(context, HostContext) else (context, None)
@@ -235,7 +237,7 @@ def draw(
     callback(done, total) counts sampling steps over all batches.
     """
     pictures, settings, tokens = [], settings or SampleSettings(), tokens or {}
-    model, layerwise = base.model, any(rows.dim() == 3 for rows in tokens.values())
+    model, layerwise = base.model, any(map(layers_of, tokens.values()))
     if layerwise:
         model = model.clone()
         with_layers(model)

@@ -287,6 +287,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     from ..crosstalk.report import warnings_between
     from ..merging.as_concept import SAMPLE
     from ..models.layers import block_of
+    from ..text.learned_word import layers_of
     from ..unread import INSPECT, RECORDED, unread
 
     concepts, _ = concepts_alone(args.concepts, "inspect")
@@ -310,7 +311,7 @@ def run_inspect(args: argparse.Namespace) -> None:
         else:
             say("  no layers, the word alone")
         for word, rows in islice(concept.tokens.items(), MOST_WORDS):
-            each = f", for each of {len(rows)} cross-attention layers" if rows.dim() == 3 else ""
+            each = f", for each of {len(rows)} cross-attention layers" if layers_of(rows) else ""
             say(f"  learned word {word}: {rows.shape[-2]} x {rows.shape[-1]}{each}")
         if len(concept.tokens) > MOST_WORDS:
             say(f"  and {len(concept.tokens) - MOST_WORDS} more learned words")
@@ -342,6 +343,7 @@ def run_export(args: argparse.Namespace) -> None:
     from ..files.kohya import export_kohya
     from ..storage.atomic import all_or_none
     from ..storage.names import resolved, safe_name
+    from ..text.learned_word import layers_of
 
     (concept,), (own,) = concepts_alone([args.concept], "export")
     note_repeated(args)
@@ -377,7 +379,7 @@ def run_export(args: argparse.Namespace) -> None:
     for path in files:
         wrote = "has the learned word already" if path in there else "the learned word, for the embeddings folder"
         say(f"{'kept' if path in there else 'wrote'} {words / path.name}: {wrote}")
-    if any(rows.dim() == 3 for rows in concept.tokens.values()):
+    if any(map(layers_of, concept.tokens.values())):
         say("note: the word has rows for each layer, which other programs cannot use; the file has their mean")
     if concept.layers:
         say(f"wrote {out}")

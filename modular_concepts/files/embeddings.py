@@ -21,6 +21,7 @@ from ..families import families
 from ..families.family import TextEncoder
 from ..storage.names import safe_child, safe_name
 from ..storage.safetensors import read_safetensors, write_safetensors
+from ..text.learned_word import layers_of
 from .modelspec import modelspec
 
 
@@ -65,7 +66,7 @@ def export_embedding(concept: Concept, word: str, path: Path | str) -> None:
 
 def stock_rows(vectors: Tensor) -> Tensor:
     """(vectors, width) that programs without layer-wise words can read: a layer-wise word's mean over its layers."""
-    return vectors.mean(dim=0) if vectors.dim() == 3 else vectors
+    return vectors.mean(dim=0) if layers_of(vectors) else vectors
 
 
 def import_embedding(path: Path | str, word: str | None = None) -> tuple[str, Tensor]:

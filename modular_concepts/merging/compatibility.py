@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ..adapters.low_rank import check_adapter, shaped_for
 from ..concept import Concept
 from ..errors import AdapterError
 from ..stack import Stack
+from ..text.learned_word import LearnedWord
 from .methods import SUMMED, Merge, Merged, merge_layers
 
 WordRows = Callable[[str], Tensor]
@@ -23,11 +23,11 @@ def fitted(
     stack: Iterable[tuple[Concept, float]],
     merge: Merge = SUMMED,
     word_rows: WordRows | None = None,
-) -> tuple[dict[str, Merged], dict[str, Tensor]]:
-    """(canonical name of a layer or site -> what is merged there, trigger word -> rows) of concepts on a base.
+) -> tuple[dict[str, Merged], list[LearnedWord]]:
+    """(canonical name of a layer or site -> what is merged there, learned words) of concepts on a base.
 
     architecture, shapes (canonical name -> weight's shape): the base's.
-    word_rows: the base's, and learned words follow their concepts' strengths (`faded_words`); None: as learned.
+    word_rows: the base's, and learned words follow their concepts' strengths (`learned_words`); None: as learned.
     Raises AdapterError for a concept of another base, for two that share a trigger word, and for concepts on
     different orthogonal bases.
     """
@@ -36,7 +36,7 @@ def fitted(
     refuse_other_basis(concepts)
     fitting = Stack((concept, strength) for concept, (_, strength) in zip(concepts, pairs, strict=True))
     merged = dict(merge_layers(fitting, merge)) if fitting else {}
-    return merged, faded_words(concepts, fitting.strengths, word_rows)
+    return merged, learned_words(fitting, word_rows)
 
 
 def fitting_concepts(
@@ -70,22 +70,25 @@ def _on_base(concept: Concept, shapes: Mapping[str, Sequence[int]]) -> Concept:
 def faded_words(
     concepts: Sequence[Concept], strengths: Sequence[float], word_rows: WordRows | None
 ) -> dict[str, Tensor]:
-    """Trigger word -> rows, between the class word's (strength 0) and as learned (1 and above).
+    """Trigger word -> rows of `learned_words`."""
+    words = learned_words(zip(concepts, strengths, strict=True), word_rows)
+    return {word.trigger: word.rows for word in words}
+
+
+def learned_words(stack: Iterable[tuple[Concept, float]], word_rows: WordRows | None) -> list[LearnedWord]:
+    """The concepts' words, with rows between the class word's (strength 0) and as learned (1 and above).
 
     A concept's word says as much of it as its layers do, so a strength that left the word alone would leave the
     concept in the picture.  Without a class word that the base knows, or without word_rows, words stay as learned.
     word_rows(text): (k, width) rows of the base's token table.
     """
-    words = {}
-    for concept, strength in zip(concepts, strengths, strict=True):
-        for word, rows in concept.tokens.items():
-            class_word, loudness = voice_of(concept, word)
+    words = []
+    for concept, strength in stack:
+        for trigger, rows in concept.tokens.items():
+            class_word, loudness = voice_of(concept, trigger)
             share = loudness * min(1.0, max(0.0, strength))
-            start = word_rows(class_word) if word_rows and share < 1 else rows[:0]
-            if len(start) and start.shape[-1] == rows.shape[-1]:
-                start = start.to(rows)[torch.arange(rows.shape[-2]) % len(start)]
-                rows = torch.lerp(start.expand_as(rows), rows, share)
-            words[word] = rows
+            class_rows = word_rows(class_word) if word_rows and share < 1 else rows[:0]
+            words.append(LearnedWord(trigger, rows, class_word).faded(share, class_rows))
     return words
 
 

@@ -21,6 +21,7 @@ from ..errors import AdapterError
 from ..families.stable_diffusion import SDXL
 from ..text.contexts import Context, PooledContext, hidden_states
 from ..text.layerwise import routed
+from ..text.learned_word import layers_of
 from ..text.words import check_layer_count, layer_count, learned_tokens, token_ids
 from .base import BaseModel, check_reach, weights_hash
 from .diffusers_configs import TEXT_ENCODER, UNET, VAE
@@ -85,7 +86,7 @@ class XLBaseModel(BaseModel):
             ids = ids.to(table.weight.device)
             texts.append(hidden_states(ids, own, table, lambda ids, encoder=encoder: _before_last(encoder, ids)))
             if number == 1:
-                mean = {trigger: rows.mean(0) if rows.dim() == 3 else rows for trigger, rows in own.items()}
+                mean = {trigger: rows.mean(0) if layers_of(rows) else rows for trigger, rows in own.items()}
                 with learned_tokens(table, mean):
                     pooled.append(self._pooled(ids))
         return PooledContext(torch.cat(texts, dim=-1), *pooled)

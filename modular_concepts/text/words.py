@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import AdapterError
+from .learned_word import layers_of
 from .triggers import heard
 
 RANDOM_START = 0.013
@@ -91,7 +92,7 @@ def learned_rows(tokens: Mapping[str, Tensor], layer: int | None = None) -> Tens
     """
     chosen = []
     for trigger, rows in tokens.items():
-        if rows.dim() == 3:
+        if layers_of(rows):
             if layer is None:
                 raise AdapterError(f"{trigger}: the token has rows for {len(rows)} layers; name one")
             rows = rows[layer]
@@ -104,17 +105,17 @@ def layer_count(tokens: Mapping[str, Tensor]) -> int:
 
     Raises AdapterError for words of different numbers of layers: they belong to different bases.
     """
-    counts = {trigger: len(rows) for trigger, rows in tokens.items() if rows.dim() == 3}
+    counts = {trigger: layers for trigger, rows in tokens.items() if (layers := layers_of(rows))}
     if len(set(counts.values())) > 1:
-        said = " and ".join(f"{trigger} for {count}" for trigger, count in counts.items())
-        raise AdapterError(f"learned words are for different numbers of layers: {said}; they belong to different bases")
+        each = " and ".join(f"{trigger} for {count}" for trigger, count in counts.items())
+        raise AdapterError(f"learned words are for different numbers of layers: {each}; they belong to different bases")
     return next(iter(counts.values()), 0)
 
 
 def check_layer_count(tokens: Mapping[str, Tensor], layers: int) -> None:
     """Raise AdapterError for layer-wise words that were not learned for a base with `layers` cross-attention layers."""
     for trigger, rows in tokens.items():
-        if rows.dim() == 3 and len(rows) != layers:
+        if layers_of(rows) not in (0, layers):
             raise AdapterError(
                 f"{trigger}: the word was learned for {len(rows)} cross-attention layers, this base has "
                 f"{layers or 'none'}; it was trained on another base"
@@ -124,7 +125,7 @@ def check_layer_count(tokens: Mapping[str, Tensor], layers: int) -> None:
 def says_layer_wise(ids: Tensor, tokens: Mapping[str, Tensor], vocab_size: int) -> Tensor:
     """Which prompts (B, T) of extra ids say a layer-wise word: (B,) bool."""
     extra = token_ids(tokens, vocab_size)
-    apart = [number for trigger, own in extra.items() if tokens[trigger].dim() == 3 for number in own]
+    apart = [number for trigger, numbers in extra.items() if layers_of(tokens[trigger]) for number in numbers]
     return torch.isin(ids, torch.tensor(apart, dtype=ids.dtype, device=ids.device)).any(dim=1)
 
 

@@ -107,9 +107,9 @@ def look(prefix: str, model, clip) -> None:
 
     facts["refused"][f"{prefix}core"] = said(lambda: encode(merged["varied"][1], "a <varied> man"))
     facts["refused"][f"{prefix}core without it"] = said(lambda: encode(merged["varied"][1], "a man"))
-    rows = {"<odd>": concept["varied"].tokens["<varied>"][:3]}
-    facts["refused"][f"{prefix}layers"] = said(lambda: layerwise.refuse_other_layers(rows, facts[f"{prefix}layers"]))
-    facts["refused"][f"{prefix}none"] = said(lambda: layerwise.refuse_other_layers(rows, 0))
+    words = [layerwise.LearnedWord("<odd>", concept["varied"].tokens["<varied>"][:3])]
+    facts["refused"][f"{prefix}layers"] = said(lambda: layerwise.refuse_other_layers(words, facts[f"{prefix}layers"]))
+    facts["refused"][f"{prefix}none"] = said(lambda: layerwise.refuse_other_layers(words, 0))
     facts[f"{prefix}left"] = [
         "attn2_patch" in options.model_options["transformer_options"].get("patches", {})
         for options, _ in merged.values()
