@@ -181,7 +181,7 @@ def test_who_acts_where():
 
 
 def test_modes_are_not_mixed():
-    with pytest.raises(AdapterError, match="mode is 'fused'; choose one of merged, gated"):
+    with pytest.raises(AdapterError, match="mode is 'fused'; choose one of gated, merged"):
         sample(untrained_base(), ["a"], [0], mode="fused")
     with pytest.raises(AdapterError, match="merge the concepts into it, or choose gated"):
         sample(untrained_base(), ["a"], [0], stack=friends())

@@ -190,7 +190,7 @@ def test_the_model_is_as_it_was_also_after_an_exception(found):
     [
         ("merged already", "tom is merged into this model already, so it acts everywhere and no region can hold it"),
         ("unknown", "asks for the concept 'tim', and there is none of that name; there is tom, rex"),
-        ("mode", "mode is 'both'; choose one of merged, gated"),
+        ("mode", "mode is 'both'; choose one of gated, merged"),
         ("overlap", "overlap is 'sum'; choose one of average, priority"),
         ("unplaced", "region 'a <tom>' has no place; give it a box or a mask"),
         ("nothing to look for", "region 'a bird' has neither a place nor a concept"),
