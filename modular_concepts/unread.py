@@ -75,7 +75,7 @@ COMMANDS: Mapping[str, Mapping[str, Read]] = MappingProxyType(
 )
 
 
-def unread(
+def find_unread(
     table: Mapping[str, Read],
     given: Collection[str],
     method: str = "",

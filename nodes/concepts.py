@@ -13,8 +13,8 @@ from ..host.text.words import encode_prompt, warnings_of_words
 from ..modular_concepts.files.modelspec import thumbnail as small_picture
 from ..modular_concepts.stack import Stack
 from . import stacks
-from .types import CONCEPT_STACK, LORA_STACK, blocks_input, concepts_input, strength_input, strength_problem
-from .unused import unused
+from .types import CONCEPT_STACK, LORA_STACK, blocks_input, concepts_input, explain_strength, strength_input
+from .unused import find_unused
 
 FORMATS = ("concept", "concept, compact", "LoRA for stock loaders", "LoRA in diffusers' keys")
 
@@ -57,7 +57,7 @@ class ConceptLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, concept: str | None = None, strength: float | None = None) -> bool | str:
-        return files.concept_problem(concept) or strength_problem(strength) or True
+        return files.concept_problem(concept) or explain_strength(strength) or True
 
     @classmethod
     def fingerprint_inputs(cls, concept: str, strength: float, blocks: str = "") -> str:
@@ -110,7 +110,7 @@ class LoRAToConcept(io.ComfyNode):
         words = [
             f"{concept.name} brings its words: {' '.join(concept.tokens)}" for concept, _ in stack if concept.tokens
         ]
-        idle = unused(cls, dict(lora=lora, name=name))
+        idle = find_unused(cls, dict(lora=lora, name=name))
         _tell([*idle, *filter(None, [left_out]), *words])
         return io.NodeOutput(stack, left_out)
 
@@ -137,7 +137,7 @@ class ConceptStrength(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, strength: float | None = None) -> bool | str:
-        return strength_problem(strength) or True
+        return explain_strength(strength) or True
 
     @classmethod
     def execute(cls, concept, strength: float, blocks: str = "") -> io.NodeOutput:

@@ -99,9 +99,11 @@ class ConceptDataset(io.ComfyNode):
         name = ((folder or [""])[0] or "").strip()
         pictures = [picture for batch in images or [] if batch is not None for picture in batch]
         covers = [cover for batch in masks or [] if batch is not None for cover in batch.reshape(-1, *batch.shape[-2:])]
-        dataset = _dataset(pictures, covers, name, lines, (height[0], width[0]), bool(keep_aspect and keep_aspect[0]))
+        dataset = _make_dataset(
+            pictures, covers, name, lines, (height[0], width[0]), bool(keep_aspect and keep_aspect[0])
+        )
         refuse_single(dataset)
-        text = "\n".join([describe(dataset), *_unused(dataset, name, lines, pictures)])
+        text = "\n".join([describe(dataset), *_find_unused(dataset, name, lines, pictures)])
         show_text(text)
         preview: Any = ui.PreviewImage  # which takes pictures of several sizes too, in a list
         shown = {
@@ -126,7 +128,7 @@ def describe(dataset: Dataset) -> str:
     return "\n".join(lines)
 
 
-def _unused(dataset: Dataset, folder: str, captions: list[str], pictures: list[torch.Tensor]) -> list[str]:
+def _find_unused(dataset: Dataset, folder: str, captions: list[str], pictures: list[torch.Tensor]) -> list[str]:
     """A sentence for each thing that the node was given and does not use."""
     unused = []
     if folder and dataset.report.captions and captions != [TEMPLATE]:
@@ -137,7 +139,7 @@ def _unused(dataset: Dataset, folder: str, captions: list[str], pictures: list[t
     return unused
 
 
-def _dataset(
+def _make_dataset(
     pictures: list[torch.Tensor],
     covers: list[torch.Tensor],
     folder: str,
@@ -156,17 +158,19 @@ def _dataset(
             "there are masks and a folder; a folder's masks lie in it as NAME.mask.png, so disconnect the masks"
         )
     if folder:
-        return _of_folder(input_folder(folder), captions, (size[0] or SIDE, size[1] or SIDE), keep_aspect)
+        return _load_from_folder(input_folder(folder), captions, (size[0] or SIDE, size[1] or SIDE), keep_aspect)
     height, width = (int(side) // STEP * STEP for side in pictures[0].shape[:2])
     size = size[0] or height, size[1] or width
     pictures = [picture[..., :3].movedim(-1, 0) for picture in pictures]
-    return of_pictures(pictures, captions, covers or None, size, buckets=keep_aspect, multiple=_bucket_step(size))
+    return of_pictures(
+        pictures, captions, covers or None, size, buckets=keep_aspect, multiple=_choose_bucket_step(size)
+    )
 
 
-def _of_folder(folder: Path, captions: list[str], size: tuple[int, int], keep_aspect: bool) -> Dataset:
+def _load_from_folder(folder: Path, captions: list[str], size: tuple[int, int], keep_aspect: bool) -> Dataset:
     # {concept} stays in the captions: the trainer knows the trigger.
     dataset = load_folder(
-        folder, size, ("{concept}",), template=captions[0], buckets=keep_aspect, multiple=_bucket_step(size)
+        folder, size, ("{concept}",), template=captions[0], buckets=keep_aspect, multiple=_choose_bucket_step(size)
     )
     if len(captions) > 1 and not dataset.report.captions:
         raise AdapterError(
@@ -175,5 +179,5 @@ def _of_folder(folder: Path, captions: list[str], size: tuple[int, int], keep_as
     return dataset
 
 
-def _bucket_step(size: tuple[int, int]) -> int:
+def _choose_bucket_step(size: tuple[int, int]) -> int:
     return BUCKET_STEP if min(size) >= 4 * BUCKET_STEP else STEP

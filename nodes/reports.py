@@ -43,9 +43,9 @@ class CrosstalkReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, concepts: dict, signs: bool = False) -> io.NodeOutput:
-        given, _ = stacks.parts(stacks.joined(concepts))
-        found = explained(given, [kept_moments(concept) for concept in given], signs)
-        picture, text = draw_report(found.names, found.table), found.text()
+        concepts_alone, _ = stacks.parts(stacks.joined(concepts))
+        explanation = explained(concepts_alone, [kept_moments(concept) for concept in concepts_alone], signs)
+        picture, text = draw_report(explanation.names, explanation.table), explanation.text()
         show_text(text)
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
-        return io.NodeOutput(picture, text, found.to_json(), ui=shown)
+        return io.NodeOutput(picture, text, explanation.to_json(), ui=shown)

@@ -203,7 +203,7 @@ def train(common: dict, way: Way) -> io.NodeOutput:
     plan = Plan(
         subject,
         settings,
-        way.targets or _chosen_targets(common),
+        way.targets or _choose_targets(common),
         way.basis or OrthogonalBasis(),
         common["prior_pictures"],
         common["preview_every"],
@@ -219,7 +219,7 @@ def train(common: dict, way: Way) -> io.NodeOutput:
     return io.NodeOutput(concept, *learned, {"loss": result.losses})
 
 
-def _chosen_targets(common: dict) -> Targets:
+def _choose_targets(common: dict) -> Targets:
     unet, text = TARGETS[common["targets"]]
     return Targets(unet, text if common["text_encoder"] else None)
 

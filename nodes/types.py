@@ -37,7 +37,7 @@ def strength_input(tooltip: str) -> io.Input:
     )
 
 
-def strength_problem(strength: float | None) -> str:
+def explain_strength(strength: float | None) -> str:
     """Why a strength cannot be taken, in a sentence, or "".  None is not known yet.
 
     Asked by nodes in the place of the host's own check, so that the slider's ends bind nobody.

@@ -15,7 +15,7 @@ from ...modular_concepts.merging.method import TEXTS
 from ...modular_concepts.merging.methods import METHODS, Merge
 from ...modular_concepts.merging.truncation import SVD, share_kept
 from ...modular_concepts.stack import Stack
-from ...modular_concepts.unread import MERGE, unread
+from ...modular_concepts.unread import MERGE, find_unread
 from ..layers import base_sample, known_hash, quantised
 from ..messages import show_text
 from .text_features import spoken_evidence
@@ -40,7 +40,7 @@ def merged_by(
     evidence = spoken_evidence(model, clip, stack) if METHODS[how].needs == TEXTS else NOTHING
     result = merged(model, clip, stack, Merge(how, literal, options, evidence), apply == "activations")
     given = [name for name, value in asdict(options).items() if value != getattr(MergeOptions(), name)]
-    said = [*unread(MERGE, given, how), *warnings_of(model, clip, stack, apply)]
+    said = [*find_unread(MERGE, given, how), *warnings_of(model, clip, stack, apply)]
     if how == SVD.name:
         said.append(kept_by_cut(stack, options))
     if said:

@@ -51,7 +51,7 @@ from ...modular_concepts.training.teach import (
     train_concept,
     trigger_of,
 )
-from ...modular_concepts.unread import TRAIN, unread
+from ...modular_concepts.unread import TRAIN, find_unread
 from ..messages import show_text
 from .base import HostBase, draw
 from .progress import Previews, Watch
@@ -214,7 +214,7 @@ def _notes(base: HostBase, plan: Plan) -> list[str]:
     return [
         *plan.notes,
         *_nothing_to_resume(plan),
-        *unread(TRAIN, given, plan.settings.method, present, lambda name: NODE_NAMES.get(name, name)),
+        *find_unread(TRAIN, given, plan.settings.method, present, lambda name: NODE_NAMES.get(name, name)),
     ]
 
 

@@ -25,7 +25,7 @@ def add_option(
     default: what the parser gives where the option is not typed.  usual: what the help says of it, if not the
     declaration's own.  only: begin with the methods that read it.  more: as argparse has it.
     """
-    usual = usual_text(setting) if usual is None else usual
+    usual = say_usual(setting) if usual is None else usual
     for_whom = f"{', '.join(setting.read_by)}: " if only else ""
     text = f"{for_whom}{setting.help}{setting.in_shell} {usual}".strip()
     if setting.kind is bool:
@@ -34,37 +34,37 @@ def add_option(
         more["choices"] = setting.choices
     else:
         optional = setting.default is None and setting.kind is float
-        more.setdefault("type", _number_or_none if optional else setting.kind)
-    parser.add_argument(flag(setting.name), default=default, help=text, **more)
+        more.setdefault("type", _read_number_or_none if optional else setting.kind)
+    parser.add_argument(spell_flag(setting.name), default=default, help=text, **more)
 
 
-def usual_text(setting: Setting) -> str:
+def say_usual(setting: Setting) -> str:
     """What holds where the option is not given, as the help ends with it."""
     if setting.default is None:
         return f"(default: {setting.without})" if setting.without != "none" else "(default none)"
-    return f"(default {in_words(setting.default)})"
+    return f"(default {say_value(setting.default)})"
 
 
-def in_words(value: object) -> str:
+def say_value(value: object) -> str:
     """A setting's value as the help says it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return " and ".join(map(in_words, value))
+        return " and ".join(map(say_value, value))
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def flag(name: str) -> str:
+def spell_flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def typed(value: object) -> object:
+def read_typed(value: object) -> object:
     """A value as the engine takes it."""
     return None if value is NONE else value
 
 
-def _number_or_none(text: str) -> object:
+def _read_number_or_none(text: str) -> object:
     return NONE if text.lower() == "none" else number_typed(text)
 
 
-_number_or_none.__name__ = "number"
+_read_number_or_none.__name__ = "number"

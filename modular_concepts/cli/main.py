@@ -24,7 +24,16 @@ from ..families.toy import TOY
 from ..toy.vocabulary import STANDARD_NAMES
 from ..typed import number_typed, whole_typed
 from .merge import add_export, add_inspect, add_merge
-from .paths import add_overwrite, base_named, folder, free_names, note_repeated, refuse_existing, say, typed_path
+from .paths import (
+    add_overwrite,
+    free_names,
+    load_named_base,
+    make_folder,
+    note_repeated,
+    read_path,
+    refuse_existing,
+    say,
+)
 from .progress import Bar, Interrupts, close_bars
 from .sample import add_sample
 from .train import add_train
@@ -61,14 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(arguments)
         except KeyboardInterrupt:
-            return _stopped()
+            return _report_stop()
         except Exception:
             if interrupts.asked:  # a library's own words for what Ctrl-C did to it
-                return _stopped()
+                return _report_stop()
             raise
 
 
-def _stopped() -> int:
+def _report_stop() -> int:
     close_bars()
     print("stopped", file=sys.stderr)
     return 130
@@ -77,58 +86,60 @@ def _stopped() -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     args = _parser().parse_args(arguments)
     if sys.flags.optimize > 1:
-        return _fault("Python runs with -OO or PYTHONOPTIMIZE=2, which takes away what transformers reads; leave it")
+        return _report_fault(
+            "Python runs with -OO or PYTHONOPTIMIZE=2, which takes away what transformers reads; leave it"
+        )
     try:
         args.run(args)
     except AdapterError as error:
-        return _fault(str(error))
+        return _report_fault(str(error))
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in EXTRA:
             raise
-        return _fault(
+        return _report_fault(
             f"{error.name} is not installed; install the headless extra: pip install 'modular-concepts[headless]'"
         )
     except RuntimeError as error:
         if not re.match(r"Failed to import (diffusers|transformers)", str(error)):
             raise
-        return _fault(_not_importable(str(error)))
+        return _report_fault(_explain_import(str(error)))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         way_out = (
             "give a shorter one" if error.errno == errno.ENAMETOOLONG else "check the path, and that the disk has room"
         )
-        return _fault(f"{place}{error.strerror or error}; {way_out}")
+        return _report_fault(f"{place}{error.strerror or error}; {way_out}")
     return 0
 
 
-def _not_importable(said: str) -> str:
+def _explain_import(said: str) -> str:
     """A sentence for a library that is there and cannot be imported."""
     library = re.findall(r"\w+", said)[3]  # "Failed to import diffusers.pipelines because ..."
     reason = " ".join(said.splitlines()[-1].split())[:200]
     return f"{library} is installed but cannot be imported ({reason}); install the versions in requirements/lock.txt"
 
 
-def _fault(sentence: str) -> int:
-    print(f"error: {in_one_line(_shortened(sentence))}", file=sys.stderr)
+def _report_fault(sentence: str) -> int:
+    print(f"error: {in_one_line(_shorten(sentence))}", file=sys.stderr)
     return 2
 
 
-def _shortened(sentence: str) -> str:
+def _shorten(sentence: str) -> str:
     return re.sub(r"\S{250,}", lambda word: f"{word[0][:60]}…", sentence)
 
 
 # --- commands -----------------------------------------------------------------------------------------------
 
 
-def _demo(args: argparse.Namespace) -> None:
+def _make_demo(args: argparse.Namespace) -> None:
     from ..toy.demo import Steps, run_demo
     from ..toy.judges import load_judges
 
     if not args.overwrite:
         _keep_persons_files(args.out)
     note_repeated(args)
-    out = folder(args.out)
-    report = run_demo(base_named(TOY.name), load_judges(), out, Steps(print, Bar))
+    out = make_folder(args.out)
+    report = run_demo(load_named_base(TOY.name), load_judges(), out, Steps(print, Bar))
     print((out / "report.md").read_text(encoding="utf-8"))
     say(f"pictures and figures are in {out} ({report['seconds']:.0f} s)")
 
@@ -145,7 +156,7 @@ def _keep_persons_files(out: Path) -> None:
         refuse_existing(there[0])
 
 
-def _pictures(args: argparse.Namespace) -> None:
+def _write_pictures(args: argparse.Namespace) -> None:
     from ..pictures import to_image
     from ..storage.atomic import all_or_none, write_atomically
     from ..toy.standard import BY_NAME, lesson_of
@@ -172,7 +183,7 @@ def _pictures(args: argparse.Namespace) -> None:
             "choose another --out, or write there all the same with --overwrite"
         )
     note_repeated(args)
-    folder(out)
+    make_folder(out)
     with free_names(args.overwrite), all_or_none():
         for path, data in files.items():
             if path not in there:
@@ -181,9 +192,9 @@ def _pictures(args: argparse.Namespace) -> None:
         f"wrote {len(lesson.pictures)} pictures with captions to {out}; train on them with this, in which each concept "
         "has a slot of its own:"
     )
-    told = f' --description "{lesson.description}"' if lesson.description else ""
+    described = f' --description "{lesson.description}"' if lesson.description else ""
     train = f"train {out} --name {args.concept} --class-word {lesson.class_word}"
-    say(f"  python -m modular_concepts {train}{told} --slot {list(BY_NAME).index(args.concept)}")
+    say(f"  python -m modular_concepts {train}{described} --slot {list(BY_NAME).index(args.concept)}")
 
 
 # --- reading arguments --------------------------------------------------------------------------------------
@@ -196,11 +207,11 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **more)
         for name in (None, "store"):
             self.register("action", name, _Once)
-        self.register("type", int, _whole)
-        self.register("type", float, _number)
+        self.register("type", int, _read_whole)
+        self.register("type", float, _read_number)
 
     def parse_known_args(self, args=None, namespace=None):
-        self.unknown = [text.partition("=")[0] for text in _before_two_dashes(args or ()) if self._is_unknown(text)]
+        self.unknown = [text.partition("=")[0] for text in _take_options(args or ()) if self._is_unknown(text)]
         self.seen: dict[str, object] = {}
         if self._subparsers is not None and args and args[0].startswith("-") and args[0] not in self._options():
             self.error(f"{args[0]} stands before the command; options stand behind theirs, as in train {args[0]} …")
@@ -215,11 +226,11 @@ class _Parser(argparse.ArgumentParser):
         return namespace, left
 
     def error(self, message: str) -> NoReturn:
-        unknown = [f"there is no option {name}{self._meant(name)}" for name in self.unknown]
+        unknown = [f"there is no option {name}{self._guess_meant(name)}" for name in self.unknown]
         if any(not name.startswith("--") for name in self.unknown):
             unknown.append("what begins with - and is no option stands behind an =, and a path as ./-name")
             message = ""
-        sentence = _shortened("; ".join([*unknown, *filter(None, [message])]))
+        sentence = _shorten("; ".join([*unknown, *filter(None, [message])]))
         self.exit(2, f"error: {sentence}; see {self.prog} --help\n")
 
     def _is_unknown(self, text: str) -> bool:
@@ -234,7 +245,7 @@ class _Parser(argparse.ArgumentParser):
     def _options(self) -> list[str]:
         return list(self._option_string_actions)
 
-    def _meant(self, name: str) -> str:
+    def _guess_meant(self, name: str) -> str:
         here = ELSEWHERE.get(name.lstrip("-").replace("_", "-").lower())
         if here in self._option_string_actions:
             return f"; {here} is what is meant, perhaps"
@@ -242,7 +253,7 @@ class _Parser(argparse.ArgumentParser):
         return f", perhaps {near[0]}" if near else ""
 
 
-def _before_two_dashes(args: Sequence[str]) -> list[str]:
+def _take_options(args: Sequence[str]) -> list[str]:
     """What can be options: all before a --, behind which all is meant as it stands."""
     return list(itertools.takewhile(lambda text: text != "--", args))
 
@@ -261,14 +272,14 @@ class _Once(argparse._StoreAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def _whole(text: str) -> int:
+def _read_whole(text: str) -> int:
     try:
         return whole_typed(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
 
 
-def _number(text: str) -> float:
+def _read_number(text: str) -> float:
     try:
         return number_typed(text)
     except ValueError as error:
@@ -288,9 +299,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Train three concepts on the toy base, sum them, draw them alone and together and judge the "
         "pictures; writes concepts, pictures and a report.",
     )
-    demo.add_argument("--out", type=typed_path, default=Path("demo_output"), help="folder (default demo_output)")
+    demo.add_argument("--out", type=read_path, default=Path("demo_output"), help="folder (default demo_output)")
     add_overwrite(demo)
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_make_demo)
 
     pictures = commands.add_parser(
         "pictures",
@@ -299,9 +310,9 @@ def _parser() -> argparse.ArgumentParser:
         "command that trains on them.",
     )
     pictures.add_argument("concept", metavar="CONCEPT", help=f"one of {', '.join(STANDARD_NAMES)}")
-    pictures.add_argument("--out", type=typed_path, help="folder (default pictures/CONCEPT)")
+    pictures.add_argument("--out", type=read_path, help="folder (default pictures/CONCEPT)")
     add_overwrite(pictures)
-    pictures.set_defaults(run=_pictures)
+    pictures.set_defaults(run=_write_pictures)
 
     add_train(commands)
     add_merge(commands)

@@ -16,19 +16,19 @@ from ..settings.merging import DENSITY, EXACT, HOW, LITERAL, MERGING, METHOD_HEL
 from .declared import add_option
 from .paths import (
     add_overwrite,
-    base_named,
     check_concept_output,
-    concepts_alone,
+    check_name,
     concepts_at,
-    folder,
     free_names,
-    named,
+    load_named_base,
+    load_plain_concepts,
+    make_folder,
     note,
     note_repeated,
+    read_file,
+    read_path,
     refuse_existing,
     say,
-    typed_file,
-    typed_path,
 )
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def add_merge(commands) -> None:
         epilog=f"methods:\n{methods}",
     )
     merge.add_argument("concepts", nargs="+", help="FILE or FILE:STRENGTH")
-    merge.add_argument("--out", type=typed_file, required=True, help="the concept file to write")
+    merge.add_argument("--out", type=read_file, required=True, help="the concept file to write")
     add_overwrite(merge)
     add_option(merge, HOW, default=HOW.default, usual="(see below; default sum)", metavar="METHOD")
     add_option(merge, LITERAL, default=False, usual="", only=True, action="store_true")
@@ -70,7 +70,7 @@ def add_merge(commands) -> None:
     merge.add_argument(
         "--moments",
         nargs="+",
-        type=typed_path,
+        type=read_path,
         metavar="FILE",
         help="fusion: what each concept's layers read, one file for each concept (default: NAME.moments "
         "beside it, or recorded and kept there with --base)",
@@ -80,7 +80,7 @@ def add_merge(commands) -> None:
         help="toy, or a diffusers folder: to record moments and read words with, and to say what was trained on "
         "another checkpoint",
     )
-    _add_said(merge)
+    _add_about(merge)
     merge.set_defaults(run=run_merge)
 
 
@@ -109,20 +109,20 @@ def add_export(commands) -> None:
     export.add_argument("--format", choices=FORMATS, default="kohya", help="default kohya")
     export.add_argument(
         "--out",
-        type=typed_file,
+        type=read_file,
         help="default exports/NAME_FORMAT.safetensors; learned words go into a folder embeddings beside it",
     )
     add_overwrite(export)
-    _add_said(export)
+    _add_about(export)
     export.set_defaults(run=run_export)
 
 
-def _add_said(command: argparse.ArgumentParser) -> None:
-    said = command.add_argument_group("what the file says to programs that list models")
+def _add_about(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("what the file says to programs that list models")
     for name, meaning in SAID.items():
-        said.add_argument(f"--{name}", default="", metavar="TEXT", help=meaning)
-    said.add_argument(
-        "--thumbnail", type=typed_path, metavar="PICTURE", help="a picture that shows it; kept small in the file"
+        group.add_argument(f"--{name}", default="", metavar="TEXT", help=meaning)
+    group.add_argument(
+        "--thumbnail", type=read_path, metavar="PICTURE", help="a picture that shows it; kept small in the file"
     )
 
 
@@ -137,53 +137,53 @@ def run_merge(args: argparse.Namespace) -> None:
     from ..merging.block_strengths import unfelt
     from ..merging.fusion import EXACT
     from ..storage.names import resolved
-    from ..unread import MERGE, unread
+    from ..unread import MERGE, find_unread
 
     check_concept_output(args.out, args.overwrite)
-    name = named(args.out.stem, "the concept's name")
+    name = check_name(args.out.stem, "the concept's name")
     if args.exact and args.ridge is not None:
         raise AdapterError("--exact is fusion without damping, and --ridge is the damping; give one of them")
     chosen = {name: getattr(args, name) for name in MERGING}
     chosen["ridge"] = EXACT if args.exact else args.ridge
     options = MergeOptions(**{name: value for name, value in chosen.items() if value is not None})
     note_repeated(args)
-    about = _about(args)
+    about = _read_about(args)
     concepts, strengths, paths = concepts_at(args.concepts)
     if resolved(args.out) in map(resolved, paths):
         raise AdapterError(f"the merge would replace {args.out}, one of its parts; choose another --out")
     check_together(concepts)
-    base = base_named(args.base) if args.base is not None else None
-    given = [name for name in MERGE if getattr(args, name) not in (None, False, "")]
+    base = load_named_base(args.base) if args.base is not None else None
+    typed = [name for name in MERGE if getattr(args, name) not in (None, False, "")]
     for sentence in [
-        *unread(MERGE, given, args.how, called=lambda name: f"--{name}"),
+        *find_unread(MERGE, typed, args.how, called=lambda name: f"--{name}"),
         *unfelt([concept.name for concept in concepts], strengths),
         *warnings_between(concepts),
         *(warnings_on_base(concepts, base.hash, base.sample) if base else []),
     ]:
         note(sentence)
-    evidence = _evidence(args, concepts, paths, base)
-    merged = _said(about, merged_concept(name, concepts, strengths, args.how, args.literal, options, evidence))
-    folder(args.out.parent)
+    evidence = _gather_evidence(args, concepts, paths, base)
+    merged = _describe(about, merged_concept(name, concepts, strengths, args.how, args.literal, options, evidence))
+    make_folder(args.out.parent)
     with free_names(args.overwrite):
         save_concept(merged, args.out)
     names, words = listed([concept.name for concept in concepts], 20, " + "), listed(merged.tokens, 20, " ")
     say(f"wrote {args.out}: {names}; triggers {words or 'none'}")
     if args.how == "svd":
-        say(_kept(merged, concepts, strengths, options))
+        say(_say_kept(merged, concepts, strengths, options))
     say_crosstalk(concepts)
 
 
-def _evidence(args: argparse.Namespace, concepts: Sequence, paths: Sequence[Path], base) -> Evidence:
+def _gather_evidence(args: argparse.Namespace, concepts: Sequence, paths: Sequence[Path], base) -> Evidence:
     from ..merging import Evidence
     from ..merging.method import MOMENTS, TEXTS
     from ..merging.methods import METHODS
 
     needs = METHODS[args.how].needs
     if needs == MOMENTS:
-        files = _moment_files(args, paths)
-        found = [_moments(*one, base, args.moments is not None) for one in zip(concepts, files, strict=True)]
+        files = _find_moment_files(args, paths)
+        moments = [_find_moments(*one, base, args.moments is not None) for one in zip(concepts, files, strict=True)]
         _check_one_base([file for file in files if file.is_file()])
-        return Evidence(found)
+        return Evidence(moments)
     if needs != TEXTS:
         return Evidence()
     if base is None:
@@ -193,7 +193,7 @@ def _evidence(args: argparse.Namespace, concepts: Sequence, paths: Sequence[Path
     return Evidence(texts=[text_features(base, concept) for concept in concepts], usual=usual_text(base))
 
 
-def _moment_files(args: argparse.Namespace, paths: Sequence[Path]) -> list[Path]:
+def _find_moment_files(args: argparse.Namespace, paths: Sequence[Path]) -> list[Path]:
     from ..files.moments import moments_path
 
     if args.moments is None:
@@ -205,7 +205,7 @@ def _moment_files(args: argparse.Namespace, paths: Sequence[Path]) -> list[Path]
     return args.moments
 
 
-def _moments(concept, path: Path, base, chosen: bool) -> Mapping:
+def _find_moments(concept, path: Path, base, chosen: bool) -> Mapping:
     """From the file if it is of this concept and base, or drawn with the base and kept there.
 
     chosen: the file was named by --moments, so what is there is never replaced, and refused where it does not fit.
@@ -261,12 +261,12 @@ def _check_one_base(files: Sequence[Path]) -> None:
             )
 
 
-def _kept(merged, concepts: Sequence, strengths: Sequence[float], options: MergeOptions) -> str:
+def _say_kept(merged, concepts: Sequence, strengths: Sequence[float], options: MergeOptions) -> str:
     from ..merging import merge_concepts
     from ..merging.truncation import share_kept
 
-    kept = share_kept(merge_concepts([merged], [1.0]), merge_concepts(concepts, strengths))
-    return f"rank {options.rank} keeps {kept:.1%} of the sum's energy, {1 - kept:.1%} is lost"
+    share = share_kept(merge_concepts([merged], [1.0]), merge_concepts(concepts, strengths))
+    return f"rank {options.rank} keeps {share:.1%} of the sum's energy, {1 - share:.1%} is lost"
 
 
 def say_crosstalk(concepts: Sequence) -> None:
@@ -288,12 +288,12 @@ def run_inspect(args: argparse.Namespace) -> None:
     from ..merging.as_concept import SAMPLE
     from ..models.layers import block_of
     from ..text.learned_word import layers_of
-    from ..unread import INSPECT, RECORDED, unread
+    from ..unread import INSPECT, RECORDED, find_unread
 
-    concepts, _ = concepts_alone(args.concepts, "inspect")
-    given = ["verbose"] if args.verbose else []
+    concepts, _ = load_plain_concepts(args.concepts, "inspect")
+    typed = ["verbose"] if args.verbose else []
     present = [RECORDED] if any(concept.recipe.training for concept in concepts) else []
-    for sentence in unread(INSPECT, given, present=present, called=lambda name: f"--{name}"):
+    for sentence in find_unread(INSPECT, typed, present=present, called=lambda name: f"--{name}"):
         note(sentence)
     for path, concept in zip(args.concepts, concepts, strict=True):
         recipe = concept.recipe
@@ -305,7 +305,7 @@ def run_inspect(args: argparse.Namespace) -> None:
         size = math.hypot(*map(delta_norm, adapters))
         say(f"{path}: concept {concept.name!r}")
         for key, value in concept.about.items():
-            say(f"  {key}: {'a picture' if key == 'thumbnail' else _shortened(value)}")
+            say(f"  {key}: {'a picture' if key == 'thumbnail' else _shorten(value)}")
         if adapters:
             say(f"  {len(adapters)} layers in {', '.join(blocks)}; size of the change ‖ΔW‖ = {size:.3f}")
         else:
@@ -317,22 +317,24 @@ def run_inspect(args: argparse.Namespace) -> None:
             say(f"  and {len(concept.tokens) - MOST_WORDS} more learned words")
         for key, value in made.items():
             if key != "training" or args.verbose:
-                say(f"  {key}: {_shortened(_in_words(value))}")
+                say(f"  {key}: {_shorten(_put_in_words(value))}")
     say_crosstalk(concepts)
     for sentence in warnings_between(concepts):
         note(sentence)
 
 
-def _shortened(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text)} letters)"
 
 
-def _in_words(value: object) -> str:
+def _put_in_words(value: object) -> str:
     """A recipe's entry for a person to read, not for a program."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_in_words(part)}" for key, part in value.items() if part not in (None, "", [], {}))
+        return ", ".join(
+            f"{key} {_put_in_words(part)}" for key, part in value.items() if part not in (None, "", [], {})
+        )
     if isinstance(value, list | tuple):
-        return ", ".join(map(_in_words, value))
+        return ", ".join(map(_put_in_words, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -345,19 +347,19 @@ def run_export(args: argparse.Namespace) -> None:
     from ..storage.names import resolved, safe_name
     from ..text.learned_word import layers_of
 
-    (concept,), (own,) = concepts_alone([args.concept], "export")
+    (concept,), (source,) = load_plain_concepts([args.concept], "export")
     note_repeated(args)
-    concept = _said(_about(args), concept)
+    concept = _describe(_read_about(args), concept)
     out = args.out or Path("exports") / f"{safe_name(concept.name)}_{args.format}.safetensors"
     check_concept_output(out)
-    own, words = resolved(own), out.parent / "embeddings"
+    source, words = resolved(source), out.parent / "embeddings"
     whole = args.format in ("concept", "compact")
-    if own == resolved(out) or (own.parent == resolved(words) and not whole):
+    if source == resolved(out) or (source.parent == resolved(words) and not whole):
         raise AdapterError(f"the export would replace {args.concept} itself; choose another --out")
     if whole or concept.layers:
         check_concept_output(out, args.overwrite)
     if whole:
-        folder(out.parent)
+        make_folder(out.parent)
         with free_names(args.overwrite):
             save_concept(concept, out, compact=args.format == "compact")
         say(f"wrote {out}")
@@ -367,8 +369,8 @@ def run_export(args: argparse.Namespace) -> None:
     if args.out is not None and not concept.layers:
         note(f"{concept.name} is words alone, so {out} is not written: a learned word goes into {words}")
     if concept.tokens:
-        folder(words)
-    folder(out.parent)
+        make_folder(words)
+    make_folder(out.parent)
     with free_names(args.overwrite), all_or_none():
         # Words first: what cannot be exported at all is found before anything is written.
         for path, word in files.items():
@@ -400,7 +402,7 @@ def _has_word(concept, path: Path, word: str) -> bool:
     return True
 
 
-def _about(args: argparse.Namespace) -> dict[str, str]:
+def _read_about(args: argparse.Namespace) -> dict[str, str]:
     """What was typed for the file to say of itself, sound, before there is anything that could say it."""
     from ..concept import Concept, Recipe
     from ..files.modelspec import THUMBNAIL_SIDE, check_about, saying, thumbnail
@@ -414,7 +416,7 @@ def _about(args: argparse.Namespace) -> dict[str, str]:
     return about
 
 
-def _said(about: Mapping[str, str], concept):
+def _describe(about: Mapping[str, str], concept):
     """The concept with what was typed about it, and a date."""
     from ..files.modelspec import check_about, dated, saying
 

@@ -13,14 +13,14 @@ from ..errors import AdapterError
 from ..settings.training import CHECKPOINTED, PRIOR, TARGET, TEXT_ENCODER, TRAINING
 from ..training.presets import PRESETS, Preset, preset_named
 from ..training.settings import TrainSettings
-from .declared import add_option, in_words, typed, usual_text
+from .declared import add_option, read_typed, say_usual, say_value
 
 # Which layers learn is asked before, how often there is a checkpoint beside the folder that they go to.
 _SETTINGS = {name: setting for name, setting in TRAINING.items() if name not in ("method", "checkpoint_every")}
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """--preset, --list-presets, --method, the layers, and a flag for each setting; what is not given is None."""
+    """--preset, --list-presets, --method, the layers, and an option for each setting; what is not given is None."""
     parser.add_argument(
         "--preset",
         choices=list(PRESETS),
@@ -35,7 +35,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, PRIOR, metavar="N")
     for name, setting in _SETTINGS.items():
         more: dict[str, Any] = {"metavar": "N" if setting.kind is int else "X"} if setting.is_number else {}
-        add_option(parser, setting, usual=_usual_text(name), **more)
+        add_option(parser, setting, usual=_say_usual(name), **more)
     parser.epilog = "Defaults hold without --preset; what a preset has instead is said by --list-presets."
 
 
@@ -44,18 +44,18 @@ def add_checkpoint_every(parser: argparse.ArgumentParser) -> None:
     add_option(parser, TRAINING["checkpoint_every"], usual=f"(default {CHECKPOINTED})", metavar="STEPS")
 
 
-def _usual_text(name: str) -> str:
+def _say_usual(name: str) -> str:
     """What a setting is where no preset names it, on the toy base too, as the help ends with it."""
     from ..toy.presets import SETTINGS, UNDESCRIBED
 
-    usual, toy, described = (in_words(getattr(each, name)) for each in (TrainSettings(), UNDESCRIBED, SETTINGS))
+    usual, toy, described = (say_value(getattr(each, name)) for each in (TrainSettings(), UNDESCRIBED, SETTINGS))
     if usual == toy == described:
-        return usual_text(TRAINING[name])
+        return say_usual(TRAINING[name])
     on_toy = toy if toy == described else f"{toy}, or {described} with --description"
     return f"(default {usual}; toy base {on_toy})"
 
 
-def chosen_preset(args: argparse.Namespace, usual: TrainSettings, suit: Callable[[Preset], Preset]) -> Preset:
+def choose_preset(args: argparse.Namespace, usual: TrainSettings, suit: Callable[[Preset], Preset]) -> Preset:
     """What the options ask for, with `usual` settings where no preset is named.
 
     suit: what makes a preset's rates those of the base at hand.
@@ -65,7 +65,7 @@ def chosen_preset(args: argparse.Namespace, usual: TrainSettings, suit: Callable
     else:
         preset = Preset(usual, ("attention", "feed_forward"), "")
     names = ("method", *_SETTINGS)
-    chosen = {name: typed(getattr(args, name)) for name in names if getattr(args, name) is not None}
+    chosen = {name: read_typed(getattr(args, name)) for name in names if getattr(args, name) is not None}
     preset = replace(preset, settings=replace(preset.settings, **chosen))
     if args.targets is not None:
         preset = replace(preset, targets=tuple(args.targets))

@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 ENDINGS = (".safetensors", ".st")  # of a concept
 
 
-def typed_path(text: str) -> Path:
+def read_path(text: str) -> Path:
     """An option's path: not empty, which would mean the folder one is in, and ~ is one's home as shells have it."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; give a path, or leave it out")
     return Path(os.path.expanduser(text))
 
 
-def typed_file(text: str) -> Path:
+def read_file(text: str) -> Path:
     """The path of a file to write, which does not end as a folder's does."""
-    path = typed_path(text)
+    path = read_path(text)
     if text.endswith(("/", os.sep)):
         raise argparse.ArgumentTypeError(f"{text!r} ends as a folder does; give a file in it")
     return path
 
 
-def base_named(name: str) -> BaseModel:
+def load_named_base(name: str) -> BaseModel:
     """The base of an option's value; loading it takes seconds."""
     from ..load import load_base
 
@@ -80,7 +80,7 @@ def _refuse_misplaced(text: str, before: str, after: str, apart: str) -> None:
 
     text: what is no file; before, after: its neighbours, the file of which it is the strength, or that strength.
     """
-    if (strength := _number_meant(text)) is not None:
+    if (strength := _guess_number(text)) is not None:
         file = before.rstrip(":= ") if Path(before.rstrip(":= ")).is_file() else "FILE"
         raise AdapterError(
             f"{text!r} is no file; a strength stands behind its file and a colon, without a space: {file}:{strength}"
@@ -90,13 +90,13 @@ def _refuse_misplaced(text: str, before: str, after: str, apart: str) -> None:
         if Path(file).is_file() and Path(tail[1:].strip()).is_file():
             raise AdapterError(f"{text}: these are two files; give them {apart}")
         if Path(file).is_file():
-            meant = [_number_meant(part) for part in re.split(r"[:=@*;\s]+", tail) if part]
-            written = dict.fromkeys(number or "0.8" for number in meant or [_number_meant(after)])
+            meant = [_guess_number(part) for part in re.split(r"[:=@*;\s]+", tail) if part]
+            written = dict.fromkeys(number or "0.8" for number in meant or [_guess_number(after)])
             example = " or ".join(f"{file}:{number}" for number in written)
             raise AdapterError(f"{text}: {tail.removeprefix(':')!r} is no strength; write {example}, for example")
 
 
-def _number_meant(text: str) -> str | None:
+def _guess_number(text: str) -> str | None:
     """A strength as it is read, of one that may be written with a decimal comma or in percent."""
     plain, percent, _ = text.strip().replace(",", ".").partition("%")
     try:
@@ -106,7 +106,7 @@ def _number_meant(text: str) -> str | None:
     return f"{number:g}" if math.isfinite(number) else None
 
 
-def concepts_alone(texts: Sequence[str], command: str) -> tuple[list, list[Path]]:
+def load_plain_concepts(texts: Sequence[str], command: str) -> tuple[list, list[Path]]:
     """(concepts, files) for a command that takes them as they are; refuses a strength, which it would not use."""
     concepts, _, paths = concepts_at(texts)
     for text, path in zip(texts, paths, strict=True):
@@ -138,7 +138,7 @@ def check_folder_place(path: Path, option: str) -> None:
         raise AdapterError(f"you have no permission to write in {there or path}; choose another {option}")
 
 
-def folder(path: Path, option: str = "--out") -> Path:
+def make_folder(path: Path, option: str = "--out") -> Path:
     """Made where it is not there yet."""
     check_folder_place(path, option)
     try:
@@ -193,7 +193,7 @@ def refuse_existing(path: Path) -> NoReturn:
     raise AdapterError(f"{path} is there already; choose another --out, or replace it with --overwrite")
 
 
-def named(typed: str, option: str = "--name") -> str:
+def check_name(typed: str, option: str = "--name") -> str:
     """The name that a file and a trigger word can have; said where it is not the one that was typed."""
 
     name = safe_name(typed)

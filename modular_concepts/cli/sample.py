@@ -17,16 +17,16 @@ from ..typed import number_typed
 from .declared import add_option
 from .paths import (
     add_overwrite,
-    base_named,
     check_output,
     concepts_at,
-    folder,
     free_names,
+    load_named_base,
+    make_folder,
     note,
     note_repeated,
+    read_file,
     refuse_existing,
     say,
-    typed_file,
 )
 from .progress import Bar
 
@@ -59,7 +59,7 @@ def add_sample(commands) -> None:
     add_option(sample, drawing.MODE)
     sample.add_argument(
         "--out",
-        type=typed_file,
+        type=read_file,
         help=f"the picture's file (default sample.png, or the first of sample-2.png, sample-3.png, ... that is free), "
         f"ending in {', '.join(FORMATS)}; several are numbered",
     )
@@ -71,8 +71,8 @@ def add_sample(commands) -> None:
     add_option(sample, drawing.STEPS, default=drawing.STEPS.default)
     add_option(sample, drawing.CFG, default=CFG, usual=f"(default {CFG:g})")
     add_option(sample, drawing.SEED, default=drawing.SEED.default)
-    add_option(sample, drawing.COUNT, default=drawing.COUNT.default, type=_count)
-    add_option(sample, drawing.ZOOM, default=drawing.ZOOM.default, type=_count)
+    add_option(sample, drawing.COUNT, default=drawing.COUNT.default, type=_read_count)
+    add_option(sample, drawing.ZOOM, default=drawing.ZOOM.default, type=_read_count)
     sample.set_defaults(run=run_sample)
 
 
@@ -85,15 +85,15 @@ def run_sample(args: argparse.Namespace) -> None:
     from ..sampling import SampleSettings, check_drawing, customised, sample, warnings_on_guidance
     from ..stack import Stack
 
-    paths = _outputs(args)
-    base = base_named(args.base)
+    paths = _choose_outputs(args)
+    base = load_named_base(args.base)
     concepts, strengths, _ = concepts_at(args.concept or [], "each after a --concept of its own")
     for sentence in warnings_on_base(concepts, base.hash, base.sample):
         note(sentence)
     settings = SampleSettings(args.steps, args.cfg, args.height, args.width, args.negative)
     height = base.size[0] if args.height is None else args.height
     width = base.size[1] if args.width is None else args.width
-    regions = [_region(text, args.units or "fractions", width, height) for text in args.region or []]
+    regions = [_read_region(text, args.units or "fractions", width, height) for text in args.region or []]
     check_zoom(width, height, args.zoom)
     seeds = [args.seed + number for number in range(args.count)]
     check_drawing(base, seeds, settings)
@@ -107,11 +107,16 @@ def run_sample(args: argparse.Namespace) -> None:
     gated = bool(regions) and args.mode != "merged"
     note_repeated(args)
     size = (height // base.downscale, width // base.downscale)
-    odd = [*_unread(args), *_odd_prompts(args), *warnings_on_guidance(args.cfg), *doubtful_places(regions, size)]
+    odd = [
+        *_find_unread(args),
+        *_find_odd_prompts(args),
+        *warnings_on_guidance(args.cfg),
+        *doubtful_places(regions, size),
+    ]
     for sentence in odd:
         note(sentence)
     stack = Stack(zip(concepts, strengths, strict=True))
-    for sentence in _unfelt(concepts, strengths):
+    for sentence in _find_unfelt(concepts, strengths):
         note(sentence)
     for sentence in unheard(stack, args.prompt, regions, gated, "draw with --mode merged, where it acts everywhere"):
         note(sentence)
@@ -133,7 +138,7 @@ def run_sample(args: argparse.Namespace) -> None:
             say(f"wrote {path} (seed {seeds[number]})")
 
 
-def _unfelt(concepts: Sequence, strengths: Sequence[float]) -> list[str]:
+def _find_unfelt(concepts: Sequence, strengths: Sequence[float]) -> list[str]:
     return [
         f"{concept.name} has strength 0, so nothing of what its layers learned is drawn; 1 is as it was trained"
         for concept, strength in zip(concepts, strengths, strict=True)
@@ -141,25 +146,25 @@ def _unfelt(concepts: Sequence, strengths: Sequence[float]) -> list[str]:
     ]
 
 
-def _unread(args: argparse.Namespace) -> list[str]:
+def _find_unread(args: argparse.Namespace) -> list[str]:
     """A sentence for each option that was typed and that this drawing does not read."""
-    from ..unread import SAMPLE, unread
+    from ..unread import SAMPLE, find_unread
 
-    given = [name for name in SAMPLE if getattr(args, name) not in (None, "", [])]
+    typed = [name for name in SAMPLE if getattr(args, name) not in (None, "", [])]
     present = [*(["region"] if args.region else []), *([drawing.GUIDANCE] if args.cfg != 1 else [])]
-    return unread(SAMPLE, given, present=present, called=lambda name: f"--{name}")
+    return find_unread(SAMPLE, typed, present=present, called=lambda name: f"--{name}")
 
 
-def _odd_prompts(args: argparse.Namespace) -> list[str]:
+def _find_odd_prompts(args: argparse.Namespace) -> list[str]:
     """Sentences on prompts that are empty, or the name of a file."""
-    said = [] if args.prompt.strip() else ["the prompt is empty, so what is drawn is by chance; say what to draw"]
+    sentences = [] if args.prompt.strip() else ["the prompt is empty, so what is drawn is by chance; say what to draw"]
     for text in (args.prompt, args.negative):
         if text.strip() and len(text) < 200 and os.path.isfile(text):
-            said.append(f"{text} is a file, but its name is read as the prompt; give the words that are in it")
-    return said
+            sentences.append(f"{text} is a file, but its name is read as the prompt; give the words that are in it")
+    return sentences
 
 
-def _outputs(args: argparse.Namespace) -> list[Path]:
+def _choose_outputs(args: argparse.Namespace) -> list[Path]:
     """The files of all pictures, none of which is there, unless it may be replaced."""
     out = args.out or Path("sample.png")
     if out.suffix.lower() not in FORMATS:
@@ -188,7 +193,7 @@ def _write(path: Path, zoom: int, picture, overwrite: bool) -> Path:
     image = to_image(picture)
     if zoom > 1:
         image = image.resize((image.width * zoom, image.height * zoom), 0)
-    folder(path.parent)
+    make_folder(path.parent)
     while True:
         try:
             with free_names(overwrite), replacing(path) as file:
@@ -199,12 +204,12 @@ def _write(path: Path, zoom: int, picture, overwrite: bool) -> Path:
             path = free_name(path)
 
 
-def _region(text: str, units: str, width: int, height: int):
+def _read_region(text: str, units: str, width: int, height: int):
     from ..regions.geometry import region_from
 
     box, colon, prompt = text.partition(":")
     try:
-        numbers = tuple(_as_typed(number) for number in box.split(","))
+        numbers = tuple(_read_as_typed(number) for number in box.split(","))
     except ValueError:
         numbers = ()
     if not colon or len(numbers) != 4 or not prompt.strip():
@@ -212,7 +217,7 @@ def _region(text: str, units: str, width: int, height: int):
     return region_from(prompt.strip(), numbers, units == "pixels", None, 0.0, 1.0, "").placed(width, height)
 
 
-def _as_typed(text: str) -> float:
+def _read_as_typed(text: str) -> float:
     """A number that a message shows as it was typed: 2 and not 2.0."""
     number = number_typed(text)
     return int(number) if number % 1 == 0 else number
@@ -224,7 +229,7 @@ def _warn_unknown(base, prompts: Sequence[str], triggers: Sequence[str]) -> None
         note(f"the base does not know {listed(unknown, 10)}; these words change nothing")
 
 
-def _count(text: str) -> int:
+def _read_count(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or not drawing.COUNT.allows(int(text)):
         most = drawing.COUNT.most
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of at least 1 and at most {most}")

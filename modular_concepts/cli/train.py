@@ -13,20 +13,20 @@ from ..families.toy import TOY
 from ..settings.training import BUCKETS, CHECKPOINTED, NOISE, ONE_ROW, TOKEN_STARTS
 from ..typed import whole_typed
 from .declared import add_option
-from .options import add_checkpoint_every, add_training_options, chosen_preset
+from .options import add_checkpoint_every, add_training_options, choose_preset
 from .paths import (
     add_overwrite,
-    base_named,
     check_concept_output,
     check_folder_place,
+    check_name,
     free_names,
-    named,
+    load_named_base,
     note,
     note_repeated,
+    read_file,
+    read_path,
     refuse_existing,
     say,
-    typed_file,
-    typed_path,
 )
 from .progress import Bar, Interruption
 
@@ -49,7 +49,7 @@ def add_train(commands) -> None:
         description="Train one concept on a folder of pictures, with captions and masks where there are any, and write "
         "it as a file that merge, sample and other programs read.",
     )
-    train.add_argument("pictures", type=typed_path, help="folder: NAME.png, optional NAME.txt and NAME.mask.png")
+    train.add_argument("pictures", type=read_path, help="folder: NAME.png, optional NAME.txt and NAME.mask.png")
     train.add_argument("--name", required=True, help="the concept's name; its trigger word is <NAME>")
     train.add_argument("--class-word", required=True, help="what the base calls it: man, dog, ...")
     train.add_argument(
@@ -60,19 +60,19 @@ def add_train(commands) -> None:
         help="what it looks like, in words that the base knows, such as 'man red shirt brown hair': the learned word "
         "starts there (default: from the class word)",
     )
-    train.add_argument("--out", type=typed_file, help="concept file (default concepts/NAME.safetensors)")
+    train.add_argument("--out", type=read_file, help="concept file (default concepts/NAME.safetensors)")
     add_overwrite(train)
     train.add_argument("--base", default=TOY.name, help="toy (default), or a diffusers folder")
     add_training_options(train)
-    train.add_argument("--size", type=_size, help="WIDTHxHEIGHT to train at (default: the base's own)")
+    train.add_argument("--size", type=_read_size, help="WIDTHxHEIGHT to train at (default: the base's own)")
     add_option(train, BUCKETS, default=False, usual="", action="store_true")
-    train.add_argument("--cache", type=typed_path, metavar="DIR", help="folder to keep the pictures' latents in")
+    train.add_argument("--cache", type=read_path, metavar="DIR", help="folder to keep the pictures' latents in")
     train.add_argument("--compact", action="store_true", help="leave the frozen factors out of the file")
     train.add_argument(
-        "--checkpoints", type=typed_path, help="folder for checkpoints (default none: the training cannot be resumed)"
+        "--checkpoints", type=read_path, help="folder for checkpoints (default none: the training cannot be resumed)"
     )
     add_checkpoint_every(train)
-    train.add_argument("--resume", type=typed_path, help="a checkpoint, or a folder for its newest")
+    train.add_argument("--resume", type=read_path, help="a checkpoint, or a folder for its newest")
     train.add_argument(
         "--accept-changes", action="store_true", help="resume although pictures, captions, base or settings changed"
     )
@@ -84,17 +84,17 @@ def run_train(args: argparse.Namespace) -> None:
     from ..models.targets import Targets
     from ..training.teach import check_training
 
-    name = named(args.name)
+    name = check_name(args.name)
     out = args.out or Path("concepts") / f"{name}.safetensors"
     _check_places(args, out)
-    base = base_named(args.base)
-    preset, settings = _chosen_settings(args, base, name)
-    size = _training_size(args, base)
-    subject = _subject(args, base, preset, settings, size)
+    base = load_named_base(args.base)
+    preset, settings = _choose_settings(args, base, name)
+    size = _choose_size(args, base)
+    subject = _load_subject(args, base, preset, settings, size)
     targets = Targets(preset.targets, preset.text_encoder_targets)
     check_training(base, subject, settings, targets)
     resumed = args.resume is not None and out.exists()
-    if resumed and not args.overwrite and not _of_this_training(out, args.resume, subject, base):
+    if resumed and not args.overwrite and not _is_of_this_training(out, args.resume, subject, base):
         refuse_existing(out)
     subject = replace(subject, prior=_prior(base, args.class_word, preset.prior, *size))
     _teach(args, Lesson(base, subject, settings, targets, OrthogonalBasis()), out, args.overwrite or resumed)
@@ -130,18 +130,18 @@ def _check_places(args: argparse.Namespace, out: Path) -> None:
             )
 
 
-def _chosen_settings(args: argparse.Namespace, base: BaseModel, name: str) -> tuple[Preset, TrainSettings]:
+def _choose_settings(args: argparse.Namespace, base: BaseModel, name: str) -> tuple[Preset, TrainSettings]:
     from ..toy.presets import SETTINGS, UNDESCRIBED, on_toy_base
     from ..training.settings import TrainSettings
 
     toy = base.architecture == TOY.name
     usual = (SETTINGS if args.description else UNDESCRIBED) if toy else TrainSettings()
-    preset = chosen_preset(args, usual, lambda own: on_toy_base(own, described=bool(args.description)) if toy else own)
+    preset = choose_preset(args, usual, lambda own: on_toy_base(own, described=bool(args.description)) if toy else own)
     settings = replace(preset.settings, name=name)
-    return preset, replace(settings, checkpoint_every=_every(args)) if args.checkpoints else settings
+    return preset, replace(settings, checkpoint_every=_choose_interval(args)) if args.checkpoints else settings
 
 
-def _training_size(args: argparse.Namespace, base: BaseModel) -> tuple[int, int]:
+def _choose_size(args: argparse.Namespace, base: BaseModel) -> tuple[int, int]:
     """(height, width) of the pictures, if the base and the memory can take them."""
     from ..models.budget import check_pictures
 
@@ -154,7 +154,7 @@ def _training_size(args: argparse.Namespace, base: BaseModel) -> tuple[int, int]
     return height, width
 
 
-def _subject(
+def _load_subject(
     args: argparse.Namespace, base: BaseModel, preset: Preset, settings: TrainSettings, size: tuple[int, int]
 ) -> Subject:
     """The folder's pictures as what is taught; what was left out, and what is not used, is noted."""
@@ -168,7 +168,7 @@ def _subject(
     note_repeated(args)
     captions = filled_in(data, (trigger,)).captions
     unheard = unheard_of(base, captions, {trigger: settings.token_vectors}, "caption")
-    for sentence in [*_unread(args, settings.method, preset, base), *unheard]:
+    for sentence in [*_find_unread(args, settings.method, preset, base), *unheard]:
         note(sentence)
     say(data.report.summary())
     for remark in data.report.remarks():
@@ -219,14 +219,14 @@ def _teach(args: argparse.Namespace, lesson: Lesson, out: Path, replaces: bool) 
         except Changed as error:
             raise AdapterError(f"{error}; --accept-changes resumes all the same") from error
         except Occupied as error:
-            raise _occupied(error, args.checkpoints) from error
+            raise _explain_occupied(error, args.checkpoints) from error
         except Unfinished as error:
             fault, result = error, error.result
         except Exception as error:
             if not broken:
                 raise
             (result,) = broken
-            fault = _unexpected(error, result)
+            fault = _explain_unexpected(error, result)
         interrupted.hold()
         if fault is not None:
             concept = concept_from(lesson.base, lesson.subject, result, lesson.basis, lesson.targets)
@@ -244,9 +244,9 @@ def _keep(args: argparse.Namespace, concept, result: TrainResult, out: Path, rep
         out = out if replaces else free_name(out)
     places = [*filter(None, [args.checkpoints]), *last_places()]
     with free_names(replaces):
-        kept = keep(lambda path: save_concept(concept, path, compact=args.compact), out, places)
-    say(f"wrote {kept.path}: {_what_learned(concept)}, last loss {result.losses[-1]:.4f}")
-    return kept
+        written = keep(lambda path: save_concept(concept, path, compact=args.compact), out, places)
+    say(f"wrote {written.path}: {_say_learned(concept)}, last loss {result.losses[-1]:.4f}")
+    return written
 
 
 def _end(args: argparse.Namespace, result: TrainResult, kept: Kept | None, fault: AdapterError | None) -> None:
@@ -265,15 +265,15 @@ def _end(args: argparse.Namespace, result: TrainResult, kept: Kept | None, fault
         raise KeyboardInterrupt
 
 
-def _every(args: argparse.Namespace) -> int:
+def _choose_interval(args: argparse.Namespace) -> int:
     return CHECKPOINTED if args.checkpoint_every is None else args.checkpoint_every
 
 
-def _unread(args: argparse.Namespace, method: str, preset, base) -> list[str]:
+def _find_unread(args: argparse.Namespace, method: str, preset, base) -> list[str]:
     """A sentence for each option that was typed and that this training does not read."""
-    from ..unread import TRAIN, unread
+    from ..unread import TRAIN, find_unread
 
-    given = [name for name in TRAIN if getattr(args, name, None) not in (None, False, "")]
+    typed = [name for name in TRAIN if getattr(args, name, None) not in (None, False, "")]
     alone = len(base.word_rows(args.description or args.class_word)) == 1
     there = {
         "text_encoder": bool(preset.text_encoder_targets),
@@ -285,22 +285,23 @@ def _unread(args: argparse.Namespace, method: str, preset, base) -> list[str]:
     }
     present = [name for name, is_there in there.items() if is_there]
     late = args.warmup is not None and args.warmup >= preset.settings.steps
-    said = [f"--warmup {args.warmup} is no shorter than --steps, so no rate is ever reached in full"] if late else []
+    never = f"--warmup {args.warmup} is no shorter than --steps, so no rate is ever reached in full"
+    sentences = [never] if late else []
     rates = [preset.settings.token_lr, *([] if method == "words" else [preset.settings.adapter_lr])]
     if not any(rates):
-        said.append("all learning rates are 0, so nothing is learned; leave --token-lr or --adapter-lr away")
-    return said + unread(TRAIN, given, method, present, lambda name: f"--{name.replace('_', '-')}")
+        sentences.append("all learning rates are 0, so nothing is learned; leave --token-lr or --adapter-lr away")
+    return sentences + find_unread(TRAIN, typed, method, present, lambda name: f"--{name.replace('_', '-')}")
 
 
-def _unexpected(error: Exception, result: TrainResult) -> AdapterError:
-    said = " ".join(str(error).split())[:300]
-    kind = f"{type(error).__name__}: {said}" if said else type(error).__name__
+def _explain_unexpected(error: Exception, result: TrainResult) -> AdapterError:
+    reason = " ".join(str(error).split())[:300]
+    kind = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return AdapterError(
         f"an unexpected fault after step {result.step} ({kind}). What was learned up to step {result.step} is kept"
     )
 
 
-def _occupied(error, checkpoints: Path) -> AdapterError:
+def _explain_occupied(error, checkpoints: Path) -> AdapterError:
     """With the ways out that the shell has."""
     if not error.movable:
         return AdapterError(str(error))
@@ -319,7 +320,7 @@ def _check_checkpoints(args: argparse.Namespace) -> None:
         check_folder(args.checkpoints, args.resume)
     except Occupied as error:
         if not (args.overwrite and error.movable):
-            raise _occupied(error, args.checkpoints) from error
+            raise _explain_occupied(error, args.checkpoints) from error
         there = str(error).partition(";")[0]
         note(f"{there}; they move to {args.checkpoints / 'before'}")
 
@@ -344,7 +345,7 @@ def _announce(args: argparse.Namespace, out: Path, settings: TrainSettings, esti
     say(str(estimate))
 
 
-def _of_this_training(out: Path, checkpoint: Path, subject, base) -> bool:
+def _is_of_this_training(out: Path, checkpoint: Path, subject, base) -> bool:
     """Whether a concept file came from the training that a checkpoint is of: settings, pictures and base."""
     from ..files.concept import load_concept
     from ..training.checkpoint import checkpoint_settings
@@ -358,7 +359,7 @@ def _of_this_training(out: Path, checkpoint: Path, subject, base) -> bool:
     return same and (recipe.base_hash, recipe.origin.get("fingerprint")) == (base.hash, subject.fingerprint)
 
 
-def _what_learned(concept) -> str:
+def _say_learned(concept) -> str:
     ranks = sorted({adapter.rank for adapter in concept.layers.values()})
     if not ranks:
         return f"{' '.join(concept.tokens)}, no layers"
@@ -379,7 +380,7 @@ def _prior(base, class_word: str, count: int, height: int, width: int):
         return prior_examples(base, Prior(class_word, count, 1000, settings), lambda done, total: advance(done))
 
 
-def _size(text: str) -> tuple[int, int]:
+def _read_size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().replace("×", "x").partition("x")
     try:
         return whole_typed(height), whole_typed(width)

@@ -34,7 +34,7 @@ def merged_concept(
     """
     check_together(concepts)
     merged = merge_concepts(concepts, strengths, how, literal, options, evidence)
-    return as_concept(name, concepts, strengths, how, {layer: own.as_low_rank() for layer, own in merged.items()})
+    return as_concept(name, concepts, strengths, how, {layer: one.as_low_rank() for layer, one in merged.items()})
 
 
 def merged_stack(name: str, stack: Stack, how: str = "sum", options: MergeOptions = DEFAULTS) -> Concept:
@@ -48,9 +48,9 @@ def merged_stack(name: str, stack: Stack, how: str = "sum", options: MergeOption
 
 def check_together(concepts: Sequence[Concept]) -> None:
     """Raise AdapterError for concepts that no merge can hold, whatever the model."""
-    known = {concept.recipe.architecture: concept.name for concept in concepts if concept.recipe.architecture}
-    if len(known) > 1:
-        (first, one), (second, other), *_ = known.items()
+    architectures = {concept.recipe.architecture: concept.name for concept in concepts if concept.recipe.architecture}
+    if len(architectures) > 1:
+        (first, one), (second, other), *_ = architectures.items()
         raise AdapterError(
             f"{one} was trained on {first!r} and {other} on {second!r}: they were trained on different architectures; "
             "merge concepts of one"
@@ -107,5 +107,5 @@ def _origin(concept: Concept, sample: str) -> dict[str, object]:
 
 def _common(values) -> str:
     """What all that say something say, or ""."""
-    said = {value for value in values if isinstance(value, str) and value}
-    return said.pop() if len(said) == 1 else ""
+    different = {value for value in values if isinstance(value, str) and value}
+    return different.pop() if len(different) == 1 else ""

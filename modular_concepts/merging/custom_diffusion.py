@@ -37,16 +37,16 @@ def constrained_factors(
     """
     device = adapters[0].lora_up.device
     pairs = [
-        (strength * adapter.delta().flatten(1).double(), _distinct(own.to(device).double()))
-        for adapter, strength, own in zip(adapters, strengths, features, strict=True)
+        (strength * adapter.delta().flatten(1).double(), _distinct(texts.to(device).double()))
+        for adapter, strength, texts in zip(adapters, strengths, features, strict=True)
     ]
-    rows = torch.cat([own for _, own in pairs])
+    rows = torch.cat([texts for _, texts in pairs])
     if len(rows) > rows.shape[1]:
         raise AdapterError(
             f"{len(rows)} text features are asked of a layer with {rows.shape[1]} inputs; merge fewer concepts this "
             "way, or merge by sum"
         )
-    wanted = torch.cat([delta @ own.mT for delta, own in pairs], dim=1)
+    wanted = torch.cat([delta @ texts.mT for delta, texts in pairs], dim=1)
     usual = usual.to(device).double()
     damped = usual + RIDGE * usual.diagonal().mean() * torch.eye(len(usual)).to(usual)
     down = torch.linalg.solve(damped, rows.mT).mT
@@ -63,11 +63,11 @@ def constrained_factors(
 
 def _distinct(rows: Tensor) -> Tensor:
     """Rows in order, without those that are there already to within rounding."""
-    kept: list[Tensor] = []
+    different: list[Tensor] = []
     for row in rows:
-        if all((row - other).norm() > 1e-4 * row.norm() for other in kept):
-            kept.append(row)
-    return torch.stack(kept)
+        if all((row - other).norm() > 1e-4 * row.norm() for other in different):
+            different.append(row)
+    return torch.stack(different)
 
 
 def _merge_layer(stack: LayerStack) -> MergedLayer | MergedSum | MergedDense:

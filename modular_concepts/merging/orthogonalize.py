@@ -15,9 +15,7 @@ from torch import Tensor
 from ..adapters.low_rank import LowRank, together
 from ..concept import Concept
 from ..errors import AdapterError
-from ..settings import merging as declared
-
-WAYS = declared.WAY.choices
+from ..settings.merging import WAY
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,18 +34,17 @@ def orthogonalised(concepts: Sequence[Mapping[str, LowRank]], way: str = "symmet
     sequential: each concept is cleared of the directions of those before it; the first keeps all.
     Raises AdapterError for a layer whose ranks add up to more than its width.
     """
-    if way not in WAYS:
-        raise AdapterError(f"way {way!r} is unknown; choose one of {', '.join(WAYS)}")
+    WAY.check(way)
     results: list[dict[str, LowRank]] = [dict(layers) for layers in concepts]
     before, after = [0.0] * len(concepts), [0.0] * len(concepts)
     for layer in {name: None for layers in concepts for name in layers}:
         owners = [index for index, layers in enumerate(concepts) if layer in layers]
         adapters = together([concepts[index][layer] for index in owners])
         spaces = [_row_space(adapter) for adapter in adapters]
-        width, asked = spaces[0].shape[1], sum(len(space) for space in spaces)
-        if asked > width:
+        width, needed = spaces[0].shape[1], sum(len(space) for space in spaces)
+        if needed > width:
             raise AdapterError(
-                f"{layer}: {len(owners)} concepts read {asked} directions of a layer that has {width}; make fewer "
+                f"{layer}: {len(owners)} concepts read {needed} directions of a layer that has {width}; make fewer "
                 "concepts orthogonal at once, or cut their ranks first"
             )
         new = _symmetric(spaces) if way == "symmetric" else _sequential(spaces)
@@ -56,8 +53,8 @@ def orthogonalised(concepts: Sequence[Mapping[str, LowRank]], way: str = "symmet
             before[index] += _energy(adapter)
             after[index] += _energy(changed)
             results[index][layer] = changed
-    kept = [share / whole if whole else 1.0 for share, whole in zip(after, before, strict=True)]
-    return Orthogonalised(results, kept)
+    shares = [share / whole if whole else 1.0 for share, whole in zip(after, before, strict=True)]
+    return Orthogonalised(results, shares)
 
 
 def orthogonal_concepts(concepts: Sequence[Concept], way: str = "symmetric") -> tuple[list[Concept], list[float]]:
@@ -65,23 +62,23 @@ def orthogonal_concepts(concepts: Sequence[Concept], way: str = "symmetric") -> 
 
     Their recipes no longer name a basis, for the new rows are columns of none.
     """
-    found = orthogonalised([concept.layers for concept in concepts], way)
+    changed = orthogonalised([concept.layers for concept in concepts], way)
     new = []
-    for concept, layers in zip(concepts, found.layers, strict=True):
-        own, rank = concept.recipe, max((adapter.rank for adapter in layers.values()), default=concept.recipe.rank)
+    for concept, layers in zip(concepts, changed.layers, strict=True):
+        former, rank = concept.recipe, max((adapter.rank for adapter in layers.values()), default=concept.recipe.rank)
         recipe = replace(
-            own,
-            method="lora" if own.blocks is None else "block",
+            former,
+            method="lora" if former.blocks is None else "block",
             rank=rank,
             alpha=float(rank),
             basis=None,
             basis_kind=None,
             basis_seed=None,
-            slot=None if own.blocks is None else own.slot,
+            slot=None if former.blocks is None else former.slot,
             slot_policy=None,
         )
         new.append(replace(concept, layers=layers, recipe=recipe))
-    return new, found.kept
+    return new, changed.kept
 
 
 def _row_space(adapter: LowRank) -> Tensor:
@@ -102,8 +99,8 @@ def _symmetric(spaces: Sequence[Tensor]) -> list[Tensor]:
 def _sequential(spaces: Sequence[Tensor]) -> list[Tensor]:
     taken, new = spaces[0][:0], []
     for space in spaces:
-        own = space - (space @ taken.mT) @ taken
-        _, values, rows = torch.linalg.svd(own, full_matrices=False)
+        rest = space - (space @ taken.mT) @ taken
+        _, values, rows = torch.linalg.svd(rest, full_matrices=False)
         rows = rows[values > 1e-6]
         new.append(rows)
         taken = torch.cat([taken, rows])

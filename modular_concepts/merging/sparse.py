@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError
 from ..seeds import seeded
+from ..settings.merging import DENSITY
 from .dense import MergedDense
 from .method import LayerStack, Method
 
@@ -30,11 +30,11 @@ def dare_merge(
 
     Source: Yu et al. 2024 (DARE, with task arithmetic).
     """
-    _check_density(density)
+    DENSITY.check(density)
     total = torch.zeros_like(deltas[0])
     for delta, strength, generator in zip(deltas, strengths, generators, strict=True):
-        kept = torch.rand(delta.shape, generator=generator) < density
-        total += strength * delta * kept.to(delta) / density
+        stays = torch.rand(delta.shape, generator=generator) < density
+        total += strength * delta * stays.to(delta) / density
     return MergedDense(total)
 
 
@@ -55,15 +55,10 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
 
     At least one weight stays; of weights that are equally large, all stay.
     """
-    _check_density(density)
-    kept = max(1, round(density * delta.numel()))
-    threshold = delta.abs().flatten().kthvalue(delta.numel() - kept + 1).values
+    DENSITY.check(density)
+    count = max(1, round(density * delta.numel()))
+    threshold = delta.abs().flatten().kthvalue(delta.numel() - count + 1).values
     return torch.where(delta.abs() >= threshold, delta, torch.zeros_like(delta))
-
-
-def _check_density(density: float) -> None:
-    if not 0 < density <= 1:
-        raise AdapterError(f"density is {density}; it must be above 0 and at most 1, the share of weights that stay")
 
 
 def _deltas(stack: LayerStack, how: str) -> list[Tensor]:

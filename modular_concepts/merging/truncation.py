@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import AdapterError
+from ..settings.merging import RANK
 from .method import LayerStack, Method
 from .sums import MergedLayer, MergedSum, merged_factors
 
@@ -22,18 +22,17 @@ def truncated(layer: MergedLayer, rank: int) -> tuple[MergedLayer, float]:
     Singular values from the factors alone: QR of both, SVD of the small product.  A rank that is not smaller keeps
     all.  Source: Eckart and Young 1936.
     """
-    if rank < 1:
-        raise AdapterError(f"rank is {rank}; it must be at least 1")
+    RANK.check(rank)
     left, small_left = torch.linalg.qr(layer.up.double())
     right, small_right = torch.linalg.qr(layer.down.flatten(1).double().mT)
     u, values, v = torch.linalg.svd(small_left @ small_right.mT)
     energy = values.square()
-    kept = float(energy[:rank].sum() / energy.sum()) if energy.sum() > 0 else 1.0
+    share = float(energy[:rank].sum() / energy.sum()) if energy.sum() > 0 else 1.0
     root = values[:rank].sqrt()
     count = len(root)
     up = (left @ u[:, :count]) * root
     down = (right @ v.mT[:, :count] * root).mT.reshape(count, *layer.down.shape[1:])
-    return MergedLayer(up.to(layer.up), down.to(layer.down), layer.rows, layer.out_features), kept
+    return MergedLayer(up.to(layer.up), down.to(layer.down), layer.rows, layer.out_features), share
 
 
 def share_kept(cut: Mapping[str, Merged], whole: Mapping[str, Merged]) -> float:
