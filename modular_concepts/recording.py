@@ -45,8 +45,8 @@ def recorded(
     trigger = trigger_of(concept)
     texts = [prompts[index % len(prompts)].replace("{concept}", trigger) for index in range(count)]
     everything = with_sites(concept_layers(base, EVERYTHING))
-    own = {name: everything[name] for name in concept.layers if name in everything}
-    with customised(base, [concept], [1.0]) as tokens, recording(own) as recorder:
+    modules = {name: everything[name] for name in concept.layers if name in everything}
+    with customised(base, [concept], [1.0]) as tokens, recording(modules) as recorder:
         sample(base, texts, range(seed, seed + count), tokens, settings)
     return recorder
 
@@ -81,12 +81,12 @@ def rows_of_word(contexts: Sequence[Tensor], bare: Tensor | Sequence[Tensor], ve
 
     bare: the same prompts without the word; vectors: how many rows the word has.
     """
-    found = []
+    rows = []
     for context, without in zip(contexts, bare, strict=True):
         differs = (context - without).abs().amax(1) > 1e-6
         first = int(differs.nonzero()[0])
-        found.append(context[first : first + vectors + 1])
-    return torch.cat(found)
+        rows.append(context[first : first + vectors + 1])
+    return torch.cat(rows)
 
 
 @torch.no_grad()

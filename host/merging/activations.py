@@ -55,7 +55,7 @@ def set_beside(patcher: comfy.model_patcher.ModelPatcher, layers: Mapping[str, S
 
     layers: weight key -> what is merged there, in turn; in the place of what was set before.
     """
-    own = {key.removesuffix(".weight"): [Beside(merged) for merged in parts] for key, parts in layers.items()}
+    residuals = {key.removesuffix(".weight"): [Beside(merged) for merged in parts] for key, parts in layers.items()}
     # By model: clones share an injection, and a copy for another device has modules of its own.
     inside: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = weakref.WeakKeyDictionary()
 
@@ -63,21 +63,21 @@ def set_beside(patcher: comfy.model_patcher.ModelPatcher, layers: Mapping[str, S
         if loaded.model not in inside:
             inside[loaded.model] = [
                 loaded.model.get_submodule(path).register_forward_hook(part)
-                for path, parts in own.items()
+                for path, parts in residuals.items()
                 for part in parts
             ]
 
     def eject(loaded: comfy.model_patcher.ModelPatcher) -> None:
         for handle in inside.pop(loaded.model, ()):
             handle.remove()
-        for parts in own.values():
+        for parts in residuals.values():
             for part in parts:
                 part.forget()
 
     patcher.set_injections(NAME, [PatcherInjection(inject=inject, eject=eject)])
     if isinstance(patcher.model, comfy.model_base.BaseModel):
         patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, NAME)
-        patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, NAME, _heard(own))
+        patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, NAME, _heard(residuals))
 
 
 def _heard(layers: Mapping[str, Sequence[Beside]]):

@@ -76,15 +76,15 @@ def fused(
     anew: record also what a file beside the concept already says.  beside: as `merged`.
     """
     merged(model, clip, stack)  # What does not fit together is refused before anything is drawn.
-    bar, moments, said = comfy.utils.ProgressBar(len(stack)), [], []
+    bar, moments, sentences = comfy.utils.ProgressBar(len(stack)), [], []
     for concept, _ in stack:
-        found, source = _moments(model, clip, concept, drawing, anew)
-        moments.append(found)
-        said.append(f"{concept.name}: {source}")
+        each, source = _moments(model, clip, concept, drawing, anew)
+        moments.append(each)
+        sentences.append(f"{concept.name}: {source}")
         bar.update(1)
     options, evidence = MergeOptions(ridge=ridge), Evidence(moments)
     result = merged(model, clip, stack, Merge(FUSION.name, options=options, evidence=evidence), beside)
-    return *result, "\n".join([*said, *warnings_of(model, clip, stack, "" if beside else "weights")])
+    return *result, "\n".join([*sentences, *warnings_of(model, clip, stack, "" if beside else "weights")])
 
 
 def _moments(
@@ -97,16 +97,16 @@ def _moments(
         other = recorded_from(beside).drawing != drawing.said()
         hint = " (recorded with other prompts, pictures, steps or size; tick anew to record these)" if other else ""
         return load_moments(beside), f"moments read from {beside.name}{hint}"
-    found = recorded(model, clip, concept, drawing)
+    moments = recorded(model, clip, concept, drawing)
     text = f"moments recorded from {drawing.pictures} pictures"
     if beside is None:
-        return found, text
+        return moments, text
     if beside.is_file() and reason:
         text += f", since {beside.name} {reason}"
     try:
-        save_moments(found, beside, Recorded(concept_mark(concept), mark_of(model, clip), drawing.said()))
+        save_moments(moments, beside, Recorded(concept_mark(concept), mark_of(model, clip), drawing.said()))
     except AdapterError as error:  # what was drawn for is used all the same
-        return found, f"{text}, but not kept: {error}"
+        return moments, f"{text}, but not kept: {error}"
     # As they will be read, so that the second time gives the same picture as the first.
     return load_moments(beside), f"{text}, kept in {beside.name}"
 
@@ -143,10 +143,19 @@ def recorded(
     modules = {name: everything[name].module for name in concept.layers}
     with recording(modules) as recorder, uncompiled():
         for number in range(drawing.pictures):
-            said = encode_prompt(alone_clip, texts[number % len(texts)])
+            conditioning = encode_prompt(alone_clip, texts[number % len(texts)])
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(drawing.seed + number))
             latent = torch.zeros_like(noise)
             comfy.sample.sample(
-                alone, noise, drawing.steps, 1.0, *SAMPLER, said, said, latent, disable_pbar=True, seed=drawing.seed
+                alone,
+                noise,
+                drawing.steps,
+                1.0,
+                *SAMPLER,
+                conditioning,
+                conditioning,
+                latent,
+                disable_pbar=True,
+                seed=drawing.seed,
             )
     return recorder.moments()

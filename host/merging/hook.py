@@ -34,4 +34,4 @@ def _added(
 ) -> dict[str, WeightAdapterBase]:
     """Weight key -> the adapter that a clone has and its original has not."""
     counts = {key: len(patches) for key, patches in before.patches.items()}
-    return {key: own[-1][1] for key, own in after.patches.items() if len(own) > counts.get(key, 0)}
+    return {key: entries[-1][1] for key, entries in after.patches.items() if len(entries) > counts.get(key, 0)}

@@ -39,12 +39,12 @@ def merged_by(
     """
     evidence = spoken_evidence(model, clip, stack) if METHODS[how].needs == TEXTS else NOTHING
     result = merged(model, clip, stack, Merge(how, literal, options, evidence), apply == "activations")
-    given = [name for name, value in asdict(options).items() if value != getattr(MergeOptions(), name)]
-    said = [*find_unread(MERGE, given, how), *warnings_of(model, clip, stack, apply)]
+    chosen = [name for name, value in asdict(options).items() if value != getattr(MergeOptions(), name)]
+    sentences = [*find_unread(MERGE, chosen, how), *warnings_of(model, clip, stack, apply)]
     if how == SVD.name:
-        said.append(kept_by_cut(stack, options))
-    if said:
-        show_text("\n".join(said))
+        sentences.append(kept_by_cut(stack, options))
+    if sentences:
+        show_text("\n".join(sentences))
     return result
 
 
@@ -55,13 +55,13 @@ def warnings_of(
     apply: str = "",
 ) -> list[str]:
     """What a person should know of these concepts together and on this model, each with the way out."""
-    said = [*warnings_between(Stack.of(stack).concepts), *warnings_here(model, clip, stack)]
+    sentences = [*warnings_between(Stack.of(stack).concepts), *warnings_here(model, clip, stack)]
     if apply == "weights" and quantised(model):
-        said.append(
+        sentences.append(
             "the model's weights are quantised: the sum is rounded to their few bits, which can lose as much as the "
             "concepts bring; set apply to activations"
         )
-    return said
+    return sentences
 
 
 def warnings_here(
@@ -74,5 +74,5 @@ def warnings_here(
 def kept_by_cut(stack: Sequence[tuple[Concept, float]], options: MergeOptions) -> str:
     concepts, strengths = Stack.of(stack).concepts, Stack.of(stack).strengths
     cut = merge_concepts(concepts, strengths, SVD.name, options=options)
-    kept = share_kept(cut, merge_concepts(concepts, strengths))
-    return f"rank {options.rank} keeps {kept:.1%} of the sum's energy, {1 - kept:.1%} is lost"
+    share = share_kept(cut, merge_concepts(concepts, strengths))
+    return f"rank {options.rank} keeps {share:.1%} of the sum's energy, {1 - share:.1%} is lost"

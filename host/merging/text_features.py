@@ -31,10 +31,10 @@ def spoken_evidence(
         trigger = trigger_of(concept)
         refuse_layerwise(concept)
         _, alone = merged(model, clip, [(concept, 1.0)])
-        asked = [prompt.replace("{concept}", trigger) for prompt in PROMPTS]
+        prompts = [prompt.replace("{concept}", trigger) for prompt in PROMPTS]
         contexts, bare = (
-            [encode_prompt(alone, text)[0][0][0] for text in given]
-            for given in (asked, [text.replace(trigger, " ") for text in asked])
+            [encode_prompt(alone, text)[0][0][0] for text in wording]
+            for wording in (prompts, [text.replace(trigger, " ") for text in prompts])
         )
         vectors = sum(len(rows) for rows in concept.tokens.values())
         texts.append(rows_of_word(contexts, bare, vectors).float().cpu())
@@ -44,14 +44,14 @@ def spoken_evidence(
 def _usual(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP) -> Tensor:
     """Second moments of ordinary captions as this CLIP reads them; read once for a CLIP, its patches and its layer."""
     state = (clip.patcher.patches_uuid, clip.layer_idx)
-    known = _USUAL.get(clip.cond_stage_model)
-    if known is None or known[0] != state:
+    stored = _USUAL.get(clip.cond_stage_model)
+    if stored is None or stored[0] != state:
         captions = host_family_of(model).family.ordinary()
         end = _ids(clip, "")[1]
         contexts = [encode_prompt(clip, text)[0][0][0] for text in captions]
         lengths = [length_of(_ids(clip, text), end) for text in captions]
-        known = _USUAL[clip.cond_stage_model] = (state, usual_rows(contexts, lengths))
-    return known[1]
+        stored = _USUAL[clip.cond_stage_model] = (state, usual_rows(contexts, lengths))
+    return stored[1]
 
 
 def _ids(clip: comfy.sd.CLIP, text: str) -> list[int]:

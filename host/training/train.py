@@ -176,8 +176,8 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
         except Changed as error:
             raise AdapterError(f"{error}; on_change set to go on resumes all the same") from error
         except Unfinished as error:
-            kept = keep_learned(error.result)
-            raise AdapterError(f"{error} in {kept}" if kept else str(error)) from error
+            place = keep_learned(error.result)
+            raise AdapterError(f"{error} in {place}" if place else str(error)) from error
     if not result.finished:
         keep_unfinished(concept, result)
         # The flag is cleared when it is raised, by us or by whichever layer saw it first.
@@ -209,12 +209,12 @@ def _notes(base: HostBase, plan: Plan) -> list[str]:
         NOISE: not isinstance(base.schedule, FlowSchedule),
     }
     present = [name for name, is_there in there.items() if is_there]
-    given = [name for name in plan.given if name in TRAIN]
-    given += ["accept_changes"] if plan.accept_changes else []
+    chosen = [name for name in plan.given if name in TRAIN]
+    chosen += ["accept_changes"] if plan.accept_changes else []
     return [
         *plan.notes,
         *_nothing_to_resume(plan),
-        *find_unread(TRAIN, given, plan.settings.method, present, lambda name: NODE_NAMES.get(name, name)),
+        *find_unread(TRAIN, chosen, plan.settings.method, present, lambda name: NODE_NAMES.get(name, name)),
     ]
 
 
@@ -262,17 +262,19 @@ def keep_unfinished(concept: Concept, result: TrainResult) -> Path | None:
         return None
     path = free_name(_concepts_folder() / f"{safe_name(concept.name)}-cancelled-step{result.step}.safetensors")
     try:
-        kept = keep(partial(save_concept, concept), path, [checkpoint_folder(concept.name), *last_places()])
+        written = keep(partial(save_concept, concept), path, [checkpoint_folder(concept.name), *last_places()])
     except AdapterError as error:
-        said = f"stopped after {result.step} steps; what was learned could not be written: {error}"
-        logging.warning("%s: %s", concept.name, said)
-        show_text(said)
+        sentence = f"stopped after {result.step} steps; what was learned could not be written: {error}"
+        logging.warning("%s: %s", concept.name, sentence)
+        show_text(sentence)
         return None
-    why = "" if kept.fault is None else f", since {kept.fault}"
-    logging.info("%s: stopped after %d steps; what was learned is in %s%s", concept.name, result.step, kept.path, why)
-    place = f"models/concepts/{kept.path.name}" if kept.fault is None else kept.path
+    why = "" if written.fault is None else f", since {written.fault}"
+    logging.info(
+        "%s: stopped after %d steps; what was learned is in %s%s", concept.name, result.step, written.path, why
+    )
+    place = f"models/concepts/{written.path.name}" if written.fault is None else written.path
     show_text(f"stopped after {result.step} steps; what was learned is in {place}{why}")
-    return kept.path
+    return written.path
 
 
 def _concepts_folder() -> Path:

@@ -382,9 +382,9 @@ def shaped_for(adapter: LowRank, weight_shape: Sequence[int]) -> LowRank:
 
     Some programs write a convolution's lora_down as (rank, in * kh * kw), or a Linear's as (rank, in, 1, 1).
     """
-    wanted, given = tuple(weight_shape[1:]), tuple(adapter.lora_down.shape[1:])
-    plain = len(wanted) != len(given) and math.prod(wanted) == math.prod(given)
-    if not plain or (len(given) == 3 and given[1:] != (1, 1)):
+    wanted, there = tuple(weight_shape[1:]), tuple(adapter.lora_down.shape[1:])
+    plain = len(wanted) != len(there) and math.prod(wanted) == math.prod(there)
+    if not plain or (len(there) == 3 and there[1:] != (1, 1)):
         return adapter
     return adapter.replace(lora_down=adapter.lora_down.reshape(adapter.rank, *wanted))
 

@@ -133,9 +133,9 @@ def name_of_key(key: str) -> str | None:
 def name_of_original(path: str) -> str | None:
     """The canonical name of a denoiser's module by its path in the model's original layout, or None."""
     for network in networks("unet"):
-        own = network.original(path)
-        if own is not None and network.has(own):
-            return f"unet.{own}"
+        renamed = network.original(path)
+        if renamed is not None and network.has(renamed):
+            return f"unet.{renamed}"
     return None
 
 

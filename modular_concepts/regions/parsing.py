@@ -219,11 +219,11 @@ def _flat(value: object, lists: int = 8) -> list:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise AdapterError(f"the regions' JSON has the entry {clip(twice)} twice in one object; keep one")
-    return found
+    return entries
 
 
 def _no_constant(name: str) -> float:

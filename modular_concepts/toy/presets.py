@@ -34,17 +34,17 @@ def on_toy_base(preset: Preset, described: bool = False) -> Preset:
     fast: at the usual rate nothing of it is learned here.  CLIP's bound on a word's length says nothing here.
     described: whether the word starts from a description; it then needs fewer and smaller steps.
     """
-    own, demo = preset.settings, SETTINGS if described else UNDESCRIBED
-    faster = demo.adapter_lr / USUAL_ADAPTER_LR * (1 if own.token_lr else ALONE)
+    usual, demo = preset.settings, SETTINGS if described else UNDESCRIBED
+    faster = demo.adapter_lr / USUAL_ADAPTER_LR * (1 if usual.token_lr else ALONE)
     settings = replace(
-        own,
-        rank=min(own.rank, demo.rank),
+        usual,
+        rank=min(usual.rank, demo.rank),
         blocks=BLOCKS,
         steps=demo.steps,
         batch=demo.batch,
-        adapter_lr=own.adapter_lr * faster,
-        text_encoder_lr=None if own.text_encoder_lr is None else own.text_encoder_lr * faster,
-        token_lr=min(1.0, own.token_lr / USUAL_TOKEN_LR) * demo.token_lr,
+        adapter_lr=usual.adapter_lr * faster,
+        text_encoder_lr=None if usual.text_encoder_lr is None else usual.text_encoder_lr * faster,
+        token_lr=min(1.0, usual.token_lr / USUAL_TOKEN_LR) * demo.token_lr,
         token_vectors=demo.token_vectors,
         token_noise=demo.token_noise,
         token_norm=None,
