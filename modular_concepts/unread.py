@@ -24,7 +24,7 @@ _ALWAYS = Read()
 RECORDED = "a file that says how it was trained"
 
 
-def _declared(*groups: Mapping[str, Setting]) -> dict[str, Read]:
+def _read_declarations(*groups: Mapping[str, Setting]) -> dict[str, Read]:
     """What the declarations say of who reads each setting."""
     settings = (setting for group in groups for setting in group.values())
     return {setting.name: Read(setting.read_by or None, setting.needs) for setting in settings}
@@ -36,7 +36,7 @@ TRAIN: Mapping[str, Read] = MappingProxyType(
         **dict.fromkeys(("preset", "list_presets", "size", "cache", "compact"), _ALWAYS),
         **dict.fromkeys(("checkpoints", "resume"), _ALWAYS),
         "accept_changes": Read(None, "resume"),
-        **_declared(TRAINING, BESIDE_TRAINING),
+        **_read_declarations(TRAINING, BESIDE_TRAINING),
     }
 )
 MERGE: Mapping[str, Read] = MappingProxyType(
@@ -44,13 +44,13 @@ MERGE: Mapping[str, Read] = MappingProxyType(
         **dict.fromkeys(("concepts", "out", "overwrite", "base", "thumbnail"), _ALWAYS),
         **dict.fromkeys(("title", "author", "description", "license", "tags"), _ALWAYS),
         "moments": Read(("fusion",)),
-        **_declared(MERGING, BESIDE_MERGING),
+        **_read_declarations(MERGING, BESIDE_MERGING),
     }
 )
 SAMPLE: Mapping[str, Read] = MappingProxyType(
     {
         **dict.fromkeys(("prompt", "concept", "region", "out", "base", "overwrite"), _ALWAYS),
-        **_declared(SAMPLED),
+        **_read_declarations(SAMPLED),
     }
 )
 DEMO: Mapping[str, Read] = MappingProxyType(dict.fromkeys(("out", "overwrite"), _ALWAYS))

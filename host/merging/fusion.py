@@ -78,7 +78,7 @@ def fused(
     merged(model, clip, stack)  # What does not fit together is refused before anything is drawn.
     bar, moments, sentences = comfy.utils.ProgressBar(len(stack)), [], []
     for concept, _ in stack:
-        each, source = _moments(model, clip, concept, drawing, anew)
+        each, source = _find_moments(model, clip, concept, drawing, anew)
         moments.append(each)
         sentences.append(f"{concept.name}: {source}")
         bar.update(1)
@@ -87,7 +87,7 @@ def fused(
     return *result, "\n".join([*sentences, *warnings_of(model, clip, stack, "" if beside else "weights")])
 
 
-def _moments(
+def _find_moments(
     model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, concept: Concept, drawing: Drawing, anew: bool
 ) -> tuple[Mapping[str, Moment], str]:
     file = file_of(concept)

@@ -165,11 +165,11 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
     def keep_learned(result: TrainResult) -> Path | None:
         return keep_unfinished(concept_from(base, subject, result, plan.basis, plan.targets), result)
 
-    with base.trainable(), _interruptible(), _enough_memory(plan.settings):
-        subject = replace(subject, prior=_prior(base, plan))
+    with base.trainable(), _allow_interrupts(), _advise_on_memory(plan.settings):
+        subject = replace(subject, prior=_draw_prior(base, plan))
         watch = Watch(plan.settings.steps, plan.previews, partial(draw, base), notes)
         latents = latents_folder() if plan.keep_latents else None
-        keeping = Keeping(folder, _resume(folder, plan), plan.accept_changes, not plan.resume, latents)
+        keeping = Keeping(folder, _find_checkpoint(folder, plan), plan.accept_changes, not plan.resume, latents)
         listeners = Listeners(watch, partial(_announce, plan, notes), keep_learned)
         try:
             concept, result = train_concept(base, subject, plan.settings, plan.targets, listeners, keeping, plan.basis)
@@ -193,7 +193,7 @@ def _announce(plan: Plan, notes: Sequence[str], estimate: Estimate) -> None:
     """
     folder = checkpoint_folder(plan.subject.name)
     count = checkpoints_to_come(folder, plan.settings, estimate.done)
-    check_room([(_concepts_folder(), estimate.concept_bytes), (folder, count * estimate.checkpoint_bytes)])
+    check_room([(_find_concepts_folder(), estimate.concept_bytes), (folder, count * estimate.checkpoint_bytes)])
     logging.info("%s: %s", plan.subject.name, estimate)
     for sentence in notes:
         logging.warning("%s: %s", plan.subject.name, sentence)
@@ -213,19 +213,19 @@ def _notes(base: HostBase, plan: Plan) -> list[str]:
     chosen += ["accept_changes"] if plan.accept_changes else []
     return [
         *plan.notes,
-        *_nothing_to_resume(plan),
+        *_note_nothing_to_resume(plan),
         *find_unread(TRAIN, chosen, plan.settings.method, present, lambda name: NODE_NAMES.get(name, name)),
     ]
 
 
-def _nothing_to_resume(plan: Plan) -> list[str]:
+def _note_nothing_to_resume(plan: Plan) -> list[str]:
     if not plan.resume or checkpoints_in(checkpoint_folder(plan.subject.name)):
         return []
     return [f"resume is on, but there is no checkpoint of {plan.subject.name} yet, so it starts from the beginning"]
 
 
 @contextmanager
-def _enough_memory(settings: TrainSettings) -> Generator[None]:
+def _advise_on_memory(settings: TrainSettings) -> Generator[None]:
     """Memory that runs out outside of the training's own steps, in the VAE for instance, as a sentence that helps."""
     try:
         yield
@@ -237,7 +237,7 @@ def _enough_memory(settings: TrainSettings) -> Generator[None]:
 
 
 @contextmanager
-def _interruptible() -> Generator[None]:
+def _allow_interrupts() -> Generator[None]:
     """A cancel outside of the training loop, as the host's own interrupt."""
     try:
         yield
@@ -260,7 +260,7 @@ def keep_unfinished(concept: Concept, result: TrainResult) -> Path | None:
     """
     if not result.step:
         return None
-    path = free_name(_concepts_folder() / f"{safe_name(concept.name)}-cancelled-step{result.step}.safetensors")
+    path = free_name(_find_concepts_folder() / f"{safe_name(concept.name)}-cancelled-step{result.step}.safetensors")
     try:
         written = keep(partial(save_concept, concept), path, [checkpoint_folder(concept.name), *last_places()])
     except AdapterError as error:
@@ -277,7 +277,7 @@ def keep_unfinished(concept: Concept, result: TrainResult) -> Path | None:
     return written.path
 
 
-def _concepts_folder() -> Path:
+def _find_concepts_folder() -> Path:
     return Path(folder_paths.get_folder_paths("concepts")[0])
 
 
@@ -290,7 +290,7 @@ def lora_of(concept: Concept) -> dict[str, Tensor]:
     }
 
 
-def _prior(base: HostBase, plan: Plan) -> Examples | None:
+def _draw_prior(base: HostBase, plan: Plan) -> Examples | None:
     if plan.prior_pictures < 1:
         return None
     height, width = plan.size
@@ -300,6 +300,6 @@ def _prior(base: HostBase, plan: Plan) -> Examples | None:
     return prior_examples(base, prior, bar.update_absolute, latents_folder() if plan.keep_latents else None)
 
 
-def _resume(folder: Path, plan: Plan) -> Path | None:
+def _find_checkpoint(folder: Path, plan: Plan) -> Path | None:
     """The checkpoint to go on from; the training itself puts aside what is another's."""
     return newest_checkpoint(folder) if plan.resume and checkpoints_in(folder) else None

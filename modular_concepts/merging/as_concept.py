@@ -65,13 +65,13 @@ def as_concept(
     """The concept of a merge whose layers are there already: words, triggers and where it comes from are its parts'."""
     rank = max((adapter.rank for adapter in layers.values()), default=1)
     parts = list(zip(concepts, strengths, strict=True))
-    sample = _common(concept.recipe.origin.get(SAMPLE) for concept in concepts)
+    sample = _agree_on(concept.recipe.origin.get(SAMPLE) for concept in concepts)
     recipe = Recipe(
         method="lora",
         rank=rank,
         alpha=float(rank),
-        base_hash=_common(concept.recipe.base_hash for concept in concepts),
-        architecture=_common(concept.recipe.architecture for concept in concepts),
+        base_hash=_agree_on(concept.recipe.base_hash for concept in concepts),
+        architecture=_agree_on(concept.recipe.architecture for concept in concepts),
         triggers=tuple(
             dict.fromkeys(word for concept in concepts for word in concept.recipe.triggers or tuple(concept.tokens))
         ),
@@ -86,7 +86,7 @@ def as_concept(
                 for class_word, share in (voice_of(concept, word),)
             },
             "parts": [
-                {"name": concept.name, "strength": strength, "origin": _origin(concept, sample)}
+                {"name": concept.name, "strength": strength, "origin": _describe_origin(concept, sample)}
                 for concept, strength in parts
             ],
         },
@@ -94,7 +94,7 @@ def as_concept(
     return Concept(name, layers, {word: rows for concept in concepts for word, rows in concept.tokens.items()}, recipe)
 
 
-def _origin(concept: Concept, sample: str) -> dict[str, object]:
+def _describe_origin(concept: Concept, sample: str) -> dict[str, object]:
     """A part's origin, without the sample of the base that the whole says already.
 
     Of merges of merges of merges the innermost parts are left out, or no reader would go so deep.
@@ -105,7 +105,7 @@ def _origin(concept: Concept, sample: str) -> dict[str, object]:
     return {key: value for key, value in concept.recipe.origin.items() if key not in left_out}
 
 
-def _common(values) -> str:
+def _agree_on(values) -> str:
     """What all that say something say, or ""."""
     different = {value for value in values if isinstance(value, str) and value}
     return different.pop() if len(different) == 1 else ""

@@ -50,7 +50,7 @@ class BlockStrengths:
             if not part.strip():
                 continue
             entry = _ENTRY.fullmatch(part.lower())
-            value = _number(entry["value"]) if entry else None
+            value = _read_number(entry["value"]) if entry else None
             kind = " ".join(entry["kind"].split()) if entry else ""
             counted = block_kinds().get(kind)
             if entry is None or value is None or counted is None or (entry["number"] and not counted):
@@ -66,13 +66,13 @@ class BlockStrengths:
         """The factor of a layer, by its canonical name."""
         block, factor = block_of(layer), 1.0
         for name, value in self.entries:
-            if name in (block, _kind(block)):
+            if name in (block, _name_kind(block)):
                 factor = value
         return factor
 
     def unmet(self, layers: Iterable[str]) -> list[str]:
         """The blocks that are named and of which there is no layer, by its canonical name."""
-        blocks = {part for layer in layers for block in (block_of(layer),) for part in (block, _kind(block))}
+        blocks = {part for layer in layers for block in (block_of(layer),) for part in (block, _name_kind(block))}
         return [name for name in dict.fromkeys(name for name, _ in self.entries) if name not in blocks]
 
     def on(self, layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
@@ -84,13 +84,13 @@ class BlockStrengths:
         }
 
 
-def _kind(block: str) -> str:
+def _name_kind(block: str) -> str:
     """down 0 -> down, second text 3 -> second text."""
     kind, _, number = block.rpartition(" ")
     return kind if number.isdigit() else block
 
 
-def _number(text: str) -> float | None:
+def _read_number(text: str) -> float | None:
     try:
         value = number_typed(text)
     except ValueError:

@@ -121,11 +121,11 @@ def refuse_shared_triggers(concepts: Sequence[Concept]) -> None:
     for concept in concepts:
         for word, rows in concept.tokens.items():
             if word in owners:
-                raise AdapterError(_shared(word, owners[word], concept, rows.equal(owners[word].tokens[word])))
+                raise AdapterError(_find_shared(word, owners[word], concept, rows.equal(owners[word].tokens[word])))
             owners[word] = concept
 
 
-def _shared(word: str, one: Concept, other: Concept, same: bool) -> str:
+def _find_shared(word: str, one: Concept, other: Concept, same: bool) -> str:
     if one.name != other.name:
         return f"{one.name} and {other.name} both answer to {word}; use one of them, or train one under another name"
     if same:

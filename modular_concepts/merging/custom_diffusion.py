@@ -37,7 +37,7 @@ def constrained_factors(
     """
     device = adapters[0].lora_up.device
     pairs = [
-        (strength * adapter.delta().flatten(1).double(), _distinct(texts.to(device).double()))
+        (strength * adapter.delta().flatten(1).double(), _drop_repeats(texts.to(device).double()))
         for adapter, strength, texts in zip(adapters, strengths, features, strict=True)
     ]
     rows = torch.cat([texts for _, texts in pairs])
@@ -61,7 +61,7 @@ def constrained_factors(
     return MergedLayer(up.to(dtype), down.to(dtype), None, first.out_features)
 
 
-def _distinct(rows: Tensor) -> Tensor:
+def _drop_repeats(rows: Tensor) -> Tensor:
     """Rows in order, without those that are there already to within rounding."""
     different: list[Tensor] = []
     for row in rows:

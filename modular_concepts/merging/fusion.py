@@ -45,12 +45,12 @@ def fused_factors(
     if len(adapters) == 1:
         return merged_factors(adapters, strengths)
     first = adapters[0]
-    damped = [_damped(moment.to(first.lora_up.device), ridge) for moment in moments]
+    damped = [_damp(moment.to(first.lora_up.device), ridge) for moment in moments]
     ups = [adapter.full_up().double() * (s * adapter.scale) for adapter, s in zip(adapters, strengths, strict=True)]
     read = torch.cat([_read(a.lora_down.flatten(1).double(), c) for a, c in zip(adapters, damped, strict=True)])
     few = [moment for moment in damped if isinstance(moment, Moment)]
     if len(few) == len(damped) and sum(len(moment.factor) for moment in few) < read.shape[1]:
-        down = _solved_by_directions(read, few)
+        down = _solve_by_directions(read, few)
     else:
         total = sum((m.matrix() if isinstance(m, Moment) else m for m in damped), torch.zeros(()))
         down = torch.linalg.solve(total, read.mT).mT
@@ -59,7 +59,7 @@ def fused_factors(
     return MergedLayer(torch.cat(ups, dim=1).to(dtype), down.to(dtype), None, first.out_features)
 
 
-def _damped(moment: Tensor | Moment, ridge: float) -> Tensor | Moment:
+def _damp(moment: Tensor | Moment, ridge: float) -> Tensor | Moment:
     """C + mu I, mu relative to the mean of C's eigenvalues.  Inputs that never varied leave the identity."""
     if isinstance(moment, Moment):
         size = float(moment.factor.double().square().sum()) / moment.factor.shape[1] + moment.rest
@@ -77,7 +77,7 @@ def _read(down: Tensor, moment: Tensor | Moment) -> Tensor:
     return (down @ factor.mT) @ factor + moment.rest * down
 
 
-def _solved_by_directions(read: Tensor, moments: Sequence[Moment]) -> Tensor:
+def _solve_by_directions(read: Tensor, moments: Sequence[Moment]) -> Tensor:
     """read (F^T F + t I)^-1, F all directions and t all rests."""
     stacked, rest = torch.cat([moment.factor.double() for moment in moments]), sum(moment.rest for moment in moments)
     inner = stacked @ stacked.mT + rest * torch.eye(len(stacked)).to(stacked)

@@ -53,7 +53,7 @@ class LayerStack:
         Raises AdapterError that names the concept where there are none, or those of another width.
         """
         return [
-            _moment_of(self.layer, name, adapter, recorded)
+            _find_moment(self.layer, name, adapter, recorded)
             for name, adapter, recorded in zip(self.names, self.adapters, self.evidence.moments, strict=True)
         ]
 
@@ -87,7 +87,7 @@ class Method:
     needs: str = ""
 
 
-def _moment_of(layer: str, name: str, adapter: LowRank, recorded: Mapping[str, Tensor | Moment]) -> Tensor | Moment:
+def _find_moment(layer: str, name: str, adapter: LowRank, recorded: Mapping[str, Tensor | Moment]) -> Tensor | Moment:
     # What a layer reads, all of its sites read.
     moment = recorded.get(layer, recorded.get(layer_of(layer)))
     if moment is None:

@@ -74,7 +74,7 @@ def merge_concepts(
     how and all after it: as `Merge`.
     Raises AdapterError that names the concepts and the layer when they do not fit together.
     """
-    return dict(merge_layers(_pairs(concepts, strengths), Merge(how, literal, options, evidence)))
+    return dict(merge_layers(_pair_up(concepts, strengths), Merge(how, literal, options, evidence)))
 
 
 def add_concepts(
@@ -91,7 +91,7 @@ def add_concepts(
     weights: layer -> weight, for every layer that a concept has, on any device.  Beside them there is never more than
     one layer's factors, and its delta for the methods that drop single weights.  Half merged if it raises.
     """
-    for layer, merged in merge_layers(_pairs(concepts, strengths), Merge(how, literal, options, evidence)):
+    for layer, merged in merge_layers(_pair_up(concepts, strengths), Merge(how, literal, options, evidence)):
         merged.add_to(weights[layer])
 
 
@@ -111,7 +111,7 @@ def merge_layers(stack: Pairs, merge: Merge = SUMMED) -> Iterator[tuple[str, Mer
         adapters = together([by_concept[index][layer] for index in owners])
         names = [concepts[index].name for index in owners]
         _check_layer(layer, names, adapters)
-        evidence = _of(merge.evidence, owners)
+        evidence = _take_evidence(merge.evidence, owners)
         yield (
             layer,
             method.merge_layer(
@@ -120,13 +120,13 @@ def merge_layers(stack: Pairs, merge: Merge = SUMMED) -> Iterator[tuple[str, Mer
         )
 
 
-def _pairs(concepts: Sequence[Mergeable], strengths: Sequence[float]) -> Pairs:
+def _pair_up(concepts: Sequence[Mergeable], strengths: Sequence[float]) -> Pairs:
     if concepts and len(concepts) != len(strengths):
         raise AdapterError(f"{len(strengths)} strengths for {len(concepts)} concepts; give one for each")
     return list(zip(concepts, strengths, strict=False))
 
 
-def _of(evidence: Evidence, owners: Sequence[int]) -> Evidence:
+def _take_evidence(evidence: Evidence, owners: Sequence[int]) -> Evidence:
     """What belongs to some of the concepts, by their numbers."""
     moments = [evidence.moments[index] for index in owners] if evidence.moments else []
     texts = [evidence.texts[index] for index in owners] if evidence.texts else []

@@ -40,18 +40,18 @@ def orthogonalised(concepts: Sequence[Mapping[str, LowRank]], way: str = "symmet
     for layer in {name: None for layers in concepts for name in layers}:
         owners = [index for index, layers in enumerate(concepts) if layer in layers]
         adapters = together([concepts[index][layer] for index in owners])
-        spaces = [_row_space(adapter) for adapter in adapters]
+        spaces = [_find_row_space(adapter) for adapter in adapters]
         width, needed = spaces[0].shape[1], sum(len(space) for space in spaces)
         if needed > width:
             raise AdapterError(
                 f"{layer}: {len(owners)} concepts read {needed} directions of a layer that has {width}; make fewer "
                 "concepts orthogonal at once, or cut their ranks first"
             )
-        new = _symmetric(spaces) if way == "symmetric" else _sequential(spaces)
+        new = _orthogonalize_alike(spaces) if way == "symmetric" else _orthogonalize_in_turn(spaces)
         for index, adapter, space in zip(owners, adapters, new, strict=True):
-            changed = _projected(adapter, space)
-            before[index] += _energy(adapter)
-            after[index] += _energy(changed)
+            changed = _project(adapter, space)
+            before[index] += _measure_energy(adapter)
+            after[index] += _measure_energy(changed)
             results[index][layer] = changed
     shares = [share / whole if whole else 1.0 for share, whole in zip(after, before, strict=True)]
     return Orthogonalised(results, shares)
@@ -81,7 +81,7 @@ def orthogonal_concepts(concepts: Sequence[Concept], way: str = "symmetric") -> 
     return new, changed.kept
 
 
-def _row_space(adapter: LowRank) -> Tensor:
+def _find_row_space(adapter: LowRank) -> Tensor:
     """(k, n) orthonormal rows that span what the delta reads, k <= rank; float64."""
     down = adapter.lora_down.detach().flatten(1).double()
     _, weight = torch.linalg.qr(adapter.lora_up.detach().double())
@@ -89,14 +89,14 @@ def _row_space(adapter: LowRank) -> Tensor:
     return rows[values > values.max().clamp(min=1e-300) * 1e-6]
 
 
-def _symmetric(spaces: Sequence[Tensor]) -> list[Tensor]:
+def _orthogonalize_alike(spaces: Sequence[Tensor]) -> list[Tensor]:
     stacked = torch.cat(list(spaces))
     # The polar factor: the nearest matrix with orthonormal rows, also where directions are shared.
     left, _, right = torch.linalg.svd(stacked, full_matrices=False)
     return list((left @ right).split([len(space) for space in spaces]))
 
 
-def _sequential(spaces: Sequence[Tensor]) -> list[Tensor]:
+def _orthogonalize_in_turn(spaces: Sequence[Tensor]) -> list[Tensor]:
     taken, new = spaces[0][:0], []
     for space in spaces:
         rest = space - (space @ taken.mT) @ taken
@@ -107,7 +107,7 @@ def _sequential(spaces: Sequence[Tensor]) -> list[Tensor]:
     return new
 
 
-def _projected(adapter: LowRank, rows: Tensor) -> LowRank:
+def _project(adapter: LowRank, rows: Tensor) -> LowRank:
     """delta P with P = rows^T rows, as an adapter of rank len(rows) with those rows as its lora_down."""
     rows = rows if len(rows) else rows.new_zeros(1, adapter.lora_down[0].numel())
     down = adapter.lora_down.detach().flatten(1).double()
@@ -121,6 +121,6 @@ def _projected(adapter: LowRank, rows: Tensor) -> LowRank:
     )
 
 
-def _energy(adapter: LowRank) -> float:
+def _measure_energy(adapter: LowRank) -> float:
     up, down = adapter.lora_up.detach().double(), adapter.lora_down.detach().flatten(1).double()
     return float(adapter.scale**2 * ((up.mT @ up) * (down @ down.mT)).sum())

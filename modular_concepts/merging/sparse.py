@@ -61,24 +61,24 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
     return torch.where(delta.abs() >= threshold, delta, torch.zeros_like(delta))
 
 
-def _deltas(stack: LayerStack, how: str) -> list[Tensor]:
+def _compute_deltas(stack: LayerStack, how: str) -> list[Tensor]:
     stack.check_room(how, whole=True)
     return [adapter.delta().detach() for adapter in stack.adapters]
 
 
-def _magnitude_layer(stack: LayerStack) -> MergedDense:
-    return magnitude_merge(_deltas(stack, "magnitude"), stack.strengths, stack.options.density)
+def _merge_by_magnitude(stack: LayerStack) -> MergedDense:
+    return magnitude_merge(_compute_deltas(stack, "magnitude"), stack.strengths, stack.options.density)
 
 
-def _dare_layer(stack: LayerStack) -> MergedDense:
+def _merge_by_dare(stack: LayerStack) -> MergedDense:
     generators = [seeded(stack.options.seed, "dare", name, stack.layer) for name in stack.names]
-    return dare_merge(_deltas(stack, "dare"), stack.strengths, stack.options.density, generators)
+    return dare_merge(_compute_deltas(stack, "dare"), stack.strengths, stack.options.density, generators)
 
 
-def _ties_layer(stack: LayerStack) -> MergedDense:
-    return ties_merge(_deltas(stack, "ties"), stack.strengths, stack.options.density)
+def _merge_by_ties(stack: LayerStack) -> MergedDense:
+    return ties_merge(_compute_deltas(stack, "ties"), stack.strengths, stack.options.density)
 
 
-MAGNITUDE = Method("magnitude", _magnitude_layer)
-DARE = Method("dare", _dare_layer)
-TIES = Method("ties", _ties_layer)
+MAGNITUDE = Method("magnitude", _merge_by_magnitude)
+DARE = Method("dare", _merge_by_dare)
+TIES = Method("ties", _merge_by_ties)

@@ -37,12 +37,12 @@ def truncated(layer: MergedLayer, rank: int) -> tuple[MergedLayer, float]:
 
 def share_kept(cut: Mapping[str, Merged], whole: Mapping[str, Merged]) -> float:
     """The share of |delta|^2, over all layers, that a cut merge has of the whole one, 0..1."""
-    total = sum(map(_energy, whole.values()))
+    total = sum(map(_measure_energy, whole.values()))
     # Rounding alone takes a cut that keeps everything above 1.
-    return min(1.0, sum(map(_energy, cut.values())) / total) if total else 1.0
+    return min(1.0, sum(map(_measure_energy, cut.values())) / total) if total else 1.0
 
 
-def _energy(layer: Merged) -> float:
+def _measure_energy(layer: Merged) -> float:
     if not isinstance(layer, MergedLayer | MergedSum):
         return float(layer.delta().double().square().sum())
     up, down = layer.up.double(), layer.down.flatten(1).double()

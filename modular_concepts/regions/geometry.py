@@ -147,9 +147,9 @@ def region_weights(regions: Sequence[Region], height: int, width: int, overlap: 
     declared.OVERLAP.check(overlap)
     weights = torch.zeros(len(regions), height, width)
     for weight, region in zip(weights, regions, strict=True):
-        weight.copy_(_cover(region, height, width))
+        weight.copy_(_find_cover(region, height, width))
         if region.feather:
-            weight.copy_(_blurred(weight, region.feather * min(height, width)))
+            weight.copy_(_blur(weight, region.feather * min(height, width)))
         if region.strength != 1:
             weight.mul_(region.strength)
     if overlap == "priority":
@@ -170,7 +170,7 @@ def refuse_unplaced(regions: Sequence[Region]) -> None:
             )
 
 
-def _cover(region: Region, height: int, width: int) -> Tensor:
+def _find_cover(region: Region, height: int, width: int) -> Tensor:
     refuse_unplaced([region])
     if region.pixels:
         raise AdapterError(f"region {region.prompt!r} counts pixels of a picture that nobody named; place it first")
@@ -183,7 +183,7 @@ def _cover(region: Region, height: int, width: int) -> Tensor:
     return cover
 
 
-def _blurred(cover: Tensor, cells: float) -> Tensor:
+def _blur(cover: Tensor, cells: float) -> Tensor:
     """Mean over a square of `cells` cells, which may be a broken number; the picture's border repeats outside."""
     reach = math.ceil((cells - 1) / 2)
     if reach < 1:

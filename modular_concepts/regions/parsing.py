@@ -48,7 +48,7 @@ def regions_from_json(text: str, masks: Tensor | None = None) -> list[Region]:
     if len(text) > MOST_TEXT:
         raise AdapterError(f"the regions are {len(text)} characters of JSON; at most {MOST_TEXT} are read")
     try:
-        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        data = json.loads(text, object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant)
     except AdapterError:
         raise
     except json.JSONDecodeError as error:
@@ -66,7 +66,7 @@ def regions_from_json(text: str, masks: Tensor | None = None) -> list[Region]:
         raise AdapterError(f"the regions must be a JSON list of objects; got {clip(data)}")
     if len(data) > MOST_REGIONS:
         raise AdapterError(f"there are {len(data)} regions; at most {MOST_REGIONS} fit in one picture")
-    return [_region(f"region {number}", entry, masks) for number, entry in enumerate(data, 1)]
+    return [_read_region(f"region {number}", entry, masks) for number, entry in enumerate(data, 1)]
 
 
 def json_problem(text: str) -> str:
@@ -91,13 +91,15 @@ def region_box(bounding_box: object) -> tuple[float, float, float, float]:
 
     Raises AdapterError for several boxes, for none, and for what is no box.
     """
-    boxes = _flat(bounding_box)
+    boxes = _flatten(bounding_box)
     if len(boxes) != 1:
         raise AdapterError(f"there are {len(boxes)} bounding boxes; give one, a region for each")
     (box,) = boxes
     if not isinstance(box, Mapping) or not {"x", "y", "width", "height"} <= set(box):
         raise AdapterError(f"a bounding box has x, y, width and height; got {clip(box)}")
-    left, top, width, height = (_number(f"the bounding box's {key}", box[key]) for key in ("x", "y", "width", "height"))
+    left, top, width, height = (
+        _read_number(f"the bounding box's {key}", box[key]) for key in ("x", "y", "width", "height")
+    )
     return left, top, left + width, top + height
 
 
@@ -124,7 +126,7 @@ def names_from(text: str) -> tuple[str, ...] | None:
     return names or None
 
 
-def _region(what: str, entry: object, masks: Tensor | None) -> Region:
+def _read_region(what: str, entry: object, masks: Tensor | None) -> Region:
     if not isinstance(entry, dict):
         raise AdapterError(f"{what} must be a JSON object; got {clip(entry)}")
     unknown = sorted(set(entry) - set(FIELDS))
@@ -141,7 +143,7 @@ def _region(what: str, entry: object, masks: Tensor | None) -> Region:
             raise AdapterError(f"{what} has a box and a mask; give one of them")
         if masks is None:
             raise AdapterError(f"{what} asks for mask {clip(entry['mask'])}, but no masks are connected")
-        mask = one_mask(what, masks, _whole(f"{what}: mask", entry["mask"]))
+        mask = one_mask(what, masks, _read_whole(f"{what}: mask", entry["mask"]))
     elif box is None:
         raise AdapterError(
             f'{what} has neither box nor mask; the whole picture is the box [0, 0, 1, 1], and "automatic" has its '
@@ -151,27 +153,29 @@ def _region(what: str, entry: object, masks: Tensor | None) -> Region:
         box = None
     try:
         return Region(
-            prompt=_text(f"{what}: prompt", entry["prompt"]),
-            box=None if box is None else _box(what, box, units),
+            prompt=_read_text(f"{what}: prompt", entry["prompt"]),
+            box=None if box is None else _read_box(what, box, units),
             mask=mask,
-            negative=_text(f"{what}: negative", entry["negative"]).strip() or None if "negative" in entry else None,
-            feather=_number(f"{what}: feather", entry.get("feather", FEATHER.default)),
-            strength=_number(f"{what}: strength", entry.get("strength", STRENGTH.default)),
+            negative=_read_text(f"{what}: negative", entry["negative"]).strip() or None
+            if "negative" in entry
+            else None,
+            feather=_read_number(f"{what}: feather", entry.get("feather", FEATHER.default)),
+            strength=_read_number(f"{what}: strength", entry.get("strength", STRENGTH.default)),
             pixels=units == "pixels",
-            concepts=_names(what, entry.get("concepts")),
-            start=_number(f"{what}: start", entry.get("start", START.default)),
-            end=_number(f"{what}: end", entry.get("end", END.default)),
-            priority=_whole(f"{what}: priority", entry.get("priority", PRIORITY.default)),
+            concepts=_read_names(what, entry.get("concepts")),
+            start=_read_number(f"{what}: start", entry.get("start", START.default)),
+            end=_read_number(f"{what}: end", entry.get("end", END.default)),
+            priority=_read_whole(f"{what}: priority", entry.get("priority", PRIORITY.default)),
         )
     except AdapterError as error:
         message = str(error)
         raise error if message.startswith(what) else AdapterError(f"{what}: {message}") from error
 
 
-def _box(what: str, value: object, units: str) -> tuple[float, float, float, float]:
+def _read_box(what: str, value: object, units: str) -> tuple[float, float, float, float]:
     if not isinstance(value, list | tuple) or len(value) != 4:
         raise AdapterError(f"{what}: box must be four numbers (left, top, right, bottom); got {clip(value)}")
-    left, top, right, bottom = (_number(f"{what}: box", edge) for edge in value)
+    left, top, right, bottom = (_read_number(f"{what}: box", edge) for edge in value)
     box = (left, top, right, bottom)
     if units == "fractions" and max(box) > 1:
         raise AdapterError(
@@ -181,15 +185,15 @@ def _box(what: str, value: object, units: str) -> tuple[float, float, float, flo
     return box
 
 
-def _names(what: str, value: object) -> tuple[str, ...] | None:
+def _read_names(what: str, value: object) -> tuple[str, ...] | None:
     if value is None:
         return None
     if not isinstance(value, list):
         raise AdapterError(f"{what}: concepts must be a list of names; got {clip(value)}")
-    return tuple(_text(f"{what}: concepts", name) for name in value)
+    return tuple(_read_text(f"{what}: concepts", name) for name in value)
 
 
-def _text(what: str, value: object) -> str:
+def _read_text(what: str, value: object) -> str:
     if not isinstance(value, str):
         raise AdapterError(f"{what} must be text; got {clip(value)}")
     try:
@@ -199,26 +203,26 @@ def _text(what: str, value: object) -> str:
     return value
 
 
-def _number(what: str, value: object) -> float:
+def _read_number(what: str, value: object) -> float:
     if not is_number(value) or not abs(value) <= 2**30:
         raise AdapterError(f"{what} must be a finite number; got {clip(value)}")
     return float(value)
 
 
-def _whole(what: str, value: object) -> int:
+def _read_whole(what: str, value: object) -> int:
     if type(value) is not int or abs(value) > 2**30:
         raise AdapterError(f"{what} must be a whole number; got {clip(value)}")
     return value
 
 
-def _flat(value: object, lists: int = 8) -> list:
+def _flatten(value: object, lists: int = 8) -> list:
     """What lies in lists, within so many of each other; a list within more comes as it is."""
     if lists and isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [box for part in value for box in _flat(part, lists - 1)]
+        return [box for part in value for box in _flatten(part, lists - 1)]
     return [value]
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
+def _refuse_repeats(pairs: list[tuple[str, object]]) -> dict:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
@@ -226,5 +230,5 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     return entries
 
 
-def _no_constant(name: str) -> float:
+def _refuse_constant(name: str) -> float:
     raise AdapterError(f"the regions' JSON holds {name}; numbers must be finite")

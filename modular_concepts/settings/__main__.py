@@ -2,6 +2,6 @@
 
 import sys
 
-from .page import settings_page
+from .page import write_page
 
-sys.stdout.write(settings_page())
+sys.stdout.write(write_page())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .setting import Setting, Widget, named
+from .setting import Setting, Widget, group
 from .training import LAST_SEED, RANK
 
 KIND = Setting(
@@ -48,4 +48,4 @@ SLOT_POLICY = Setting(
     choices=("slot", "hashed"),
     widget=Widget(advanced=True),
 )
-BASIS = named(KIND, SEED, METHOD, COLUMNS, SLOT_POLICY)
+BASIS = group(KIND, SEED, METHOD, COLUMNS, SLOT_POLICY)

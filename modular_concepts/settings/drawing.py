@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .setting import Setting, Widget, named
+from .setting import Setting, Widget, group
 
 GUIDANCE = "guidance (cfg above 1)"  # what a negative prompt needs
 
@@ -129,6 +129,6 @@ CONTROL = Setting(
 # Of a form's picture, for its shape alone.
 CANVAS = Setting("side", int, 512, "of the picture, in pixels", widget=Widget(least=16, most=16384, step=8))
 
-DRAWING = named(STEPS, CFG, HEIGHT, WIDTH, NEGATIVE, BATCH)  # what `SampleSettings` holds
-SAMPLED = named(UNITS, MODE, NEGATIVE, WIDTH, HEIGHT, STEPS, CFG, SEED, COUNT, ZOOM)  # what the shell asks
-REGION = named(FEATHER, STRENGTH, START, END, PRIORITY, CONTROL)
+DRAWING = group(STEPS, CFG, HEIGHT, WIDTH, NEGATIVE, BATCH)  # what `SampleSettings` holds
+SAMPLED = group(UNITS, MODE, NEGATIVE, WIDTH, HEIGHT, STEPS, CFG, SEED, COUNT, ZOOM)  # what the shell asks
+REGION = group(FEATHER, STRENGTH, START, END, PRIORITY, CONTROL)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .setting import Setting, Widget, named
+from .setting import Setting, Widget, group
 from .training import LAST_SEED
 
 # Method -> what it is, and what it does to orthogonal concepts, in a sentence for the person who chooses.
@@ -116,6 +116,6 @@ STRENGTH = Setting(
     widget=Widget(least=-2.0, most=2.0, step=0.01, round=0.01),
 )
 
-MERGING = named(DENSITY, SEED, RANK, RIDGE)  # what `MergeOptions` holds
-BESIDE_MERGING = named(HOW, LITERAL, EXACT)
-RECORDING = named(RECORDED_PICTURES, RECORDED_STEPS, RECORDED_SIDE)
+MERGING = group(DENSITY, SEED, RANK, RIDGE)  # what `MergeOptions` holds
+BESIDE_MERGING = group(HOW, LITERAL, EXACT)
+RECORDING = group(RECORDED_PICTURES, RECORDED_STEPS, RECORDED_SIDE)

@@ -41,29 +41,29 @@ _SECTIONS: tuple[tuple[str, str, Iterable[Setting]], ...] = (
 )
 
 
-def settings_page() -> str:
+def write_page() -> str:
     """All of docs/settings.md."""
-    return "\n".join([_TOP, *(_section(*section) for section in _SECTIONS)])
+    return "\n".join([_TOP, *(_write_section(*section) for section in _SECTIONS)])
 
 
-def _section(title: str, where: str, settings: Iterable[Setting]) -> str:
+def _write_section(title: str, where: str, settings: Iterable[Setting]) -> str:
     head = "| setting | default | values | in nodes | read by | what it is |\n|---|---|---|---|---|---|"
-    return "\n".join([f"## {title}\n\n{where}\n\n{head}", *map(_row, settings), ""])
+    return "\n".join([f"## {title}\n\n{where}\n\n{head}", *map(_write_row, settings), ""])
 
 
-def _row(setting: Setting) -> str:
+def _write_row(setting: Setting) -> str:
     cells = (
         f"`{setting.name}`",
-        _default(setting),
-        _values(setting),
-        _widget(setting),
+        _say_default(setting),
+        _say_values(setting),
+        _say_widget(setting),
         ", ".join(setting.read_by) + (f" with {setting.needs}" if setting.needs else ""),
         setting.tooltip,
     )
     return f"| {' | '.join(cell.strip() for cell in cells)} |"
 
 
-def _default(setting: Setting) -> str:
+def _say_default(setting: Setting) -> str:
     if setting.default is None:
         return "none" if setting.without == "none" else f"none: {setting.without}"
     if isinstance(setting.default, bool):
@@ -73,28 +73,28 @@ def _default(setting: Setting) -> str:
     return f"{setting.default:g}" if isinstance(setting.default, float) else str(setting.default) or "nothing"
 
 
-def _values(setting: Setting) -> str:
+def _say_values(setting: Setting) -> str:
     """What works, in words: the choices, or from where to where."""
     if setting.choices or setting.kind in (bool, str):
         return ", ".join(setting.choices) or ("on, off" if setting.kind is bool else "text")
     low = "" if setting.least is None else f"{setting.least:g}"
     low = low if setting.above is None else f"above {setting.above:g}"
-    high = "" if setting.most is None else f" to {_whole(setting.most)}"
+    high = "" if setting.most is None else f" to {_spell_number(setting.most)}"
     high = high if setting.below is None else f" to below {setting.below:g}"
     but = "" if setting.never is None else f", not {setting.never:g}"
     return f"{low or 'any'}{high or (' or more' if setting.least is not None else '')}{but}"
 
 
-def _whole(number: float) -> str:
+def _spell_number(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
-def _widget(setting: Setting) -> str:
+def _say_widget(setting: Setting) -> str:
     if setting.widget is None:
         return "-"
     name = f"`{setting.widget.name}`" if setting.widget.name else ""
     ends = [
-        f"{word} {_whole(end)}"
+        f"{word} {_spell_number(end)}"
         for word, end in (("from", setting.widget.least), ("to", setting.widget.most))
         if end is not None
     ]

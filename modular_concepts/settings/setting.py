@@ -96,7 +96,7 @@ class Setting:
         """
         if value is None and self.default is None:
             return
-        if must := self._fault(value):
+        if must := self._find_fault(value):
             shown = repr(value) if not isinstance(value, Real) else f"{value:g}" if self.must else str(value)
             raise AdapterError(f"{called or self.name} is {shown}; {must}")
 
@@ -112,7 +112,7 @@ class Setting:
             and number != self.never
         )
 
-    def _fault(self, value: object) -> str:
+    def _find_fault(self, value: object) -> str:
         """What the value would have to be, or "" where it is."""
         if self.choices:
             return "" if value in self.choices else f"choose one of {', '.join(self.choices)}"
@@ -123,9 +123,9 @@ class Setting:
         if isinstance(value, bool) or not isinstance(value, Integral if self.kind is int else Real):
             return "it must be a whole number" if self.kind is int else "it must be a number"
         number = cast(float, value)  # of any size: a seed is larger than what a float tells apart
-        return "" if self.allows(number) else self.must or self._bound(number)
+        return "" if self.allows(number) else self.must or self._say_bound(number)
 
-    def _bound(self, number: float) -> str:
+    def _say_bound(self, number: float) -> str:
         """The bound that a number does not keep."""
         if self.most is not None and number > self.most:
             return f"it can be at most {self.most}"
@@ -138,6 +138,6 @@ class Setting:
         return "it must be a finite number"
 
 
-def named(*settings: Setting) -> dict[str, Setting]:
+def group(*settings: Setting) -> dict[str, Setting]:
     """Settings by their names."""
     return {setting.name: setting for setting in settings}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .setting import Setting, Widget, named
+from .setting import Setting, Widget, group
 
 METHODS = ("lora", "orthogonal", "block", "block_orthogonal", "custom_diffusion", "words")
 TARGETS = ("attention", "cross_attention", "cross_attention_kv", "feed_forward", "all_linear")
@@ -346,7 +346,7 @@ KEEP_CHECKPOINTS = Setting(
 )
 
 # What `TrainSettings` holds beside the concept's name; the shell's help has them in this order.
-TRAINING = named(
+TRAINING = group(
     *(METHOD, SLOT, BLOCKS, LAYOUT, ERASURE, RANK, ALPHA, STEPS, BATCH, SEED, ADAPTER_LR, TEXT_ENCODER_LR, TOKEN_LR),
     *(TOKEN_VECTORS, TOKEN_START, TOKEN_NOISE, TOKEN_NORM, WARMUP, SCHEDULE, WEIGHT_DECAY, CLIP_NORM, NOISE_OFFSET),
     *(MIN_SNR, ATTENTION_REGULARISATION, PRIOR_WEIGHT, CAPTION_DROPOUT, OPTIMIZER, PRECISION, CHECKPOINT_EVERY),
@@ -386,4 +386,4 @@ BUCKETS = Setting(
     "all to one size",
     widget=Widget("keep_aspect", advanced=True),
 )
-BESIDE_TRAINING = named(BUCKETS, TARGET, TEXT_ENCODER, PRIOR)
+BESIDE_TRAINING = group(BUCKETS, TARGET, TEXT_ENCODER, PRIOR)

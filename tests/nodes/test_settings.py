@@ -16,7 +16,7 @@ from modular_concepts.merging import METHOD_HELP, MergeOptions
 from modular_concepts.merging.methods import METHODS
 from modular_concepts.sampling import SampleSettings
 from modular_concepts.settings import basis, drawing, merging, training
-from modular_concepts.settings.page import settings_page
+from modular_concepts.settings.page import write_page
 from modular_concepts.settings.setting import Setting
 from modular_concepts.training.settings import TrainSettings
 from modular_concepts.unread import COMMANDS
@@ -75,12 +75,12 @@ def calls(folder: str, apart: str):
 
 def test_the_page_is_what_the_declarations_say():
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert page == settings_page(), "python -m modular_concepts.settings > docs/settings.md"
+    assert page == write_page(), "python -m modular_concepts.settings > docs/settings.md"
 
 
 def test_every_declaration_stands_on_the_page():
     left_out = {"drawing.EDGE", "drawing.CANVAS"}  # widgets of a box and of an empty picture
-    page = settings_page()
+    page = write_page()
     assert not [name for name, each in DECLARED.items() if name not in left_out and f"| `{each.name}` |" not in page]
 
 
