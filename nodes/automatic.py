@@ -11,7 +11,7 @@ from ..host.regions.scene import Sampling, Scene
 from . import stacks
 from .regions import drawing_inputs, overlap_input, prompt_inputs
 from .types import CONCEPT_REGIONS, concepts_input
-from .unused import find_unused
+from .unused import unused
 
 
 class FindRegions(io.ComfyNode):
@@ -59,7 +59,7 @@ class FindRegions(io.ComfyNode):
         denoise,
         overlap,
     ) -> io.NodeOutput:
-        if idle := find_unused(cls, dict(negative=negative, cfg=cfg)):
+        if idle := unused(cls, dict(negative=negative, cfg=cfg)):
             show_text("\n".join(idle))
         how, stack = Sampling(sampler_name, scheduler, steps, cfg, seed, denoise), stacks.as_stack(concepts)
         scene = Scene(stack, regions, (prompt, negative), overlap=overlap)

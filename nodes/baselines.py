@@ -10,7 +10,7 @@ from ..modular_concepts.models.targets import Targets
 from ..modular_concepts.training.presets import PRESETS, Preset
 from .training_form import Form, Trainer, Way, inputs, outputs, rank_input, train
 from .training_options import MEANINGS
-from .unused import find_unused
+from .unused import unused
 
 INVERSION, P_PLUS = PRESETS["textual inversion"], PRESETS["p+"]
 CUSTOM, ED_LORA = PRESETS["custom diffusion"], PRESETS["ed-lora"]
@@ -66,7 +66,7 @@ class WordTrainer(Trainer):
     @classmethod
     def execute(cls, word: str, **common) -> io.NodeOutput:
         way = _take_preset(P_PLUS if word == WORDS[1] else INVERSION, targets=Targets())
-        return train(common, replace(way, notes=find_unused(cls, common)))
+        return train(common, replace(way, notes=unused(cls, common)))
 
 
 class CustomDiffusionTrainer(Trainer):
@@ -100,9 +100,7 @@ class CustomDiffusionTrainer(Trainer):
 
     @classmethod
     def execute(cls, **common) -> io.NodeOutput:
-        return train(
-            common, replace(_take_preset(CUSTOM, targets=Targets(CUSTOM.targets)), notes=find_unused(cls, common))
-        )
+        return train(common, replace(_take_preset(CUSTOM, targets=Targets(CUSTOM.targets)), notes=unused(cls, common)))
 
 
 class EDLoRATrainer(Trainer):
@@ -140,4 +138,4 @@ class EDLoRATrainer(Trainer):
         # A tenth of the others' in the paper, whatever the others' is.
         share = (ED_LORA.settings.text_encoder_lr or 0.0) / ED_LORA.settings.adapter_lr
         settings = {**way.settings, "text_encoder_lr": share * common["learning_rate"] or None}
-        return train(common, replace(way, settings=settings, notes=find_unused(cls, common)))
+        return train(common, replace(way, settings=settings, notes=unused(cls, common)))

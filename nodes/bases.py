@@ -10,7 +10,7 @@ from ..host.files.basis import basis_changed, basis_names, load_basis_named
 from ..host.messages import show_text
 from ..modular_concepts.adapters.basis import OrthogonalBasis, capacity
 from ..modular_concepts.settings import basis as declared
-from .unused import find_unused
+from .unused import unused
 from .widgets import widget
 
 ORTHO_BASIS = io.Custom("ORTHO_BASIS")
@@ -87,6 +87,6 @@ class OrthoBasisLoader(io.ComfyNode):
         matrices = OrthogonalBasis(kind, seed) if basis == GENERATED else load_basis_named(basis)
         choice = OrthoChoice(matrices, method, rank, slot_policy)
         values = dict(basis=basis, kind=kind, seed=seed)
-        info = "\n".join([*find_unused(OrthoBasisLoader, values), describe(choice)])
+        info = "\n".join([*unused(OrthoBasisLoader, values), describe(choice)])
         show_text(info)
         return io.NodeOutput(choice, info, ui=ui.PreviewText(info))

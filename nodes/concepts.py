@@ -14,7 +14,7 @@ from ..modular_concepts.files.modelspec import thumbnail as small_picture
 from ..modular_concepts.stack import Stack
 from . import stacks
 from .types import CONCEPT_STACK, LORA_STACK, blocks_input, concepts_input, explain_strength, strength_input
-from .unused import find_unused
+from .unused import unused
 
 FORMATS = ("concept", "concept, compact", "LoRA for stock loaders", "LoRA in diffusers' keys")
 
@@ -110,7 +110,7 @@ class LoRAToConcept(io.ComfyNode):
         words = [
             f"{concept.name} brings its words: {' '.join(concept.tokens)}" for concept, _ in stack if concept.tokens
         ]
-        idle = find_unused(cls, dict(lora=lora, name=name))
+        idle = unused(cls, dict(lora=lora, name=name))
         _tell([*idle, *filter(None, [left_out]), *words])
         return io.NodeOutput(stack, left_out)
 

@@ -18,7 +18,7 @@ from ..modular_concepts.regions.preview import draw_regions
 from ..modular_concepts.settings import drawing as declared
 from . import stacks
 from .types import CONCEPT_REGIONS, concepts_input
-from .unused import find_unused
+from .unused import unused
 from .widgets import widget
 
 AUTOMATIC = "automatic"
@@ -178,7 +178,7 @@ class ConceptRegion(io.ComfyNode):
         bounding_box=None,
     ) -> io.NodeOutput:
         chosen = dict(units=units, left=left, top=top, right=right, bottom=bottom, feather=feather)
-        if idle := find_unused(cls, {**chosen, "mask": mask, "bounding_box": bounding_box}):
+        if idle := unused(cls, {**chosen, "mask": mask, "bounding_box": bounding_box}):
             show_text("\n".join(idle))
         edges, pixels = (left, top, right, bottom), units == "pixels"
         if bounding_box is not None:
@@ -214,7 +214,7 @@ class RegionPreview(io.ComfyNode):
 
     @classmethod
     def execute(cls, regions, width, height, overlap, image=None) -> io.NodeOutput:
-        if idle := find_unused(cls, dict(width=width, height=height, image=image)):
+        if idle := unused(cls, dict(width=width, height=height, image=image)):
             show_text("\n".join(idle))
         under = None if image is None else image[0]
         if under is not None:
@@ -306,6 +306,6 @@ class RegionalConceptSampler(io.ComfyNode):
         overlap="average",
     ) -> io.NodeOutput:
         how, stack = Sampling(sampler_name, scheduler, steps, cfg, seed, denoise), stacks.as_stack(concepts)
-        notes = find_unused(cls, dict(negative=negative, cfg=cfg))
+        notes = unused(cls, dict(negative=negative, cfg=cfg))
         scene = Scene(stack, regions, (prompt, negative), mode, overlap)
         return io.NodeOutput(sample_regions(HostModel(model, clip), scene, latent, how, notes))

@@ -8,7 +8,7 @@ from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.settings import training as declared
 from .bases import ORTHO_BASIS, OrthoChoice
 from .training_form import Form, Trainer, Way, inputs, outputs, rank_input, train
-from .unused import find_unused
+from .unused import unused
 from .widgets import widget
 
 
@@ -44,7 +44,7 @@ class OrthoLoRATrainer(Trainer):
                 f"the basis is for method {ortho_basis.method}; set it to orthogonal, or use Train Block Concept"
             )
         numbered = slot if ortho_basis.slot_policy == "slot" else None
-        notes = find_unused(cls, {**common, "ortho_basis": ortho_basis, "slot": slot})
+        notes = unused(cls, {**common, "ortho_basis": ortho_basis, "slot": slot})
         return train(
             common, Way("orthogonal", ortho_basis.rank, ortho_basis.basis, settings={"slot": numbered}, notes=notes)
         )
@@ -89,7 +89,7 @@ class BlockLoRATrainer(Trainer):
         **common,
     ) -> io.NodeOutput:
         settings = dict(blocks=blocks, slot=slot, layout=layout, erasure=erasure)
-        notes = find_unused(cls, {**common, "ortho_basis": ortho_basis, "rank": rank})
+        notes = unused(cls, {**common, "ortho_basis": ortho_basis, "rank": rank})
         if ortho_basis is None:
             return train(common, Way("block", rank, settings=settings, notes=notes))
         if ortho_basis.method != "block_orthogonal":
@@ -119,4 +119,4 @@ class LoRATrainer(Trainer):
 
     @classmethod
     def execute(cls, rank: int, **common) -> io.NodeOutput:
-        return train(common, Way("lora", rank, notes=find_unused(cls, common)))
+        return train(common, Way("lora", rank, notes=unused(cls, common)))

@@ -60,7 +60,7 @@ TABLE: Mapping[str, tuple[Unused, ...]] = {
 }
 
 
-def find_unused(node: type[io.ComfyNode], values: Mapping) -> list[str]:
+def unused(node: type[io.ComfyNode], values: Mapping) -> list[str]:
     """A sentence for inputs that were set, to other than their widgets start with, and that nothing reads.
 
     values: the node's inputs by name; those that are missing count as they start.

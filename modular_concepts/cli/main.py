@@ -26,9 +26,9 @@ from ..typed import number_typed, whole_typed
 from .merge import add_export, add_inspect, add_merge
 from .paths import (
     add_overwrite,
+    base_named,
+    folder,
     free_names,
-    load_named_base,
-    make_folder,
     note_repeated,
     read_path,
     refuse_existing,
@@ -138,8 +138,8 @@ def _make_demo(args: argparse.Namespace) -> None:
     if not args.overwrite:
         _keep_persons_files(args.out)
     note_repeated(args)
-    out = make_folder(args.out)
-    report = run_demo(load_named_base(TOY.name), load_judges(), out, Steps(print, Bar))
+    out = folder(args.out)
+    report = run_demo(base_named(TOY.name), load_judges(), out, Steps(print, Bar))
     print((out / "report.md").read_text(encoding="utf-8"))
     say(f"pictures and figures are in {out} ({report['seconds']:.0f} s)")
 
@@ -183,7 +183,7 @@ def _write_pictures(args: argparse.Namespace) -> None:
             "choose another --out, or write there all the same with --overwrite"
         )
     note_repeated(args)
-    make_folder(out)
+    folder(out)
     with free_names(args.overwrite), all_or_none():
         for path, data in files.items():
             if path not in there:

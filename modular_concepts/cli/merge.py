@@ -16,13 +16,13 @@ from ..settings.merging import DENSITY, EXACT, HOW, LITERAL, MERGING, METHOD_HEL
 from .declared import add_option
 from .paths import (
     add_overwrite,
+    base_named,
     check_concept_output,
     check_name,
     concepts_at,
+    folder,
     free_names,
-    load_named_base,
     load_plain_concepts,
-    make_folder,
     note,
     note_repeated,
     read_file,
@@ -152,7 +152,7 @@ def run_merge(args: argparse.Namespace) -> None:
     if resolved(args.out) in map(resolved, paths):
         raise AdapterError(f"the merge would replace {args.out}, one of its parts; choose another --out")
     check_together(concepts)
-    base = load_named_base(args.base) if args.base is not None else None
+    base = base_named(args.base) if args.base is not None else None
     typed = [name for name in MERGE if getattr(args, name) not in (None, False, "")]
     for sentence in [
         *find_unread(MERGE, typed, args.how, called=lambda name: f"--{name}"),
@@ -163,7 +163,7 @@ def run_merge(args: argparse.Namespace) -> None:
         note(sentence)
     evidence = _gather_evidence(args, concepts, paths, base)
     merged = _describe(about, merged_concept(name, concepts, strengths, args.how, args.literal, options, evidence))
-    make_folder(args.out.parent)
+    folder(args.out.parent)
     with free_names(args.overwrite):
         save_concept(merged, args.out)
     names, words = listed([concept.name for concept in concepts], 20, " + "), listed(merged.tokens, 20, " ")
@@ -359,7 +359,7 @@ def run_export(args: argparse.Namespace) -> None:
     if whole or concept.layers:
         check_concept_output(out, args.overwrite)
     if whole:
-        make_folder(out.parent)
+        folder(out.parent)
         with free_names(args.overwrite):
             save_concept(concept, out, compact=args.format == "compact")
         say(f"wrote {out}")
@@ -369,8 +369,8 @@ def run_export(args: argparse.Namespace) -> None:
     if args.out is not None and not concept.layers:
         note(f"{concept.name} is words alone, so {out} is not written: a learned word goes into {words}")
     if concept.tokens:
-        make_folder(words)
-    make_folder(out.parent)
+        folder(words)
+    folder(out.parent)
     with free_names(args.overwrite), all_or_none():
         # Words first: what cannot be exported at all is found before anything is written.
         for path, word in files.items():

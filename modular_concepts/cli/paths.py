@@ -38,7 +38,7 @@ def read_file(text: str) -> Path:
     return path
 
 
-def load_named_base(name: str) -> BaseModel:
+def base_named(name: str) -> BaseModel:
     """The base of an option's value; loading it takes seconds."""
     from ..load import load_base
 
@@ -138,7 +138,7 @@ def check_folder_place(path: Path, option: str) -> None:
         raise AdapterError(f"you have no permission to write in {there or path}; choose another {option}")
 
 
-def make_folder(path: Path, option: str = "--out") -> Path:
+def folder(path: Path, option: str = "--out") -> Path:
     """Made where it is not there yet."""
     check_folder_place(path, option)
     try:

@@ -17,11 +17,11 @@ from ..typed import number_typed
 from .declared import add_option
 from .paths import (
     add_overwrite,
+    base_named,
     check_output,
     concepts_at,
+    folder,
     free_names,
-    load_named_base,
-    make_folder,
     note,
     note_repeated,
     read_file,
@@ -86,7 +86,7 @@ def run_sample(args: argparse.Namespace) -> None:
     from ..stack import Stack
 
     paths = _choose_outputs(args)
-    base = load_named_base(args.base)
+    base = base_named(args.base)
     concepts, strengths, _ = concepts_at(args.concept or [], "each after a --concept of its own")
     for sentence in warnings_on_base(concepts, base.hash, base.sample):
         note(sentence)
@@ -193,7 +193,7 @@ def _write(path: Path, zoom: int, picture, overwrite: bool) -> Path:
     image = to_image(picture)
     if zoom > 1:
         image = image.resize((image.width * zoom, image.height * zoom), 0)
-    make_folder(path.parent)
+    folder(path.parent)
     while True:
         try:
             with free_names(overwrite), replacing(path) as file:

@@ -16,11 +16,11 @@ from .declared import add_option
 from .options import add_checkpoint_every, add_training_options, choose_preset
 from .paths import (
     add_overwrite,
+    base_named,
     check_concept_output,
     check_folder_place,
     check_name,
     free_names,
-    load_named_base,
     note,
     note_repeated,
     read_file,
@@ -87,7 +87,7 @@ def run_train(args: argparse.Namespace) -> None:
     name = check_name(args.name)
     out = args.out or Path("concepts") / f"{name}.safetensors"
     _check_places(args, out)
-    base = load_named_base(args.base)
+    base = base_named(args.base)
     preset, settings = _choose_settings(args, base, name)
     size = _choose_size(args, base)
     subject = _load_subject(args, base, preset, settings, size)
