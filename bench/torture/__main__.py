@@ -68,7 +68,7 @@ def in_host(name: str) -> Callable[..., dict]:
 def hosts_beside() -> dict[str, tuple[Path, Path]]:
     """Version -> (folder, interpreter): the host that the tests would use, and others in folders beside it."""
     sys.path.insert(0, str(ROOT / "tests" / "host"))
-    from conftest import find_host
+    from finding import find_host
 
     first = find_host()
     if isinstance(first, str):

@@ -18,8 +18,8 @@ for place in (ROOT, ROOT / "tests" / "host"):
     sys.path.insert(0, str(place))
 
 import torch
-from conftest import Host
-from server import HostServer, Refused
+from finding import Host
+from served import HostServer, Refused
 from test_bad_input import BAD, NOISE, drawn, merged, regional, saving, taught, write_concepts
 
 FAR_TOO_LONG = 100_000  # steps of a sampling or training that is going to be cancelled

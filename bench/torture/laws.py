@@ -173,6 +173,12 @@ def laws_with(seed: int, one_in: int) -> dict:
 
 def laws_in_host(path: Path, python: Path, files: Sequence[str] = ()) -> dict:
     """The laws that are tried in the real host, on one of its versions."""
-    records = tested(files or files_of(HOST_LAWS), COMFYUI_PATH=str(path), COMFYUI_PYTHON=str(python))
+    sys.path.insert(0, str(ROOT / "tests" / "host"))
+    from finding import Host
+    from run import prepared
+
+    way = os.pathsep.join([str(ROOT), str(prepared(Host(path, python)))])
+    environment = {"COMFYUI_PATH": str(path), "COMFYUI_PYTHON": str(python), "PYTHONPATH": way}
+    records = tested(files or files_of(HOST_LAWS), (), python, **environment)
     failures = [record["test"] for record in records if record["outcome"] == "failed"]
     return {"tests": len(records), "failures": len(failures), "failed": failures, "laws": counted(records, HOST_LAWS)}

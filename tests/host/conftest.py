@@ -1,70 +1,51 @@
-"""Where the host is, and how a script runs in the host's own interpreter."""
+"""The tests in the real ComfyUI, all by pytest in its own interpreter: `make test-host`, or `run.py` for some of them.
+
+Most import the host's modules and the pack and call them here, in pytest's own process, where the host is set up once
+(`in_process.py`): whoever imports `comfy` or `modular_concepts_pack` is one of these.  `host_as_it_was` holds each file
+to leaving the host as it found it.
+
+A process of its own has what needs one, by `host.run(SCRIPT)`, and the file says why; a server (`served.py`) has what
+is about the API, the page in a browser, cancelling and starting: whoever takes the fixture `server`.
+"""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import copy
+import gc
+import logging
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import in_process
 import pytest
-from server import HostServer
+from finding import Host, NoSuchHost, find_host
+from served import HostServer
 
-PACK = Path(__file__).resolve().parents[2]
-HOW = (
-    "set COMFYUI_PATH to a ComfyUI folder (and COMFYUI_PYTHON to its interpreter when that is not in the "
-    "folder's .venv or venv), or install one: pip install comfy-cli && comfy install"
-)
 _without_host: list[str] = []
 
 
-@dataclass(frozen=True)
-class Host:
-    path: Path
-    python: Path
-
-    def run(self, script: str, folder: Path, timeout: float = 900) -> str:
-        """Run tests/host/scripts/SCRIPT in the host on the CPU, on the files in `folder`; its output."""
-        command = [self.python, Path(__file__).parent / "scripts" / script, self.path, PACK, folder]
-        done = subprocess.run(  # noqa: S603
-            [str(part) for part in command],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=folder,
-            check=False,
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        found = find_host()
+    except NoSuchHost as error:
+        raise pytest.UsageError(str(error)) from None
+    if isinstance(found, str):
+        _without_host.append(found)
+        sys.meta_path.insert(0, in_process.Without(f"HOST TESTS SKIPPED: {found}"))
+    elif not found.runs_here:
+        raise pytest.UsageError(
+            "tests/host run in the host's own interpreter: make test-host, or for some of them "
+            "python tests/host/run.py tests/host/FILE.py"
         )
-        assert done.returncode == 0, f"{script} failed in {self.path}:\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
-
-
-def find_host() -> Host | str:
-    """The host, or why there is none.  A host that was named and is not there is an error, not a skip."""
-    named = os.environ.get("COMFYUI_PATH")
-    enclosing = [parent.parent for parent in PACK.parents if parent.name == "custom_nodes"]
-    folders = [Path(named)] if named else [*enclosing, Path.home() / "comfy" / "ComfyUI"]
-    path = next((folder for folder in folders if (folder / "main.py").is_file()), None)
-    if path is None:
-        if named:
-            raise pytest.UsageError(f"COMFYUI_PATH is {named}, but there is no ComfyUI in it (no main.py)")
-        return f"no ComfyUI found; {HOW}"
-    named = os.environ.get("COMFYUI_PYTHON")
-    inside = [path / venv / part for venv in (".venv", "venv") for part in ("bin/python", "Scripts/python.exe")]
-    pythons = [Path(named)] if named else inside
-    python = next((candidate for candidate in pythons if candidate.is_file()), None)
-    if python is None:
-        if named:
-            raise pytest.UsageError(f"COMFYUI_PYTHON is {named}, but there is no such file")
-        return f"ComfyUI in {path} has no .venv or venv of its own; {HOW}"
-    return Host(path.resolve(), python.absolute())  # a resolved link would leave the virtual environment
+    else:
+        in_process.start(found.path)
 
 
 @pytest.fixture(scope="session")
 def host() -> Host:
     found = find_host()
     if isinstance(found, str):
-        _without_host.append(found)
         pytest.skip(f"HOST TESTS SKIPPED: {found}")
     return found
 
@@ -75,6 +56,79 @@ def server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hos
     running = HostServer(host, tmp_path_factory.mktemp("server"))
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def host_as_it_was() -> Iterator[None]:
+    """A file leaves no model loaded, and what belongs to the whole process as it was."""
+    if "comfy.model_management" not in sys.modules:
+        yield
+        return
+    before = _state_of_process()
+    yield
+    sys.modules["comfy.model_management"].unload_all_models()
+    gc.collect()
+    assert _state_of_process() == before
+
+
+def _state_of_process() -> dict:
+    import comfy.model_management
+    import comfy.utils
+    import folder_paths
+    import latent_preview
+    import torch
+
+    return {
+        "numbers": (torch.get_default_dtype(), torch.get_num_threads()),
+        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "folders": copy.deepcopy(folder_paths.folder_names_and_paths),
+        "places": (folder_paths.models_dir, folder_paths.output_directory, folder_paths.temp_directory),
+        "input": folder_paths.input_directory,
+        "progress": (comfy.utils.PROGRESS_BAR_HOOK, comfy.model_management.interrupt_processing),
+        "previews": latent_preview.get_previewer,
+        "logging": list(logging.getLogger().handlers),
+    }
+
+
+@pytest.fixture(scope="module")
+def replaced() -> Iterator[pytest.MonkeyPatch]:
+    """What a whole file sees otherwise than it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def folder(replaced: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder that is the host's for all kinds of files, with the pack's kinds registered."""
+    import folder_paths
+    from modular_concepts_pack.host.files import folders
+
+    place = tmp_path_factory.mktemp("host")
+    replaced.setattr(folder_paths, "models_dir", str(place))
+    for kind in ("output", "temp", "input"):
+        replaced.setattr(folder_paths, f"{kind}_directory", str(place / kind))
+    there = {
+        kind: ([str(place / kind)], copy.copy(suffixes))
+        for kind, (_, suffixes) in folder_paths.folder_names_and_paths.items()
+        if kind not in folders.KINDS
+    }
+    replaced.setattr(folder_paths, "folder_names_and_paths", there)
+    replaced.setattr(folder_paths, "filename_list_cache", {})
+    for kind in (*folders.KINDS, "loras", "embeddings", "output", "input"):
+        (place / kind).mkdir()
+    folders.register()
+    return place
+
+
+@pytest.fixture(scope="module")
+def warnings() -> Iterator[list[str]]:
+    """What the host and the pack warn of, as it comes."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    yield lines
+    logging.getLogger().removeHandler(handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

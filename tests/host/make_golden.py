@@ -15,8 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from conftest import find_host
-from server import HostServer
+from finding import find_host
+from served import HostServer
 
 from modular_concepts.concept import Concept
 from modular_concepts.files.concept import load_concept

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from made_concepts import foreign_concept, made_concept
-from server import Fault, HostServer
+from served import Fault, HostServer
 
 from modular_concepts.adapters.basis import OrthogonalBasis
 from modular_concepts.files.concept import save_concept

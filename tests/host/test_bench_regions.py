@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PACK
+from finding import PACK
 from PIL import Image
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PACK
+from finding import PACK
 
 
 @pytest.fixture(scope="module")

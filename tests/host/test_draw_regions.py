@@ -7,7 +7,7 @@ import re
 
 import pytest
 from browser import find_browser, opened, reload
-from server import PACK
+from served import PACK
 
 from modular_concepts.regions.parsing import regions_from_json
 from modular_concepts.regions.preview import COLOURS

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from make_golden import FOLDER, LESSON, digest
-from server import HostServer, Run
+from served import HostServer, Run
 
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.storage.safetensors import read_safetensors

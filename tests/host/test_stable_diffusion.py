@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from server import HostServer, Run
+from served import HostServer, Run
 from test_workflows import NAMES, SAMPLERS, TRAINERS, brief, check_progress
 
 from modular_concepts.files.concept import load_concept

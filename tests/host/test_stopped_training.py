@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from server import HostServer
+from served import HostServer
 from test_bad_input import taught
 
 from modular_concepts.files.concept import load_concept

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from server import HostServer
+from served import HostServer
 from test_bad_input import taught
 
 from modular_concepts.files.concept import load_concept

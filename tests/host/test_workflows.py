@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from server import HostServer, Run
+from served import HostServer, Run
 from ui_form import NOTES, api_form
 
 from modular_concepts.files.concept import load_concept
