@@ -13,8 +13,10 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import in_process
@@ -118,6 +120,21 @@ def folder(replaced: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
         (place / kind).mkdir()
     folders.register()
     return place
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Name of a layout -> its tiny checkpoint (`tiny_models.py`), written when first asked for; all are two GB."""
+    place = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def written(name: str) -> Path:
+        import tiny_models
+
+        return tiny_models.write(name, place)
+
+    yield written
+    shutil.rmtree(place)
 
 
 @pytest.fixture(scope="module")
