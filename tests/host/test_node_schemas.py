@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from pathlib import Path
 
 import pytest
+from modular_concepts_pack.nodes import ModularConcepts
 
 from modular_concepts.settings import basis, drawing, merging, training
 from modular_concepts.settings.setting import Setting
@@ -48,10 +50,21 @@ NODES = {
 
 
 @pytest.fixture(scope="module")
-def schemas(host, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("schemas")
-    host.run("node_schemas.py", folder)
-    return {schema["id"]: schema for schema in json.loads((folder / "schemas.json").read_text())}
+def schemas(folder):
+    """Node id -> what the node says of itself."""
+    return {node.GET_SCHEMA().node_id: described(node) for node in asyncio.run(ModularConcepts().get_node_list())}
+
+
+def described(node) -> dict:
+    schema = node.GET_SCHEMA()
+    return {
+        "name": schema.display_name,
+        "category": schema.category,
+        "description": schema.description,
+        "aliases": schema.search_aliases,
+        "inputs": node.GET_NODE_INFO_V1()["input"],
+        "outputs": [[output.id, output.io_type, output.tooltip] for output in schema.outputs],
+    }
 
 
 def inputs_of(schema: dict):
