@@ -5,11 +5,13 @@ The checkpoints are random, narrow and shallow, in the layout in which the famil
 
 from __future__ import annotations
 
-import json
+from functools import cache
 
+import architectures
+import full_layouts
 import pytest
 import torch
-from safetensors.torch import load_file
+from laws import relative_error
 
 ORTHOGONAL = {"method": "orthogonal", "slot": 3, "steps": 4}
 ATTENTION = ["attention"]
@@ -100,30 +102,21 @@ WITH_TEXTS = [name for name, plan in PLANS.items() if "texts" in plan["steps"]]
 WITH_MERGE = [name for name, plan in PLANS.items() if "merge" in plan["steps"]]
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+@pytest.fixture(scope="module")
+def seen(checkpoint, folder, warnings):
+    """Name of a plan -> (tensors, facts); each is carried out once, when it is first asked for."""
+
+    @cache
+    def tried(name: str) -> tuple[dict[str, torch.Tensor], dict]:
+        found, facts = architectures.tried(PLANS[name], checkpoint(PLANS[name]["model"]), folder, warnings)
+        return {key: value.detach().clone() for key, value in found.items()}, facts
+
+    return tried
 
 
 @pytest.fixture(scope="module")
-def seen(host, tmp_path_factory):
-    """Name of a plan -> (tensors, facts)."""
-    folder = tmp_path_factory.mktemp("architectures")
-    (folder / "plans.json").write_text(json.dumps(PLANS))
-    host.run("architectures.py", folder)
-    ran = {
-        name: (load_file(folder / f"{name}.found.safetensors"), json.loads((folder / f"{name}.json").read_text()))
-        for name in PLANS
-    }
-    for path in folder.glob("*.safetensors"):  # two GB
-        path.unlink()
-    return ran.__getitem__
-
-
-@pytest.fixture(scope="module")
-def layouts(host, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("layouts")
-    host.run("full_layouts.py", folder)
-    return json.loads((folder / "layouts.json").read_text())
+def layouts():
+    return full_layouts.layouts()
 
 
 @pytest.mark.parametrize(

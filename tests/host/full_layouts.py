@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
-
-from in_host import FOLDER, pack_module, start
-
-start()
 
 import comfy.ldm.modules.diffusionmodules.mmdit as transformers
 import comfy.ldm.modules.diffusionmodules.openaimodel as unets
@@ -16,9 +11,10 @@ import comfy.model_detection
 import comfy.ops
 import comfy.sdxl_clip
 import torch
+from modular_concepts_pack.host import layers
+from modular_concepts_pack.modular_concepts.models import layers as names
 from tiny_models import SD3_UNET, SDXL_UNET
 
-layers, names = pack_module("host.layers"), pack_module("modular_concepts.models.layers")
 WITHOUT_WEIGHTS = dict(dtype=torch.float16, device="meta", operations=comfy.ops.disable_weight_init)
 
 
@@ -43,7 +39,8 @@ def shapes(network: torch.nn.Module, keys: dict[str, str]) -> dict[str, list[int
     return {name: list(weights[key].shape) for name, key in keys.items()}
 
 
-def main() -> None:
+def layouts() -> dict[str, dict]:
+    """Title of a full-size network -> what its layers are called and how many there are."""
     facts = {}
     clip = SimpleNamespace(cond_stage_model=comfy.sdxl_clip.SDXLClipModel(device="meta", dtype=torch.float16))
     text = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
@@ -86,7 +83,4 @@ def main() -> None:
             ],
             "text": len(names.chosen_layers(modules, (), "all_linear")),
         }
-    (FOLDER / "layouts.json").write_text(json.dumps(facts))
-
-
-main()
+    return facts

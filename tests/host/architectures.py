@@ -1,55 +1,37 @@
-"""In the host: train, merge, encode and draw by FOLDER/plans.json, family after family; write down what came out."""
+"""In the host: train, merge, encode and draw on one family's tiny checkpoint; what came out."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field, replace
-
-from in_host import FOLDER, pack_module, start
-
-warnings = start()
+from pathlib import Path
 
 import comfy.model_management
-import folder_paths
-import reference
+import comfy.sample
+import plain_gradients
 import tiny_models
 import torch
 from left_behind import traces
-from safetensors.torch import save_file
+from modular_concepts_pack.host import layers
+from modular_concepts_pack.host.merging import weights as patching
+from modular_concepts_pack.host.regions import gating
+from modular_concepts_pack.host.regions import sampling as regions_host
+from modular_concepts_pack.host.text import words as clip_words
+from modular_concepts_pack.host.toy_base import load_toy_base
+from modular_concepts_pack.host.training import base as base_of
+from modular_concepts_pack.host.training import train as training
+from modular_concepts_pack.modular_concepts.adapters import attach
+from modular_concepts_pack.modular_concepts.adapters.basis import OrthogonalBasis
+from modular_concepts_pack.modular_concepts.adapters.low_rank import LowRank
+from modular_concepts_pack.modular_concepts.data.dataset import of_pictures
+from modular_concepts_pack.modular_concepts.errors import AdapterError
+from modular_concepts_pack.modular_concepts.files import concept as concept_files
+from modular_concepts_pack.modular_concepts.files.embeddings import export_embeddings
+from modular_concepts_pack.modular_concepts.files.kohya import export_kohya
+from modular_concepts_pack.modular_concepts.models.targets import Targets
+from modular_concepts_pack.modular_concepts.regions.geometry import Region
 
 import nodes
-
-torch.set_num_threads(1)
-folder_paths.set_output_directory(str(FOLDER / "output"))
-folder_paths.add_model_folder_path("concepts", str(FOLDER / "concepts"))
-folder_paths.folder_names_and_paths["loras"] = ([str(FOLDER)], {".safetensors"})
-
-base_of, layers, training = (
-    pack_module("host.training.base"),
-    pack_module("host.layers"),
-    pack_module("host.training.train"),
-)
-patching, clip_words, regions_host = (
-    pack_module("host.merging.weights"),
-    pack_module("host.text.words"),
-    pack_module("host.regions.sampling"),
-)
-customisation, dataset, bases = (
-    pack_module("modular_concepts.training.teach"),
-    pack_module("modular_concepts.data.dataset"),
-    pack_module("modular_concepts.adapters.basis"),
-)
-concept_files, kohya, embeddings = (
-    pack_module("modular_concepts.files.concept"),
-    pack_module("modular_concepts.files.kohya"),
-    pack_module("modular_concepts.files.embeddings"),
-)
-attach, adapters = pack_module("modular_concepts.adapters.attach"), pack_module("modular_concepts.adapters.low_rank")
-geometry, AdapterError = (
-    pack_module("modular_concepts.regions.geometry"),
-    pack_module("modular_concepts.errors").AdapterError,
-)
 
 SIDE = 64  # pixels
 DRAWS = 4
@@ -58,10 +40,12 @@ CAPTIONS = ["a photo of {concept}", "a photo of {concept} (outside)", "{concept}
 
 @dataclass
 class Run:
-    """One family's plan, its (MODEL, CLIP, VAE), and what is found out about it."""
+    """One family's plan, its (MODEL, CLIP, VAE), the host's folder and warnings, and what is found out about it."""
 
     plan: dict
     loaded: tuple
+    folder: Path
+    warnings: list[str]
     facts: dict = field(default_factory=lambda: {"cases": {}, "refused": {}})
     found: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -76,14 +60,14 @@ def said(attempt) -> str:
 
 def lesson(base, case: dict):
     pictures = [torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    subject = training.subject_of(dataset.of_pictures(pictures, CAPTIONS, None, (SIDE, SIDE)), case["name"], "man")
+    subject = training.subject_of(of_pictures(pictures, CAPTIONS, None, (SIDE, SIDE)), case["name"], "man")
     rates = training.Rates(case.get("learning_rate", 5e-3), case.get("token_learning_rate", 5e-3))
     settings = training.settings_for(
         base.family.family, rates, name=subject.name, **{"rank": 4, "batch": 1, **case["settings"]}
     )
-    targets = customisation.Targets(tuple(case["targets"]), tuple(case["text"]) if case.get("text") else None)
+    targets = Targets(tuple(case["targets"]), tuple(case["text"]) if case.get("text") else None)
     preview = case.get("preview_every", 0)
-    return training.Plan(subject, settings, targets, bases.OrthogonalBasis(), 0, preview, (f"a {subject.trigger}",))
+    return training.Plan(subject, settings, targets, OrthogonalBasis(), 0, preview, (f"a {subject.trigger}",))
 
 
 @torch.no_grad()
@@ -109,7 +93,7 @@ def train_cases(run: Run) -> dict:
         own = lesson(base, case)
         at_first = fixed_loss(base, own.subject) if at_first is None else at_first
         concept, result = training.train_in_host(base, own)
-        path = FOLDER / f"{case['name']}.concept.safetensors"
+        path = run.folder / f"{case['name']}.concept.safetensors"
         concept_files.save_concept(concept, path)
         made[case["name"]] = concept = concept_files.load_concept(path)
         run.facts["cases"][case["name"]] = {
@@ -135,7 +119,7 @@ def gradients(run: Run, _concept) -> None:
     for name, module in chosen.items():
         out, inp = module.weight.shape
         up, down = torch.randn(out, 3, generator=generator) * 0.05, torch.randn(3, inp, generator=generator) * 0.05
-        made[name] = adapters.LowRank(up.requires_grad_(), down, 6.0, "lora", None, out)
+        made[name] = LowRank(up.requires_grad_(), down, 6.0, "lora", None, out)
     latents, noise = torch.randn(2, 2, base.model.model.latent_format.latent_channels, 8, 8, generator=generator)
     indices, prompts = torch.tensor([300, 700]), ["a photo of <tom>", "<tom> in the snow"]
     noisy, wanted = (make(latents, noise, indices) for make in (base.schedule.noisy, base.schedule.target))
@@ -143,7 +127,7 @@ def gradients(run: Run, _concept) -> None:
     with base.trainable(), attach.attached(every, made):
         error = base.predict(noisy, times, base.context(prompts, {"<tom>": rows})) - wanted
         error.square().mean().backward()
-    plain = reference.gradients(
+    plain = plain_gradients.gradients(
         run.loaded, {name: (made[name], layers.host_layers(*run.loaded[:2])[name].key) for name in made}, rows,
         clip_words.with_tokens(run.loaded[1], {"<tom>": rows.detach()}), prompts, noisy, times, wanted,
     )  # fmt: skip
@@ -163,13 +147,13 @@ def merge(run: Run, concept) -> None:
     weights = {"unet": model.model, "text_encoder": clip.cond_stage_model}
     where = {name: layer for name, layer in layers.host_layers(model, clip).items() if name in concept.layers}
     before = {name: weights[layer.part].state_dict()[layer.key].clone() for name, layer in where.items()}
-    kohya.export_kohya(concept, FOLDER / "exported.safetensors")
-    warned = len(warnings)
+    export_kohya(concept, run.folder / "loras" / "exported.safetensors")
+    warned = len(run.warnings)
     ways = {
         "ours": patching.merged(model, clip, [(concept, 0.7)]),
         "core": nodes.LoraLoader().load_lora(model, clip, "exported.safetensors", 0.7, 0.7),
     }
-    run.facts["lora warnings"] = warnings[warned:]
+    run.facts["lora warnings"] = run.warnings[warned:]
     for title, (patched, patched_clip) in ways.items():
         comfy.model_management.load_models_gpu([patched, patched_clip.patcher], force_full_load=True)
         now = {
@@ -210,8 +194,7 @@ def texts(run: Run, concept) -> None:
             clip_words.with_tokens(run.loaded[1], {word: other}, {word: "man"}), prompts[0]
         )[0]
         run.found[f"word|{title}"], run.found[f"word pooled|{title}"] = encoded[0], encoded[1]["pooled_output"]
-    (FOLDER / "embeddings").mkdir(exist_ok=True)
-    embeddings.export_embeddings(concept, FOLDER / "embeddings")
+    export_embeddings(concept, run.folder / "embeddings")
     stock, about = nodes.CLIPTextEncode().encode(run.loaded[1], f"a photo of embedding:{run.plan['main']}")[0][0]
     run.found["word|stock embedding"], run.found["word pooled|stock embedding"] = stock, about["pooled_output"]
     run.found["word|class word"] = clip_words.encode_prompt(run.loaded[1], "a photo of man")[0][0]
@@ -245,7 +228,7 @@ def regions(run: Run, concept) -> None:
     whole, left, right = (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 
     def draw(title: str, prompt: str, *texts: tuple, mode: str = "merged", **more) -> None:
-        places = [geometry.Region(text, box=box, **more) for text, box in texts]
+        places = [Region(text, box=box, **more) for text, box in texts]
         prompts = (prompt, "a car")
         drawn = regions_host.sample_regions(
             regions_host.HostModel(*run.loaded[:2]), regions_host.Scene(stack, places, prompts, mode), latent, sampling
@@ -263,7 +246,7 @@ def regions(run: Run, concept) -> None:
     said_by = {text: clip_words.encode_prompt(clip, text) for text in (here, elsewhere, "a car")}
     # A region has a text of its own; the pooled one, which is no position's, is the global prompt's, and a gate lets
     # no concept read that which a region has.
-    outside = pack_module("host.regions.gating").with_words(*run.loaded[:2], stack)
+    outside = gating.with_words(*run.loaded[:2], stack)
 
     def pooled_outside(text: str) -> list:
         return [[said_by[text][0][0], clip_words.encode_prompt(outside, text)[0][1]]]
@@ -289,27 +272,22 @@ def refusals(run: Run, made: dict, toy: tuple) -> None:
     )
 
 
+STEPS = {"gradients": gradients, "merge": merge, "texts": texts, "one step": one_step, "regions": regions}
+
+
 @torch.inference_mode()
-def main() -> None:
-    toy = pack_module("host.toy_base").load_toy_base()
-    steps = {"gradients": gradients, "merge": merge, "texts": texts, "one step": one_step, "regions": regions}
-    for title, plan in json.loads((FOLDER / "plans.json").read_text()).items():
-        tiny_models.write(plan["model"])
-        warned = len(warnings)
-        run = Run(plan, tiny_models.load(plan["model"], plan["stored"]))
-        run.facts["loaded"] = [type(part).__name__ for part in (run.loaded[0].model.model_config, run.loaded[0].model)]
-        run.facts["load warnings"] = warnings[warned:]
-        before = [traces(*run.loaded[:2], flags=flags) for flags in (True, False)]
-        made = train_cases(run)
-        run.facts["untouched"] = [traces(*run.loaded[:2]) == before[0]]
-        for step in plan["steps"]:
-            steps[step](run, made[plan["main"]])
-        refusals(run, made, toy)
-        comfy.model_management.unload_all_models()
-        run.facts["untouched"].append(traces(*run.loaded[:2], flags=False) == before[1])
-        found = {key: value.detach().contiguous().clone() for key, value in run.found.items()}
-        save_file(found, FOLDER / f"{title}.found.safetensors")
-        (FOLDER / f"{title}.json").write_text(json.dumps(run.facts))
-
-
-main()
+def tried(plan: dict, path: Path, folder: Path, warnings: list[str]) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, facts) of a plan on the checkpoint in `path`; folder: the host's, for what is written."""
+    warned = len(warnings)
+    run = Run(plan, tiny_models.load(path, plan["stored"], folder / "embeddings"), folder, warnings)
+    run.facts["loaded"] = [type(part).__name__ for part in (run.loaded[0].model.model_config, run.loaded[0].model)]
+    run.facts["load warnings"] = warnings[warned:]
+    before = [traces(*run.loaded[:2], flags=flags) for flags in (True, False)]
+    made = train_cases(run)
+    run.facts["untouched"] = [traces(*run.loaded[:2]) == before[0]]
+    for step in plan["steps"]:
+        STEPS[step](run, made[plan["main"]])
+    refusals(run, made, load_toy_base())
+    comfy.model_management.unload_all_models()
+    run.facts["untouched"].append(traces(*run.loaded[:2], flags=False) == before[1])
+    return run.found, run.facts
