@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
-
+import compiled_pictures
 import pytest
 import torch
+from laws import relative_error
 from made_concepts import made_concept
-from safetensors.torch import load_file
-from test_patching import relative_error
+from modular_concepts_pack.modular_concepts.files.concept import load_concept
 
 from modular_concepts.files.concept import save_concept
 
 
 @pytest.fixture(scope="module")
-def found(host, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compiled")
+def found(folder, warnings):
+    """(pictures, what was said while each was drawn)."""
     concept = made_concept("tom")
     louder = {name: own.replace(alpha=20 * own.alpha) for name, own in concept.layers.items()}
     save_concept(concept.__class__("tom", louder, concept.tokens, concept.recipe), folder / "tom.safetensors")
-    host.run("compiled.py", folder)
-    return load_file(folder / "found.safetensors"), json.loads((folder / "said.json").read_text())
+    found, said = compiled_pictures.drawn(load_concept(folder / "tom.safetensors"), warnings)
+    return {title: value.clone() for title, value in found.items()}, said
 
 
 @pytest.mark.parametrize("what", ["1.0", "0.3", "gated"])

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-
 import pytest
 import torch
-from made_concepts import made_concept, toy_base
-from safetensors.torch import load_file
+from laws import relative_error
+from made_concepts import made_concept, toy_base, wide_concept
+from merged_weights import merged_weights
 
-from modular_concepts.adapters.low_rank import new_lora
 from modular_concepts.files.concept import save_concept
 from modular_concepts.merging import merge_concepts
-from modular_concepts.models.layers import find_layers
-from modular_concepts.training.methods import seeded
 
 STRENGTHS = {"tom": 0.7, "rex": 1.0, "wide": -0.5, "none": 0.0, "first": 1.0, "second": 0.6}
 MERGES = [
@@ -25,25 +20,6 @@ MERGES = [
     ["block", ["first", "second"], "BlockLoRAMerge", "as set"],
     ["literal", ["first", "second"], "BlockLoRAMerge", "sum to one"],
 ]
-CONVOLUTIONS = {"unet.down_blocks.1.attentions.0.proj_in": (1, 1), "unet.down_blocks.0.resnets.0.conv1": (3, 3)}
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
-def wide_concept():
-    """A concept on every kind of layer: all Linear ones of U-Net and text encoder, 1x1 and 3x3 convolutions."""
-    base = toy_base()
-    layers = dict(find_layers(base.unet, base.text_encoder, "all_linear", "all_linear"))
-    modules = {f"unet.{name}": module for name, module in base.unet.named_modules()}
-    layers |= {name: modules[name] for name in CONVOLUTIONS}
-    generator, adapters = seeded(9, "wide"), {}
-    for name, module in layers.items():
-        out, inp = module.weight.shape[:2]
-        adapter = new_lora(out, inp, 3, 6.0, generator, CONVOLUTIONS.get(name))
-        adapters[name] = adapter.replace(lora_up=0.05 * torch.randn(out, 3, generator=generator))
-    return replace(made_concept("wide", "lora"), layers=adapters)
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +35,14 @@ def concepts():
 
 
 @pytest.fixture(scope="module")
-def found(host, concepts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("patching")
-    for name in ("concepts", "loras", "embeddings"):
-        (folder / name).mkdir()
+def found(folder, warnings, concepts):
+    """(tensors, facts, names of the layers)."""
     for name, concept in concepts.items():
         save_concept(concept, folder / "concepts" / f"{name}.safetensors")
     layers = sorted(concepts["wide"].layers)
-    (folder / "plan.json").write_text(json.dumps({"strengths": STRENGTHS, "merges": MERGES, "layers": layers}))
-    host.run("patching.py", folder)
-    return load_file(folder / "found.safetensors"), json.loads((folder / "found.json").read_text()), layers
+    plan = {"strengths": STRENGTHS, "merges": MERGES, "layers": layers}
+    found, facts = merged_weights(plan, folder, warnings)
+    return {key: value.float().clone() for key, value in found.items()}, facts, layers
 
 
 @pytest.mark.parametrize(("title", "names", "node", "option"), MERGES, ids=[merge[0] for merge in MERGES])

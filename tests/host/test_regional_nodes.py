@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+import regional_calls
 import torch
+from laws import relative_error
 from made_concepts import made_concept
-from safetensors.torch import load_file
 
 from modular_concepts.files.concept import save_concept
 
 
 @pytest.fixture(scope="module")
-def found(host, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nodes")
+def found(folder, replaced):
+    """(tensors, facts)."""
     for concept in (made_concept("tom"), made_concept("rex", slot=1)):
         save_concept(concept, folder / f"{concept.name}.safetensors")
-    host.run("regional_nodes.py", folder)
-    return load_file(folder / "found.safetensors"), json.loads((folder / "found.json").read_text())
-
-
-def relative_error(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one.double() - other.double()).norm() / other.double().norm())
+    found, facts = regional_calls.called(folder, replaced)
+    return {key: value.float().clone() for key, value in found.items()}, facts
 
 
 @pytest.mark.parametrize("mode", ["gated", "merged"])
@@ -39,7 +34,7 @@ def test_the_modes_are_two(found):
 def test_regions_mean_the_same_from_widgets_json_and_boxes(found):
     tensors, facts = found
     assert facts["same"] and facts["drawn"] and facts["stack"] == [["tom", 1.0], ["rex", 1.0]]
-    assert facts["boxed"] == [[32, 0, 64, 32], True, ["rex"], 0.1, 0.9, 3] and facts["nobody"] == []
+    assert facts["boxed"] == [(32, 0, 64, 32), True, ("rex",), 0.1, 0.9, 3] and facts["nobody"] == []
     assert relative_error(tensors["pixels"], tensors["gated"]) < 1e-5
 
 

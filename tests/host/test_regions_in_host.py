@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+import regional_pictures
 import torch
+from laws import relative_error
 from made_concepts import made_concept, toy_base
-from safetensors.torch import load_file, save_file
 
 from modular_concepts.files.concept import save_concept
 from modular_concepts.regions.attention import regional_attention
@@ -37,10 +36,6 @@ PICTURES = {
 }
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
 @pytest.fixture(scope="module")
 def asked():
     generator = torch.Generator().manual_seed(8)
@@ -59,15 +54,13 @@ def concepts():
 
 
 @pytest.fixture(scope="module")
-def found(host, asked, concepts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("regions")
+def found(folder, asked, concepts):
+    """(tensors, facts)."""
     for concept in concepts:
         save_concept(concept, folder / f"{concept.name}.safetensors")
-    save_file(asked, folder / "asked.safetensors")
     plan = {"prompt": PROMPT, "negative": NEGATIVE, "inside": INSIDE, "stack": STACK, "samplers": SAMPLERS}
-    (folder / "plan.json").write_text(json.dumps({**plan, "regions": REGIONS, "pictures": PICTURES}))
-    host.run("regions.py", folder)
-    return load_file(folder / "found.safetensors"), json.loads((folder / "found.json").read_text())
+    found, facts = regional_pictures.drawn(asked, {**plan, "regions": REGIONS, "pictures": PICTURES}, folder)
+    return {key: value.float().clone() for key, value in found.items()}, facts
 
 
 def test_the_network_listens_to_regions_as_the_headless_sampler_makes_it(found, asked, concepts):

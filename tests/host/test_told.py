@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
+import hints
 import pytest
 from made_concepts import made_concept
 
@@ -13,11 +12,9 @@ SHARED = "has taken over the model's cross-attention, which regions cannot share
 
 
 @pytest.fixture(scope="module")
-def facts(host, tmp_path_factory):
-    place = tmp_path_factory.mktemp("told")
-    save_concept(made_concept("tom"), place / "tom.safetensors")
-    host.run("told.py", place)
-    return json.loads((place / "facts.json").read_text())
+def facts(folder, replaced):
+    save_concept(made_concept("tom"), folder / "tom.safetensors")
+    return hints.heard(folder, replaced)
 
 
 def test_concepts_that_nobody_calls_are_told_with_the_way_out(facts):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+import toy_base_nodes
+from laws import relative_error
 from safetensors.torch import load_file, save_file
 
 from modular_concepts.models.layers import file_key, find_layers
@@ -25,10 +26,6 @@ TRIGGER = "<mine>"
 STRENGTH = 0.7
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
 @pytest.fixture(scope="module")
 def base():
     folder = Path(os.environ.get("MODULAR_CONCEPTS_TOY_WEIGHTS", WEIGHTS))
@@ -38,9 +35,9 @@ def base():
 
 
 @pytest.fixture(scope="module")
-def asked(base, tmp_path_factory):
-    """What both sides compute on, in a folder that the host's process reads."""
-    folder, toy = base
+def asked(base, folder):
+    """(the host's folder, tensors that both sides compute on, the plan)."""
+    weights, toy = base
     generator = torch.Generator().manual_seed(5)
     tensors = {f"noisy.{w}x{h}": torch.randn(3, 12, h // 2, w // 2, generator=generator) for w, h in SIZES}
     tensors["timesteps"] = torch.tensor([0, 437, 999])
@@ -48,7 +45,7 @@ def asked(base, tmp_path_factory):
     tensors["token"] = toy.embedding.weight[[30, 40, 50]] + 0.1 * torch.randn(3, 128, generator=generator)
     tensors["picture"] = torch.rand(2, 3, 32, 64, generator=generator)
     plan = {
-        "weights": str(folder),
+        "weights": str(weights),
         "sizes": SIZES,
         "prompts": PROMPTS,
         "trigger": TRIGGER,
@@ -60,18 +57,17 @@ def asked(base, tmp_path_factory):
         "cfg": 4.0,
         "samplers": ["dpmpp_2m", "uni_pc"],
     }
-    place = tmp_path_factory.mktemp("host")
-    save_file(tensors, place / "asked.safetensors")
-    save_file({"emb_params": tensors["token"]}, place / "learned.safetensors")
-    save_file(_stock_lora(toy, generator)[1], place / "stock_lora.safetensors")
-    (place / "asked.json").write_text(json.dumps(plan))
-    return place, tensors, plan
+    save_file({"emb_params": tensors["token"]}, folder / "learned.safetensors")
+    save_file(_stock_lora(toy, generator)[1], folder / "stock_lora.safetensors")
+    return folder, tensors, plan
 
 
 @pytest.fixture(scope="module")
-def found(host, asked):
-    host.run("toy_base.py", asked[0])
-    return load_file(asked[0] / "found.safetensors"), json.loads((asked[0] / "found.json").read_text())
+def found(asked, replaced, warnings):
+    """(tensors, facts)."""
+    folder, tensors, plan = asked
+    found, facts = toy_base_nodes.looked_at(tensors, plan, folder, replaced, warnings)
+    return {key: value.float().clone() for key, value in found.items()}, facts
 
 
 def _stock_lora(toy, generator):

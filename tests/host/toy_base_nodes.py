@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-
-from in_host import FOLDER, pack_module, start
-
-warnings = start()
 
 import comfy.model_management
 import comfy.model_patcher
@@ -18,11 +13,10 @@ import comfyui_version
 import folder_paths
 import latent_preview
 import torch
-from safetensors.torch import load_file, save_file
+from modular_concepts_pack.host import toy_base as toy
+from modular_concepts_pack.host.text import words as clip_module
 
 import nodes
-
-torch.set_num_threads(1)
 
 
 def velocity(model, noisy, timesteps, context):
@@ -36,10 +30,9 @@ def velocity(model, noisy, timesteps, context):
 
 
 @torch.inference_mode()
-def main() -> None:
-    toy, clip_module = pack_module("host.toy_base"), pack_module("host.text.words")
-    asked, plan = load_file(FOLDER / "asked.safetensors"), json.loads((FOLDER / "asked.json").read_text())
-    model, clip, vae = toy.load_toy_base(Path(plan["weights"]), [str(FOLDER)])
+def looked_at(asked: dict[str, torch.Tensor], plan: dict, folder: Path, replaced, warnings) -> tuple[dict, dict]:
+    """(tensors, facts); `folder` is the host's, with a stock LoRA and a learned embedding."""
+    model, clip, vae = toy.load_toy_base(Path(plan["weights"]), [str(folder)])
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
     found, facts = {}, {"version": comfyui_version.__version__}
     facts["real"] = [
@@ -82,7 +75,7 @@ def main() -> None:
 
     positive, negative = encoder.encode(clip, plan["prompts"][0])[0], encoder.encode(clip, "")[0]
     previews = []
-    latent_preview.get_previewer = lambda *_: preview
+    replaced.setattr(latent_preview, "get_previewer", lambda *_: preview)
     stock = preview.decode_latent_to_preview_image
     preview.decode_latent_to_preview_image = lambda *args: previews.append(stock(*args)) or previews[-1]
     (empty,) = nodes.EmptyLatentImage().generate(32, 32)
@@ -99,7 +92,7 @@ def main() -> None:
         (other,) = sampler.sample(model, *settings[:3], name, "karras", *settings[5:])
         found[f"picture.{name}"] = nodes.VAEDecode().decode(vae, other)[0].movedim(-1, 1)
 
-    folder_paths.add_model_folder_path("loras", str(FOLDER))
+    folder_paths.add_model_folder_path("loras", str(folder))
     warned = len(warnings)
     patched, patched_clip = nodes.LoraLoader().load_lora(model, clip, "stock_lora.safetensors", 0.7, 0.7)
     facts["lora_warnings"] = warnings[warned:]
@@ -116,11 +109,4 @@ def main() -> None:
     second = toy.load_model(*model.cached_patcher_init[1], disable_dynamic=True)
     facts["second"] = all(torch.equal(second.model.state_dict()[name], before[name]) for name in before)
     facts["warnings"] = warnings
-    save_file(
-        {key: value.float().contiguous().clone() for key, value in found.items()},
-        FOLDER / "found.safetensors",
-    )
-    (FOLDER / "found.json").write_text(json.dumps(facts))
-
-
-main()
+    return found, facts

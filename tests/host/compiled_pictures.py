@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import logging
 from dataclasses import replace
-
-from in_host import FOLDER, pack_module, start
-
-warnings = start()
 
 import torch
 import torch.nn.functional as F
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from safetensors.torch import save_file
+from modular_concepts_pack.host.merging import fusion
+from modular_concepts_pack.host.merging import weights as patching
+from modular_concepts_pack.host.regions import sampling as regions
+from modular_concepts_pack.host.text.words import encode_prompt as encode
+from modular_concepts_pack.host.toy_base import load_toy_base
+from modular_concepts_pack.modular_concepts.regions.geometry import Region
 
 import nodes
 
-torch.set_num_threads(1)
-
 
 @torch.inference_mode()
-def main() -> None:
-    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    patching, regions, fusion = (
-        pack_module("host.merging.weights"),
-        pack_module("host.regions.sampling"),
-        pack_module("host.merging.fusion"),
-    )
-    Region = pack_module("modular_concepts.regions.geometry").Region
-    encode = pack_module("host.text.words").encode_prompt
-    model, clip, _ = pack_module("host.toy_base").load_toy_base()
-    concept = pack_module("modular_concepts.files.concept").load_concept(FOLDER / "tom.safetensors")
+def drawn(concept, warnings: list[str]) -> tuple[dict[str, torch.Tensor], dict]:
+    """(pictures, what was said while each was drawn)."""
+    model, clip, _ = load_toy_base()
     layers = {name: own for name, own in concept.layers.items() if name.startswith("unet.")}
     concept = replace(concept, tokens={}, layers=layers)
     latent = {"samples": torch.zeros(1, 12, 16, 16)}
@@ -91,9 +79,7 @@ def main() -> None:
     for title, way in (("activations", lambda: draw(activations(model))), ("gated", lambda: gated(model))):
         note(f"fused|{title}", way)
     block.to_q = plain
-    logging.getLogger().handlers.clear()
-    save_file({title: value.contiguous().clone() for title, value in found.items()}, FOLDER / "found.safetensors")
-    (FOLDER / "said.json").write_text(json.dumps(said))
+    return found, said
 
 
 class FusedKernel(torch.nn.Linear):
@@ -105,6 +91,3 @@ class FusedKernel(torch.nn.Linear):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x), self.bias)
-
-
-main()

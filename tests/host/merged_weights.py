@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-
-from in_host import FOLDER, pack_module, start
-
-warnings = start()
+from pathlib import Path
 
 import comfy.model_management
 import comfy.weight_adapter
-import folder_paths
 import torch
-from safetensors.torch import save_file
+from modular_concepts_pack.host import toy_base as toy
+from modular_concepts_pack.host.layers import host_layers
+from modular_concepts_pack.host.merging import weights as patching
+from modular_concepts_pack.host.text import words as clip_module
+from modular_concepts_pack.nodes import concepts, merging
 
 import nodes
-
-torch.set_num_threads(1)
-folder_paths.models_dir = str(FOLDER)
-folder_paths.folder_names_and_paths["loras"] = ([str(FOLDER / "loras")], {".safetensors"})
-folder_paths.folder_names_and_paths["embeddings"] = ([str(FOLDER / "embeddings")], {".safetensors"})
 
 
 def weights(model, clip) -> dict[str, torch.Tensor]:
@@ -39,18 +32,10 @@ def traces(model, clip) -> list:
 
 
 @torch.inference_mode()
-def main() -> None:
-    pack = pack_module("nodes")
-    asyncio.run(pack.ModularConcepts().on_load())
-    toy, clip_module, patching = (
-        pack_module("host.toy_base"),
-        pack_module("host.text.words"),
-        pack_module("host.merging.weights"),
-    )
-    concepts, merging = pack_module("nodes.concepts"), pack_module("nodes.merging")
-    plan = json.loads((FOLDER / "plan.json").read_text())
-    model, clip, _ = toy.load_toy_base(embeddings=[str(FOLDER / "embeddings")])
-    layers = pack_module("host.layers").host_layers(model, clip)
+def merged_weights(plan: dict, folder: Path, warnings: list[str]) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, facts); `folder` is the host's, with the plan's concepts among its own."""
+    model, clip, _ = toy.load_toy_base(embeddings=[str(folder / "embeddings")])
+    layers = host_layers(model, clip)
     before, clean = weights(model, clip), traces(model, clip)
     found, facts = {}, {"untouched": [], "clean": [], "layers_patched": {}}
 
@@ -161,8 +146,4 @@ def main() -> None:
             facts["refused"][title] = f"{type(error).__name__}: {error}"
     back_to_base()
     facts["patches_per_layer"] = sorted(facts["patches_per_layer"])
-    save_file({key: value.float().contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
-    (FOLDER / "found.json").write_text(json.dumps(facts))
-
-
-main()
+    return found, facts

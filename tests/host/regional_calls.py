@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+from pathlib import Path
 
-from in_host import FOLDER, pack_module, start
-
-start()
-
+import pytest
 import torch
-from safetensors.torch import save_file
+from modular_concepts_pack.host.regions import sampling as regional_sampling
+from modular_concepts_pack.host.toy_base import load_toy_base
+from modular_concepts_pack.modular_concepts.files.concept import load_concept as load
+from modular_concepts_pack.modular_concepts.regions.geometry import Region
+from modular_concepts_pack.nodes import concepts as texts
+from modular_concepts_pack.nodes import regions as node
+from modular_concepts_pack.nodes import stacking
+from modular_concepts_pack.nodes.automatic import FindRegions as finder
+from modular_concepts_pack.nodes.region_drawing import DrawRegions as drawing
+from modular_concepts_pack.nodes.region_json import RegionsFromJSON as from_json
 
 import nodes
 
-torch.set_num_threads(1)
 PROMPTS = "a man and a dog in the snow", "a car"
 LEFT, RIGHT = "a <tom> and a dog in the snow", "a man and a <rex> in the snow"
 
 
 @torch.inference_mode()
-def main() -> None:
-    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    node, stacking = pack_module("nodes.regions"), pack_module("nodes.stacking")
-    from_json = pack_module("nodes.region_json").RegionsFromJSON
-    finder, drawing = pack_module("nodes.automatic").FindRegions, pack_module("nodes.region_drawing").DrawRegions
-    model, clip, _ = pack_module("host.toy_base").load_toy_base()
-    load = pack_module("modular_concepts.files.concept").load_concept
-    concepts = {f"concept{index}": load(FOLDER / f"{name}.safetensors") for index, name in enumerate(("tom", "rex"))}
+def called(folder: Path, replaced: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, facts); the concepts tom and rex lie in `folder`."""
+    model, clip, _ = load_toy_base()
+    concepts = {f"concept{index}": load(folder / f"{name}.safetensors") for index, name in enumerate(("tom", "rex"))}
     stack = stacking.ConceptStack.execute(concepts)[0]
     (noise,) = nodes.EmptyLatentImage().generate(64, 32)
     found, facts = {}, {"refused": {}, "stack": [[concept.name, strength] for concept, strength in stack]}
@@ -83,12 +84,11 @@ def main() -> None:
         ("bare", LEFT, None),
     ):
         spoken = facts["said"][title] = []
-        pack_module("host.regions.sampling").show_text = spoken.append
+        replaced.setattr(regional_sampling, "show_text", spoken.append)
         regional = region(prompt, 0.0, 1.0)
         node.RegionalConcepts.execute(model, clip, regional, *PROMPTS, "gated", "average", own)
     facts["said"]["prompt"] = spoken = []
-    texts = pack_module("nodes.concepts")
-    texts.show_text = spoken.append
+    replaced.setattr(texts, "show_text", spoken.append)
     texts.ConceptTextEncode.execute(clip, LEFT, stack)
     texts.ConceptTextEncode.execute(clip, "a <bob>", stack)
 
@@ -106,15 +106,9 @@ def main() -> None:
             facts["refused"][title] = ""
         except ValueError as error:
             facts["refused"][title] = f"{type(error).__name__}: {error}"
-    save_file({key: value.float().contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
-    (FOLDER / "found.json").write_text(json.dumps(facts))
+    return found, facts
 
 
 def boxed_like(region):
     """The same place for the whole of the sampling."""
-    return pack_module("modular_concepts.regions.geometry").Region(
-        region.prompt, region.box, pixels=True, concepts=region.concepts
-    )
-
-
-main()
+    return Region(region.prompt, region.box, pixels=True, concepts=region.concepts)

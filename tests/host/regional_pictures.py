@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-
-from in_host import FOLDER, pack_module, start
-
-start()
+from pathlib import Path
 
 import comfy.model_management
 import torch
-from safetensors.torch import load_file, save_file
+from modular_concepts_pack.host import toy_base as toy
+from modular_concepts_pack.host.merging import weights as patching
+from modular_concepts_pack.host.regions import sampling as regional
+from modular_concepts_pack.host.regions.cross_attention import Listening
+from modular_concepts_pack.modular_concepts.files.concept import load_concept
+from modular_concepts_pack.modular_concepts.regions import shares as places
+from modular_concepts_pack.nodes import regions as node
 
 import nodes
 
-torch.set_num_threads(1)
-
 
 @torch.inference_mode()
-def main() -> None:
-    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    toy, regional, patching = (
-        pack_module("host.toy_base"),
-        pack_module("host.regions.sampling"),
-        pack_module("host.merging.weights"),
-    )
-    places = pack_module("modular_concepts.regions.shares")
-    node, encode = pack_module("nodes.regions"), nodes.CLIPTextEncode().encode
-    asked, plan = load_file(FOLDER / "asked.safetensors"), json.loads((FOLDER / "plan.json").read_text())
+def drawn(asked: dict[str, torch.Tensor], plan: dict, folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, facts); the concepts of the plan's stack lie in `folder`."""
+    encode = nodes.CLIPTextEncode().encode
     model, clip, _ = toy.load_toy_base()
-    stack = tuple(
-        (pack_module("modular_concepts.files.concept").load_concept(FOLDER / f"{n}.safetensors"), s)
-        for n, s in plan["stack"]
-    )
+    stack = tuple((load_concept(folder / f"{n}.safetensors"), s) for n, s in plan["stack"])
     merged, merged_clip = patching.merged(model, clip, stack)
     found, facts = {}, {"refused": {}}
 
@@ -56,7 +45,7 @@ def main() -> None:
     placed = [region.placed(*size) for region in regions(plan["regions"])]
     own = [encode(merged_clip, region.prompt)[0][0][0] for region in placed]
     own_negatives = [bare if r.negative is None else encode(merged_clip, r.negative)[0][0][0] for r in placed]
-    heard = pack_module("host.regions.cross_attention").Listening(places.Places(placed), own, own_negatives, True)
+    heard = Listening(places.Places(placed), own, own_negatives, True)
     listening = regional.listening(merged, heard)
     comfy.model_management.load_models_gpu([listening])
     count = len(asked["noisy"])
@@ -116,8 +105,4 @@ def main() -> None:
             facts["refused"][title] = ""
         except ValueError as error:
             facts["refused"][title] = f"{type(error).__name__}: {error}"
-    save_file({key: value.float().contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
-    (FOLDER / "found.json").write_text(json.dumps(facts))
-
-
-main()
+    return found, facts

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import json
+from pathlib import Path
 from types import SimpleNamespace
-
-from in_host import FOLDER, pack_module, start
-
-start()
 
 import comfy.sample
 import comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom
+import pytest
 import torch
+from modular_concepts_pack.host.merging import notices as merging
+from modular_concepts_pack.host.regions import sampling as regional
+from modular_concepts_pack.host.regions.cross_attention import blocks_of
+from modular_concepts_pack.host.toy_base import load_toy_base
+from modular_concepts_pack.host.training import train as training
+from modular_concepts_pack.host.training.base import host_base
+from modular_concepts_pack.modular_concepts.adapters.basis import OrthogonalBasis
+from modular_concepts_pack.modular_concepts.files.concept import load_concept
+from modular_concepts_pack.modular_concepts.merging import MergeOptions as options
+from modular_concepts_pack.modular_concepts.training import teach as custom_plan
+from modular_concepts_pack.modular_concepts.training.settings import TrainSettings
+from modular_concepts_pack.nodes import automatic, baselines, bases, concepts, region_json
+from modular_concepts_pack.nodes import regions as node
+from modular_concepts_pack.nodes import training as training_nodes
+from modular_concepts_pack.nodes.unused import unused
 
 import nodes
 
-torch.set_num_threads(1)
 PROMPT, NEGATIVE, INSIDE = "a man on the beach", "tree", "a cat in the snow"
 
 
@@ -31,18 +41,14 @@ def refused(attempt) -> str:
 
 
 @torch.inference_mode()
-def main() -> None:
-    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    node, regional, concepts = (
-        pack_module("nodes.regions"),
-        pack_module("host.regions.sampling"),
-        pack_module("nodes.concepts"),
-    )
-    model, clip, _ = pack_module("host.toy_base").load_toy_base()
-    tom = pack_module("modular_concepts.files.concept").load_concept(FOLDER / "tom.safetensors")
+def heard(folder: Path, replaced: pytest.MonkeyPatch) -> dict:
+    """Title -> what was said, or how far pictures are apart; the concept tom lies in `folder`."""
+    model, clip, _ = load_toy_base()
+    tom = load_concept(folder / "tom.safetensors")
     lora = dataclasses.replace(tom, name="sketch", tokens={}, recipe=dataclasses.replace(tom.recipe, triggers=()))
     said, facts = [], {}
-    regional.show_text = concepts.show_text = said.append
+    for module in (regional, concepts, merging, bases, node, region_json, automatic):
+        replaced.setattr(module, "show_text", said.append)
 
     def latent(width: int, height: int) -> dict:
         empty = nodes.EmptyLatentImage().generate(width, height, 1)[0]
@@ -87,15 +93,12 @@ def main() -> None:
     facts["the same with and without spaces"] = torch.equal(spaced, close)
 
     # Options that nothing reads.
-    merging, options = pack_module("host.merging.notices"), pack_module("modular_concepts.merging").MergeOptions
-    merging.show_text = said.append
     for method in ("sum", "ties"):
         said.clear()
         merging.merged_by(model, clip, ((tom, 1.0),), method, options(density=0.3))
         facts[f"density in {method}"] = " ".join(said)
-    training, custom_plan = pack_module("host.training.train"), pack_module("modular_concepts.training.teach")
-    base = pack_module("host.training.base").host_base(model, clip, pack_module("host.toy_base").load_toy_base()[2])
-    settings = pack_module("modular_concepts.training.settings").TrainSettings(method="words")
+    base = host_base(model, clip, load_toy_base()[2])
+    settings = TrainSettings(method="words")
     plan = training.Plan(
         None,
         settings,
@@ -115,22 +118,17 @@ def main() -> None:
         attempt()
         return "\n".join(said)
 
-    node_of = {
-        name: pack_module(f"nodes.{name}") for name in ("bases", "regions", "region_json", "automatic", "concepts")
-    }
-    for module in (*node_of.values(), regional):
-        module.show_text = said.append
-    place, box = node_of["regions"].ConceptRegion.execute, (0.0, 0.0, 0.5, 1.0)
+    place, box = node.ConceptRegion.execute, (0.0, 0.0, 0.5, 1.0)
     mask, bounds = torch.ones(1, 8, 8), {"x": 0, "y": 0, "width": 8, "height": 8}
     whole = (0.0, 0.0, 1.0, 1.0)
     drawing = (noise, "euler", "normal", 1)
-    preview = node_of["regions"].RegionPreview.execute
+    preview = node.RegionPreview.execute
     picture = torch.ones(1, 32, 32, 3)
-    json_node = node_of["region_json"].RegionsFromJSON.execute
-    sampler, finder = node_of["regions"].RegionalConceptSampler.execute, node_of["automatic"].FindRegions.execute
-    loader = node_of["bases"].OrthoBasisLoader.execute
-    node_of["bases"].load_basis_named = lambda name: pack_module("modular_concepts.adapters.basis").OrthogonalBasis()
-    lora_node = node_of["concepts"].LoRAToConcept.execute
+    json_node = region_json.RegionsFromJSON.execute
+    sampler, finder = node.RegionalConceptSampler.execute, automatic.FindRegions.execute
+    loader = bases.OrthoBasisLoader.execute
+    replaced.setattr(bases, "load_basis_named", lambda name: OrthogonalBasis())
+    lora_node = concepts.LoRAToConcept.execute
     high = (dataclasses.replace(region()[0], priority=3),)
     facts["idle"] = {
         title: mean_nothing(attempt)
@@ -159,10 +157,8 @@ def main() -> None:
         }.items()
     }
     facts["trainers"], common = {}, {"preview_every": 0, "preview_prompt": "a {concept} hat"}
-    idle, trainers = pack_module("nodes.unused").unused, (pack_module("nodes.training"), pack_module("nodes.baselines"))
-    choice = node_of["bases"].OrthoChoice(
-        pack_module("modular_concepts.adapters.basis").OrthogonalBasis(), "", 8, "hashed"
-    )
+    idle, trainers = unused, (training_nodes, baselines)
+    choice = bases.OrthoChoice(OrthogonalBasis(), "", 8, "hashed")
     for name in ("OrthoLoRATrainer", "BlockLoRATrainer", "LoRATrainer", "WordTrainer", "EDLoRATrainer"):
         trainer = next(getattr(module, name) for module in trainers if hasattr(module, name))
         with_basis = {"ortho_basis": choice} if "Ortho" in name or "Block" in name else {}
@@ -217,7 +213,7 @@ def main() -> None:
         other.set_model_attn2_patch(lambda n, context, value, options: (n, context, value))
         return other
 
-    every = pack_module("host.regions.cross_attention").blocks_of(model.model.diffusion_model)
+    every = blocks_of(model.model.diffusion_model)
     facts["displaced"] = {
         "all": refused(lambda: draw((replaced(every), *parts[1:]))),
         "one": refused(lambda: draw((replaced(every[-1:]), *parts[1:]))),
@@ -235,7 +231,4 @@ def main() -> None:
         passes[title] = first, draw(parts, larger, 0.5)
     facts["passes"] = [(a - b).abs().max().item() for a, b in zip(*passes.values(), strict=True)]
     facts["not first"] = (passes["pixels"][1] - draw(plain, larger, 0.5)).abs().max().item()
-    (FOLDER / "facts.json").write_text(json.dumps(facts))
-
-
-main()
+    return facts
