@@ -1,4 +1,4 @@
-"""Everything that a careless program could leave on a loaded model, as one digest."""
+"""What a careless program could leave on a loaded model: everything as one digest, or its weights and hooks."""
 
 from __future__ import annotations
 
@@ -26,3 +26,14 @@ def traces(model, clip, flags: bool = True) -> str:
             digest.update(f"{name}{hooks}{'forward' in vars(part)}{part.training}".encode())
     digest.update(f"{len(model.patches)}{len(clip.patcher.patches)}{sorted(model.attachments)}".encode())
     return digest.hexdigest()
+
+
+def weights(model, clip) -> dict[str, torch.Tensor]:
+    """All weights of MODEL and CLIP as they are in memory now, copied."""
+    parts = {"model": model.model, "clip": clip.cond_stage_model}
+    return {f"{part}.{key}": value.clone() for part, net in parts.items() for key, value in net.state_dict().items()}
+
+
+def hooks_on(model, clip) -> int:
+    parts = (*model.model.modules(), *clip.cond_stage_model.modules())
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)

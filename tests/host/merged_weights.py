@@ -7,6 +7,7 @@ from pathlib import Path
 import comfy.model_management
 import comfy.weight_adapter
 import torch
+from left_behind import weights
 from modular_concepts_pack.host import toy_base as toy
 from modular_concepts_pack.host.layers import host_layers
 from modular_concepts_pack.host.merging import weights as patching
@@ -14,12 +15,6 @@ from modular_concepts_pack.host.text import words as clip_module
 from modular_concepts_pack.nodes import concepts, merging
 
 import nodes
-
-
-def weights(model, clip) -> dict[str, torch.Tensor]:
-    """All weights as they are in memory now."""
-    parts = {"model": model.model, "clip": clip.cond_stage_model}
-    return {f"{part}.{key}": value.clone() for part, net in parts.items() for key, value in net.state_dict().items()}
 
 
 def traces(model, clip) -> list:

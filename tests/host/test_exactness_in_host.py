@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_patching import relative_error
+from kinds_of_weights import on_kinds_of_weights
+from laws import relative_error
 
 KINDS = ["float32", "fp8", "mixed", "int8"]
 FEW_BITS = KINDS[1:]
@@ -15,10 +13,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def found(host, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exactness")
-    host.run("exactness.py", folder)
-    return load_file(folder / "found.safetensors"), json.loads((folder / "found.json").read_text())
+def found(folder, warnings):
+    """(tensors, facts)."""
+    found, facts = on_kinds_of_weights(folder, warnings)
+    return {key: value.clone() for key, value in found.items()}, facts
 
 
 def error(found, kind: str, way: str) -> float:

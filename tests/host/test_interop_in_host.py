@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from made_concepts import made_concept, toy_base
+from exchanges import exchanged
+from laws import relative_error
+from made_concepts import CONVOLUTIONS, made_concept, toy_base, wide_concept
 from safetensors.torch import load_file, save_file
-from test_patching import CONVOLUTIONS, relative_error, wide_concept
 
 from modular_concepts.files.concept import save_concept
 from modular_concepts.files.diffusers import export_diffusers
@@ -51,10 +51,9 @@ def concepts():
 
 
 @pytest.fixture(scope="module")
-def found(host, concepts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("interop")
-    for name in ("concepts", "loras/people", "embeddings", "output"):
-        (folder / name).mkdir(parents=True)
+def found(folder, replaced, warnings, concepts):
+    """(tensors, facts, names of the layers)."""
+    (folder / "loras" / "people").mkdir()
     for name, concept in concepts.items():
         save_concept(concept, folder / f"concepts/{name}.safetensors")
     export_kohya(concepts["wide"], folder / "loras/kohya.safetensors")
@@ -76,9 +75,8 @@ def found(host, concepts, tmp_path_factory):
         "layers": sorted(concepts["wide"].layers),
         "sample": weights_sample({"some.weight": torch.randn(9, 9)}),
     }
-    (folder / "plan.json").write_text(json.dumps(plan))
-    host.run("interop.py", folder)
-    return load_file(folder / "found.safetensors"), json.loads((folder / "found.json").read_text()), plan["layers"]
+    found, facts = exchanged(plan, folder, warnings, replaced)
+    return {key: value.clone() for key, value in found.items()}, facts, plan["layers"]
 
 
 def same_weights(found, one: str, other: str, tolerance: float = 1e-6) -> None:
@@ -118,7 +116,7 @@ def test_words_that_come_in_a_lora_are_said_and_follow_the_text_encoders_strengt
 
 def test_words_that_come_in_a_lora_are_shown_saved_and_named_where_left_out(found):
     triggers, (shown,) = found[1]["bundled"]
-    assert triggers == ["buddy"] and "buddy" in shown
+    assert triggers == ("buddy",) and "buddy" in shown
     left_out = "bundled.safetensors: the learned word old/tom is left out: it has a slash"
     assert left_out in shown and left_out in found[1]["unused"]["loud"] and "buddy" not in found[1]["unused"]["loud"]
     concept, lora = found[1]["bundled saved"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
+import comfy.sd
+import layerwise_pictures as pictures
 import pytest
 import torch
+from laws import relative_error
 from made_concepts import made_concept, toy_base
-from safetensors.torch import load_file, save_file
+from modular_concepts_pack.host.toy_base import load_toy_base
 
 from modular_concepts.concept import Concept, Recipe
 from modular_concepts.files.concept import save_concept
@@ -16,10 +18,6 @@ from modular_concepts.sampling import customised
 
 LAYERS = 4  # of the toy base and of the tiny checkpoint
 MODELS = ["", "sd_"]
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def words(width: int, size: float) -> dict[str, torch.Tensor]:
@@ -49,16 +47,18 @@ def concepts() -> dict[str, Concept]:
 
 
 @pytest.fixture(scope="module")
-def found(host, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("layerwise")
-    host.run("tiny_checkpoint.py", folder)
+def found(folder, checkpoint):
+    """(tensors, facts, what the toy base's network was asked)."""
     for name, concept in concepts().items():
         save_concept(concept, folder / f"{name}.safetensors")
     noisy = torch.randn(2, 12, 16, 16, generator=torch.Generator().manual_seed(8))
-    save_file({"noisy": noisy}, folder / "asked.safetensors")
-    (folder / "plan.json").write_text(json.dumps({"sides": {"": 32, "sd_": 64}}))
-    host.run("layerwise.py", folder)
-    return load_file(folder / "found.safetensors"), json.loads((folder / "found.json").read_text()), noisy
+    on_toy = pictures.look("", load_toy_base()[:2], folder, 32, noisy)
+    sd15 = comfy.sd.load_checkpoint_guess_config(str(checkpoint("sd15")), output_vae=False)[:2]
+    on_sd = pictures.look("sd_", sd15, folder, 64, noisy)
+    on_sdxl = pictures.look_at_sdxl(checkpoint("vega"))
+    tensors, facts = on_toy[0] | on_sd[0] | on_sdxl[0], on_toy[1] | on_sd[1] | on_sdxl[1]
+    facts["refused"] = on_toy[1]["refused"] | on_sd[1]["refused"] | pictures.refused_by_sd3(checkpoint("sd3"))
+    return {key: value.float().clone() for key, value in tensors.items()}, facts, noisy
 
 
 @pytest.mark.parametrize("model", MODELS)

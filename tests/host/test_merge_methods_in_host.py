@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from made_concepts import made_concept
-from safetensors.torch import load_file
-from test_patching import CONVOLUTIONS, relative_error, wide_concept
+from laws import relative_error
+from made_concepts import CONVOLUTIONS, made_concept, wide_concept
+from merges_by_method import merged_by_method
 
 from modular_concepts.files.concept import save_concept
 from modular_concepts.files.kohya import export_kohya
@@ -59,15 +58,13 @@ def exported(concepts):
 
 
 @pytest.fixture(scope="module")
-def found(host, concepts, exported, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("methods")
-    (folder / "concepts").mkdir()
+def found(folder, warnings, concepts, exported):
+    """(tensors, facts, plan, the host's folder)."""
     for name, concept in concepts.items():
         save_concept(concept, folder / "concepts" / f"{name}.safetensors")
     save_concept(made_concept("tom", "lora", slot=2), folder / "another_tom.safetensors")
-    (folder / "exported").mkdir()
     for how, merged in exported.items():
-        export_kohya(merged, folder / "exported" / f"{how}.safetensors")
+        export_kohya(merged, folder / "loras" / f"{how}.safetensors")
     wordless = replace(concepts["tom"], tokens={}, recipe=replace(concepts["tom"].recipe, triggers=()))
     export_kohya(wordless, folder / "concepts" / "plain.safetensors")
     layers = sorted(concepts["wide"].layers)
@@ -82,9 +79,8 @@ def found(host, concepts, exported, tmp_path_factory):
         "blocks": BLOCKS,
         "square": next(name for name in sorted(concepts["tom"].layers) if name.endswith("attn1.to_q")),
     }
-    (folder / "plan.json").write_text(json.dumps(plan))
-    host.run("merge_methods.py", folder)
-    return load_file(folder / "found.safetensors"), json.loads((folder / "found.json").read_text()), plan, folder
+    found, facts = merged_by_method(plan, folder, warnings)
+    return {key: value.float().clone() for key, value in found.items()}, facts, plan, folder
 
 
 def wanted(concepts, how, evidence=None):

@@ -1,26 +1,26 @@
-"""In the host: prompts with layer-wise words on the toy base and, where there is one, on FOLDER's tiny checkpoint."""
+"""In the host: prompts with layer-wise words, on the toy base and on tiny checkpoints; what was drawn and refused."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-
-from in_host import FOLDER, pack_module, start
-
-start()
+from pathlib import Path
 
 import comfy.model_management
-import comfy.sd
 import tiny_models
 import torch
-from safetensors.torch import load_file, save_file
+from modular_concepts_pack.host.merging import weights as patching
+from modular_concepts_pack.host.text import layerwise
+from modular_concepts_pack.host.text.words import encode_prompt
+from modular_concepts_pack.host.training.base import host_base
+from modular_concepts_pack.modular_concepts.concept import Concept, Recipe
+from modular_concepts_pack.modular_concepts.files.concept import load_concept
+from modular_concepts_pack.modular_concepts.training import teach
+from modular_concepts_pack.modular_concepts.training.settings import TrainSettings
+from modular_concepts_pack.nodes import concepts as concepts_node
+from modular_concepts_pack.nodes import regions
 
 import nodes
 
-torch.set_num_threads(1)
-plan = json.loads((FOLDER / "plan.json").read_text())
-found: dict = {}
-facts: dict = {"refused": {}}
+Findings = tuple[dict[str, torch.Tensor], dict]
 
 
 def said(attempt) -> str:
@@ -32,14 +32,15 @@ def said(attempt) -> str:
 
 
 @torch.inference_mode()
-def look(prefix: str, model, clip) -> None:
-    """Draw with words of each kind; prefix: of the concepts' files and of what is found."""
-    layerwise, patching = pack_module("host.text.layerwise"), pack_module("host.merging.weights")
-    regions, concepts_node = pack_module("nodes.regions"), pack_module("nodes.concepts")
-    load_concept = pack_module("modular_concepts.files.concept").load_concept
-    concept = {kind: load_concept(FOLDER / f"{prefix}{kind}.safetensors") for kind in ("flat", "even", "varied")}
+def look(prefix: str, loaded: tuple, folder: Path, side: int, noisy: torch.Tensor) -> Findings:
+    """Draw with words of each kind; prefix: of the concepts' files and of what is found.
+
+    side: pixels of a picture.  noisy: (N, C, H, W), on which the toy base's network itself is asked.
+    """
+    model, clip = loaded
+    found, facts = {}, {"refused": {}}
+    concept = {kind: load_concept(folder / f"{prefix}{kind}.safetensors") for kind in ("flat", "even", "varied")}
     merged = {kind: patching.merged(model, clip, [(own, 1.0)]) for kind, own in concept.items()}
-    side = plan["sides"][prefix]
     noise = nodes.EmptyLatentImage().generate(side, side)[0]
     word, encode = concept["varied"].recipe.class_word, nodes.CLIPTextEncode().encode
     facts[f"{prefix}layers"] = layerwise.cross_attention_layers(model)
@@ -96,7 +97,7 @@ def look(prefix: str, model, clip) -> None:
     # The network itself, on one noisy latent: what each layer hears, against the headless U-Net.
     latent = torch.randn(noise["samples"].shape, generator=torch.Generator().manual_seed(3))
     if not prefix:
-        latent = load_file(FOLDER / "asked.safetensors")["noisy"]
+        latent = noisy
         comfy.model_management.load_models_gpu([merged["varied"][0]])
         contexts = about[layerwise.LAYERS].expand(len(latent), -1, -1, -1)
         options = {"patches": {"attn2_patch": [layerwise.PickLayer(contexts.shape[1])]}}
@@ -115,15 +116,14 @@ def look(prefix: str, model, clip) -> None:
         for options, _ in merged.values()
     ]
     facts[f"{prefix}wrapped"] = {kind: len(one[0].wrappers.get("outer_sample", {})) for kind, one in merged.items()}
+    return found, facts
 
 
 @torch.inference_mode()
-def look_at_sdxl() -> None:
+def look_at_sdxl(path: Path) -> Findings:
     """Two text models and fewer layers; the words are those of `words`, made for as many layers as there are."""
-    tiny_models.write("vega")
-    model, clip, _ = tiny_models.load("vega")
-    layerwise, patching = pack_module("host.text.layerwise"), pack_module("host.merging.weights")
-    encode_prompt = pack_module("host.text.words").encode_prompt
+    found, facts = {}, {}
+    model, clip, _ = tiny_models.load(path)
     layers = layerwise.cross_attention_layers(model)
     rows = 0.3 * torch.randn(layers, 2, 768 + 1280, generator=torch.Generator().manual_seed(4))
     noise = nodes.EmptyLatentImage().generate(64, 64)[0]
@@ -141,45 +141,23 @@ def look_at_sdxl() -> None:
             0
         ]["samples"]
     facts["sdxl_layers"], facts["sdxl_contexts"] = layers, list(prompt[0][1][layerwise.LAYERS].shape)
+    return found, facts
 
 
 def word_alone(name: str, rows: torch.Tensor, architecture: str):
-    concept = pack_module("modular_concepts.concept")
-    recipe = concept.Recipe(method="words", architecture=architecture, triggers=(f"<{name}>",), class_word="dog")
-    return concept.Concept(name, {}, {f"<{name}>": rows}, recipe)
+    recipe = Recipe(method="words", architecture=architecture, triggers=(f"<{name}>",), class_word="dog")
+    return Concept(name, {}, {f"<{name}>": rows}, recipe)
 
 
-def look_at_sd3() -> None:
+def refused_by_sd3(path: Path) -> dict[str, str]:
     """A diffusion transformer has no layers that a word could be learned for."""
-    tiny_models.write("sd3")
-    model, clip, vae = tiny_models.load("sd3")
-    customisation, training = (
-        pack_module("modular_concepts.training.teach"),
-        pack_module("modular_concepts.training.settings"),
-    )
-    merged = pack_module("host.merging.weights").merged
-    rows = torch.zeros(4, 2, 768 + 1280)
-    facts["refused"]["sd3_merged"] = said(lambda: merged(model, clip, [(word_alone("varied", rows, "sd3"), 1.0)]))
-    base = pack_module("host.training.base").host_base(model, clip, vae)
-    subject = customisation.Subject("new", torch.zeros(2, 3, 64, 64), ["a <new>"] * 2, "dog")
-    for kind, layerwise in (("trained", True), ("trained flat", False)):
-        settings = training.TrainSettings(method="words", layerwise=layerwise)
-        facts["refused"][f"sd3_{kind}"] = said(
-            lambda settings=settings: customisation.check_training(base, subject, settings)
-        )
-
-
-def main() -> None:
-    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    look("", *pack_module("host.toy_base").load_toy_base()[:2])
-    checkpoint = FOLDER / "tiny_sd15.safetensors"
-    if checkpoint.is_file():
-        model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_vae=False)
-        look("sd_", model, clip)
-    look_at_sdxl()
-    look_at_sd3()
-    save_file({key: value.float().contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
-    (FOLDER / "found.json").write_text(json.dumps(facts))
-
-
-main()
+    model, clip, vae = tiny_models.load(path)
+    rows, refused = torch.zeros(4, 2, 768 + 1280), {}
+    word = word_alone("varied", rows, "sd3")
+    refused["sd3_merged"] = said(lambda: patching.merged(model, clip, [(word, 1.0)]))
+    base = host_base(model, clip, vae)
+    subject = teach.Subject("new", torch.zeros(2, 3, 64, 64), ["a <new>"] * 2, "dog")
+    for kind, by_layer in (("trained", True), ("trained flat", False)):
+        settings = TrainSettings(method="words", layerwise=by_layer)
+        refused[f"sd3_{kind}"] = said(lambda settings=settings: teach.check_training(base, subject, settings))
+    return refused

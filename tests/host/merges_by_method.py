@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-
-from in_host import FOLDER, pack_module, start
-
-warnings = start()
+from pathlib import Path
 
 import comfy.hooks
 import comfy.lora
 import comfy.model_management
 import comfy.weight_adapter
-import folder_paths
 import torch
-from safetensors.torch import save_file
+from left_behind import hooks_on, weights
+from modular_concepts_pack.host import toy_base as toy
+from modular_concepts_pack.host.files.concepts import concept_names
+from modular_concepts_pack.host.layers import host_layers
+from modular_concepts_pack.host.merging import fusion
+from modular_concepts_pack.host.merging import notices as merging_words
+from modular_concepts_pack.modular_concepts.merging import MergeOptions
+from modular_concepts_pack.nodes import concepts as loading
+from modular_concepts_pack.nodes import merging
+from modular_concepts_pack.nodes.reports import CrosstalkReport
 
 import nodes
 
-torch.set_num_threads(1)
-folder_paths.models_dir = str(FOLDER)
-
-
-def weights(model, clip) -> dict[str, torch.Tensor]:
-    parts = {"model": model.model, "clip": clip.cond_stage_model}
-    return {f"{part}.{key}": value.clone() for part, net in parts.items() for key, value in net.state_dict().items()}
-
-
-def hooks_on(model, clip) -> list:
-    parts = (*model.model.modules(), *clip.cond_stage_model.modules())
-    return [hook for part in parts for hook in (*part._forward_hooks, *part._forward_pre_hooks)]
-
 
 @torch.inference_mode()
-def main() -> None:
-    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    toy, fusion, merging_words = (
-        pack_module("host.toy_base"),
-        pack_module("host.merging.fusion"),
-        pack_module("host.merging.notices"),
-    )
-    loading, merging = pack_module("nodes.concepts"), pack_module("nodes.merging")
-    plan = json.loads((FOLDER / "plan.json").read_text())
+def merged_by_method(plan: dict, folder: Path, warnings: list[str]) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, facts); `folder` is the host's, with the plan's concepts among its own."""
     model, clip, _ = toy.load_toy_base()
-    layers = pack_module("host.layers").host_layers(model, clip)
+    layers = host_layers(model, clip)
     before, found, facts = weights(model, clip), {}, {"untouched": [], "refused": {}}
 
     def key_of(name: str) -> str:
@@ -55,7 +39,7 @@ def main() -> None:
         comfy.model_management.unload_all_models()
         after = weights(model, clip)
         same = all(torch.equal(before[name], after[name]) for name in before)
-        facts["untouched"].append(same and not hooks_on(model, clip))
+        facts["untouched"].append(same and hooks_on(model, clip) == 0)
 
     def look(title: str, patched, patched_clip) -> None:
         comfy.model_management.load_models_gpu([patched, patched_clip.patcher])
@@ -83,13 +67,13 @@ def main() -> None:
     found |= {f"base|{name}": before[key_of(name)] for name in plan["layers"]}
     found["base|by_weight"] = model.model.apply_model(latent, sigma, c_crossattn=context)
     stacks = {name: loading.ConceptLoader.execute(f"{name}.safetensors", s)[0] for name, s in plan["strengths"].items()}
-    facts["listed"] = pack_module("host.files.concepts").concept_names()
+    facts["listed"] = concept_names()
     sockets = {f"concept{index}": stack for index, stack in enumerate(stacks.values())}
     for how in plan["methods"]:
         result = merging.ConceptMerge.execute(model, clip, sockets, how, **plan["options"]).args
         look(how, *result[:2])
         look_by_bypass(how, result[0])
-    options = pack_module("modular_concepts.merging").MergeOptions(**plan["options"])
+    options = MergeOptions(**plan["options"])
     facts["svd"] = merging_words.kept_by_cut(sum(stacks.values(), ()), options)
 
     # Fusion: drawn once, then read from beside the files.
@@ -109,30 +93,29 @@ def main() -> None:
     facts["other prompts"] = fusion.fused(other, other_clip, stack[:1], asked_again, plan["ridge"])[2]
     facts["back"] = fusion.fused(model, clip, stack[:1], drawing, plan["ridge"])[2]
     # Another concept under tom's name, with an older date than the moments.
-    tom = FOLDER / "concepts" / "tom.safetensors"
+    tom = folder / "concepts" / "tom.safetensors"
     whole = tom.read_bytes()
-    tom.write_bytes((FOLDER / "another_tom.safetensors").read_bytes())
+    tom.write_bytes((folder / "another_tom.safetensors").read_bytes())
     os.utime(tom, (1, 1))
     replaced = loading.ConceptLoader.execute("tom.safetensors", 1.0)[0]
     facts["replaced"] = fusion.fused(model, clip, replaced, drawing, plan["ridge"])[2]
     tom.write_bytes(whole)
     stack = (*loading.ConceptLoader.execute("tom.safetensors", plan["strengths"]["tom"])[0], *stack[1:])
     facts["put back"] = fusion.fused(model, clip, stack[:1], drawing, plan["ridge"])[2]
-    report = pack_module("nodes.reports").CrosstalkReport.execute(sockets, True).args
+    report = CrosstalkReport.execute(sockets, True).args
     facts["report"], facts["figures"] = report[1], json.loads(report[2])
     half = loading.ConceptStrength.execute(stacks["tom"], 1.0, "mid=0.5")[0]
     facts["changed"] = fusion.fused(model, clip, half, drawing, plan["ridge"])[2]
-    facts["listed again"] = pack_module("host.files.concepts").concept_names()
+    facts["listed again"] = concept_names()
     # A concept called like another one's moments, and moments under their former name.
     for name, like in {"minka.moments": "tom.safetensors", "rex.moments": "rex.moments"}.items():
-        (FOLDER / "concepts" / f"{name}.safetensors").write_bytes((FOLDER / "concepts" / like).read_bytes())
-    facts["listed at last"] = pack_module("host.files.concepts").concept_names()
+        (folder / "concepts" / f"{name}.safetensors").write_bytes((folder / "concepts" / like).read_bytes())
+    facts["listed at last"] = concept_names()
     for name in ("minka.moments", "rex.moments"):
-        (FOLDER / "concepts" / f"{name}.safetensors").unlink()
+        (folder / "concepts" / f"{name}.safetensors").unlink()
     back_to_base()
 
     # What the test exported of each method, in core's own loader.
-    folder_paths.folder_names_and_paths["loras"] = ([str(FOLDER / "exported")], {".safetensors"})
     warned = len(warnings)
     for how in plan["exported"]:
         look(f"stock {how}", *nodes.LoraLoader().load_lora(model, clip, f"{how}.safetensors", 1.0, 1.0))
@@ -191,8 +174,4 @@ def main() -> None:
         except ValueError as error:
             facts["refused"][title] = f"{type(error).__name__}: {error}"
     back_to_base()
-    save_file({key: value.float().contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
-    (FOLDER / "found.json").write_text(json.dumps(facts))
-
-
-main()
+    return found, facts

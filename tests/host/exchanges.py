@@ -2,57 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from dataclasses import replace
-
-from in_host import FOLDER, pack_module, start
-
-warnings = start()
+from pathlib import Path
 
 import comfy.lora
 import comfy.model_management
 import comfy.sd
-import folder_paths
 import torch
 from app.model_manager import ModelFileManager
 from comfy_extras.nodes_hooks import CreateHookKeyframe, SetHookKeyframes
 from comfy_extras.nodes_model_merging import CheckpointSave
+from left_behind import hooks_on, weights
+from modular_concepts_pack.host import toy_base as toy
+from modular_concepts_pack.host.files import concepts as files
+from modular_concepts_pack.host.layers import host_layers
+from modular_concepts_pack.host.merging import notices as merging_words
+from modular_concepts_pack.host.merging import text_features as wording
+from modular_concepts_pack.host.merging import weights as patching
+from modular_concepts_pack.host.regions import sampling
+from modular_concepts_pack.host.text import words as telling
+from modular_concepts_pack.modular_concepts.regions.geometry import Region
+from modular_concepts_pack.nodes import concepts as loading
+from modular_concepts_pack.nodes import merging
+from modular_concepts_pack.nodes.concepts import ConceptSave
 from safetensors.torch import load_file, save_file
 
 import nodes
 
-torch.set_num_threads(1)
-folder_paths.models_dir = str(FOLDER)
-folder_paths.folder_names_and_paths["loras"] = ([str(FOLDER / "loras")], {".safetensors"})
-folder_paths.folder_names_and_paths["embeddings"] = ([str(FOLDER / "embeddings")], {".safetensors"})
-folder_paths.set_output_directory(str(FOLDER / "output"))
-
-
-def weights(model, clip) -> dict[str, torch.Tensor]:
-    parts = {"model": model.model, "clip": clip.cond_stage_model}
-    return {f"{part}.{key}": value.clone() for part, net in parts.items() for key, value in net.state_dict().items()}
-
-
-def hooks_on(model, clip) -> int:
-    parts = (*model.model.modules(), *clip.cond_stage_model.modules())
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)
-
 
 @torch.inference_mode()
-def main() -> None:
-    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    toy, patching, merging_words, wording, files = (
-        pack_module("host.toy_base"),
-        pack_module("host.merging.weights"),
-        pack_module("host.merging.notices"),
-        pack_module("host.merging.text_features"),
-        pack_module("host.files.concepts"),
-    )
-    loading, merging = pack_module("nodes.concepts"), pack_module("nodes.merging")
-    plan = json.loads((FOLDER / "plan.json").read_text())
+def exchanged(plan: dict, folder: Path, warnings: list[str], replaced) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, facts); `folder` is the host's, with the plan's files in it."""
     model, clip, vae = toy.load_toy_base()
-    layers = pack_module("host.layers").host_layers(model, clip)
+    layers = host_layers(model, clip)
     before, found, facts = weights(model, clip), {}, {"untouched": [], "unused": {}}
 
     def key_of(name: str) -> str:
@@ -88,7 +70,7 @@ def main() -> None:
                 f"{stem}.alpha": torch.tensor(adapter.alpha),
                 f"{stem}.diff_b": torch.zeros(adapter.out_features),
             }
-    save_file({key: value.contiguous() for key, value in own_form.items()}, FOLDER / "loras/own.safetensors")
+    save_file({key: value.contiguous() for key, value in own_form.items()}, folder / "loras/own.safetensors")
 
     # Every file and model through core's loader and through ours.
     for file in plan["files"]:
@@ -112,7 +94,6 @@ def main() -> None:
     facts["stack"] = [[concept.name, strength] for concept, strength in stack]
 
     # LoRAs that bring the words they were trained with.
-    telling = pack_module("host.text.words")
     core = nodes.LoraLoader().load_lora(model, clip, "bundled.safetensors", 0.7, 0.3)
     look("core bundled", *core)
     for title, strengths in {"loud": (1.0, 1.0), "two": (0.7, 0.3), "silent": (1.0, 0.0), "off": (0.0, 0.0)}.items():
@@ -123,7 +104,7 @@ def main() -> None:
             look("ours bundled", *merging.ConceptMerge.execute(model, clip, {"a": stack}, "sum").args[:2])
     found["words|plain"] = telling.encode_prompt(clip, plan["prompt"])[0][0]
     shown = []
-    loading.show_text = shown.append
+    replaced.setattr(loading, "show_text", shown.append)
     stack, _ = loading.LoRAToConcept.execute([("bundled.safetensors", 1.0, 1.0)], "", None, None).args
     facts["bundled"] = [stack[0][0].recipe.triggers, list(shown)]
     merged = merging.ConceptMerge.execute(model, clip, {"a": stack, "b": concepts["tom"]}, "sum").args
@@ -131,7 +112,7 @@ def main() -> None:
     wordless = {"a": [(replace(stack[0][0], tokens={}), 1.0)], "b": concepts["tom"]}
     merged = merging.ConceptMerge.execute(model, clip, wordless, "sum").args
     found["words|merged without"] = telling.encode_prompt(merged[1], plan["prompt"])[0][0]
-    save = pack_module("nodes.concepts").ConceptSave.execute
+    save = ConceptSave.execute
     facts["bundled saved"] = [
         save(stack, "bundled", form, True).ui.as_dict()["text"][0] for form in loading.FORMATS[::2]
     ]
@@ -156,12 +137,12 @@ def main() -> None:
             continue
         saved = loading.ConceptSave.execute(pair, f"saved/{number}", form, True, picture, "Two friends", "Ana").args[0]
         kind = "concepts" if form == "concept" else "loras"
-        path = FOLDER / kind / saved
+        path = folder / kind / saved
         previews = ModelFileManager().get_model_previews(str(path))
         facts.setdefault("previews", []).append([type(shown).__name__ for shown in previews])
         if kind == "concepts":
-            (FOLDER / "loras" / saved).parent.mkdir(exist_ok=True)
-            path.rename(FOLDER / "loras" / saved)
+            (folder / "loras" / saved).parent.mkdir(exist_ok=True)
+            path.rename(folder / "loras" / saved)
         warned = len(warnings)
         if "diffusers" in form:  # which core reads in older keys alone
             stack = loading.LoRAToConcept.execute([(saved, 1.0, 1.0)], "").args[0]
@@ -222,7 +203,7 @@ def main() -> None:
     changed, changed_clip, _ = merging.ConceptMerge.execute(model, clip, {"a": wide}, "sum").args
     look("before saving", changed, changed_clip)
     CheckpointSave().save(changed, changed_clip, vae, "checkpoints/merged")
-    saved = load_file(next((FOLDER / "output/checkpoints").glob("merged*")))
+    saved = load_file(next((folder / "output/checkpoints").glob("merged*")))
     facts["checkpoint keys"] = sorted(saved)[:3]
     for name in plan["layers"]:
         stem = layers[name].key
@@ -237,9 +218,9 @@ def main() -> None:
     )
     facts["warnings"] = merging_words.warnings_of(model, clip, [(concepts["tom"], 1.0), (other, 1.0)])
     facts["no warnings"] = merging_words.warnings_of(model, clip, [(concepts["tom"], 1.0)])
-    regional, said = pack_module("host.regions.sampling"), []
-    regional.show_text = said.append
-    places = [pack_module("modular_concepts.regions.geometry").Region("a man", (0.0, 0.0, 1.0, 1.0))]
+    regional, said = sampling, []
+    replaced.setattr(regional, "show_text", said.append)
+    places = [Region("a man", (0.0, 0.0, 1.0, 1.0))]
     for mode in regional.MODES:
         for stack in ([(concepts["tom"], 1.0), (other, 1.0)], [(concepts["tom"], 1.0)]):
             regional.with_regions(regional.HostModel(model, clip), regional.Scene(stack, places, ("a man", ""), mode))
@@ -248,8 +229,8 @@ def main() -> None:
     strange = files.load_concept_named("strange.safetensors")
     facts["strange"] = warnings[warned:]
     facts["kept"] = [files.load_concept_named("strange.safetensors") is strange]
-    path = FOLDER / "concepts/strange.safetensors"
-    path.write_bytes((FOLDER / "concepts/tom.safetensors").read_bytes())
+    path = folder / "concepts/strange.safetensors"
+    path.write_bytes((folder / "concepts/tom.safetensors").read_bytes())
     facts["kept"].append(files.load_concept_named("strange.safetensors") is strange)
     facts["refused"] = {}
     for title, attempt in {
@@ -264,9 +245,4 @@ def main() -> None:
         except ValueError as error:
             facts["refused"][title] = f"{type(error).__name__}: {error}"
     back_to_base()
-    kept = {key: value if value.dtype == torch.float64 else value.float() for key, value in found.items()}
-    save_file({key: value.contiguous().clone() for key, value in kept.items()}, FOLDER / "found.safetensors")
-    (FOLDER / "found.json").write_text(json.dumps(facts))
-
-
-main()
+    return {key: value if value.dtype == torch.float64 else value.float() for key, value in found.items()}, facts

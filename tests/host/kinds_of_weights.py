@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from dataclasses import replace
-
-from in_host import FOLDER, pack_module, start
-
-warnings = start()
+from pathlib import Path
 
 import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
 import comfy.ldm.modules.diffusionmodules.openaimodel as unets
@@ -20,9 +16,20 @@ import comfy.utils
 import tiny_models
 import torch
 from comfy_extras.nodes_model_merging import ModelSave
-from safetensors.torch import load_file, save_file
+from modular_concepts_pack.host import layers
+from modular_concepts_pack.host import toy_base as toy
+from modular_concepts_pack.host.merging import notices as merging
+from modular_concepts_pack.host.merging import weights as patching
+from modular_concepts_pack.host.regions import gating
+from modular_concepts_pack.modular_concepts import concept as concept_of
+from modular_concepts_pack.modular_concepts.adapters import low_rank as adapters
+from modular_concepts_pack.modular_concepts.merging import merge_concepts
+from modular_concepts_pack.modular_concepts.models.layers import tokens_of
+from modular_concepts_pack.modular_concepts.regions import geometry as regions
+from modular_concepts_pack.modular_concepts.regions.shares import Places
+from modular_concepts_pack.nodes.concepts import LoRAToConcept
+from safetensors.torch import load_file
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
 
@@ -82,7 +89,7 @@ def fused_keys(patching, clip, found: dict, facts: dict, output) -> None:
         stem = f"transformer.{name.removesuffix('.weight')}"
         lora[f"{stem}.lora_A.weight"] = 0.3 * torch.randn(4, inp, generator=generator)
         lora[f"{stem}.lora_B.weight"] = 0.1 * torch.randn(rows[2] if rows else out, 4, generator=generator)
-    (own, _), *_ = stack = pack_module("nodes.concepts").LoRAToConcept.execute(lora, "diffusers", model, None).args[0]
+    (own, _), *_ = stack = LoRAToConcept.execute(lora, "diffusers", model, None).args[0]
     facts["fused"] = [len(lora) // 2, len(own.layers), sum(name.endswith("qkv") for name in own.layers)]
     core = comfy.sd.load_lora_for_models(model, None, lora, 0.7, 0.0)[0]
     latent = torch.randn(1, 16, 8, 8, generator=generator)
@@ -98,18 +105,8 @@ def fused_keys(patching, clip, found: dict, facts: dict, output) -> None:
 
 
 @torch.inference_mode()
-def main() -> None:
-    asyncio.run(pack_module("nodes").ModularConcepts().on_load())
-    toy, patching, layers, merging = (
-        pack_module("host.toy_base"),
-        pack_module("host.merging.weights"),
-        pack_module("host.layers"),
-        pack_module("host.merging.notices"),
-    )
-    regions, gating = pack_module("modular_concepts.regions.geometry"), pack_module("host.regions.gating")
-    tokens_of = pack_module("modular_concepts.models.layers").tokens_of
-    Places = pack_module("modular_concepts.regions.shares").Places
-    adapters, concept_of = pack_module("modular_concepts.adapters.low_rank"), pack_module("modular_concepts.concept")
+def on_kinds_of_weights(folder: Path, warnings: list[str]) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, facts); folder: where a model is saved."""
     clip, weights = toy.load_toy_base()[1], random_weights()
     found, facts = {}, {"untouched": {}, "names": {}, "warned": {}, "called": {}}
     latent, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([2.0])
@@ -135,7 +132,7 @@ def main() -> None:
     keys = {name: layer.key for name, layer in layers.host_layers(plain, None).items()}
 
     def with_delta(base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        summed = pack_module("modular_concepts.merging").merge_concepts(*map(list, zip(*concepts, strict=True)))
+        summed = merge_concepts(*map(list, zip(*concepts, strict=True)))
         changed = dict(base)
         for name, own in summed.items():
             key = keys[name].removeprefix("diffusion_model.")
@@ -216,9 +213,9 @@ def main() -> None:
     # Saved by core's node, loaded by core: the merge's weights, bit for bit, and the picture of them.
     changed = patching.merged(plain, clip, concepts)[0]
     saver = ModelSave()
-    saver.output_dir = str(FOLDER)
+    saver.output_dir = str(folder)
     saver.save(changed, "saved")
-    saved = load_file(next(FOLDER.glob("saved*.safetensors")))
+    saved = load_file(next(folder.glob("saved*.safetensors")))
     wanted = with_delta(weights)
     facts["saved"] = [
         max(float((saved[f"model.diffusion_model.{key}"].double() - value.double()).norm() / value.double().norm())
@@ -227,7 +224,7 @@ def main() -> None:
     ]  # fmt: skip
     found["float32|saved"] = output(loaded(saved, torch.float32))
     # What a device in half precision gives the host's patching.
-    own = pack_module("modular_concepts.merging").merge_concepts(*map(list, zip(*concepts, strict=True)))[name]
+    own = merge_concepts(*map(list, zip(*concepts, strict=True)))[name]
     for dtype in (torch.float16, torch.bfloat16):
         weight = plain.model.state_dict()[keys[name]].to(dtype)
         exact = weight.double() + own.delta().double()
@@ -238,8 +235,4 @@ def main() -> None:
             found[f"rounded {dtype}{title}"] = (added.double() - exact).abs().max() / exact.abs().max()
             found[f"rounding {dtype}{title}"] = (exact.to(dtype).double() - exact).abs().max() / exact.abs().max()
     facts["silent"] = [line for line in warnings if "without being called" in line]
-    save_file({key: value.contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
-    (FOLDER / "found.json").write_text(json.dumps(facts))
-
-
-main()
+    return found, facts
