@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import types
 
+import comfy.sd
+import comfy.utils
 import pytest
 import torch
-from safetensors.torch import save_file
-from test_training_in_host import relative_error
+from laws import relative_error
+from left_behind import traces
+from lessons import Material, Seen, fixed_loss, lesson, outcome
+from modular_concepts_pack.host.toy_base import load_toy_base as load_toy_base_in_host
+from modular_concepts_pack.host.training import train as training
+from modular_concepts_pack.host.training.base import host_base
+from modular_concepts_pack.modular_concepts.files.concept import save_concept
+from modular_concepts_pack.modular_concepts.training.methods import new_words
 
 from modular_concepts.adapters.basis import OrthogonalBasis
 from modular_concepts.data.dataset import filled_in, of_pictures
@@ -89,13 +97,115 @@ def pictures():
 
 
 @pytest.fixture(scope="module")
-def found(host, pictures, tmp_path_factory):
-    place = tmp_path_factory.mktemp("methods")
+def told(replaced):
+    """What the host would show on the node, as it comes; every step is told, however fast the machine."""
+    replaced.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0.0)
+    replaced.setattr(comfy.utils, "PROGRESS_BAR_HOOK", None)
+    lines: list[str] = []
+    replaced.setattr(training, "show_text", lines.append)
+    return lines
+
+
+@pytest.fixture(scope="module")
+def found(folder, told, pictures):
+    """(the host's folder, facts)."""
     drawn, masks, captions = pictures
-    save_file({"pictures": drawn, "masks": masks}, place / "asked.safetensors")
-    (place / "asked.json").write_text(json.dumps({"captions": captions, "cases": CASES, "stopped": STOPPED}))
-    host.run("methods.py", place)
-    return place, json.loads((place / "facts.json").read_text())
+    material, loaded = Material("toy", drawn, captions, masks), load_toy_base_in_host()
+    facts = learned(loaded, material, CASES, folder, told)
+    for case in STOPPED:
+        facts |= stop_and_go_on(loaded, material, case)
+    facts["short"] = short_of_something(loaded, material, STOPPED[0])
+    return folder, facts
+
+
+@torch.inference_mode()
+def learned(loaded, material: Material, cases: list[dict], place, told: list[str]) -> dict:
+    """Train each case to the end, and save it as `place`/NAME.safetensors."""
+    base, facts = host_base(*loaded), {}
+    for case in cases:
+        own, seen, before = lesson(material, case), Seen(), traces(*loaded[:2])
+        told.clear()
+        concept, result = training.train_in_host(base, own)
+        save_concept(concept, place / f"{case['name']}.safetensors")
+        facts[case["name"]] = {
+            "losses": result.losses,
+            "fixed": [fixed_loss(base, own.subject, fresh(base, own)), fixed_loss(base, own.subject, concept)],
+            "previews": list(seen.previews),
+            "said": list(told),
+            "untouched": traces(*loaded[:2]) == before,
+        }
+    return facts
+
+
+def fresh(base, own) -> types.SimpleNamespace:
+    """What the training starts from: its new word, and no layer that differs."""
+    start = {own.subject.trigger: base.word_rows(own.subject.class_word)}
+    words = new_words(start, own.settings, base.cross_attention_layers)
+    return types.SimpleNamespace(layers={}, tokens={word: rows.detach() for word, rows in words.items()})
+
+
+@torch.inference_mode()
+def stop_and_go_on(loaded, material: Material, case: dict) -> dict:
+    """A cancel, then the rest: the same bits as without; then with another setting, refused and let through."""
+    base, before = host_base(*loaded), traces(*loaded[:2])
+    whole, _ = training.train_in_host(base, lesson(material, case))
+    place = training.checkpoint_folder(case["name"])
+    place.rename(place.with_name(f"{case['name']}-whole"))
+    Seen(stop_at=5)
+    stopped = outcome(lambda: training.train_in_host(base, lesson(material, case)))
+    Seen()
+    resumed, result = training.train_in_host(base, lesson(material, {**case, "resume": True}))
+    other = {**case, "settings": {**case["settings"], "steps": case["settings"]["steps"] + 2}, "resume": True}
+    refused = outcome(lambda: training.train_in_host(base, lesson(material, other)))
+    accepted, longer = training.train_in_host(base, lesson(material, {**other, "accept_changes": True}))
+    resuming = [
+        stopped,
+        len(result.losses),
+        whole.layers.keys() == resumed.layers.keys(),
+        all(torch.equal(resumed.layers[name].lora_up, adapter.lora_up) for name, adapter in whole.layers.items()),
+        all(torch.equal(resumed.tokens[word], rows) for word, rows in whole.tokens.items()),
+        traces(*loaded[:2]) == before,
+    ]
+    changing = [refused, len(longer.losses), longer.losses[: len(result.losses)] == result.losses]
+    return {f"resumed {case['name']}": resuming, f"changed {case['name']}": changing}
+
+
+@torch.inference_mode()
+def short_of_something(loaded, material: Material, case: dict) -> dict:
+    """What each option needs, and memory that runs out before, in and between steps: a sentence, and no trace."""
+    base, before = host_base(*loaded), traces(*loaded[:2])
+
+    def with_settings(**changes):
+        own = {**case, "name": "short", "settings": {**case["settings"], **changes}}
+        return outcome(lambda: training.train_in_host(base, lesson(material, own)))
+
+    short = {
+        "masks": with_settings(attention_regularisation=0.01),
+        "bitsandbytes": with_settings(optimizer="adamw8bit"),
+        "optimizer": with_settings(optimizer="sgd"),
+    }
+    deep = loaded[0].model.diffusion_model.out[1]
+    for when, call in (("estimate", 1), ("step", 5)):
+        count = {"calls": 0}
+
+        def fail(*_, count=count, call=call):
+            count["calls"] += 1
+            if count["calls"] == call:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+        handle = deep.register_forward_hook(fail)
+        short[f"memory in {when}"] = with_settings()
+        handle.remove()
+    encode = loaded[2].encode
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    loaded[2].encode = full
+    short["memory in the VAE"] = with_settings()
+    loaded[2].encode = encode
+    short["untouched"] = traces(*loaded[:2]) == before
+    return short
 
 
 def named(cases: list[dict]):
@@ -176,25 +286,22 @@ def test_what_is_missing_is_said_in_one_sentence(found, what, words):
 
 
 @pytest.fixture(scope="module")
-def sd(host, pictures, tmp_path_factory):
+def sd(folder, told, checkpoint, tmp_path_factory):
     """The same on a generated checkpoint in Stable Diffusion 1.5's layout, half precision."""
     place = tmp_path_factory.mktemp("sd15methods")
-    host.run("tiny_checkpoint.py", place)
-    generator = torch.Generator().manual_seed(2)
-    save_file({"sd_pictures": torch.rand(3, 3, 64, 64, generator=generator)}, place / "asked.safetensors")
+    drawn = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     captions = ["a photo of {concept}", "a photo of {concept} outside", "{concept} at home"]
-    (place / "asked.json").write_text(json.dumps({"captions": captions, "sd_cases": SD_CASES}))
-    host.run("methods.py", place)
-    return place, json.loads((place / "facts.json").read_text())
+    loaded = comfy.sd.load_checkpoint_guess_config(str(checkpoint("sd15")))[:3]
+    return place, learned(loaded, Material("sd15", drawn, captions), SD_CASES, place, told)
 
 
 @named(SD_CASES)
 def test_stable_diffusion_learns_by_every_method(sd, case):
     place, facts = sd
-    own = facts[f"sd_{case['name']}"]
+    own = facts[case["name"]]
     before, after = own["fixed"]
     assert after < before and own["untouched"]
-    concept = load_concept(place / f"sd_{case['name']}.safetensors")
+    concept = load_concept(place / f"{case['name']}.safetensors")
     (rows,) = concept.tokens.values()
     assert rows.shape == ((4, *rows.shape[1:]) if case["settings"].get("layerwise") else rows.shape)
     assert rows.shape[-1] == 768 and concept.recipe.architecture == "sd15"

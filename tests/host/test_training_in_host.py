@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+import comfy.sd
+import comfy.utils
 import pytest
 import torch
-from safetensors.torch import save_file
+import trainings
+from laws import relative_error
+from lessons import Material, fixed_loss, lesson
+from modular_concepts_pack.host.toy_base import load_toy_base as load_toy_base_in_host
+from modular_concepts_pack.host.training.base import host_base
+from modular_concepts_pack.modular_concepts.files.concept import load_concept as load_concept_in_host
 
 from modular_concepts.adapters.basis import OrthogonalBasis
 from modular_concepts.data.dataset import filled_in, of_pictures
@@ -71,10 +77,6 @@ SD_CASES = [
 ]
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
 @pytest.fixture(scope="module")
 def base():
     return load_toy_base()
@@ -105,18 +107,29 @@ def headless(base, pictures, case: dict, settings: TrainSettings):
 
 
 @pytest.fixture(scope="module")
-def found(host, base, pictures, tmp_path_factory):
-    place = tmp_path_factory.mktemp("training")
+def found(folder, replaced, base, pictures):
+    """(the host's folder, facts)."""
+    # Every step is told, however fast the machine: the cases stop at steps by their number.
+    replaced.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0.0)
+    replaced.setattr(comfy.utils, "PROGRESS_BAR_HOOK", None)
     drawn, masks, captions = pictures
-    save_file({"pictures": drawn, "masks": masks}, place / "asked.safetensors")
-    (place / "asked.json").write_text(
-        json.dumps({"captions": captions, "cases": CASES, "stopped": STOPPED, "typed": list(TYPED)})
-    )
+    material, loaded = Material("toy", drawn, captions, masks), load_toy_base_in_host()
+    facts = trainings.train_cases(loaded, material, CASES, folder)
+    facts |= trainings.core_lora(loaded, folder)
+    facts |= trainings.stop_and_resume(loaded, material, STOPPED, folder)
+    facts |= trainings.break_it(loaded, material, STOPPED, folder)
+    facts["refusals"] = trainings.refusals(loaded, material, STOPPED)
+    facts |= trainings.keep_and_save(folder, list(TYPED))
     settings = TrainSettings(**STOPPED["settings"], name="headless", adapter_lr=1e-3, token_lr=3e-2)
-    concept, _ = headless(base, pictures, {"name": "headless"}, settings)
-    save_concept(concept, place / "headless.safetensors")
-    host.run("host_training.py", place)
-    return place, json.loads((place / "facts.json").read_text())
+    save_concept(headless(base, pictures, {"name": "headless"}, settings)[0], folder / "headless.safetensors")
+    concept, own = load_concept_in_host(folder / "headless.safetensors"), host_base(*loaded)
+    subject = lesson(material, {**STOPPED, "name": "headless"}).subject
+    facts["headless"] = [
+        concept.recipe.base_hash == own.hash,
+        concept.recipe.architecture == own.architecture,
+        fixed_loss(own, subject, concept),
+    ]
+    return folder, facts
 
 
 def test_the_host_knows_the_toy_base_as_the_headless_face_does(base, found):
@@ -275,27 +288,24 @@ def test_what_cannot_work_is_said_in_one_sentence(found, what, words):
 
 
 @pytest.fixture(scope="module")
-def sd(host, pictures, tmp_path_factory):
+def sd(folder, replaced, checkpoint, tmp_path_factory):
     """Two short trainings on a generated checkpoint in Stable Diffusion 1.5's layout, half precision."""
+    replaced.setattr(comfy.utils, "PROGRESS_BAR_HOOK", None)
     place = tmp_path_factory.mktemp("sd15")
-    host.run("tiny_checkpoint.py", place)
-    generator = torch.Generator().manual_seed(2)
-    drawn, masks = torch.rand(3, 3, 64, 64, generator=generator), torch.ones(3, 64, 64)
+    drawn, masks = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(2)), torch.ones(3, 64, 64)
     masks[:, :, :16] = 0
-    save_file({"sd_pictures": drawn, "sd_masks": masks}, place / "asked.safetensors")
     captions = ["a photo of {concept}", "a photo of {concept} (outside)", "{concept} at home"]
-    (place / "asked.json").write_text(json.dumps({"captions": captions, "sd_cases": SD_CASES}))
-    host.run("host_training.py", place)
-    return place, json.loads((place / "facts.json").read_text())
+    loaded = comfy.sd.load_checkpoint_guess_config(str(checkpoint("sd15")))[:3]
+    return place, trainings.train_cases(loaded, Material("sd15", drawn, captions, masks), SD_CASES, place)
 
 
 @pytest.mark.parametrize("case", SD_CASES, ids=lambda case: case["name"])
 def test_stable_diffusion_learns_and_is_as_it_was(sd, case):
-    facts = sd[1][f"sd_{case['name']}"]
+    facts = sd[1][case["name"]]
     before, after = facts["fixed"]
     assert after < before and facts["untouched"]
-    assert sd[1]["sd_base"][0] == "sd15"
-    concept = load_concept(sd[0] / f"sd_{case['name']}.safetensors")
+    assert sd[1]["base"][0] == "sd15"
+    concept = load_concept(sd[0] / f"{case['name']}.safetensors")
     assert concept.recipe.architecture == "sd15" and len(concept.layers) >= 16 * 2
     assert any(name.startswith("text_encoder.") for name in concept.layers) == case.get("text_encoder", False)
     assert concept.tokens[f"<{case['name']}>"].shape[1] == 768
