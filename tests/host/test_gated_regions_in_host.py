@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
+import gated_pictures
 import pytest
 import torch
+from laws import relative_error
 from made_concepts import made_concept, toy_base
-from safetensors.torch import load_file, save_file
 
 from modular_concepts.files.concept import save_concept
 from modular_concepts.regions.assignment import acting
@@ -47,10 +46,6 @@ FULL = [
 ]
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
 @pytest.fixture(scope="module")
 def asked():
     generator = torch.Generator().manual_seed(8)
@@ -68,17 +63,14 @@ def concepts():
 
 
 @pytest.fixture(scope="module")
-def found(host, asked, concepts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gated")
+def found(folder, checkpoint, asked, concepts):
+    """(tensors, facts)."""
     for concept in concepts:
         save_concept(concept, folder / f"{concept.name}.safetensors")
-    save_file(asked, folder / "asked.safetensors")
     plan = {"prompt": PROMPT, "negative": NEGATIVE, "inside": INSIDE, "everywhere": INSIDE, "stack": STACK}
     plan |= {"samplers": SAMPLERS, "regions": REGIONS, "pictures": PICTURES}
-    (folder / "plan.json").write_text(json.dumps(plan))
-    host.run("tiny_checkpoint.py", folder)
-    host.run("gated.py", folder)
-    return load_file(folder / "found.safetensors"), json.loads((folder / "found.json").read_text())
+    found, facts = gated_pictures.drawn(plan, asked, folder, checkpoint("sd15"))
+    return {key: value.float().clone() for key, value in found.items()}, facts
 
 
 def test_the_network_has_concepts_by_region_as_the_headless_sampler_makes_it(found, asked, concepts):

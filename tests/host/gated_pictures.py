@@ -1,13 +1,10 @@
-"""In the host: gated regions on the toy base and on FOLDER's tiny checkpoint in Stable Diffusion 1.5's layout."""
+"""In the host: gated regions on the toy base and on a tiny checkpoint in Stable Diffusion 1.5's layout."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-
-from in_host import FOLDER, pack_module, start
-
-start()
+from functools import partial
+from pathlib import Path
 
 import comfy.cldm.cldm
 import comfy.controlnet
@@ -18,28 +15,17 @@ import comfy.sd
 import comfy.t2i_adapter.adapter
 import torch
 from comfy_extras import nodes_model_advanced, nodes_pag
-from safetensors.torch import load_file, save_file
+from modular_concepts_pack.host import layers as layers_host
+from modular_concepts_pack.host.merging import weights as patching
+from modular_concepts_pack.host.regions import sampling as regions_host
+from modular_concepts_pack.host.text import words as clip_words
+from modular_concepts_pack.host.toy_base import load_toy_base
+from modular_concepts_pack.modular_concepts import concept
+from modular_concepts_pack.modular_concepts.adapters import low_rank as adapters
+from modular_concepts_pack.modular_concepts.files.concept import load_concept as load
+from modular_concepts_pack.modular_concepts.regions import geometry
 
 import nodes
-
-torch.set_num_threads(1)
-plan = json.loads((FOLDER / "plan.json").read_text())
-asked = load_file(FOLDER / "asked.safetensors")
-regions_host, patching = pack_module("host.regions.sampling"), pack_module("host.merging.weights")
-layers_host, clip_words = pack_module("host.layers"), pack_module("host.text.words")
-geometry = pack_module("modular_concepts.regions.geometry")
-found: dict[str, torch.Tensor] = {}
-facts: dict = {"refused": {}, "hooks": {}, "calls": {}}
-
-
-def regions(entries: list[dict]) -> list:
-    made = []
-    for entry in entries:
-        own = {"box": (0.0, 0.0, 1.0, 1.0), **entry}
-        mask = asked[own.pop("mask")][0] if "mask" in own else None
-        own = {**own, "mask": mask, "box": None if mask is not None or own["box"] is None else tuple(own["box"])}
-        made.append(geometry.Region(**own))
-    return made
 
 
 def digest(model) -> str:
@@ -56,17 +42,33 @@ def hooks(model) -> int:
 
 
 class Look:
-    """Pictures of one base, by regions with its stack and plain with concepts merged."""
+    """Pictures of one base, by regions with its stack and plain with concepts merged.
 
-    def __init__(self, prefix: str, model, clip, stack: list, latent: dict):
-        self.prefix, self.model, self.clip, self.stack, self.latent = prefix, model, clip, stack, latent
-        self.control = None
+    plan: prompts, regions and pictures to draw.  asked: masks and latents for them.  found, facts: what came of it.
+    """
+
+    def __init__(self, prefix: str, loaded: tuple, stack: list, plan: dict, asked: dict[str, torch.Tensor]):
+        self.prefix, (self.model, self.clip), self.stack = prefix, loaded, stack
+        self.plan, self.asked, self.control = plan, asked, None
+        size = (4, 8, 12) if prefix else (12, 16, 48)
+        self.latent = {"samples": torch.zeros(1, *size)}
+        self.found: dict[str, torch.Tensor] = {}
+        self.facts: dict = {"refused": {}, "hooks": {}, "calls": {}}
+
+    def regions(self, entries: list[dict]) -> list:
+        made = []
+        for entry in entries:
+            own = {"box": (0.0, 0.0, 1.0, 1.0), **entry}
+            mask = self.asked[own.pop("mask")][0] if "mask" in own else None
+            own = {**own, "mask": mask, "box": None if mask is not None or own["box"] is None else tuple(own["box"])}
+            made.append(geometry.Region(**own))
+        return made
 
     def regional(self, entries, sampler="euler", model=None, latent=None, stack=None, change=None, **own):
         own = {"cfg": 3.0, "seed": 5, "steps": 2, "denoise": 1.0, "mode": "gated", **own}
         mode, overlap = own.pop("mode"), own.pop("overlap", "average")
-        prompts = own.pop("prompt", plan["prompt"]), plan["negative"]
-        placed = [region.placed(96, 32) for region in regions(entries)]
+        prompts = own.pop("prompt", self.plan["prompt"]), self.plan["negative"]
+        placed = [region.placed(96, 32) for region in self.regions(entries)]
         ready = regions_host.with_regions(
             regions_host.HostModel(model or self.model, self.clip),
             regions_host.Scene(self.stack if stack is None else stack, placed, prompts, mode, overlap),
@@ -77,7 +79,7 @@ class Look:
         own = {"cfg": 3.0, "seed": 5, "steps": 2, "denoise": 1.0, **own}
         chosen = [pair for pair in self.stack if pair[0].name in names]
         model, clip = patching.merged(self.model, self.clip, chosen) if chosen else (self.model, self.clip)
-        said = [clip_words.encode_prompt(clip, text) for text in (prompt, plan["negative"])]
+        said = [clip_words.encode_prompt(clip, text) for text in (prompt, self.plan["negative"])]
         return self.sample(model if change is None else change(model), *said, sampler, latent, **own)
 
     def sample(self, model, positive, negative, sampler, latent, cfg, seed, steps, denoise):
@@ -90,7 +92,7 @@ class Look:
             # A ControlNet hears the global prompts, which are others here and there.
             positive, negative = (
                 [[context, {**about, "cross_attn_controlnet": clip_words.encode_prompt(self.clip, text)[0][0]}]]
-                for ((context, about),), text in ((positive, plan["prompt"]), (negative, plan["negative"]))
+                for ((context, about),), text in ((positive, self.plan["prompt"]), (negative, self.plan["negative"]))
             )
         return nodes.common_ksampler(model, seed, steps, cfg, sampler, "normal", positive, negative, latent, denoise)[
             0
@@ -98,9 +100,9 @@ class Look:
 
     def both(self, title: str, **settings) -> None:
         """A region over everything by gate, and the same concept merged."""
-        entry = {"prompt": plan["inside"]}
-        found[f"{self.prefix}{title}|full"] = self.regional([entry], **settings)
-        found[f"{self.prefix}{title}|merged"] = self.plain(plan["inside"], ["rex"], **settings)
+        entry = {"prompt": self.plan["inside"]}
+        self.found[f"{self.prefix}{title}|full"] = self.regional([entry], **settings)
+        self.found[f"{self.prefix}{title}|merged"] = self.plain(self.plan["inside"], ["rex"], **settings)
 
 
 def patched_by(node, *arguments):
@@ -109,14 +111,14 @@ def patched_by(node, *arguments):
     return lambda model: way(model, *arguments)[0]
 
 
-def counted(title: str):
+def counted(look: Look, title: str):
     """Notes how many rows every call of the network has."""
 
     def change(model):
         model = model.clone()
 
         def call(apply, about):
-            facts["calls"].setdefault(title, []).append(len(about["input"]))
+            look.facts["calls"].setdefault(title, []).append(len(about["input"]))
             return apply(about["input"], about["timestep"], **about["c"])
 
         model.set_model_unet_function_wrapper(call)
@@ -125,13 +127,13 @@ def counted(title: str):
     return change
 
 
-def failing(model):
+def failing(look: Look, model):
     """Fails in the midst of the second call of the network."""
     model, calls = model.clone(), []
 
     def fail(options):
         calls.append(1)
-        facts["hooks"]["inside"] = hooks(model)
+        look.facts["hooks"]["inside"] = hooks(model)
         if len(calls) > 1:
             raise RuntimeError("on purpose")
         return options
@@ -144,96 +146,86 @@ def failing(model):
 
 def common(look: Look) -> None:
     """What holds on any U-Net."""
-    facts["hooks"][f"{look.prefix}before"], before = hooks(look.model), digest(look.model)
+    look.facts["hooks"][f"{look.prefix}before"], before = hooks(look.model), digest(look.model)
     look.both("euler")
-    found[f"{look.prefix}inside, nothing gated"] = look.plain(plan["inside"], [])
+    look.found[f"{look.prefix}inside, nothing gated"] = look.plain(look.plan["inside"], [])
     for title in ("two", "two in other order", "one text everywhere"):
-        found[f"{look.prefix}{title}"] = look.regional(plan["pictures"][title])
-    found[f"{look.prefix}plain text everywhere"] = look.plain(plan["everywhere"], ["rex"])
+        look.found[f"{look.prefix}{title}"] = look.regional(look.plan["pictures"][title])
+    look.found[f"{look.prefix}plain text everywhere"] = look.plain(look.plan["everywhere"], ["rex"])
     look.both("odd size", latent={"samples": torch.zeros(1, look.latent["samples"].shape[1], 13, 21)})
-    facts["hooks"][f"{look.prefix}after"], facts[f"{look.prefix}untouched"] = (
+    look.facts["hooks"][f"{look.prefix}after"], look.facts[f"{look.prefix}untouched"] = (
         hooks(look.model),
         digest(look.model) == before,
     )
 
 
-def toy() -> None:
-    model, clip, _ = pack_module("host.toy_base").load_toy_base()
-    load = pack_module("modular_concepts.files.concept").load_concept
-    stack = [(load(FOLDER / f"{name}.safetensors"), strength) for name, strength in plan["stack"]]
-    noise = {"samples": torch.zeros(1, 12, 16, 48)}
-    look = Look("", model, clip, stack, noise)
+def toy(plan: dict, asked: dict[str, torch.Tensor], folder: Path) -> Look:
+    """On the toy base; the concepts of the plan's stack lie in `folder`."""
+    stack = [(load(folder / f"{name}.safetensors"), strength) for name, strength in plan["stack"]]
+    look = Look("", load_toy_base()[:2], stack, plan, asked)
+    model, clip, noise = look.model, look.clip, look.latent
     common(look)
 
     # The network itself, against the headless sampler: rows of the positive prompt, then of the negative one.
-    placed = [region.placed(96, 32) for region in regions(plan["regions"])]
-    ready = regions_host.with_regions(
-        regions_host.HostModel(model, clip),
-        regions_host.Scene(stack, placed, (plan["prompt"], plan["negative"]), "gated"),
-    )
+    placed = [region.placed(96, 32) for region in look.regions(look.plan["regions"])]
+    prompts = (look.plan["prompt"], look.plan["negative"])
+    base = regions_host.HostModel(model, clip)
+    ready = regions_host.with_regions(base, regions_host.Scene(stack, placed, prompts, "gated"))
     comfy.model_management.load_models_gpu([ready.model])
-    count, patched = len(asked["noisy"]), ready.model
+    count, patched = len(look.asked["noisy"]), ready.model
     options = {**patched.model_options["transformer_options"], "cond_or_uncond": [0, 1]}
-    sigma = patched.model.model_sampling.sigmas[asked["timesteps"]]
+    sigma = patched.model.model_sampling.sigmas[look.asked["timesteps"]]
     wide = sigma[:, None, None, None].repeat(2, 1, 1, 1)
-    latent = asked["noisy"].repeat(2, 1, 1, 1) * (wide**2 + 1) ** 0.5
+    latent = look.asked["noisy"].repeat(2, 1, 1, 1) * (wide**2 + 1) ** 0.5
     texts = torch.cat([own[0][0].repeat(count, 1, 1) for own in ready[1:]])
     denoised = patched.model.apply_model(latent, sigma.repeat(2), c_crossattn=texts, transformer_options=options)
-    found["network"] = (latent / (wide**2 + 1) - denoised) * (wide**2 + 1) ** 0.5 / wide
+    look.found["network"] = (latent / (wide**2 + 1) - denoised) * (wide**2 + 1) ** 0.5 / wide
 
-    for sampler in plan["samplers"]:
+    for sampler in look.plan["samplers"]:
         look.both(sampler, sampler=sampler)
         for title in ("two", "two in other order"):
-            found[f"{title}|{sampler}"] = look.regional(plan["pictures"][title], sampler)
+            look.found[f"{title}|{sampler}"] = look.regional(look.plan["pictures"][title], sampler)
     look.both("unguided", cfg=1.0)
     look.both("rescaled guidance", change=patched_by(nodes_model_advanced.RescaleCFG, 0.7))
     look.both("perturbed attention", change=patched_by(nodes_pag.PerturbedAttentionGuidance, 2.0))
-    pair = {"samples": asked["start"].clone()}
+    pair = {"samples": look.asked["start"].clone()}
     look.both("batch", latent=pair)
     look.both("image to image", latent=pair, denoise=0.6)
-    look.both("inpainting", latent={**pair, "noise_mask": asked["mask"]}, denoise=0.8)
+    look.both("inpainting", latent={**pair, "noise_mask": look.asked["mask"]}, denoise=0.8)
 
-    two = plan["pictures"]["two"]
-    found["batched"] = look.regional(two, change=counted("batched"), latent=pair)
+    two = look.plan["pictures"]["two"]
+    look.found["batched"] = look.regional(two, change=counted(look, "batched"), latent=pair)
     required, model.model.memory_required = model.model.memory_required, lambda *_args, **_more: 1e30
-    found["split"] = look.regional(two, change=counted("split"), latent=pair)
+    look.found["split"] = look.regional(two, change=counted(look, "split"), latent=pair)
     model.model.memory_required = required
-    found["without concepts"] = look.regional(two, stack=[])
+    look.found["without concepts"] = look.regional(two, stack=[])
     merged = patching.merged(model, clip, stack)
-    found["merged mode"] = look.regional(two, mode="merged")
-    found["on top"] = look.regional(plan["pictures"]["overlap"], overlap="priority")
-    found["shared"] = look.regional(plan["pictures"]["overlap"])
-    found["early"], found["late"] = (
+    look.found["merged mode"] = look.regional(two, mode="merged")
+    look.found["on top"] = look.regional(look.plan["pictures"]["overlap"], overlap="priority")
+    look.found["shared"] = look.regional(look.plan["pictures"]["overlap"])
+    look.found["early"], look.found["late"] = (
         look.regional([{**entry, "start": start, "end": end} for entry in two]) for start, end in ((0, 0.5), (0.5, 1))
     )
     sampling = regions_host.Sampling("euler", "normal", 2, 3.0, 5)
-    found["all in one"] = regions_host.sample_regions(
-        regions_host.HostModel(model, clip),
-        regions_host.Scene(stack, regions(two), (plan["prompt"], plan["negative"]), "gated"),
-        noise,
-        sampling,
-    )["samples"]
+    scene = regions_host.Scene(stack, look.regions(two), prompts, "gated")
+    look.found["all in one"] = regions_host.sample_regions(base, scene, noise, sampling)["samples"]
 
     automatic(look, sampling)
 
     def search(entries, latent=noise):
-        return regions_host.place_regions(
-            regions_host.HostModel(model, clip),
-            regions_host.Scene(stack, unplaced(entries), (plan["prompt"], "")),
-            latent,
-            sampling,
-        )
+        scene = regions_host.Scene(stack, unplaced(entries), (look.plan["prompt"], ""))
+        return regions_host.place_regions(base, scene, latent, sampling)
 
     before = digest(model)
     try:
-        look.regional(two, change=failing)
+        look.regional(two, change=partial(failing, look))
     except RuntimeError as error:
-        facts["failed"] = str(error)
-    facts["hooks"]["after failing"], facts["untouched by failing"] = hooks(model), digest(model) == before
-    found["afterwards"] = look.regional(two)
+        look.facts["failed"] = str(error)
+    look.facts["hooks"]["after failing"], look.facts["untouched by failing"] = hooks(model), digest(model) == before
+    look.found["afterwards"] = look.regional(two)
     for title, attempt in {
         "merged already": lambda: regions_host.with_regions(
-            regions_host.HostModel(*merged), regions_host.Scene(stack, regions(two), ("a", ""), "gated")
+            regions_host.HostModel(*merged), regions_host.Scene(stack, look.regions(two), ("a", ""), "gated")
         ),
         "unknown": lambda: look.regional([{"prompt": "a man", "concepts": ["tim"]}]),
         "mode": lambda: look.regional(two, mode="both"),
@@ -247,9 +239,10 @@ def toy() -> None:
     }.items():
         try:
             attempt()
-            facts["refused"][title] = ""
+            look.facts["refused"][title] = ""
         except ValueError as error:
-            facts["refused"][title] = f"{type(error).__name__}: {error}"
+            look.facts["refused"][title] = f"{type(error).__name__}: {error}"
+    return look
 
 
 def with_total_memory(size: int, attempt):
@@ -276,46 +269,29 @@ def automatic(look: Look, sampling) -> None:
         *unplaced([{"prompt": "a <tom> at night"}, {"prompt": "a <rex> at night"}]),
         geometry.Region("a bird", (0.0, 0.0, 0.1, 0.2)),
     ]
-    base = look.model, look.clip, look.stack
-    for title, prompt in {"": plan["prompt"], ", called": "a <tom> and a <rex> at night"}.items():
-        placed = regions_host.place_regions(
-            regions_host.HostModel(*base[:2]),
-            regions_host.Scene(base[2], wanted, (prompt, plan["negative"])),
-            look.latent,
-            sampling,
-        )
-        again = regions_host.place_regions(
-            regions_host.HostModel(*base[:2]),
-            regions_host.Scene(base[2], wanted, (prompt, plan["negative"])),
-            look.latent,
-            sampling,
-        )
-        found[f"found{title}"], found[f"found again{title}"] = (
+    base = regions_host.HostModel(look.model, look.clip)
+    for title, prompt in {"": look.plan["prompt"], ", called": "a <tom> and a <rex> at night"}.items():
+        scene = regions_host.Scene(look.stack, wanted, (prompt, look.plan["negative"]))
+        placed, again = (regions_host.place_regions(base, scene, look.latent, sampling) for _ in range(2))
+        look.found[f"found{title}"], look.found[f"found again{title}"] = (
             torch.stack([region.mask for region in made[:2]]) for made in (placed, again)
         )
-        facts.setdefault("kept", []).append(
+        look.facts.setdefault("kept", []).append(
             placed[2] is wanted[2] and [region.prompt for region in placed] == [region.prompt for region in wanted]
         )
-    prompts = (plan["prompt"], plan["negative"])
-    first = regions_host.place_regions(
-        regions_host.HostModel(*base[:2]), regions_host.Scene(base[2], wanted, prompts), look.latent, sampling
-    )
+    prompts = (look.plan["prompt"], look.plan["negative"])
+    first = regions_host.place_regions(base, regions_host.Scene(look.stack, wanted, prompts), look.latent, sampling)
     for title, regions in {"found by the sampler": wanted, "found before": first}.items():
-        found[title] = regions_host.sample_regions(
-            regions_host.HostModel(*base[:2]),
-            regions_host.Scene(base[2], regions, prompts, "gated"),
-            look.latent,
-            sampling,
-        )["samples"]
+        scene = regions_host.Scene(look.stack, regions, prompts, "gated")
+        look.found[title] = regions_host.sample_regions(base, scene, look.latent, sampling)["samples"]
 
 
-def stable_diffusion() -> None:
+def stable_diffusion(plan: dict, asked: dict[str, torch.Tensor], checkpoint: Path) -> Look:
     """Concepts here have convolutions too, and a text encoder of their own."""
     whole = {"dtype": torch.float32}
     model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
-        str(FOLDER / "tiny_sd15.safetensors"), model_options=whole, te_model_options=whole
+        str(checkpoint), model_options=whole, te_model_options=whole
     )
-    adapters, concept = pack_module("modular_concepts.adapters.low_rank"), pack_module("modular_concepts.concept")
     every = layers_host.host_layers(model, clip)
     stack = []
     for number, name in enumerate(("tom", "rex")):
@@ -330,17 +306,18 @@ def stable_diffusion() -> None:
         recipe = concept.Recipe(architecture="sd15", triggers=(f"<{name}>",), class_word="dog")
         words = {f"<{name}>": 0.05 * torch.randn(1, 768, generator=generator)}
         stack.append((concept.Concept(name, layers, words, recipe), 0.7 + number / 2))
-    facts["kinds"] = sorted({len(adapter.lora_down.shape) for adapter in stack[0][0].layers.values()})
-    look = Look("sd15 ", model, clip, stack, {"samples": torch.zeros(1, 4, 8, 12)})
+    look = Look("sd15 ", (model, clip), stack, plan, asked)
+    look.facts["kinds"] = sorted({len(adapter.lora_down.shape) for adapter in stack[0][0].layers.values()})
     common(look)
-    free, left = {"prompt": plan["inside"], "control": 0.0}, [0.0, 0.0, 0.5, 1.0]
+    free, left = {"prompt": look.plan["inside"], "control": 0.0}, [0.0, 0.0, 0.5, 1.0]
     for title, control in (("controlled", control_net()), ("adapted", t2i_adapter())):
         look.control = control
         look.both(title)
-        found[f"sd15 {title}, free"] = look.regional([free])
-        found[f"sd15 {title}, half free"] = look.regional(
-            [{**free, "box": left}, {"prompt": plan["inside"], "box": [0.5, 0, 1, 1]}]
+        look.found[f"sd15 {title}, free"] = look.regional([free])
+        look.found[f"sd15 {title}, half free"] = look.regional(
+            [{**free, "box": left}, {"prompt": look.plan["inside"], "box": [0.5, 0, 1, 1]}]
         )
+    return look
 
 
 def control_net():
@@ -375,12 +352,8 @@ def randomise(network: torch.nn.Module) -> None:
 
 
 @torch.inference_mode()
-def main() -> None:
-    toy()
-    if (FOLDER / "tiny_sd15.safetensors").is_file():
-        stable_diffusion()
-    save_file({key: value.float().contiguous().clone() for key, value in found.items()}, FOLDER / "found.safetensors")
-    (FOLDER / "found.json").write_text(json.dumps(facts))
-
-
-main()
+def drawn(plan: dict, asked: dict[str, torch.Tensor], folder: Path, checkpoint: Path) -> tuple[dict, dict]:
+    """(tensors, facts) of both bases."""
+    on_toy, on_sd = toy(plan, asked, folder), stable_diffusion(plan, asked, checkpoint)
+    hooked = on_toy.facts["hooks"] | on_sd.facts["hooks"]
+    return on_toy.found | on_sd.found, on_sd.facts | on_toy.facts | {"hooks": hooked}
