@@ -1,6 +1,7 @@
 """Concepts from files and models that the host keeps on the CPU meet on another device: no tensor is misplaced.
 
-Every path runs on a stand-in for a GPU, which refuses what a GPU refuses (`engine/stand_in_device.py`).
+Every path runs on a stand-in for a GPU, which refuses what a GPU refuses (`engine/stand_in_device.py`).  In a process
+of its own: a torch that has once learned of such a device, and a host that was told it computes there, keep both.
 """
 
 from __future__ import annotations

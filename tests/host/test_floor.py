@@ -1,4 +1,7 @@
-"""A host that is too old reads in one sentence which ComfyUI is needed and which is there; nothing is registered."""
+"""A host that is too old reads in one sentence which ComfyUI is needed and which is there; nothing is registered.
+
+In a process of its own: the host's loader imports the pack anew for each case, among modules that are replaced.
+"""
 
 from __future__ import annotations
 

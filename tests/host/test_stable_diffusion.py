@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from laws import relative_error
 from safetensors.torch import load_file
 from served import HostServer, Run
 from test_workflows import NAMES, SAMPLERS, TRAINERS, brief, check_progress
@@ -27,12 +30,10 @@ STEPS = 2  # of sampling
 
 
 @pytest.fixture(scope="module")
-def checkpoint(host, server, tmp_path_factory) -> str:
-    made = tmp_path_factory.mktemp("checkpoint")
-    host.run("tiny_checkpoint.py", made)
+def checkpoint(checkpoint, server) -> str:
     folder = server.models / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    return (made / "tiny_sd15.safetensors").rename(folder / "tiny_sd15.safetensors").name
+    return Path(shutil.copy(checkpoint("sd15"), folder)).name
 
 
 def on_stable_diffusion(name: str, checkpoint: str) -> dict:
@@ -90,10 +91,6 @@ def latents(server: HostServer, run: Run) -> dict[str, torch.Tensor]:
         path = server.output / file["subfolder"] / file["filename"]
         found[node.removeprefix("latent of ")] = load_file(path)["latent_tensor"]
     return found
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def plainly(server: HostServer, checkpoint: str, negative: str) -> torch.Tensor:

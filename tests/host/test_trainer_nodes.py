@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,12 +218,10 @@ def test_what_cannot_work_is_said_on_the_node(server, what, node, words):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(host, server, tmp_path_factory):
-    made = tmp_path_factory.mktemp("checkpoint")
-    host.run("tiny_checkpoint.py", made)
+def checkpoint(checkpoint, server):
     folder = server.models / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    name = (made / "tiny_sd15.safetensors").rename(folder / "tiny_sd15_methods.safetensors").name
+    name = Path(shutil.copy(checkpoint("sd15"), folder / "sd15_methods.safetensors")).name
     return {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}}
 
 

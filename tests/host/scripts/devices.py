@@ -16,7 +16,7 @@ from dataclasses import replace
 from in_host import FOLDER, PACK, pack_module, start
 
 start()
-sys.path.insert(0, str(PACK / "tests" / "engine"))
+sys.path[:0] = [str(PACK / "tests" / room) for room in ("engine", "host")]
 
 import comfy.hooks
 import comfy.model_management as management
@@ -85,7 +85,9 @@ class Look:
     def __init__(self, family: str, place: str):
         self.family, self.place = family, place
         self.model, self.clip, self.vae = (
-            host["toy"].load_toy_base() if family == "toy" else tiny_models.load(family, "float32")
+            host["toy"].load_toy_base()
+            if family == "toy"
+            else tiny_models.load(FOLDER / f"{family}.safetensors", "float32")
         )
         self.stack = concepts_for(family, self.model, self.clip)
         form = self.model.get_model_object("latent_format")
@@ -344,7 +346,7 @@ def main() -> None:
     plan = json.loads((FOLDER / "plan.json").read_text())
     for family in plan["families"]:
         if family != "toy":
-            tiny_models.write(family)
+            tiny_models.write(family, FOLDER)
         for place in plan["places"]:
             with nullcontext() if place == "cpu" else stand_in_device.elsewhere():
                 use(torch.device("cpu") if place == "cpu" else torch.device(place, 0))
