@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_problem import EVERYTHING, RESUME_SETTINGS, learned, problem_with_everything, tiny_basis
+from tiny_problem import EVERYTHING, RESUME_SETTINGS, assert_same, learned, problem_with_everything, tiny_basis
 from tiny_problem import tiny_problem as make_problem
 
 from modular_concepts.errors import AdapterError
@@ -70,11 +70,6 @@ def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     result = train(make_problem(), ONCE, keeping=Keeping(folder), basis=tiny_basis())
     return learned(result), load_file(newest_checkpoint(folder))
-
-
-def assert_same(left, right):
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from laws import relative_error
 from safetensors.torch import load_file
-from untrained_toy import write_untrained
 
 from modular_concepts.cli import main as cli
 from modular_concepts.cli import progress as cli_progress
@@ -39,11 +38,6 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return write_untrained(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

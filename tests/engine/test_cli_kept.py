@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from test_cli import files, refused, run
-from untrained_toy import write_untrained
 
 from modular_concepts.cli import main as cli
 from modular_concepts.cli import progress as cli_progress
@@ -26,11 +25,6 @@ ROOT = Path(cli.__file__).parents[1]
 QUICK = ["--steps", "3", "--batch", "2", "--rank", "2", "--targets", "cross_attention", "--class-word", "man"]
 DRAW = ["--steps", "1", "--cfg", "1"]
 WINDOWS = ["CON", "NUL.txt", "aux.safetensors", "com1.x", "LPT9", "conin$", "x.", "x ", "nul .txt", "com¹"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return write_untrained(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,6 @@ STRENGTHS = {"tom": 0.7, "rex": 1.0}
 OPTIONS = {"density": 0.3, "rank": 3, "seed": 5, "ridge": 1e-3}
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return write_untrained(tmp_path_factory.mktemp("weights"))
-
-
 @pytest.fixture(autouse=True)
 def here(weights, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(model, "WEIGHTS", weights)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from test_cli import files, refused, run
-from untrained_toy import write_untrained
 
 from modular_concepts.cli import main as cli
 from modular_concepts.files.concept import load_concept
@@ -13,11 +12,6 @@ from modular_concepts.toy import model
 pytest.importorskip("PIL.Image")
 
 QUICK = ["--batch", "2", "--rank", "2", "--targets", "cross_attention", "--class-word", "man"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return write_untrained(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture

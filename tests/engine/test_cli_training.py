@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from test_cli import run
-from untrained_toy import write_untrained
 
 from modular_concepts.cli import main as cli
 from modular_concepts.files.concept import load_concept
@@ -22,11 +21,6 @@ def pictures(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     assert cli.main(["pictures", "tom", "--out", str(folder)]) == 0
     return folder
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return write_untrained(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture

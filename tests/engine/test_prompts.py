@@ -1,7 +1,6 @@
 """What a text model does not hear of a text is told, with what falls off."""
 
 import pytest
-from untrained_toy import write_untrained
 
 from modular_concepts.models.prompts import falls_off, unheard_of
 from modular_concepts.toy.base import load_toy_base
@@ -10,8 +9,8 @@ END = "a dog in the snow"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return load_toy_base(write_untrained(tmp_path_factory.mktemp("weights")))
+def base(weights):
+    return load_toy_base(weights)
 
 
 def test_what_lies_beyond_the_length_falls_off(base):

@@ -14,7 +14,7 @@ import tiny_problem
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_problem import EVERYTHING, RESUME_SETTINGS, learned, problem_with_everything, tiny_basis
+from tiny_problem import EVERYTHING, RESUME_SETTINGS, assert_same, learned, problem_with_everything, tiny_basis
 from tiny_problem import tiny_problem as make_problem
 
 from bench.given_base import with_base
@@ -24,12 +24,6 @@ from modular_concepts.training.loop import Cancelled, Keeping, Listeners, train
 from modular_concepts.training.problem import Examples
 
 ROOT = Path(tiny_problem.__file__).parents[2]
-
-
-def assert_same(left, right):
-    assert left.keys() == right.keys()
-    differing = [name for name in left if not torch.equal(left[name], right[name])]
-    assert not differing
 
 
 def run(folder=None, resume=None, callback=None, settings=RESUME_SETTINGS, problem=None, **options):

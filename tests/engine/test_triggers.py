@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from untrained_toy import write_untrained
 
 from modular_concepts.concept import Concept, Recipe
 from modular_concepts.errors import AdapterError
@@ -74,8 +73,8 @@ def test_tokenizer_regions_and_unknown_words_agree_with_it(text, word):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return load_toy_base(write_untrained(tmp_path_factory.mktemp("weights")))
+def base(weights):
+    return load_toy_base(weights)
 
 
 @pytest.mark.parametrize("caption", ["一张<tom>的照片", "photo of<tom>", "two <tom>s"])

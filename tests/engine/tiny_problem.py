@@ -189,6 +189,12 @@ def learned(result) -> dict[str, Tensor]:
     return tensors | {"losses": torch.tensor(result.losses, dtype=torch.float64)}
 
 
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """To the last bit."""
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)

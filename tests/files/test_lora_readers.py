@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from laws import relative_error
 from mutations import peak_memory
 from safetensors.torch import save_file
 
@@ -17,10 +18,6 @@ from modular_concepts.storage.strict_json import parse_json
 PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 STEM, LAYER = f"lora_unet_{PATH.replace('.', '_')}", f"unet.{PATH}"
 UP, DOWN = (torch.randn(*shape, generator=torch.Generator().manual_seed(shape[0])) for shape in ((12, 4), (4, 8)))
-
-
-def relative_error(found, wanted):
-    return (found - wanted).norm() / wanted.norm()
 
 
 def kohya(stem=STEM, alpha=2.0):
