@@ -28,6 +28,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..settings import basis as declared
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32
 
 Array = NDArray[np.float64]
 
@@ -68,7 +72,7 @@ class OrthogonalBasis:
                 f"a basis of kind {self.kind!r} {'needs' if self.kind == 'file' else 'takes no'} matrices"
             )
 
-    def columns(self, width: int, indices: Sequence[int] | Tensor) -> Tensor:
+    def columns(self, width: int, indices: Sequence[int] | Tensor) -> Float32[Tensor, "rank {width}"]:
         """Row i is column indices[i] of the width x width matrix: (len(indices), width) float32, orthonormal.
 
         Raises AdapterError for an index that is outside the matrix or named twice.

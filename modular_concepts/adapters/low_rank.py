@@ -24,6 +24,8 @@ from ..errors import AdapterError
 from ..settings.training import LAYOUTS
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, Int64
+
     from .basis import OrthogonalBasis
 
 KINDS = ("lora", "orthogonal", "block", "block_orthogonal", "full")
@@ -103,18 +105,20 @@ class LowRank:
             rows=None if self.rows is None else self.rows.to(device=device),
         )
 
-    def full_up(self) -> Tensor:
+    def full_up(self) -> Float[Tensor, "out rank"]:
         """lora_up over all output rows, (out, rank): zero outside `rows`."""
         return scatter_rows(self.lora_up, self.rows, self.out_features, dim=0)
 
-    def delta(self) -> Tensor:
+    def delta(self) -> Float[Tensor, "out inp *kernel"]:
         """delta = scale * lora_up lora_down, shaped as the weight; float32, or float64 if the factors are."""
         up, down = at_least_float32(self.lora_up), at_least_float32(self.lora_down)
         dtype = torch.promote_types(up.dtype, down.dtype)
         product = up if self.kind == "full" else up.to(dtype) @ down.to(dtype).flatten(1)
         return scatter_rows(self.scale * product, self.rows, self.out_features, dim=0).reshape(self.weight_shape)
 
-    def residual(self, x: Tensor, conv: ConvGeometry | None = None, erasure: Tensor | None = None) -> Tensor:
+    def residual(
+        self, x: Float[Tensor, "*_"], conv: ConvGeometry | None = None, erasure: Float[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "*_"]:
         """What the adapter adds to the layer's output: scale * up(down(x)), computed in x.dtype.
 
         x: (..., in) for Linear, (B, C, H, W) with `conv` for Conv2d.
@@ -142,14 +146,14 @@ def together(adapters: Sequence[LowRank]) -> list[LowRank]:
 
 
 def low_rank_product(
-    x: Tensor,
-    up: Tensor,
-    down: Tensor,
+    x: Float[Tensor, "*_"],
+    up: Float[Tensor, "height rank"],
+    down: Float[Tensor, "rank inp *kernel"],
     conv: ConvGeometry | None = None,
-    rows: Tensor | None = None,
+    rows: Int64[Tensor, " height"] | None = None,
     out_features: int = 0,
-    scales: Tensor | None = None,
-) -> Tensor:
+    scales: Float[Tensor, " rank"] | None = None,
+) -> Float[Tensor, "*_"]:
     """up (down x) for a Linear (..., in) or, with `conv`, a Conv2d (B, C, H, W) layer, in x.dtype.
 
     up: (out, rank) or (len(rows), rank); down: (rank, in) or (rank, in / groups, kh, kw).
@@ -174,7 +178,9 @@ def low_rank_product(
     return scatter_rows(F.conv2d(hidden, up[:, :, None, None]), rows, out_features, dim=1)
 
 
-def full_product(x: Tensor, weight: Tensor, conv: ConvGeometry | None = None) -> Tensor:
+def full_product(
+    x: Float[Tensor, "*_"], weight: Float[Tensor, "out inp *kernel"], conv: ConvGeometry | None = None
+) -> Float[Tensor, "*_"]:
     """What a weight-shaped delta adds to the output of a Linear or, with `conv`, a Conv2d layer, in x.dtype."""
     weight = weight.to(x)
     if conv is None:
@@ -236,7 +242,7 @@ def new_block(
     inp: int,
     rank: int,
     alpha: float | None,
-    rows: Tensor,
+    rows: Int64[Tensor, " height"],
     generator: torch.Generator,
     kernel: Sequence[int] | None = None,
 ) -> LowRank:
@@ -258,7 +264,12 @@ def new_block_orthogonal(
     return new_frozen(out, _basis_down(inp, len(indices), basis, indices, kernel), alpha, rows)
 
 
-def new_frozen(out: int, down: Tensor, alpha: float | None, rows: Tensor | None = None) -> LowRank:
+def new_frozen(
+    out: int,
+    down: Float[Tensor, "rank inp *kernel"],
+    alpha: float | None,
+    rows: Int64[Tensor, " height"] | None = None,
+) -> LowRank:
     """Adapter on a given frozen lora_down (rank, in[, kh, kw]): basis columns, or the Gaussian variant."""
     rank = down.shape[0]
     kind, height = ("orthogonal", out) if rows is None else ("block_orthogonal", len(rows))
@@ -272,14 +283,14 @@ def new_full(out: int, inp: int, kernel: Sequence[int] | None = None) -> LowRank
     return LowRank(torch.zeros(out, width), down, float(width), "full", None, out)
 
 
-def is_identity(down: Tensor) -> bool:
+def is_identity(down: Float[Tensor, "rank inp *kernel"]) -> bool:
     """Whether a lora_down (rank, in[, kh, kw]) hands its input on as it is."""
     flat = down.flatten(1)
     square = flat.shape[0] == flat.shape[1]
     return square and bool((flat.diagonal() == 1).all()) and int(flat.count_nonzero()) == len(flat)
 
 
-def block_rows(out: int, blocks: int, slot: int, layout: str = "contiguous") -> Tensor:
+def block_rows(out: int, blocks: int, slot: int, layout: str = "contiguous") -> Int64[Tensor, " height"]:
     """Output rows of one of `blocks` disjoint slots that together cover all rows; int64, ascending.
 
     contiguous: as numpy's array_split, the first out % blocks slots are one row longer.
@@ -304,7 +315,7 @@ def block_rows(out: int, blocks: int, slot: int, layout: str = "contiguous") -> 
     return torch.arange(start, start + size + (slot < longer))
 
 
-def erasure_mask(out_rows: int, probability: float, generator: torch.Generator) -> Tensor:
+def erasure_mask(out_rows: int, probability: float, generator: torch.Generator) -> Float32[Tensor, " {out_rows}"]:
     """r(lambda) of BlockLoRA: (out_rows,) float32 of 0/1, each row erased with `probability`.
 
     Training only; one draw per layer and forward pass, shared over batch and tokens; not rescaled by

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from ..families import network_of
 from ..families.family import Fused
 from .low_rank import LowRank
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,16 +31,16 @@ class Site:
     count: int
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Float[Tensor, "{self.count} inp"]:
         """(count, in), a view."""
         return self.module.weight[self.start : self.start + self.count]
 
     @property
-    def rows(self) -> Tensor:
+    def rows(self) -> Int64[Tensor, " {self.count}"]:
         """(count,) int64: its rows' numbers in the layer."""
         return torch.arange(self.start, self.start + self.count)
 
-    def of(self, output: Tensor) -> Tensor:
+    def of(self, output: Float[Tensor, "*before out"]) -> Float[Tensor, "*before {self.count}"]:
         """The site's part of the layer's output (..., out): (..., count), a view."""
         return output[..., self.start : self.start + self.count]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from ..adapters.low_rank import ConvGeometry, LowRank, low_rank_product, scatter
 from ..errors import AdapterError
 from .method import LayerStack, Mergeable, Method
 from .sums import MergedLayer, MergedSum, merged_factors
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,18 +42,20 @@ class MergedBlocks:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MergedBlocks:
         return MergedBlocks(tuple(part.to(device, dtype) for part in self.parts), self.out_features)
 
-    def delta(self) -> Tensor:
+    def delta(self) -> Float[Tensor, "out inp *kernel"]:
         """The weight-shaped sum, float32, or float64 if the factors are."""
         products = torch.cat([_packed(part).delta() for part in self.parts])
         return scatter_rows(products, self._rows(), self.out_features, dim=0)
 
-    def add_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+    def add_to(
+        self, weight: Float[Tensor, "out inp *kernel"], strength: float = 1.0
+    ) -> Float[Tensor, "out inp *kernel"]:
         """weight + strength delta, written into `weight`, each block into its own rows; as `MergedLayer.add_to`."""
         for part in self.parts:
             part.add_to(weight, strength)
         return weight
 
-    def residual(self, x: Tensor, conv: ConvGeometry | None = None) -> Tensor:
+    def residual(self, x: Float[Tensor, "*_"], conv: ConvGeometry | None = None) -> Float[Tensor, "*_"]:
         """What the blocks add to the layer's output, in x.dtype; shapes as `LowRank.residual`."""
         if conv is not None:
             return self._as_sum().residual(x, conv)

@@ -11,6 +11,7 @@ values move as a share of a concept's own answer (`python -m bench.ordinary_text
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,13 +23,19 @@ from .dense import MergedDense
 from .method import TEXTS, LayerStack, Method
 from .sums import MergedLayer, MergedSum, summed
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 RIDGE = 1e-2  # of C_reg^T C_reg, relative to its mean eigenvalue
 ALIKE = 1e-6  # of d C^T, likewise: features of two prompts with one word can be almost alike
 
 
 @torch.no_grad()
 def constrained_factors(
-    adapters: Sequence[LowRank], strengths: Sequence[float], features: Sequence[Tensor], usual: Tensor
+    adapters: Sequence[LowRank],
+    strengths: Sequence[float],
+    features: Sequence[Float[Tensor, "_ inp"]],
+    usual: Float[Tensor, "inp inp"],
 ) -> MergedLayer:
     """up down = V (d C^T)^-1 d with down's rows orthonormal: the rank is the number of text features.
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..adapters.low_rank import ConvGeometry, LowRank, full_product
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +36,16 @@ class MergedDense:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MergedDense:
         return MergedDense(self.values.to(device=device, dtype=dtype))
 
-    def delta(self) -> Tensor:
+    def delta(self) -> Float[Tensor, "out inp *kernel"]:
         return self.values
 
-    def add_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+    def add_to(
+        self, weight: Float[Tensor, "out inp *kernel"], strength: float = 1.0
+    ) -> Float[Tensor, "out inp *kernel"]:
         """weight + strength delta, written into `weight`; as `MergedLayer.add_to`."""
         return weight.add_(self.values.to(weight.device).reshape(weight.shape), alpha=strength)
 
-    def residual(self, x: Tensor, conv: ConvGeometry | None = None) -> Tensor:
+    def residual(self, x: Float[Tensor, "*_"], conv: ConvGeometry | None = None) -> Float[Tensor, "*_"]:
         """What the delta adds to the layer's output, in x.dtype; shapes as `LowRank.residual`."""
         return full_product(x, self.values, conv)
 

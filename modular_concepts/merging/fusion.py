@@ -19,6 +19,7 @@ Moments in few directions, C_i = F_i^T F_i + r_i I, are never written out: with 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,13 +30,19 @@ from .method import MOMENTS, LayerStack, Method
 from .moments import Moment
 from .sums import MergedLayer, merged_factors
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 EXACT = 1e-6
 RIDGE: float = declared.RIDGE.default
 
 
 @torch.no_grad()
 def fused_factors(
-    adapters: Sequence[LowRank], strengths: Sequence[float], moments: Sequence[Tensor | Moment], ridge: float = RIDGE
+    adapters: Sequence[LowRank],
+    strengths: Sequence[float],
+    moments: Sequence[Float[Tensor, "width width"] | Moment],
+    ridge: float = RIDGE,
 ) -> MergedLayer:
     """up = [s1 U1 | s2 U2 | ...], down = [D1 (C1 + mu1 I); D2 (C2 + mu2 I); ...] (sum C + mu I)^-1.
 

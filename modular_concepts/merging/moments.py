@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from ..adapters.sites import Site
 from ..seeds import seeded
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 ENERGY = 0.999  # share of the inputs' energy tr C that the kept directions hold
 FEWEST, MOST = 128, 1024  # directions of one layer, whatever the energy asks
@@ -34,7 +37,7 @@ class Moment:
     factor: Tensor
     rest: float
 
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Float[Tensor, "width width"]:
         """(n, n), float64."""
         factor = self.factor.double()
         return factor.mT @ factor + self.rest * torch.eye(factor.shape[1]).to(factor)
@@ -43,7 +46,7 @@ class Moment:
         return Moment(self.factor.to(device), self.rest)
 
     @classmethod
-    def of(cls, matrix: Tensor, directions: int | None = None) -> Moment:
+    def of(cls, matrix: Float[Tensor, "width width"], directions: int | None = None) -> Moment:
         """The nearest of its kind to a symmetric positive (n, n); for wide ones nearly so.
 
         directions: how many; None: as many as hold `ENERGY` of the trace, from 128 to 1024.  Where a spectrum is flat,
@@ -136,7 +139,7 @@ def recording(layers: Mapping[str, nn.Module | Site]) -> Generator[Recorder]:
             handle.remove()
 
 
-def inputs_of(module: nn.Module, x: Tensor) -> Tensor:
+def inputs_of(module: nn.Module, x: Float[Tensor, "*_"]) -> Float[Tensor, "rows width"]:
     """(rows, n) of what the weight is multiplied with: n = in, or in * kh * kw for a convolution's patches."""
     if not isinstance(module, nn.Conv2d):
         return x.flatten(0, -2)

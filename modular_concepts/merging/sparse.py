@@ -7,6 +7,7 @@ down.  None of them keeps orthogonality: a delta with holes reads other directio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,15 +17,23 @@ from ..settings.merging import DENSITY
 from .dense import MergedDense
 from .method import LayerStack, Method
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def magnitude_merge(deltas: Sequence[Tensor], strengths: Sequence[float], density: float) -> MergedDense:
+
+def magnitude_merge(
+    deltas: Sequence[Float[Tensor, "out inp *kernel"]], strengths: Sequence[float], density: float
+) -> MergedDense:
     """sum_i strength_i trimmed(delta_i), where only the largest `density` share of each delta's weights stays."""
     parts = (s * trimmed(delta, density) for delta, s in zip(deltas, strengths, strict=True))
     return MergedDense(sum(parts, torch.zeros(())))
 
 
 def dare_merge(
-    deltas: Sequence[Tensor], strengths: Sequence[float], density: float, generators: Sequence[torch.Generator]
+    deltas: Sequence[Float[Tensor, "out inp *kernel"]],
+    strengths: Sequence[float],
+    density: float,
+    generators: Sequence[torch.Generator],
 ) -> MergedDense:
     """sum_i strength_i (mask_i * delta_i) / density, mask_i Bernoulli(density), one generator for each delta.
 
@@ -38,7 +47,9 @@ def dare_merge(
     return MergedDense(total)
 
 
-def ties_merge(deltas: Sequence[Tensor], strengths: Sequence[float], density: float) -> MergedDense:
+def ties_merge(
+    deltas: Sequence[Float[Tensor, "out inp *kernel"]], strengths: Sequence[float], density: float
+) -> MergedDense:
     """Trim, elect a sign for each weight, average what agrees with it.
 
     sign = sign(sum_i strength_i trimmed_i); delta = sum of the strength_i trimmed_i of that sign / how many there are.
@@ -50,7 +61,7 @@ def ties_merge(deltas: Sequence[Tensor], strengths: Sequence[float], density: fl
     return MergedDense((parts * agreeing).sum(0) / agreeing.sum(0).clamp(min=1))
 
 
-def trimmed(delta: Tensor, density: float) -> Tensor:
+def trimmed(delta: Float[Tensor, "*shape"], density: float) -> Float[Tensor, "*shape"]:
     """The delta with all but its largest weights (by magnitude) at 0; density 1 keeps all.
 
     At least one weight stays; of weights that are equally large, all stay.

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ..adapters.low_rank import ConvGeometry, LowRank, at_least_float32, low_ran
 from ..errors import AdapterError
 from .dense import MergedDense
 from .method import LayerStack, Method
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +41,15 @@ class MergedLayer:
         up, down = (factor.to(device=device, dtype=dtype) for factor in (self.up, self.down))
         return replace(self, up=up, down=down, rows=rows)
 
-    def delta(self) -> Tensor:
+    def delta(self) -> Float[Tensor, "out inp *kernel"]:
         """The weight-shaped sum, float32, or float64 if the factors are."""
         product = at_least_float32(self.up) @ at_least_float32(self.down).flatten(1)
         full = scatter_rows(product, self.rows, self.out_features, dim=0)
         return full.unflatten(1, self.down.shape[1:])
 
-    def add_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+    def add_to(
+        self, weight: Float[Tensor, "out inp *kernel"], strength: float = 1.0
+    ) -> Float[Tensor, "out inp *kernel"]:
         """weight + strength delta, written into `weight` and nowhere else: one product, and of its own rows only.
 
         weight: weight-shaped, on any device; the one function here that changes what it is given.
@@ -66,7 +72,7 @@ class MergedLayer:
         """Whether the delta is exactly zero, so that no weight need be touched for it."""
         return not bool(self.up.any())
 
-    def residual(self, x: Tensor, conv: ConvGeometry | None = None) -> Tensor:
+    def residual(self, x: Float[Tensor, "*_"], conv: ConvGeometry | None = None) -> Float[Tensor, "*_"]:
         """What the sum adds to the layer's output, in x.dtype; shapes as `LowRank.residual`."""
         return low_rank_product(x, self.up, self.down, conv, self.rows, self.out_features)
 
@@ -101,11 +107,11 @@ class MergedSum:
         return SharedFactors.of(self.adapters)
 
     @property
-    def up(self) -> Tensor:
+    def up(self) -> Float[Tensor, "height rank"]:
         return self.joined.up
 
     @property
-    def down(self) -> Tensor:
+    def down(self) -> Float[Tensor, "rank inp *kernel"]:
         return self.joined.down
 
     @property
@@ -114,7 +120,7 @@ class MergedSum:
         return not any(self.strengths)
 
     @property
-    def rows(self) -> Tensor | None:
+    def rows(self) -> Int64[Tensor, " height"] | None:
         return self.adapters[0].rows if len(self.adapters) == 1 else self.joined.rows
 
     @property
@@ -128,10 +134,12 @@ class MergedSum:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MergedSum:
         return replace(self, adapters=tuple(adapter.to(device, dtype) for adapter in self.adapters))
 
-    def delta(self) -> Tensor:
+    def delta(self) -> Float[Tensor, "out inp *kernel"]:
         return self.joined.delta()
 
-    def add_to(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+    def add_to(
+        self, weight: Float[Tensor, "out inp *kernel"], strength: float = 1.0
+    ) -> Float[Tensor, "out inp *kernel"]:
         """As `MergedLayer.add_to`; what is joined for it is not kept."""
         only, *others = (adapter.to(weight.device) for adapter in self.adapters)
         if others or weight.dtype != only.lora_up.dtype or weight.dtype != only.lora_down.dtype:
@@ -139,7 +147,7 @@ class MergedSum:
         layer = MergedLayer(only.lora_up.detach(), only.lora_down.detach(), only.rows, only.out_features)
         return layer.add_to(weight, strength * self.strengths[0] * only.scale)
 
-    def residual(self, x: Tensor, conv: ConvGeometry | None = None) -> Tensor:
+    def residual(self, x: Float[Tensor, "*_"], conv: ConvGeometry | None = None) -> Float[Tensor, "*_"]:
         return self.shared.residual(x, self._diagonal(x), conv)
 
     def _diagonal(self, x: Tensor) -> Tensor:
@@ -204,7 +212,7 @@ def merged_factors(adapters: Sequence[LowRank], strengths: Sequence[float]) -> M
     return MergedLayer(up, torch.cat(downs), rows, first.out_features)
 
 
-def merged_delta(adapters: Sequence[LowRank], strengths: Sequence[float]) -> Tensor:
+def merged_delta(adapters: Sequence[LowRank], strengths: Sequence[float]) -> Float[Tensor, "out inp *kernel"]:
     """Sum low-rank residuals in one product: delta = [s1 U1 | s2 U2 | ...] [D1; D2; ...].
 
     Returns the weight-shaped delta in float32 (or float64).  Exact: no SVD, ranks may differ.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -20,12 +21,18 @@ from ..text.layerwise import cross_attention_transformers
 from .moment import Clock
 from .shares import Division, Places
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend_by_region(
-    attend: Attend, query: Tensor, texts: Sequence[tuple[Tensor, Tensor]], division: Division
-) -> Tensor:
+    attend: Attend,
+    query: Float[Tensor, "b t d"],
+    texts: Sequence[tuple[Float[Tensor, "b _ d"], Float[Tensor, "b _ d"]]],
+    division: Division,
+) -> Float[Tensor, "b t d"]:
     """rest * attend(q, global text) + sum of share_r * attend(q, text of region r).
 
     query: (B, T, D); texts: (key, value), each (B, length, D), the global one first; attend: query, key, value to
@@ -36,8 +43,12 @@ def attend_by_region(
 
 
 def with_regions(
-    attend: Attend, query: Tensor, everywhere: Tensor, texts: Sequence[tuple[Tensor, Tensor]], division: Division
-) -> Tensor:
+    attend: Attend,
+    query: Float[Tensor, "b t d"],
+    everywhere: Float[Tensor, "b t d"],
+    texts: Sequence[tuple[Float[Tensor, "b _ d"], Float[Tensor, "b _ d"]]],
+    division: Division,
+) -> Float[Tensor, "b t d"]:
     """`attend_by_region` where the global text was attended to already, as `everywhere` (B, T, D)."""
     blended = everywhere.clone() if division.replaced else everywhere * division.rest[:, None]
     for (key, value), part in zip(texts, division.regions, strict=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from .geometry import grid_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 FAINT = 0.45  # of a word's loudest place
 SOFT = 1 / 12  # of the picture's shorter side: how wide the maps are blurred, so that no speck is a region
@@ -34,7 +38,7 @@ class HeardWords:
     latent_size: tuple[int, int]
     _sums: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def hear(self, query: Tensor, key: Tensor, heads: int) -> None:
+    def hear(self, query: Float[Tensor, "b t d"], key: Float[Tensor, "b _ d"], heads: int) -> None:
         """query: (B, T, heads * d), key: (B, tokens, heads * d), tokens a multiple of the text's length."""
         query, key = (rearrange(one, "b t (h d) -> b h t d", h=heads).float() for one in (query, key))
         heard = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1).mean((0, 1))  # (T, tokens)
@@ -44,7 +48,7 @@ class HeardWords:
         own = rearrange(own, "r (h w) -> r h w", h=grid[0]).cpu()
         self._sums[grid] = self._sums.get(grid, 0) + own
 
-    def maps(self) -> Tensor:
+    def maps(self) -> Float[Tensor, "regions height width"]:
         """(R, height, width) of the latent; coarse and fine layers count alike, the finest of several not at all.
 
         The finest layers see texture where others see subjects.
@@ -55,7 +59,9 @@ class HeardWords:
         return torch.stack([one / one.amax().clamp(min=1e-12) for one in wide]).mean(0)
 
 
-def disjoint_masks(maps: Tensor, faint: float = FAINT, soft: float = SOFT) -> Tensor:
+def disjoint_masks(
+    maps: Float[Tensor, "regions height width"], faint: float = FAINT, soft: float = SOFT
+) -> Float[Tensor, "regions height width"]:
     """(R, height, width) maps of any scale -> masks of 0 and 1 of the same size, no position in two of them.
 
     Each is one piece, that with the region's loudest place; every region keeps at least that place.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..settings import drawing as declared
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32
 
 OVERLAPS = declared.OVERLAP.choices
 _MOST_PIXELS = 2**20
@@ -135,7 +138,9 @@ def region_from(
     return Region(prompt, box, mask, negative.strip() or None, feather, strength, pixels, **more)
 
 
-def region_weights(regions: Sequence[Region], height: int, width: int, overlap: str = "average") -> Tensor:
+def region_weights(
+    regions: Sequence[Region], height: int, width: int, overlap: str = "average"
+) -> Float32[Tensor, "{len(regions)} {height} {width}"]:
     """(R, height, width) float32 in 0..1: how much of each cell of a feature grid a region covers.
 
     A box's edges snap to the nearest grid line, so neighbours leave no gap; a box too small for the grid

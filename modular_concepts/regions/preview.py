@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from ..errors import AdapterError
 from ..pictures import as_batch, to_image
 from ..text.triggers import TRIGGER
 from .geometry import Region, region_weights
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 LONGEST = 640  # pixels of the drawn picture's longer side
 PAPER, INK = (250, 248, 244), (28, 26, 34)
@@ -27,8 +31,12 @@ Chip = tuple[int, int, int, int]  # left, top, right, bottom of what is written 
 
 
 def draw_regions(
-    regions: Sequence[Region], width: int, height: int, overlap: str = "average", under: Tensor | None = None
-) -> Tensor:
+    regions: Sequence[Region],
+    width: int,
+    height: int,
+    overlap: str = "average",
+    under: Float[Tensor, "h w 3"] | None = None,
+) -> Float[Tensor, "1 _ _ 3"]:
     """(1, H, W, 3) in 0..1, in the shape of a picture of (width, height); soft edges and overlaps are seen.
 
     under: (H, W, 3) in 0..1, a picture to draw upon.  Raises AdapterError when there is no region, and for one that

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .geometry import Region, grid_of, refuse_unplaced, region_weights
 from .moment import Moment
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +27,7 @@ class Part:
     share: Tensor | None
 
     @classmethod
-    def of(cls, weights: Tensor, like: Tensor) -> Part | None:
+    def of(cls, weights: Float[Tensor, " positions"], like: Tensor) -> Part | None:
         """weights: (T,) in 0..1; like: of the layer's device and dtype.  None for a part of nothing."""
         index = weights.nonzero()[:, 0]
         if not len(index):
@@ -43,7 +47,7 @@ class Division:
     like: a tensor of the layer's device and dtype.
     """
 
-    def __init__(self, shares: Tensor, like: Tensor | None = None):
+    def __init__(self, shares: Float[Tensor, "regions positions"], like: Tensor | None = None):
         like = shares if like is None else like
         rest = (1 - shares.sum(0)).clamp(min=0)
         rest = torch.where(rest < 1e-6, 0.0, rest)

@@ -5,11 +5,16 @@ Latents are (B, C, ...) of any number of dimensions.  `models/schedules.py` has 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32
 
-def draw_noise(shape: tuple[int, ...], generator: torch.Generator, offset: float = 0.0) -> Tensor:
+
+def draw_noise(shape: tuple[int, ...], generator: torch.Generator, offset: float = 0.0) -> Float32[Tensor, "b c ..."]:
     """Gaussian noise (B, C, ...) float32, on the CPU so that every device sees the same.
 
     offset: size of one more Gaussian, shared by all pixels of a channel.
@@ -20,7 +25,9 @@ def draw_noise(shape: tuple[int, ...], generator: torch.Generator, offset: float
     return noise
 
 
-def masked_mean(error: Tensor, mask: Tensor | None = None) -> Tensor:
+def masked_mean(
+    error: Float[Tensor, "b c *rest"], mask: Float[Tensor, "b 1 *#rest"] | None = None
+) -> Float[Tensor, " b"]:
     """Mean over the pixels that the mask keeps, sum(error * mask) / sum(mask): (B, C, ...) -> (B,).
 
     mask: (B, 1, ...) in 0..1; a sample with an empty mask counts 0.

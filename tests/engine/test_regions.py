@@ -126,9 +126,9 @@ def test_every_cell_is_shared_out_whole(overlap):
     masks[1, 48:] = 0
     places = Places([Region("", mask=mask.unflatten(0, (4, 14))) for mask in masks], overlap)
     division = places.division(56, Moment((4, 14)), masks)
-    texts = [(row, row) for row in torch.eye(4)]
+    texts = [(row, row) for row in torch.eye(4)[:, None, None]]
     shares = attend_by_region(
-        lambda query, _key, value: value.expand(*query.shape[:2], 4), masks[:1, :, None], texts, division
+        lambda query, _key, value: value.expand_as(query), torch.zeros(1, 56, 4), texts, division
     )[0]
     assert (shares.sum(1) - 1).abs().max() < 1e-6 and shares.min() >= 0
     assert torch.equal(shares[40:48], torch.eye(4)[:1].expand(8, 4))

@@ -1,0 +1,86 @@
+"""Checks the shapes that the engine's annotations name, while tests run: `Float[Tensor, "out rank"]` by jaxtyping.
+
+The engine imports jaxtyping for type checkers alone, so that nothing is added to what it needs; its annotations stay
+text.  Here each module of these rooms is handed the names before it runs, and afterwards every function and method of
+its own whose annotations name a shape is checked, call by call, by beartype: letters are equal within one call.
+`jaxtyping.install_import_hook` would check all functions instead, those within functions and hooks too, each time that
+one is made, and would not find names that are imported for type checkers alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import FunctionType, ModuleType
+
+import beartype
+import jaxtyping
+
+ROOMS = ("adapters", "merging", "regions", "training.losses")
+NAMES = ("Bool", "Float", "Float32", "Int64")
+_names = {name: getattr(jaxtyping, name) for name in NAMES}
+
+
+def install(package: str) -> None:
+    """Check `package`'s rooms from now on; before any of their modules is imported."""
+    loaded = [name for name in sys.modules if _watched(name, package)]
+    assert not loaded, f"imported before their shapes could be checked: {loaded}"
+    sys.meta_path.insert(0, _Finder(package))
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, package: str):
+        self._package = package
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if _watched(name, self._package) else None
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Checking(spec.loader)
+        return spec
+
+
+class _Checking(Loader):
+    """Another loader, and then the checks."""
+
+    def __init__(self, loader: Loader):
+        self._loader = loader
+
+    def __getattr__(self, name: str):
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module).update(_names)
+        self._loader.exec_module(module)
+        for holder in (module, *(one for one in vars(module).values() if _defined_in(one, module, type))):
+            for name, value in list(vars(holder).items()):
+                if (checked := _checked(value, module)) is not None:
+                    setattr(holder, name, checked)
+
+
+def _watched(name: str, package: str) -> bool:
+    return any(f"{name}.".startswith(f"{package}.{room}.") for room in ROOMS)
+
+
+def _defined_in(value: object, module: ModuleType, kind: type) -> bool:
+    return isinstance(value, kind) and value.__module__ == module.__name__
+
+
+def _checked(value: object, module: ModuleType) -> object | None:
+    """The function, method or property with its shapes checked, None if it names none."""
+    if isinstance(value, property):
+        getter = _checked(value.fget, module)
+        return None if getter is None else property(getter, doc=value.__doc__)
+    if isinstance(value, classmethod | staticmethod):
+        inner = _checked(value.__func__, module)
+        return None if inner is None else type(value)(inner)
+    if not _defined_in(value, module, FunctionType):
+        return None
+    if not any(f"{name}[" in str(hint) for hint in value.__annotations__.values() for name in NAMES):
+        return None
+    return functools.wraps(value)(jaxtyping.jaxtyped(typechecker=beartype.beartype)(value))
