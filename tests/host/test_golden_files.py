@@ -70,7 +70,7 @@ def runs(server: HostServer):
 
 
 def test_every_golden_file_is_known():
-    assert {path.stem for path in FOLDER.iterdir()} == DIGESTS.keys()
+    assert {path.stem for path in FOLDER.glob("*.safetensors")} == DIGESTS.keys()
 
 
 @pytest.mark.parametrize("file", DIGESTS)
