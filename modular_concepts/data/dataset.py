@@ -24,7 +24,7 @@ from ..storage.names import not_a_file
 from .buckets import bucket, stacked
 from .captions import checked_caption, read_caption
 from .folder import FolderReport, Found, survey
-from .picture_size import check_promise
+from .picture_size import check_parts, check_promise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +40,8 @@ FIRST_MASK = "of a moving mask the first frame is used"
 COLOURED_MASK = "a mask in colour is read by its brightness"
 PLAIN_MASK = "masks of one grey all over leave the whole picture to be learned"
 CROPPED = "the crop leaves less than half of the picture"
+PROFILE = "colours are read as sRGB, and the colour profile in the file is not applied; convert it to sRGB first"
+_SRGB = (b"sRGB", "sRGB".encode("utf-16-be"), b"IEC 61966", "IEC 61966".encode("utf-16-be"))
 PLACE, ALSO_PLACE = "{concept}", "<TOK>"  # the second is how Mix-of-Show's captions have it
 
 
@@ -319,6 +321,7 @@ def _opened(path: Path) -> tuple[Image, list[str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            check_parts(path)
             with Image.open(path, formats=FORMATS) as probe:
                 if probe.width * probe.height > MAX_PIXELS:
                     raise AdapterError(f"{path}: {probe.width}×{probe.height} pixels are too many; make it smaller")
@@ -327,12 +330,28 @@ def _opened(path: Path) -> tuple[Image, list[str]]:
             with Image.open(path, formats=FORMATS) as image:
                 moving = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
                 upright = ImageOps.exif_transpose(image)
-                lost = [*([TRANSPARENT] if _is_transparent(upright) else []), *([FIRST_FRAME] if moving else [])]
-                return _flatten(upright), lost
+                odd = {TRANSPARENT: _is_transparent(upright), FIRST_FRAME: moving, PROFILE: _has_profile(image)}
+                return _flatten(upright), [oddity for oddity, there in odd.items() if there]
     except AdapterError:
         raise
+    except ValueError as error:
+        if "MAX_TEXT_CHUNK" not in str(error) and "too large" not in str(error):
+            raise _damaged(path) from error
+        raise AdapterError(
+            f"{path}: what is written in it beside the picture is too long to be read; save it without metadata"
+        ) from error
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
-        raise AdapterError(f"{path}: this is not a picture that can be read, or it is damaged") from error
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> AdapterError:
+    return AdapterError(f"{path}: this is not a picture that can be read, or it is damaged")
+
+
+def _has_profile(image: Image) -> bool:
+    """Whether its colours are meant in another colour space than sRGB, as which they are read."""
+    profile = image.info.get("icc_profile") or b""
+    return image.mode == "CMYK" or bool(profile) and not any(name in profile for name in _SRGB)
 
 
 def _is_transparent(image: Image) -> bool:

@@ -233,9 +233,9 @@ class _Survey:
 
     def refuse_missed_captions(self, pictures: Sequence[Found]) -> None:
         """Raise AdapterError where no caption was read, and files are there that must be meant as captions."""
-        stems = [name_key(picture.path.stem) for picture in pictures]
+        stems = {name_key(picture.path.stem) for picture in pictures}
         orphans = [path for path, why in self.missed if why == OF_NONE]
-        near = [path for path in orphans if any(_begins(f"{name_key(path.stem)}.", stem) for stem in stems)]
+        near = [path for path in orphans if any(start in stems for start in _beginnings(name_key(path.stem)))]
         collections = [path for path in orphans if name_key(path.stem) in COLLECTIONS]
         other = [path for path, why in self.missed if why == NEITHER]
         elsewhere = [path for path in self.elsewhere if name_key(path.stem) in stems]
@@ -325,9 +325,9 @@ def _named_after(path: Path, stems: Mapping[str, Path]) -> Path | None:
     return next((stems[part] for part in parts if part in stems), None)
 
 
-def _begins(text: str, start: str) -> bool:
-    """Whether a name is another one with something behind it that is not its next letter or digit."""
-    return len(text) > len(start) and text.startswith(start) and not text[len(start)].isalnum()
+def _beginnings(name: str) -> list[str]:
+    """Names that this one could begin with: it is cut where something is that is no letter or digit, and at its end."""
+    return [name[:cut] for cut, letter in enumerate(f"{name}.") if not letter.isalnum()]
 
 
 def _refuse_partial(folder: Path, pictures: Sequence[Found]) -> None:

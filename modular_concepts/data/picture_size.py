@@ -1,10 +1,14 @@
-"""Whether a picture's file can hold the pixels that its header promises, asked before a decoder makes room for them."""
+"""What a picture's file would cost, asked before a decoder looks at it or makes room for it.
+
+A decoder believes what a file says: it keeps a chunk of any length, looks for a JPEG's next marker byte by byte, and
+goes over all pixels once for each scan.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import AdapterError
 from ..storage.safetensors import check_fits
@@ -19,7 +23,68 @@ PIXELS_A_BYTE = {"JPEG": 512, "MPO": 512, "GIF": 4096, "BMP": 128, "WEBP": 1000,
 DEFLATE = 1032  # bytes that one byte of a PNG can stand for
 ROOM = {"WEBP": 2**24}  # one colour all over needs no bytes at all there
 SPARE = 2**16
+MOST_BYTES = 400_000_000  # of a file; the most pixels that are read take 360 million without any compression
+MOST_CHUNK = 2**26  # bytes of a PNG's part that is no pixels
+MOST_SCANS = 100  # of a JPEG, which has ten where it is progressive
+JUNK = 4096  # bytes between a JPEG's parts that belong to none
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG's colour types
+
+
+def check_parts(path: Path) -> None:
+    """Raise AdapterError for a file whose parts would take a decoder long, or much memory, before the first pixel."""
+    size = os.path.getsize(path)
+    if size > MOST_BYTES:
+        raise AdapterError(f"{path}: {size:,} bytes are more than a picture takes; save it again, or make it smaller")
+    with open(path, "rb") as file:
+        start = file.read(16)
+        if start.startswith(b"\xff\xd8"):
+            _check_jpeg(path, file)
+        elif start.startswith(b"\x89PNG"):
+            _check_png(path, file, size)
+        elif start.startswith(b"RIFF") and size > int.from_bytes(start[4:8], "little") + 8 + SPARE:
+            raise AdapterError(f"{path}: behind the picture there is more that belongs to none; save it again")
+
+
+def _check_png(path: Path, file: BinaryIO, size: int) -> None:
+    place = 8
+    while place < size:
+        file.seek(place)
+        head = file.read(8)
+        length = int.from_bytes(head[:4], "big")
+        if head[4:] == b"IEND":
+            return
+        if head[4:] not in (b"IDAT", b"fdAT") and length > MOST_CHUNK:
+            raise AdapterError(
+                f"{path}: a part of it that is no pixels takes {length:,} bytes; save the picture again without it"
+            )
+        place += 12 + length
+
+
+def _check_jpeg(path: Path, file: BinaryIO) -> None:
+    """From mark to mark up to the first scan; then scans are counted, for what they hold has no such mark."""
+    damaged = AdapterError(f"{path}: this is not a picture that can be read, or it is damaged")
+    place = 2
+    while True:
+        file.seek(place)
+        head = file.read(JUNK)
+        mark = next((at for at in range(len(head) - 1) if head[at] == 0xFF and head[at + 1] not in (0, 0xFF)), None)
+        if mark is None:
+            raise damaged
+        if head[mark + 1] == 0xDA:
+            break
+        file.seek(place + mark + 2)
+        alone = head[mark + 1] in (0x01, *range(0xD0, 0xD9))
+        length = 0 if alone else int.from_bytes(file.read(2), "big")
+        if length < 2 and not alone:
+            raise damaged
+        place += mark + 2 + length
+    file.seek(place)
+    scans, before = 0, b""
+    while block := file.read(2**20):
+        scans += (before + block).count(b"\xff\xda")
+        before = block[-1:]
+    if scans > MOST_SCANS:
+        raise AdapterError(f"{path}: it comes in {scans:,} scans, and a JPEG has ten; save the picture again")
 
 
 def check_promise(path: Path, image: Image) -> None:

@@ -248,3 +248,16 @@ def test_a_crop_that_leaves_less_than_half_is_told(folder):
     assert told in load(folder).report.notes
     buckets = load_folder(folder, SIZE, ("<tom>",), buckets=True, multiple=8).report.notes
     assert "the crop leaves less than half of the picture: wide.png" in buckets
+
+
+def test_captions_are_looked_for_once_each_and_not_for_each_picture(tmp_path, monkeypatch):
+    from modular_concepts.data import folder as module
+
+    for number in range(40):
+        picture(tmp_path / f"photo-{number:02d}.png")
+        (tmp_path / f"caption-{number:02d}.txt").write_text("a <tom>")
+    real, asked_of = module._beginnings, []
+    monkeypatch.setattr(module, "_beginnings", lambda name: asked_of.append(name) or real(name))
+    with pytest.raises(AdapterError, match="look like captions"):
+        load(tmp_path)
+    assert len(asked_of) == len(set(asked_of)) <= 50
