@@ -48,7 +48,8 @@ def regions_from_json(text: str, masks: Tensor | None = None) -> list[Region]:
     if len(text) > MOST_TEXT:
         raise AdapterError(f"the regions are {len(text)} characters of JSON; at most {MOST_TEXT} are read")
     try:
-        data = json.loads(text, object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant)
+        bare = text.removeprefix("\ufeff")
+        data = json.loads(bare, object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant)
     except AdapterError:
         raise
     except json.JSONDecodeError as error:

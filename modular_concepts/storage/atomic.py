@@ -163,13 +163,15 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def reason(error: OSError) -> str:
+def reason(error: OSError, work: str = "write") -> str:
+    """In words; work: what was to be done to the file."""
+    doing = "read it" if work == "read" else "write there"
     reasons = {
         errno.ENOSPC: "the disk is full",
         errno.EFBIG: "the file would be larger than the system allows",
         errno.EDQUOT: "your disk quota is used up",
-        errno.EACCES: "you have no permission to write there",
-        errno.EPERM: "you have no permission to write there",
+        errno.EACCES: f"you have no permission to {doing}",
+        errno.EPERM: f"you have no permission to {doing}",
         errno.EROFS: "the disk is read-only",
         errno.ENOENT: "the folder does not exist",
         errno.ENOTDIR: "the folder is a file",

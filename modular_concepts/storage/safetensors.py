@@ -1,9 +1,9 @@
 """Reading safetensors that nobody vouches for, and writing files whole or not at all.
 
-The reader checks the whole header against the file's size before it allocates anything; the tensors
-themselves are read by the safetensors library.  The writer is our own because the library orders metadata by
-chance, and a file saved twice must be the same bytes.  Format: 8 bytes little-endian length, a JSON header,
-the tensors.
+The reader checks the whole header against the file's size before it allocates anything.  It is our own because the
+library maps files into memory, and one that another program writes over meanwhile would end the whole process; so is
+the writer, because the library orders metadata by chance, and a file saved twice must be the same bytes.  Format: 8
+bytes little-endian length, a JSON header, the tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import AdapterError
@@ -52,17 +51,31 @@ BITS = {  # of every type that the format knows
     **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MORE = ("I16", "I8", "U16", "U32", "U64", "C64", "F8_E4M3", "F8_E5M2")  # torch has these too
+_MORE = {  # torch has these too
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 BUNDLED = "bundle_emb."  # before a word that people chose, in other programs' files
 _SMALL = 2**26
 
 
 @dataclass(frozen=True)
 class Header:
-    """A validated header: tensor name -> (dtype name, shape), and the string metadata."""
+    """A validated header: tensor name -> (dtype name, shape), and the string metadata.
+
+    starts: tensor name -> where in the file its numbers begin.  digest: of the header's bytes.
+    """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     metadata: Mapping[str, str]
+    starts: Mapping[str, int]
+    digest: bytes
 
 
 def read_safetensors(
@@ -76,16 +89,7 @@ def read_safetensors(
     path = Path(path)
     header = read_header(path, dtypes, empty)
     check_fits(path, sum(_size(*entry) for entry in header.tensors.values()))
-    tensors = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name, (dtype, shape) in sorted(header.tensors.items()):
-                tensor = file.get_tensor(name)
-                if tensor.shape != shape or tensor.dtype != DTYPES[dtype]:
-                    raise AdapterError(f"{path.name}: the file changed while it was read; try again")
-                tensors[name] = tensor.clone()
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise AdapterError(f"{path.name}: cannot be read as safetensors ({error}); the file is damaged") from error
+    tensors = _tensors(path, header, sorted(header.tensors))
     for name, tensor in tensors.items():
         if tensor.numel() or not empty:
             check_finite(f"{path.name}: {name}", tensor)
@@ -105,13 +109,34 @@ def read_foreign(path: Path | str, needed: Callable[[str], bool]) -> tuple[dict[
         name for name, (dtype, _) in header.tensors.items() if needed(name) and (dtype in DTYPES or dtype in _MORE)
     }
     check_fits(path, sum(_size(*header.tensors[name]) for name in wanted))
-    tensors = {name: torch.empty(0) for name in header.tensors}
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name).clone() for name in sorted(wanted)}
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise AdapterError(f"{path.name}: cannot be read as safetensors ({error}); the file is damaged") from error
+    tensors = {name: torch.empty(0) for name in header.tensors} | _tensors(path, header, sorted(wanted))
     return tensors, dict(header.metadata)
+
+
+def _tensors(path: Path, header: Header, names: Sequence[str]) -> dict[str, Tensor]:
+    """Some tensors of a file whose header was read before, each in memory of its own."""
+    tensors = {}
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER or hashlib.sha256(file.read(length)).digest() != header.digest:
+                raise _changed(path)
+            for name in names:
+                dtype, shape = header.tensors[name]
+                numbers = bytearray(int(_size(dtype, shape)))
+                file.seek(header.starts[name])
+                if file.readinto(numbers) != len(numbers):
+                    raise _changed(path)
+                kind = DTYPES.get(dtype) or _MORE[dtype]
+                flat = torch.frombuffer(numbers, dtype=kind) if numbers else torch.empty(0, dtype=kind)
+                tensors[name] = flat.reshape(shape)
+    except OSError as error:
+        raise AdapterError(f"{path.name}: cannot be read ({reason(error, 'read')})") from error
+    return tensors
+
+
+def _changed(path: Path) -> AdapterError:
+    return AdapterError(f"{path.name}: the file changed while it was read; try again")
 
 
 def check_fits(path: Path, size: float) -> None:
@@ -164,7 +189,7 @@ def read_header(path: Path | str, dtypes: tuple[str, ...] = FLOATS, empty: bool 
     metadata = _metadata(path, entries.pop("__metadata__", {}))
     if len(entries) > MAX_TENSORS:
         raise AdapterError(f"{path.name}: {len(entries)} tensors; we read at most {MAX_TENSORS}")
-    spans, tensors = [], {}
+    spans, tensors, starts = [], {}, {}
     for name, entry in entries.items():
         _check_tensor_name(path.name, name)
         dtype, shape, begin, end = _entry(f"{path.name}: {printed(name)}", entry, dtypes)
@@ -173,9 +198,10 @@ def read_header(path: Path | str, dtypes: tuple[str, ...] = FLOATS, empty: bool 
                 f"{path.name}: {printed(name)}: shape {list(shape)} does not fit its 0 bytes; the file is damaged"
             )
         tensors[name] = (dtype, shape)
+        starts[name] = 8 + len(raw) + begin
         spans.append((begin, end, name))
     _check_spans(path, sorted(spans), data_size)
-    return Header(tensors, metadata)
+    return Header(tensors, metadata, starts, hashlib.sha256(raw).digest())
 
 
 def write_safetensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -275,7 +301,7 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
     except (OSError, ValueError) as error:
         if isinstance(error, AdapterError):
             raise
-        why = reason(error) if isinstance(error, OSError) else error
+        why = reason(error, "read") if isinstance(error, OSError) else error
         raise AdapterError(f"{ascii(str(path))[:200]}: cannot be read ({why})") from error
 
 

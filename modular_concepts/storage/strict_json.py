@@ -18,12 +18,14 @@ _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 def parse_json(text: str, what: str, most: int = MAX_ENTRIES) -> object:
     """Strict JSON: no duplicate keys, no NaN or Infinity, no half characters, bounded depth and size.
 
-    most: of `_entries`.
+    A mark of the encoding before it, as some editors write it, is no part of it.  most: of `_entries`.
     """
     if len(text) > MAX_TEXT or _entries(text, most) > most:
         raise AdapterError(f"{what} holds more entries than any adapter needs; the file is damaged or not an adapter")
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(
+            text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
+        )
         if is_deep(value):
             raise AdapterError("is nested too deeply")
         if _HALF_CHARACTER.search(text) and not _is_text(value):

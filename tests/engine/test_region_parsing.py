@@ -172,3 +172,7 @@ def test_names_from_a_widget():
 def test_a_problem_is_told_before_any_mask_is_there():
     assert json_problem(json.dumps([DOG, {"prompt": "a", "mask": 70_000}])) == ""
     assert json_problem("[{}]") == "region 1 has no prompt; say what is there"
+
+
+def test_a_mark_of_the_encoding_before_the_regions_is_no_part_of_them():
+    assert regions_from_json("\ufeff" + json.dumps([DOG])) == parsed(DOG)

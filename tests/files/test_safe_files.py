@@ -13,9 +13,16 @@ import pytest
 import torch
 
 from modular_concepts.errors import AdapterError
-from modular_concepts.storage.atomic import all_or_none, replacing
+from modular_concepts.storage import safetensors as safetensors_files
+from modular_concepts.storage.atomic import all_or_none, reason, replacing
 from modular_concepts.storage.names import safe_child, safe_name
-from modular_concepts.storage.safetensors import read_safetensors, write_safetensors
+from modular_concepts.storage.safetensors import (
+    DTYPES,
+    read_foreign,
+    read_safetensors,
+    tensor_bytes,
+    write_safetensors,
+)
 from modular_concepts.storage.strict_json import parse_json
 
 A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -248,3 +255,41 @@ def test_of_several_files_the_one_that_cannot_take_its_name_is_named(tmp_path):
             with replacing(path) as file:
                 file.write(b"new")
     assert list(tmp_path.iterdir()) == [second]
+
+
+@pytest.mark.parametrize("when", ["emptied", "cut", "another", "gone"])
+@pytest.mark.parametrize("read", [read_safetensors, lambda path: read_foreign(path, lambda key: True)])
+def test_a_file_that_is_written_over_while_it_is_read_is_one_sentence(tmp_path, monkeypatch, when, read):
+    """In place, as programs do that open it to write: what is mapped into memory would end the process."""
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": torch.ones(5000), "b": torch.ones(100, 100)}, {})
+    changes = {
+        "emptied": lambda: open(path, "wb").close(),
+        "cut": lambda: os.truncate(path, 4096),
+        "another": lambda: write_safetensors(path, {"a": torch.ones(100, 150)}, {}),
+        "gone": path.unlink,
+    }
+    monkeypatch.setattr(safetensors_files, "check_fits", lambda *_: changes[when]())
+    with pytest.raises(AdapterError, match="x.safetensors: ") as caught:
+        read(path)
+    assert "changed while it was read" in str(caught.value) or when == "gone"
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.int16, torch.uint16, torch.float8_e4m3fn, torch.complex64])
+def test_the_reader_gives_what_the_library_gives(tmp_path, dtype):
+    from safetensors.torch import load_file, save_file
+
+    numbers = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    tensors = {"a": numbers, "b": numbers[0, 0, 0].clone(), "c": torch.zeros(0, 3, dtype=dtype), "d": torch.ones(7)}
+    save_file(tensors, tmp_path / "x.safetensors", {"said": "a"})
+    mine, metadata = read_foreign(tmp_path / "x.safetensors", lambda key: True)
+    theirs = load_file(tmp_path / "x.safetensors")
+    assert metadata == {"said": "a"} and set(mine) == set(theirs)
+    for name, tensor in theirs.items():
+        assert mine[name].dtype == tensor.dtype and mine[name].shape == tensor.shape
+        assert tensor_bytes(mine[name]) == tensor_bytes(tensor)
+
+
+def test_what_may_not_be_read_is_not_called_unwritable():
+    assert reason(PermissionError(errno.EACCES, "x"), "read") == "you have no permission to read it"
+    assert reason(PermissionError(errno.EACCES, "x")) == "you have no permission to write there"
