@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import AdapterError
+from ..errors import AdapterError, listed
 from ..settings import basis as declared
 
 if TYPE_CHECKING:
@@ -170,26 +171,37 @@ def load_basis(path: Path | str) -> OrthogonalBasis:
 
     path = Path(path)
     matrices: dict[int, Tensor] = {}
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         try:
             named = read_safetensors(path)[0].items()
         except AdapterError as error:
             fault = str(error).removeprefix(f"{path.name}: ")
             raise AdapterError(f"{path.name}: this basis file cannot be read: {fault}") from error
     else:
-        files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
+        files = _npy_files(path) if path.is_dir() else [path]
         named = ((file.name, _npy(file, *read_square(file))) for file in files)
     for key, matrix in named:
         where = f"{path.name}, {printed(key)}" if path.name != key else key
         width = _checked_width(where, matrix)
         if where != key:
-            _check_name(where, key.removesuffix(".npy"), width)
+            _check_name(where, re.sub(r"\.npy$", "", key, flags=re.IGNORECASE), width)
         if width in matrices:
             raise AdapterError(f"{path.name}, {key}: a second matrix of width {width}; keep one for each width")
         matrices[width] = matrix.float().contiguous()
     if not matrices:
         raise AdapterError(f"{path.name}: no basis matrices here; expected .npy files or one .safetensors file")
     return OrthogonalBasis("file", 0, matrices)
+
+
+def _npy_files(folder: Path) -> list[Path]:
+    """The folder's .npy files, but for hidden ones.  Raises AdapterError for matrices in another form beside them."""
+    there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    other = [path.name for path in there if path.suffix.lower() in (".safetensors", ".pt", ".pth", ".npz", ".bin")]
+    if other:
+        raise AdapterError(
+            f"{folder.name}: {listed(other)} is not read beside .npy files; save it as .npy, or move it away"
+        )
+    return [path for path in there if path.suffix.lower() == ".npy"]
 
 
 def _check_name(where: str, name: str, width: int) -> None:

@@ -38,7 +38,17 @@ _FACTORS = (
     (re.compile(r"(.+?)\.lora_mid\.weight"), "mid"),
     (re.compile(r"(.+?)(?:[._]lora)?\.alpha"), "alpha"),
     (re.compile(r"(.+?)(?:\.lora_[AB](?:\.default)?|[._]lora\.(?:up|down)|\.lora_(?:up|down))\.bias"), "apart"),
-    (re.compile(r"(.+?)\.(?:lora_magnitude_vector|dora_scale|lora_E|lora_ranknum).*"), "unknown"),
+    # What stands beside a factor and says how it is meant, a scale of eight-bit numbers for instance.
+    (
+        re.compile(
+            r"(.+?)(?:\.lora_[AB]|\.lora_(?:up|down|mid)|[._]lora\.(?:up|down))\.(?!weight$|default\.weight$).+"
+        ),
+        "unknown",
+    ),
+    (
+        re.compile(r"(.+?)\.(?:lora_magnitude_vector|dora_scale|lora_E|lora_ranknum|weight_scale|scale_weight).*"),
+        "unknown",
+    ),
 )
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}

@@ -41,7 +41,12 @@ def embedding_files(concept: Concept, folder: Path | str) -> dict[Path, str]:
     files: dict[Path, str] = {}
     for word, vectors in concept.tokens.items():
         check_token(word, vectors.shape)
-        path = safe_child(folder, f"{safe_name(word)}.safetensors")
+        path = Path(folder) / f"{safe_name(word)}.safetensors"
+        if path.is_symlink():
+            raise AdapterError(
+                f"{path} is a link, and no word is written through one; remove it, or choose another --out"
+            )
+        path = safe_child(folder, path.name)
         if path in files:
             raise AdapterError(f"trigger words {files[path]!r} and {word!r} would both be {path.name}; rename one")
         files[path] = word

@@ -25,6 +25,7 @@ from . import diffusers, kohya
 from .bundled import bundled_words, is_needed, shapes_of, text_width, with_words
 from .concept import KEY, load_concept
 from .kohya import Imported, assemble, imported_concept
+from .modelspec import left_out
 
 
 class Place(NamedTuple):
@@ -104,7 +105,8 @@ def lora_concept(
     width = text_width(shapes or shapes_of(whole))
     bundled = bundled_words(tensors, concept.recipe.architecture, width, bool(shapes))
     unmatched = [key for key in unmatched if key not in bundled.keys]
-    return Imported(with_words(concept, bundled.rows), unmatched, bundled.sentences, bundled.explained)
+    sentences = [*bundled.sentences, *left_out(metadata)]
+    return Imported(with_words(concept, bundled.rows), unmatched, sentences, bundled.explained)
 
 
 def told_apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
@@ -176,8 +178,9 @@ def _joined(
 def read_concept(path: Path | str) -> Imported:
     """A concept file, or any program's LoRA as a concept with the learned words that came in its file."""
     path = Path(path)
-    if KEY in read_header(path, tuple(BITS), empty=True).metadata:
-        return Imported(load_concept(path), [])
+    metadata = read_header(path, tuple(BITS), empty=True).metadata
+    if KEY in metadata:
+        return Imported(load_concept(path), [], left_out(metadata))
     return import_lora(path)
 
 

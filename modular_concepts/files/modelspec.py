@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from torch import Tensor
 
 from ..concept import Concept
-from ..errors import AdapterError
+from ..errors import AdapterError, listed
 from ..families import families, find_family
 from ..pictures import to_image
 from ..storage.safetensors import data_hash
@@ -26,6 +26,7 @@ from ..storage.safetensors import data_hash
 VERSION = "1.0.1"
 PREFIX = "modelspec."
 COVERS = "ssmd_cover_images"
+COMMENT = "ss_training_comment"  # what a person writes into kohya's trainer
 OWN = ("title", "description", "author", "license", "tags", "usage_hint", "date", "thumbnail")
 MAX_TEXT, MAX_WORDS = 4096, 400
 THUMBNAIL_SIDE, MAX_THUMBNAIL = 256, 96 * 1024  # pixels, characters
@@ -106,9 +107,31 @@ def architecture_said(metadata: Mapping[str, str]) -> str:
 
 def triggers_said(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The words by which another program's file says it is called."""
-    said = metadata.get(PREFIX + "trigger_phrase", "")[:MAX_WORDS]
+    said = metadata.get(PREFIX + "trigger_phrase", "")
+    if len(said) > MAX_WORDS:
+        said = said[: MAX_WORDS + 1].rpartition(",")[0]  # a word that is cut in two calls nothing
     words = (" ".join("".join(c if c.isprintable() else " " for c in part).split()) for part in said.split(","))
     return tuple(dict.fromkeys(word for word in words if word))
+
+
+def left_out(metadata: Mapping[str, str]) -> list[str]:
+    """Sentences on what a file says of itself and a concept does not keep."""
+    sentences = []
+    picture = metadata.get(PREFIX + "thumbnail", "")
+    if picture and not _is_jpeg(picture):
+        sentences.append(f"its thumbnail is no JPEG of at most {MAX_THUMBNAIL:,} characters, and is left out")
+    long = [key for key in OWN if key != "thumbnail" and len(metadata.get(PREFIX + key, "")) > MAX_TEXT]
+    if long:
+        sentences.append(f"of its {listed(long)}, {MAX_TEXT:,} letters are kept")
+    if len(phrase := metadata.get(PREFIX + "trigger_phrase", "")) > MAX_WORDS:
+        words = triggers_said(metadata)
+        behind = f"what stands behind {words[-1]!r}" if words else "all of it"
+        sentences.append(
+            f"its trigger phrase has {len(phrase):,} letters, and {MAX_WORDS} are read: {behind} is left out"
+        )
+    if metadata.get(COMMENT, "").strip() not in ("", "None"):
+        sentences.append("its ss_training_comment is not kept by a merge or an export")
+    return sentences
 
 
 def check_about(concept: Concept) -> dict[str, str]:

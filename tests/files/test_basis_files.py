@@ -151,3 +151,27 @@ def test_what_is_no_file_is_called_what_it_is(tmp_path, kind, name):
         path = tmp_path  # a folder of such a folder
     with pytest.raises(AdapterError, match=f"this basis file cannot be read: .*{ODD[kind]}"):
         load_basis(path)
+
+
+@pytest.mark.parametrize("name", ["512.safetensors", "320.pt", "x.PTH", "y.npz"])
+def test_matrices_of_another_form_beside_npy_files_are_named(tmp_path, name):
+    np.save(tmp_path / "8.npy", np.eye(8))
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(AdapterError, match=f"{name} is not read beside .npy files"):
+        load_basis(tmp_path)
+
+
+def test_a_folder_of_npy_files_is_read_in_any_case_and_without_what_is_hidden(tmp_path):
+    np.save(tmp_path / "8.npy", np.eye(8))
+    np.save(tmp_path / "16.npy", np.eye(16))
+    (tmp_path / "16.npy").rename(tmp_path / "16.NPY")
+    (tmp_path / "._8.npy").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "notes.txt").write_text("ours")
+    assert set(load_basis(tmp_path).matrices) == {8, 16}
+
+
+def test_the_ending_of_a_basis_file_may_be_upper_case(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"8": torch.eye(8)}, tmp_path / "u.SAFETENSORS")
+    assert set(load_basis(tmp_path / "u.SAFETENSORS").matrices) == {8}

@@ -305,3 +305,42 @@ def test_a_configuration_in_another_encoding_is_said_in_plain_words_and_a_mark_b
     config.write_text('{"r": 4, "lora_alpha": 1e13}')
     with pytest.raises(AdapterError, match="not a number other than 0 of at most 1e"):
         read_concept(path)
+
+
+@pytest.mark.parametrize(("rank", "fits"), [(128, True), (1024, True), (1025, False), (20_000, False)])
+def test_a_rank_far_beyond_what_the_weight_can_have_is_refused(tmp_path, rank, fits):
+    factors = {f"{STEM}.lora_up.weight": torch.ones(8, rank), f"{STEM}.lora_down.weight": torch.ones(rank, 8)}
+    save_file(factors, tmp_path / "x.safetensors")
+    if fits:
+        assert read_concept(tmp_path / "x.safetensors").concept.layers[LAYER].rank == rank
+        return
+    with pytest.raises(AdapterError, match=f"its rank is {rank}, and a weight of 8 x 8 has at most 8"):
+        read_concept(tmp_path / "x.safetensors")
+
+
+def test_a_rank_above_the_weights_is_taken_where_the_weight_is_large(tmp_path):
+    factors = {f"{STEM}.lora_up.weight": torch.ones(600, 2000), f"{STEM}.lora_down.weight": torch.ones(2000, 600)}
+    save_file(factors, tmp_path / "x.safetensors")
+    assert read_concept(tmp_path / "x.safetensors").concept.layers[LAYER].rank == 2000
+
+
+SCALES_BESIDE = [
+    f"unet.{PATH}.lora_A.weight_scale",
+    f"unet.{PATH}.lora_B.scale",
+    f"unet.{PATH}.lora_A.default.weight_scale",
+    f"unet.{PATH}.lora_A.weight_scale_inv",
+    f"unet.{PATH}.weight_scale",
+    f"unet.{PATH}.scale_weight",
+    f"unet.{PATH}.lora_up.scale_weight",
+]
+
+
+@pytest.mark.parametrize("key", SCALES_BESIDE)
+def test_a_scale_beside_a_factor_leaves_the_layer_out_as_it_is_not_applied(tmp_path, key):
+    other = PATH.replace("to_k", "to_v")
+    tensors = {f"unet.{name}.lora_{side}.weight": torch.ones(4, 4) for name in (PATH, other) for side in "AB"}
+    tensors |= {key: torch.tensor(0.01)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    concept, unmatched = read_concept(tmp_path / "x.safetensors")
+    assert set(concept.layers) == {f"unet.{other}"}
+    assert set(unmatched) == {key, f"unet.{PATH}.lora_A.weight", f"unet.{PATH}.lora_B.weight"}
