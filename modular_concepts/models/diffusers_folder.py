@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, listed
 from ..families.stable_diffusion import SD2, SD15
 from ..storage.safetensors import FLOATS, check_finite, check_fits, read_header, read_safetensors
 from ..text.words import spelled
@@ -63,6 +63,8 @@ _BETAS = (
 )
 # Further inputs that a U-Net of another family waits for, and nobody here gives.
 _UNMET = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim")
+VARIANTS = (".fp16", ".bf16")
+SHARDS_FIRST = "diffusion_pytorch_model"  # where diffusers finds both; transformers takes the whole file first
 _OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -343,27 +345,43 @@ def _shapes(folder: Path, files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
-    for path in (folder / f"{stem}.safetensors", folder / f"{stem}.fp16.safetensors"):
-        if is_there(path):
-            check_plain(path)
-            return [path]
-    index = folder / f"{stem}.safetensors.index.json"
-    if is_there(index):
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards or not all(isinstance(n, str) for n in shards.values()):
-            raise AdapterError(f"{index}: the list of weight files is missing or empty; the file is damaged")
-        names = sorted(set(shards.values()))
-        for name in names:
-            if not name.isprintable() or "\\" in name or Path(name).name != name:
-                raise AdapterError(f"{index}: {ascii(name)[:80]} is not the name of a file beside it")
-            check_plain(folder / name)
-        return [folder / name for name in names]
+    """In one file or in shards, as the libraries look for them; those of a variant only where there are no others."""
+    for variant in ("", *VARIANTS):
+        whole = folder / f"{stem}{variant}.safetensors"
+        # diffusers writes .index.fp16.json, transformers .fp16.safetensors.index.json
+        index = next(
+            (
+                path
+                for name in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json")
+                if is_there(path := folder / name)
+            ),
+            None,
+        )
+        if index is not None and (stem == SHARDS_FIRST or not is_there(whole)):
+            return _shards(folder, index)
+        if is_there(whole):
+            check_plain(whole)
+            return [whole]
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise AdapterError(
             f"{pickles[0]}: this is a pickle, which can run programs and is never opened here; {CONVERT}"
         )
-    raise AdapterError(f"{folder / stem}.safetensors: is missing; the model's folder is incomplete")
+    other = sorted(path.name for path in folder.glob("*.safetensors"))
+    beside = f"; {listed(other)} is not called as weights are, so rename it if it holds them" if other else ""
+    raise AdapterError(f"{folder / stem}.safetensors: is missing; the model's folder is incomplete{beside}")
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(n, str) for n in shards.values()):
+        raise AdapterError(f"{index}: the list of weight files is missing or empty; the file is damaged")
+    names = sorted(set(shards.values()))
+    for name in names:
+        if not name.isprintable() or "\\" in name or Path(name).name != name:
+            raise AdapterError(f"{index}: {ascii(name)[:80]} is not the name of a file beside it")
+        check_plain(folder / name)
+    return [folder / name for name in names]
 
 
 def _short(name: str) -> str:

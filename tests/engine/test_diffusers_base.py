@@ -1,5 +1,6 @@
 """A diffusers folder as the base: what diffusers computes is what we train on and draw with."""
 
+import json
 import shutil
 import socket
 
@@ -359,3 +360,34 @@ def test_other_and_damaged_folders_are_refused_in_words(copy, fault):
 def test_a_checkpoint_file_is_no_folder(folder):
     with pytest.raises(AdapterError, match="this is a file.*from_single_file"):
         load_diffusers_base(folder / VAE)
+
+
+def test_weights_are_looked_for_as_the_libraries_do(copy, base):
+    unet, other = copy / "unet", torch.zeros(1)
+    whole = unet / "diffusion_pytorch_model.safetensors"
+    weights = load_file(whole)
+    half = {key: weight.half() for key, weight in weights.items()}
+    save_file(half, unet / "diffusion_pytorch_model.fp16.safetensors")
+    assert load_diffusers_base(copy).hash == base.hash
+    # A list of parts goes before a file that lies beside them, as diffusers has it.
+    save_file(weights, unet / "part.safetensors")
+    index = unet / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "part.safetensors")}), encoding="utf-8")
+    save_file({"another's": other}, whole)
+    assert load_diffusers_base(copy).hash == base.hash
+    # Of a variant there may be nothing else.
+    whole.unlink()
+    index.rename(unet / "diffusion_pytorch_model.safetensors.index.fp16.json")
+    (unet / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert load_diffusers_base(copy).hash == base.hash
+    (unet / "diffusion_pytorch_model.safetensors.index.fp16.json").unlink()
+    with pytest.raises(AdapterError, match="part.safetensors is not called as weights are"):
+        load_diffusers_base(copy)
+    (unet / "part.safetensors").rename(unet / "diffusion_pytorch_model.bf16.safetensors")
+    assert load_diffusers_base(copy).hash == base.hash
+
+
+def test_a_mark_of_the_encoding_before_a_text_is_no_fault(copy, base):
+    for path in (copy / "unet" / "config.json", copy / "model_index.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_diffusers_base(copy).hash == base.hash
