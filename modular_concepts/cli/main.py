@@ -150,8 +150,10 @@ def _keep_persons_files(out: Path) -> None:
     from ..toy.report import HEADING
 
     report = out / "report.md"
-    if report.is_file() and report.read_bytes().startswith(HEADING.encode()):
-        return
+    if report.is_file():
+        with open(report, "rb") as file:
+            if file.read(len(HEADING.encode())) == HEADING.encode():
+                return
     if there := [out / name for name in OUTPUTS if os.path.lexists(out / name)]:
         refuse_existing(there[0])
 
@@ -170,7 +172,8 @@ def _write_pictures(args: argparse.Namespace) -> None:
         files |= {out / f"{number:02d}.png": png.getvalue(), out / f"{number:02d}.txt": caption.encode()}
     there = [] if args.overwrite else [path for path in files if os.path.lexists(path)]
     for path in there:
-        if not (path.is_file() and path.read_bytes() == files[path]):
+        same = path.is_file() and path.stat().st_size == len(files[path])
+        if not (same and path.read_bytes() == files[path]):
             refuse_existing(path)
     others = (
         sorted(path.name for path in out.iterdir() if path not in files and not path.name.startswith("."))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import AdapterError, listed
 from ..settings.merging import DENSITY, EXACT, HOW, LITERAL, MERGING, METHOD_HELP, RANK, RIDGE, SEED
+from ..storage.names import safe_name
 from .declared import add_option
 from .paths import (
     add_overwrite,
@@ -158,7 +159,7 @@ def run_merge(args: argparse.Namespace) -> None:
         *find_unread(MERGE, typed, args.how, called=lambda name: f"--{name}"),
         *unfelt([concept.name for concept in concepts], strengths),
         *warnings_between(concepts),
-        *(warnings_on_base(concepts, base.hash, base.sample) if base else []),
+        *(warnings_on_base(concepts, base.hash, base.sample, base.architecture) if base else []),
     ]:
         note(sentence)
     evidence = _gather_evidence(args, concepts, paths, base)
@@ -339,18 +340,17 @@ def _put_in_words(value: object) -> str:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    from ..files.concept import save_concept
     from ..files.diffusers import export_diffusers
     from ..files.embeddings import embedding_files, export_embedding
     from ..files.kohya import export_kohya
     from ..storage.atomic import all_or_none
-    from ..storage.names import resolved, safe_name
+    from ..storage.names import resolved
     from ..text.learned_word import layers_of
 
     (concept,), (source,) = load_plain_concepts([args.concept], "export")
     note_repeated(args)
     concept = _describe(_read_about(args), concept)
-    out = args.out or Path("exports") / f"{safe_name(concept.name)}_{args.format}.safetensors"
+    out = args.out or Path("exports") / f"{_file_name(concept.name, source)}_{args.format}.safetensors"
     check_concept_output(out)
     source, words = resolved(source), out.parent / "embeddings"
     whole = args.format in ("concept", "compact")
@@ -361,7 +361,7 @@ def run_export(args: argparse.Namespace) -> None:
     if whole:
         folder(out.parent)
         with free_names(args.overwrite):
-            save_concept(concept, out, compact=args.format == "compact")
+            _save(concept, out, args)
         say(f"wrote {out}")
         return
     files = embedding_files(concept, words)
@@ -385,6 +385,25 @@ def run_export(args: argparse.Namespace) -> None:
         say("note: the word has rows for each layer, which other programs cannot use; the file has their mean")
     if concept.layers:
         say(f"wrote {out}")
+
+
+def _save(concept, out: Path, args: argparse.Namespace) -> None:
+    from ..files.concept import save_concept
+
+    try:
+        save_concept(concept, out, compact=args.format == "compact")
+    except AdapterError as error:
+        if str(error).startswith(str(out)):
+            raise
+        raise AdapterError(f"{args.concept}: {error}") from error
+
+
+def _file_name(name: str, path: Path) -> str:
+    """A concept's name as a file's, or that of its file where it has none that a file can have."""
+    try:
+        return safe_name(name)
+    except AdapterError:
+        return safe_name(path.stem)
 
 
 def _has_word(concept, path: Path, word: str) -> bool:

@@ -26,7 +26,7 @@ ENDINGS = (".safetensors", ".st")  # of a concept
 def read_path(text: str) -> Path:
     """An option's path: not empty, which would mean the folder one is in, and ~ is one's home as shells have it."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty; give a path, or leave it out")
+        raise argparse.ArgumentTypeError("it is empty; give a path")
     return Path(os.path.expanduser(text))
 
 

@@ -88,7 +88,7 @@ def run_sample(args: argparse.Namespace) -> None:
     paths = _choose_outputs(args)
     base = base_named(args.base)
     concepts, strengths, _ = concepts_at(args.concept or [], "each after a --concept of its own")
-    for sentence in warnings_on_base(concepts, base.hash, base.sample):
+    for sentence in warnings_on_base(concepts, base.hash, base.sample, base.architecture):
         note(sentence)
     settings = SampleSettings(args.steps, args.cfg, args.height, args.width, args.negative)
     height = base.size[0] if args.height is None else args.height

@@ -160,6 +160,7 @@ def _load_subject(
     """The folder's pictures as what is taught; what was left out, and what is not used, is noted."""
     from ..data.dataset import filled_in, load_folder, refuse_single
     from ..models.prompts import unheard_of
+    from ..training.caption_checks import unused_of
     from ..training.teach import Subject, trigger_of
 
     trigger = trigger_of(settings.name)
@@ -168,7 +169,8 @@ def _load_subject(
     note_repeated(args)
     captions = filled_in(data, (trigger,)).captions
     unheard = unheard_of(base, captions, {trigger: settings.token_vectors}, "caption")
-    for sentence in [*_find_unread(args, settings.method, preset, base), *unheard]:
+    unused = unused_of(base, captions, trigger, settings, lambda name: f"--{name.replace('_', '-')}")
+    for sentence in [*_find_unread(args, settings.method, preset, base), *unheard, *unused]:
         note(sentence)
     say(data.report.summary())
     for remark in data.report.remarks():
@@ -313,7 +315,7 @@ def _explain_occupied(error, checkpoints: Path) -> AdapterError:
 
 def _check_checkpoints(args: argparse.Namespace) -> None:
     """Refuse another training's folder before the base is loaded; say what will be moved."""
-    from ..training.ownership import Occupied, check_folder
+    from ..training.ownership import BEFORE, Occupied, check_folder, checkpoints_in
 
     check_folder_place(args.checkpoints, "--checkpoints")
     try:
@@ -322,7 +324,9 @@ def _check_checkpoints(args: argparse.Namespace) -> None:
         if not (args.overwrite and error.movable):
             raise _explain_occupied(error, args.checkpoints) from error
         there = str(error).partition(";")[0]
-        note(f"{there}; they move to {args.checkpoints / 'before'}")
+        place = args.checkpoints / BEFORE
+        instead = ", in the place of those of a training that was finished" if checkpoints_in(place) else ""
+        note(f"{there}; they move to {place}{instead}")
 
 
 def _announce(args: argparse.Namespace, out: Path, settings: TrainSettings, estimate: Estimate) -> None:

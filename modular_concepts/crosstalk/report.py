@@ -199,16 +199,19 @@ def warnings_between(concepts: Sequence[Concept]) -> list[str]:
     return _pairwise(distinct_names(concepts), concepts)
 
 
-def warnings_on_base(concepts: Sequence[Concept], base_hash: str, base_sample: str = "") -> list[str]:
+def warnings_on_base(
+    concepts: Sequence[Concept], base_hash: str, base_sample: str = "", architecture: str = ""
+) -> list[str]:
     """A sentence for each concept that was trained on another checkpoint than the one that it is merged into.
 
     base_hash, base_sample: the checkpoint's (`models/base.py`, `models/fingerprint.py`); either may be "", unknown.
+    architecture: the checkpoint's family; a concept of another one does not fit, which is said where it is refused.
     """
     return [
         f"{concept.name} was trained on another checkpoint of this family: it acts less well here; load the one that "
         "it was trained on, or expect it to be less like its pictures"
         for concept in concepts
-        if _trained_elsewhere(concept, base_hash, base_sample)
+        if _trained_elsewhere(concept, base_hash, base_sample) and architecture in ("", concept.recipe.architecture)
     ]
 
 

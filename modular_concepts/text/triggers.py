@@ -75,6 +75,16 @@ def between(text: str, words: Iterable[str]) -> list[str]:
     return [part for part in (part.strip() for part in [*parts, text[first:]]) if part]
 
 
+def tags_of(text: str, words: Iterable[str]) -> list[str]:
+    """The parts of a text between commas, without spaces at their ends; a comma inside a trigger word parts nothing."""
+    places, parts, first = heard(text, words), [], 0
+    for comma in (match.start() for match in re.finditer(",", text)):
+        if not any(place.start <= comma < place.end for place in places):
+            parts.append(text[first:comma])
+            first = comma + 1
+    return [part.strip() for part in [*parts, text[first:]]]
+
+
 def replaced(text: str, meanings: Mapping[str, str]) -> str:
     """The text with other words where it says a trigger word, and a space where letters would touch."""
     for place in reversed(heard(text, meanings)):

@@ -155,8 +155,9 @@ def learned_tokens(embedding: nn.Embedding, tokens: Mapping[str, Tensor], layer:
         return
     rows, vocab_size = learned_rows(tokens, layer), embedding.num_embeddings
     if rows.shape[1] != embedding.embedding_dim:
+        word = next(word for word, mine in tokens.items() if mine.shape[-1] != embedding.embedding_dim)
         raise AdapterError(
-            f"the learned tokens are {rows.shape[1]} wide, the text model's {embedding.embedding_dim}; "
+            f"{word}: the learned tokens are {rows.shape[1]} wide, the text model's {embedding.embedding_dim}; "
             "they were trained on another base"
         )
     asked = []

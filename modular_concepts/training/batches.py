@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..text.triggers import tags_of
 from .problem import Examples, Problem
 from .run import Run
 
@@ -52,8 +53,10 @@ def _varied(caption: str, run: Run) -> str:
     settings, generator = run.settings, run.generators.get("captions")
     if settings.caption_dropout and torch.rand((), generator=generator) < settings.caption_dropout:
         return ""
-    first, *others = (part.strip() for part in caption.split(","))
-    if not settings.shuffle_tags or not others:
+    if not settings.shuffle_tags:
+        return caption
+    first, *others = tags_of(caption, run.tokens)
+    if not others:
         return caption
     order = torch.randperm(len(others), generator=generator).tolist()
     return ", ".join([first, *(others[index] for index in order)])

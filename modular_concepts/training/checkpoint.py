@@ -67,6 +67,11 @@ def restore_checkpoint(path: Path | str, run: Run, accept_changes: bool = False)
     path = newest_checkpoint(path)
     origin, tensors = _read(path)
     differing = _refuse_changed(path, origin, run, accept_changes)
+    if origin.step > run.settings.steps:
+        raise AdapterError(
+            f"{path.name} has {origin.step} steps behind it, and steps is {run.settings.steps}; ask for more steps, or "
+            "resume from an older checkpoint"
+        )
     _check_optimizer(path, origin.identity["settings"], run)
     _check_shapes(path, tensors, run)
     with _older_instead(path):
@@ -183,12 +188,16 @@ def _differences(before: Mapping, now: Mapping) -> list[str]:
     others = [
         words
         for key, words in (
-            ("dataset", "the pictures, captions or masks have changed"),
             ("base", "the base model is another one"),
             ("basis", "the orthogonal basis is another one"),
         )
         if before[key] != now[key]
     ]
+    (then, *then_prior), (pictures, *prior) = (identity["dataset"].split("+") for identity in (before, now))
+    if then != pictures:
+        others = ["the pictures, captions or masks have changed, or the size that they are trained at", *others]
+    if then_prior != prior:
+        others = [*others, "the base's own class pictures are others, or none, or more"]
     differing = changes(before["settings"], now["settings"]) + others
     if not differing and before["frozen"] != now["frozen"]:
         return ["the frozen factors come out differently"]

@@ -164,7 +164,8 @@ def _refuse(folder: Path, others: Mapping[Path, Owner | None], run: str) -> None
 def _move(folder: Path, others: Mapping[Path, Owner | None]) -> None:
     """To `before`, or where that holds a training that was not finished, to the first free before-2, before-3, ..."""
     number, place = 1, folder / BEFORE
-    while not _all_finished(checkpoints_in(place)):
+    # A link may lead to somebody else's.
+    while place.is_symlink() or not _all_finished(checkpoints_in(place)):
         number += 1
         place = folder / f"{BEFORE}-{number}"
     _make(place)

@@ -209,3 +209,18 @@ def test_checkpoints_that_cannot_be_put_aside_are_one_sentence(anns, monkeypatch
     with pytest.raises(AdapterError, match="put aside into before .Permission denied.; choose another folder"):
         run(anns, settings=OTHER, set_aside=True)
     assert sorted(path.name for path in anns.glob("step-*")) == before
+
+
+def test_a_link_in_the_place_of_what_is_set_aside_is_left_alone(anns, tmp_path):
+    elsewhere = tmp_path / "archive"
+    run(elsewhere, settings=OTHER)
+    (anns / "before").symlink_to(elsewhere)
+    archived, first = files(elsewhere), files(anns)
+    run(anns, settings=OTHER, set_aside=True)
+    assert files(elsewhere) == archived and (anns / "before").is_symlink()
+    assert files(anns / "before-2") == {name: data for name, data in first.items() if "/" not in name}
+
+
+def test_fewer_steps_than_a_checkpoint_has_behind_it_are_refused(anns):
+    with pytest.raises(AdapterError, match="has 3 steps behind it, and steps is 2; ask for more steps"):
+        run(anns, settings=replace(SETTINGS, steps=2), resume=anns, accept_changes=True)

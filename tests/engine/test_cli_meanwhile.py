@@ -173,3 +173,35 @@ def test_options_before_the_command_are_told_where_they_stand(made, here, capsys
 def test_a_concept_of_no_strength_is_said_where_it_is_drawn_too(made, here, capsys, strength, region):
     code, _, err = run(capsys, "sample", "a <tom>", *DRAW, *region, "--concept", f"{concept(made)}:{strength}")
     assert code == 0 and "tom has strength 0, so nothing of what its layers learned is drawn" in err, err
+
+
+def test_what_a_persons_file_holds_is_not_read_whole_to_know_whose_it_is(made, here, capsys, monkeypatch):
+    from mutations import peak_memory
+
+    (here / "out").mkdir()
+    for name, command in (("report.md", ["demo"]), ("00.png", ["pictures", "tom"])):
+        (here / "out" / name).write_bytes(b"mine")
+        os.truncate(here / "out" / name, 2**31)
+        memory = peak_memory()
+        code, _, err = run(capsys, *command, "--out", "out")
+        assert code == 2 and f"{name} is there already" in err, err
+        assert peak_memory() - memory < 2**28
+        (here / "out" / name).unlink()
+
+
+def test_a_concept_of_another_family_is_refused_and_not_called_less_good(made, here, capsys, tmp_path):
+    from tiny_sd import write_tiny_sd
+
+    write_tiny_sd(here / "sd")
+    code, _, err = run(capsys, "sample", "a man", *DRAW, "--base", "sd", "--concept", concept(made))
+    assert code == 2 and "acts less well" not in err and "tom was trained on 'toy'" in err
+
+
+def test_an_export_of_a_concept_whose_name_no_file_can_have_is_called_after_its_file(made, here, capsys):
+    from dataclasses import replace
+
+    from modular_concepts.files.concept import save_concept
+
+    save_concept(replace(load_concept(concept(made)), name="."), here / "dot.safetensors")
+    code, out, err = run(capsys, "export", "dot.safetensors")
+    assert code == 0 and "wrote exports/dot_kohya.safetensors" in out, err

@@ -99,8 +99,9 @@ def heard(folder: Path, replaced: pytest.MonkeyPatch) -> dict:
         facts[f"density in {method}"] = " ".join(said)
     base = host_base(model, clip, load_toy_base()[2])
     settings = TrainSettings(method="words")
+    subject = SimpleNamespace(name="nobody", captions=["a <nobody>"], trigger="<nobody>")
     plan = training.Plan(
-        None,
+        subject,
         settings,
         custom_plan.Targets(),
         None,
@@ -109,7 +110,7 @@ def heard(folder: Path, replaced: pytest.MonkeyPatch) -> dict:
         notes=("slot changes nothing",),
     )
     facts["training"] = training._notes(base, plan)
-    anew = dataclasses.replace(plan, subject=SimpleNamespace(name="nobody"), accept_changes=False, resume=True)
+    anew = dataclasses.replace(plan, accept_changes=False, resume=True)
     facts["nothing to resume"] = training._notes(base, anew)[1]
 
     # Inputs that mean nothing beside others, by each node itself.

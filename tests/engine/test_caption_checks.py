@@ -1,0 +1,53 @@
+"""Captions of which a training uses less than they say: told before the first step; no trigger word is parted."""
+
+from dataclasses import replace
+
+import pytest
+
+from modular_concepts.text.triggers import tags_of
+from modular_concepts.toy.base import load_toy_base
+from modular_concepts.training.caption_checks import unused_of
+from modular_concepts.training.settings import TrainSettings
+
+SETTINGS = TrainSettings(method="lora", steps=1)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_toy_base()
+
+
+def test_words_that_the_base_cannot_read_are_told(base):
+    captions = ["a <tom> 在海滩", "a <tom> на пляже", "a <tom> on the beach", "a <tom> and a <tim>"]
+    (told,) = unused_of(base, captions, "<tom>", SETTINGS)
+    assert all(word in told for word in ("在海滩", "пляже", "tim")) and "<tom>" not in told and "beach" not in told
+    assert unused_of(base, captions[2:3], "<tom>", SETTINGS) == []
+
+
+@pytest.mark.parametrize(
+    ("captions", "shuffles"),
+    [
+        (["a <tom>"], False),
+        (["a <tom>, beach", "a <tom>"], False),
+        (["a <tom>, beach, snow", "a <tom>"], True),
+        (["a <a,b>, beach"], False),
+    ],
+)
+def test_a_shuffle_without_anything_to_shuffle_is_told(base, captions, shuffles):
+    trigger = "<a,b>" if "<a,b>" in captions[0] else "<tom>"
+    told = unused_of(base, captions, trigger, replace(SETTINGS, shuffle_tags=True), lambda name: f"--{name}")
+    assert [sentence for sentence in told if "--shuffle_tags changes nothing" in sentence] == told
+    assert bool(told) is not shuffles
+
+
+@pytest.mark.parametrize(
+    ("text", "tags"),
+    [
+        ("red, <a,b>, beach", ["red", "<a,b>", "beach"]),
+        ("<a,b>,<A,B> x,,y", ["<a,b>", "<A,B> x", "", "y"]),
+        ("", [""]),
+        ("no comma", ["no comma"]),
+    ],
+)
+def test_a_comma_inside_a_trigger_word_parts_nothing(text, tags):
+    assert tags_of(text, ["<a,b>"]) == tags
