@@ -35,8 +35,8 @@ def load_basis_named(name: str) -> OrthogonalBasis:
 def basis_changed(name: str) -> str:
     """Another text whenever the file does: the host runs a node again when this changes."""
     path = _basis_path(name)
-    files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
-    return " ".join(f"{file.name} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in files)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return " ".join(f"{file.name} {state.st_mtime_ns} {state.st_size}" for file in files for state in [file.lstat()])
 
 
 def _basis_path(name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -210,7 +211,7 @@ def _place(folder: Path, typed: str) -> Path:
 def _free(path: Path, taken=lambda path: False) -> Path:
     """The path itself, or with the first number from 2 on that no file has."""
     number, free = 1, path
-    while free.exists() or taken(free):
+    while os.path.lexists(free) or taken(free):
         number += 1
         free = path.with_name(f"{path.stem}_{number}{SUFFIX}")
     return free

@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 
 from ...modular_concepts.errors import AdapterError
-from ...modular_concepts.storage.names import safe_child
+from ...modular_concepts.storage.names import not_a_file, safe_child
 
 KINDS = {"concepts": {".safetensors"}, "ortho_bases": {".safetensors", ".npy"}}
 # Example files that come with the pack, listed beside the user's own.
@@ -39,6 +39,9 @@ def path_of(kind: str, name: str) -> Path:
     listed = {known.replace("\\", "/"): known for known in names(kind)}.get(str(name).replace("\\", "/"))
     if listed is not None and (found := folder_paths.get_full_path(kind, listed)) is not None:
         return Path(found)
+    for folder in folder_paths.get_folder_paths(kind) if listed is not None else ():
+        if (link := Path(folder) / listed).is_symlink():
+            raise AdapterError(f"models/{kind}/{listed}: {not_a_file(link)}; put the file there, or remove the link")
     for folder in folder_paths.get_folder_paths(kind):
         path = safe_child(folder, name)
         if path.is_file():

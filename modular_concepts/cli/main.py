@@ -105,11 +105,18 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _report_fault(_explain_import(str(error)))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        way_out = (
-            "give a shorter one" if error.errno == errno.ENAMETOOLONG else "check the path, and that the disk has room"
-        )
-        return _report_fault(f"{place}{error.strerror or error}; {way_out}")
+        return _report_fault(f"{place}{error.strerror or error}; {_way_out(error)}")
     return 0
+
+
+def _way_out(error: OSError) -> str:
+    ways = {
+        errno.ENAMETOOLONG: "give a shorter one",
+        errno.EACCES: "look at its permissions, or take another",
+        errno.EPERM: "look at its permissions, or take another",
+        errno.ENOSPC: "make room on the disk",
+    }
+    return ways.get(error.errno or 0, "check the path, and that the disk has room")
 
 
 def _explain_import(said: str) -> str:

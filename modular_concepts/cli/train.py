@@ -358,8 +358,9 @@ def _is_of_this_training(out: Path, checkpoint: Path, subject, base) -> bool:
         recipe = load_concept(out).recipe
     except AdapterError:
         return False
-    settings = checkpoint_settings(checkpoint)
+    settings = checkpoint_settings(checkpoint) | {"description": subject.description}
     same = {name: recipe.training.get(name) for name in settings} == settings
+    same = same and recipe.class_word == subject.class_word
     return same and (recipe.base_hash, recipe.origin.get("fingerprint")) == (base.hash, subject.fingerprint)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, listed
 from ..pictures import to_image, to_pixels
+from ..storage.atomic import reason
 from ..storage.names import not_a_file
 from .buckets import bucket, stacked
 from .captions import checked_caption, read_caption
@@ -334,6 +335,8 @@ def _opened(path: Path) -> tuple[Image, list[str]]:
                 return _flatten(upright), [oddity for oddity, there in odd.items() if there]
     except AdapterError:
         raise
+    except PermissionError as error:
+        raise AdapterError(f"{path}: cannot be read ({reason(error, 'read')})") from error
     except ValueError as error:
         if "MAX_TEXT_CHUNK" not in str(error) and "too large" not in str(error):
             raise _damaged(path) from error

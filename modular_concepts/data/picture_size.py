@@ -26,6 +26,7 @@ SPARE = 2**16
 MOST_BYTES = 400_000_000  # of a file; the most pixels that are read take 360 million without any compression
 MOST_CHUNK = 2**26  # bytes of a PNG's part that is no pixels
 MOST_SCANS = 100  # of a JPEG, which has ten where it is progressive
+MOST_PARTS = 20_000  # before a JPEG's first scan, and in a PNG
 JUNK = 4096  # bytes between a JPEG's parts that belong to none
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG's colour types
 
@@ -47,7 +48,9 @@ def check_parts(path: Path) -> None:
 
 def _check_png(path: Path, file: BinaryIO, size: int) -> None:
     place = 8
-    while place < size:
+    for _ in range(MOST_PARTS):
+        if place >= size:
+            return
         file.seek(place)
         head = file.read(8)
         length = int.from_bytes(head[:4], "big")
@@ -58,13 +61,18 @@ def _check_png(path: Path, file: BinaryIO, size: int) -> None:
                 f"{path}: a part of it that is no pixels takes {length:,} bytes; save the picture again without it"
             )
         place += 12 + length
+    raise _many_parts(path)
+
+
+def _many_parts(path: Path) -> AdapterError:
+    return AdapterError(f"{path}: it is in more than {MOST_PARTS:,} parts; save the picture again")
 
 
 def _check_jpeg(path: Path, file: BinaryIO) -> None:
     """From mark to mark up to the first scan; then scans are counted, for what they hold has no such mark."""
     damaged = AdapterError(f"{path}: this is not a picture that can be read, or it is damaged")
     place = 2
-    while True:
+    for _ in range(MOST_PARTS):
         file.seek(place)
         head = file.read(JUNK)
         mark = next((at for at in range(len(head) - 1) if head[at] == 0xFF and head[at + 1] not in (0, 0xFF)), None)
@@ -78,6 +86,8 @@ def _check_jpeg(path: Path, file: BinaryIO) -> None:
         if length < 2 and not alone:
             raise damaged
         place += mark + 2 + length
+    else:
+        raise _many_parts(path)
     file.seek(place)
     scans, before = 0, b""
     while block := file.read(2**20):

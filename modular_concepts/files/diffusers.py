@@ -38,17 +38,10 @@ _FACTORS = (
     (re.compile(r"(.+?)\.lora_mid\.weight"), "mid"),
     (re.compile(r"(.+?)(?:[._]lora)?\.alpha"), "alpha"),
     (re.compile(r"(.+?)(?:\.lora_[AB](?:\.default)?|[._]lora\.(?:up|down)|\.lora_(?:up|down))\.bias"), "apart"),
-    # What stands beside a factor and says how it is meant, a scale of eight-bit numbers for instance.
-    (
-        re.compile(
-            r"(.+?)(?:\.lora_[AB]|\.lora_(?:up|down|mid)|[._]lora\.(?:up|down))\.(?!weight$|default\.weight$).+"
-        ),
-        "unknown",
-    ),
-    (
-        re.compile(r"(.+?)\.(?:lora_magnitude_vector|dora_scale|lora_E|lora_ranknum|weight_scale|scale_weight).*"),
-        "unknown",
-    ),
+    (re.compile(r"(.+?)\.(?:bias|diff_b)"), "apart"),
+    # Whatever else stands beside factors says how they are meant, a scale of eight-bit numbers for instance.
+    (re.compile(r"(.+?)(?:\.lora_(?:[AB]|up|down|mid)|[._]lora\.(?:up|down))\..+"), "unknown"),
+    (re.compile(r"(.+)\.[^.]+"), "unknown"),
 )
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -146,6 +139,9 @@ def _embedded(path: Path, text: str) -> Callable[[str, int], float]:
     settings = parse_json(text, where)
     if not isinstance(settings, dict):
         raise AdapterError(f"{where} are not a JSON object; the file is damaged")
+
+    if not any(key.partition(".")[0] in ("transformer", "unet", *TEXT_PARTS) for key in settings):
+        return config_of(where, settings).alpha  # one adapter's, as it is beside peft's own files
 
     def of_part(part: str) -> PeftConfig:
         return config_of(

@@ -107,10 +107,10 @@ def architecture_said(metadata: Mapping[str, str]) -> str:
 
 def triggers_said(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The words by which another program's file says it is called."""
-    said = metadata.get(PREFIX + "trigger_phrase", "")
-    if len(said) > MAX_WORDS:
-        said = said[: MAX_WORDS + 1].rpartition(",")[0]  # a word that is cut in two calls nothing
-    words = (" ".join("".join(c if c.isprintable() else " " for c in part).split()) for part in said.split(","))
+    phrase = metadata.get(PREFIX + "trigger_phrase", "")
+    if len(phrase) > MAX_WORDS:
+        phrase = phrase[: MAX_WORDS + 1].rpartition(",")[0]  # a word that is cut in two calls nothing
+    words = (" ".join("".join(c if c.isprintable() else " " for c in part).split()) for part in phrase.split(","))
     return tuple(dict.fromkeys(word for word in words if word))
 
 

@@ -29,6 +29,7 @@ MAX_TOKENS = 40
 START, END, PAD, UNKNOWN = range(4)
 _ROW = {word: row for row, word in enumerate(WORDS)}
 _WORD = re.compile(r"<[^<>\s]+>|[a-z]+|,")
+_BETWEEN = re.compile(r"[0-9]+|[^\x00-\x7f\s]+")  # numbers and other scripts, of which nothing is read
 
 
 def split_words(prompt: str) -> list[str]:
@@ -39,7 +40,8 @@ def split_words(prompt: str) -> list[str]:
 def unknown_words(prompt: str, triggers: Sequence[str] = ()) -> list[str]:
     """The words of a prompt that the toy base has never seen."""
     words = [word for part in between(prompt, triggers) for word in split_words(part)]
-    return [word for word in words if word not in _ROW or word in RESERVED]
+    rest = " ".join(_WORD.sub(" ", part.lower()) for part in between(prompt, triggers))
+    return [word for word in words if word not in _ROW or word in RESERVED] + _BETWEEN.findall(rest)
 
 
 def tokenize(prompts: Sequence[str], triggers: Mapping[str, Sequence[int]] | None = None) -> Tensor:

@@ -198,9 +198,13 @@ def _differences(before: Mapping, now: Mapping) -> list[str]:
         others = ["the pictures, captions or masks have changed, or the size that they are trained at", *others]
     if then_prior != prior:
         others = [*others, "the base's own class pictures are others, or none, or more"]
-    differing = changes(before["settings"], now["settings"]) + others
+    settings = changes(before["settings"], now["settings"])
+    # Checkpoints of before did not say it; other settings of the word are other words too.
+    if not settings and before.get("words", now["words"]) != now["words"]:
+        others = ["the class word, the description or the trigger word is another one", *others]
+    differing = settings + others
     if not differing and before["frozen"] != now["frozen"]:
-        return ["the frozen factors come out differently"]
+        return ["the layers that are trained, or their frozen factors, are others"]
     return differing
 
 

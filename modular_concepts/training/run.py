@@ -13,6 +13,7 @@ from torch import Tensor
 from ..adapters.basis import OrthogonalBasis
 from ..adapters.low_rank import LowRank
 from ..seeds import seeded
+from ..storage.safetensors import tensor_bytes
 from .methods import new_adapters, new_words
 from .optimizers import new_optimizer
 from .precision import LossScale
@@ -62,6 +63,7 @@ class Run:
             "base": problem.base.hash,
             "basis": basis.identity,
             "frozen": _digest(self.adapters),
+            "words": _digest_of_words(problem.triggers),
         }
 
     def parameters(self) -> dict[str, Tensor]:
@@ -108,6 +110,14 @@ def _purposes(settings: TrainSettings) -> list[str]:
     """What there is a generator for; an option that is off draws nothing."""
     options = {"flip": settings.flip, "captions": settings.caption_dropout or settings.shuffle_tags}
     return ["order", "noise", "erasure", *(name for name, on in options.items() if on)]
+
+
+def _digest_of_words(triggers: Mapping[str, Tensor]) -> str:
+    """Short sha256 of what each trigger word starts from."""
+    digest = hashlib.sha256()
+    for word, rows in triggers.items():
+        digest.update(f"{word} {tuple(rows.shape)}".encode() + tensor_bytes(rows.float()))
+    return digest.hexdigest()[:16]
 
 
 def _digest(adapters: Mapping[str, LowRank]) -> str:

@@ -224,3 +224,21 @@ def test_a_link_in_the_place_of_what_is_set_aside_is_left_alone(anns, tmp_path):
 def test_fewer_steps_than_a_checkpoint_has_behind_it_are_refused(anns):
     with pytest.raises(AdapterError, match="has 3 steps behind it, and steps is 2; ask for more steps"):
         run(anns, settings=replace(SETTINGS, steps=2), resume=anns, accept_changes=True)
+
+
+def test_another_word_to_start_from_is_another_training(anns):
+    problem = make_problem()
+    other = replace(problem, triggers={word: rows + 1 for word, rows in problem.triggers.items()})
+    with pytest.raises(AdapterError, match="the class word, the description or the trigger word is another one"):
+        train(other, SETTINGS, resume=anns, basis=tiny_basis(), checkpoints=anns)
+
+
+def test_a_checkpoint_that_says_nothing_of_words_goes_on(anns):
+    """As those of versions that did not note them."""
+    path = newest_checkpoint(anns)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    identity = json.loads(metadata["identity"])
+    del identity["words"]
+    save_file(load_file(path), path, metadata | {"identity": json.dumps(identity)})
+    assert run(anns, resume=anns).step == SETTINGS.steps

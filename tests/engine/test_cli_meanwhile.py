@@ -3,6 +3,7 @@
 
 import os
 import threading
+import tracemalloc
 
 import pytest
 from test_cli import DRAW, QUICK, concept, files, here, made, run, weights  # noqa: F401 - fixtures
@@ -176,16 +177,15 @@ def test_a_concept_of_no_strength_is_said_where_it_is_drawn_too(made, here, caps
 
 
 def test_what_a_persons_file_holds_is_not_read_whole_to_know_whose_it_is(made, here, capsys, monkeypatch):
-    from mutations import peak_memory
-
     (here / "out").mkdir()
     for name, command in (("report.md", ["demo"]), ("00.png", ["pictures", "tom"])):
         (here / "out" / name).write_bytes(b"mine")
         os.truncate(here / "out" / name, 2**31)
-        memory = peak_memory()
+        tracemalloc.start()
         code, _, err = run(capsys, *command, "--out", "out")
         assert code == 2 and f"{name} is there already" in err, err
-        assert peak_memory() - memory < 2**28
+        assert tracemalloc.get_traced_memory()[1] < 2**28
+        tracemalloc.stop()
         (here / "out" / name).unlink()
 
 
@@ -205,3 +205,16 @@ def test_an_export_of_a_concept_whose_name_no_file_can_have_is_called_after_its_
     save_concept(replace(load_concept(concept(made)), name="."), here / "dot.safetensors")
     code, out, err = run(capsys, "export", "dot.safetensors")
     assert code == 0 and "wrote exports/dot_kohya.safetensors" in out, err
+
+
+def test_a_resumed_training_of_another_class_word_is_refused_and_replaces_nothing(made, here, capsys):
+    line = ["train", made / "pictures" / "tom", "--name", "tom", *QUICK, "--checkpoints", "steps"]
+    assert run(capsys, *line, "--class-word", "man")[0] == 0
+    before = files(here)
+    code, _, err = run(capsys, *line, "--class-word", "dog", "--resume", "steps")
+    assert code == 2 and err.count("error: ") == 1 and files(here) == before, err
+    code, _, err = run(capsys, *line, "--class-word", "dog", "--resume", "steps", "--out", "other.safetensors")
+    assert code == 2 and "the class word, the description or the trigger word is another one" in err, err
+    line = ["all_linear" if part == "attention" else part for part in line]
+    code, _, err = run(capsys, *line, "--class-word", "man", "--resume", "steps", "--overwrite")
+    assert code == 2 and "the layers that are trained, or their frozen factors, are others" in err, err

@@ -332,6 +332,10 @@ SCALES_BESIDE = [
     f"unet.{PATH}.weight_scale",
     f"unet.{PATH}.scale_weight",
     f"unet.{PATH}.lora_up.scale_weight",
+    f"unet.{PATH}.lora_A.weight.absmax",
+    f"unet.{PATH}.scalar",
+    f"unet.{PATH}.magnitude",
+    f"unet.{PATH}.anything",
 ]
 
 
@@ -344,3 +348,9 @@ def test_a_scale_beside_a_factor_leaves_the_layer_out_as_it_is_not_applied(tmp_p
     concept, unmatched = read_concept(tmp_path / "x.safetensors")
     assert set(concept.layers) == {f"unet.{other}"}
     assert set(unmatched) == {key, f"unet.{PATH}.lora_A.weight", f"unet.{PATH}.lora_B.weight"}
+
+
+def test_peft_settings_without_a_parts_name_are_those_of_all(tmp_path):
+    tensors = {f"unet.{PATH}.lora_A.weight": DOWN, f"unet.{PATH}.lora_B.weight": UP}
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 16})})
+    assert read_concept(tmp_path / "x.safetensors").concept.layers[LAYER].scale == 4.0

@@ -10,7 +10,7 @@ from mutations import peak_memory
 from PIL import Image, PngImagePlugin
 
 from modular_concepts.data.dataset import FIRST_FRAME, PROFILE, load_folder, load_picture
-from modular_concepts.data.picture_size import JUNK, MOST_BYTES, MOST_SCANS, check_parts
+from modular_concepts.data.picture_size import JUNK, MOST_BYTES, MOST_PARTS, MOST_SCANS, check_parts
 from modular_concepts.errors import AdapterError
 
 MIB = 2**20
@@ -129,3 +129,16 @@ def test_colours_that_are_not_read_as_they_are_meant_are_told(tmp_path):
     assert all(name in told for name in ("other.png", "other.jpg", "print.jpg"))
     assert "plain.png" not in told and "srgb.png" not in told
     assert not any(note.startswith(FIRST_FRAME) for note in notes)
+
+
+def test_a_file_in_very_many_parts_is_refused(tmp_path):
+    jpeg, png = encoded("JPEG"), encoded("PNG")
+    comment, chunk = b"\xff\xfe\0\2", struct.pack(">I", 0) + b"teSt" + struct.pack(">I", zlib.crc32(b"teSt"))
+    for count in (50, MOST_PARTS + 1):
+        (tmp_path / "x.jpg").write_bytes(jpeg[:2] + comment * count + jpeg[2:])
+        (tmp_path / "x.png").write_bytes(png[:33] + chunk * count + png[33:])
+        for path in (tmp_path / "x.jpg", tmp_path / "x.png"):
+            if count > MOST_PARTS:
+                refused(path, "parts")
+            else:
+                assert load_picture(path).shape == (48, 64, 3)
