@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 
-def number_typed(text: str) -> float:
+def read_number(text: str) -> float:
     """Raises ValueError for what is no number."""
     return float(_without_underscore(text))
 
 
-def whole_typed(text: str) -> int:
+def read_whole(text: str) -> int:
     """Raises ValueError for what is no whole number."""
     return int(_without_underscore(text))
 

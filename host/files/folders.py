@@ -39,8 +39,8 @@ def path_of(kind: str, name: str) -> Path:
     listed = {known.replace("\\", "/"): known for known in names(kind)}.get(str(name).replace("\\", "/"))
     if listed is not None and (found := folder_paths.get_full_path(kind, listed)) is not None:
         return Path(found)
-    for folder in folder_paths.get_folder_paths(kind) if listed is not None else ():
-        if (link := Path(folder) / listed).is_symlink():
+    for folder in folder_paths.get_folder_paths(kind):
+        if listed is not None and (link := Path(folder) / listed).is_symlink():
             raise AdapterError(f"models/{kind}/{listed}: {not_a_file(link)}; put the file there, or remove the link")
     for folder in folder_paths.get_folder_paths(kind):
         path = safe_child(folder, name)

@@ -34,7 +34,7 @@ from ...modular_concepts.sampling import SampleSettings
 from ...modular_concepts.settings.training import BESIDE_TRAINING, NOISE, TRAINING
 from ...modular_concepts.storage.keeping import check_room, free_name, keep, last_places
 from ...modular_concepts.storage.names import safe_name
-from ...modular_concepts.training.caption_checks import unused_of
+from ...modular_concepts.training.caption_checks import find_unused
 from ...modular_concepts.training.checkpoint import Changed, newest_checkpoint
 from ...modular_concepts.training.estimate import Estimate
 from ...modular_concepts.training.loop import Cancelled, Keeping, Listeners, Unfinished
@@ -222,7 +222,7 @@ def _notes(base: HostBase, plan: Plan) -> list[str]:
 
 def _find_unused(base: HostBase, plan: Plan) -> list[str]:
     subject = plan.subject
-    return unused_of(base, subject.captions, subject.trigger, plan.settings)
+    return find_unused(base, subject.captions, subject.trigger, plan.settings)
 
 
 def _note_nothing_to_resume(plan: Plan) -> list[str]:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..settings.setting import Setting
-from ..typed import number_typed
+from ..typed import read_number
 
 NONE = object()  # what "none" is read as: a value too, which takes back what a preset says
 
@@ -64,7 +64,7 @@ def read_typed(value: object) -> object:
 
 
 def _read_number_or_none(text: str) -> object:
-    return NONE if text.lower() == "none" else number_typed(text)
+    return NONE if text.lower() == "none" else read_number(text)
 
 
 _read_number_or_none.__name__ = "number"

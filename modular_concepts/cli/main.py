@@ -22,17 +22,17 @@ from .. import __version__
 from ..errors import AdapterError, in_one_line, listed
 from ..families.toy import TOY
 from ..toy.vocabulary import STANDARD_NAMES
-from ..typed import number_typed, whole_typed
+from ..typed import read_number, read_whole
 from .merge import add_export, add_inspect, add_merge
 from .paths import (
     add_overwrite,
-    base_named,
-    folder,
-    free_names,
+    load_named_base,
+    make_folder,
     note_repeated,
     read_path,
     refuse_existing,
     say,
+    take_free_names,
 )
 from .progress import Bar, Interrupts, close_bars
 from .sample import add_sample
@@ -71,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(arguments)
         except KeyboardInterrupt:
             return _report_stop()
+        except Warning as warning:  # a library's, as Python was told to raise
+            return _report_fault(
+                f"a library's warning ended this, for PYTHONWARNINGS or -W says error; leave that ({warning!s:.200})"
+            )
         except Exception:
             if interrupts.asked:  # a library's own words for what Ctrl-C did to it
                 return _report_stop()
@@ -193,8 +197,8 @@ def _write_pictures(args: argparse.Namespace) -> None:
             "choose another --out, or write there all the same with --overwrite"
         )
     note_repeated(args)
-    folder(out)
-    with free_names(args.overwrite), all_or_none():
+    make_folder(out)
+    with take_free_names(args.overwrite), all_or_none():
         for path, data in files.items():
             if path not in there:
                 write_atomically(path, data)
@@ -284,14 +288,14 @@ class _Once(argparse._StoreAction):
 
 def _read_whole(text: str) -> int:
     try:
-        return whole_typed(text)
+        return read_whole(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
 
 
 def _read_number(text: str) -> float:
     try:
-        return number_typed(text)
+        return read_number(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
 
@@ -330,3 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     add_inspect(commands)
     add_export(commands)
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -21,8 +21,7 @@ from .paths import (
     check_concept_output,
     check_name,
     concepts_at,
-    folder,
-    free_names,
+    load_named_base,
     load_plain_concepts,
     note,
     note_repeated,
@@ -30,6 +29,7 @@ from .paths import (
     read_path,
     refuse_existing,
     say,
+    take_free_names,
 )
 
 if TYPE_CHECKING:
@@ -164,8 +164,8 @@ def run_merge(args: argparse.Namespace) -> None:
         note(sentence)
     evidence = _gather_evidence(args, concepts, paths, base)
     merged = _describe(about, merged_concept(name, concepts, strengths, args.how, args.literal, options, evidence))
-    folder(args.out.parent)
-    with free_names(args.overwrite):
+    make_folder(args.out.parent)
+    with take_free_names(args.overwrite):
         save_concept(merged, args.out)
     names, words = listed([concept.name for concept in concepts], 20, " + "), listed(merged.tokens, 20, " ")
     say(f"wrote {args.out}: {names}; triggers {words or 'none'}")
@@ -359,8 +359,8 @@ def run_export(args: argparse.Namespace) -> None:
     if whole or concept.layers:
         check_concept_output(out, args.overwrite)
     if whole:
-        folder(out.parent)
-        with free_names(args.overwrite):
+        make_folder(out.parent)
+        with take_free_names(args.overwrite):
             _save(concept, out, args)
         say(f"wrote {out}")
         return
@@ -369,9 +369,9 @@ def run_export(args: argparse.Namespace) -> None:
     if args.out is not None and not concept.layers:
         note(f"{concept.name} is words alone, so {out} is not written: a learned word goes into {words}")
     if concept.tokens:
-        folder(words)
-    folder(out.parent)
-    with free_names(args.overwrite), all_or_none():
+        make_folder(words)
+    make_folder(out.parent)
+    with take_free_names(args.overwrite), all_or_none():
         # Words first: what cannot be exported at all is found before anything is written.
         for path, word in files.items():
             if path not in there:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import AdapterError, in_one_line
 from ..storage.names import check_new_path, safe_name
-from ..typed import number_typed
+from ..typed import read_number
 
 if TYPE_CHECKING:
     from ..models.base import BaseModel
@@ -60,7 +60,7 @@ def concepts_at(texts: Sequence[str], apart: str = "with a space between") -> tu
         if not text.strip() or (colon and not path.strip()):
             raise AdapterError(f"a concept is given as {text!r}, which names no file; give FILE or FILE:STRENGTH")
         try:
-            strength = number_typed(number) if colon and not Path(text).exists() else None
+            strength = read_number(number) if colon and not Path(text).exists() else None
         except ValueError:
             strength = None
         if not Path(text if strength is None else path).exists():
@@ -100,7 +100,7 @@ def _guess_number(text: str) -> str | None:
     """A strength as it is read, of one that may be written with a decimal comma or in percent."""
     plain, percent, _ = text.strip().replace(",", ".").partition("%")
     try:
-        number = number_typed(plain) / (100 if percent else 1)
+        number = read_number(plain) / (100 if percent else 1)
     except ValueError:
         return None
     return f"{number:g}" if math.isfinite(number) else None
@@ -152,7 +152,7 @@ def add_overwrite(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace what is there under the same name")
 
 
-def free_names(overwrite: bool) -> AbstractContextManager[None]:
+def take_free_names(overwrite: bool) -> AbstractContextManager[None]:
     """Within the block files are written under free names alone, unless they may replace what is there."""
     from ..storage.atomic import only_new
 
@@ -165,7 +165,12 @@ def check_concept_output(path: Path, overwrite: bool = True) -> None:
 
     if not is_text(path):
         raise AdapterError(
-            f"{path}: a name in this path is no UTF-8, by which nothing could be read; choose another --out"
+            f"{path}: a name in this path is no UTF-8, by which most programs could not read it; choose another --out"
+            + (
+                ""
+                if sys.getfilesystemencoding() == "utf-8"
+                else ", or set PYTHONUTF8=1, for names are read as ASCII here"
+            )
         )
     if not path.is_dir() and path.suffix.lower() not in ENDINGS:
         raise AdapterError(f"{path}: a concept is written as {ENDINGS[0]}; give --out such an ending")

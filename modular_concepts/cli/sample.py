@@ -13,20 +13,21 @@ from typing import Any
 from ..errors import AdapterError, listed
 from ..families.toy import TOY
 from ..settings import drawing
-from ..typed import number_typed
+from ..typed import read_number
 from .declared import add_option
 from .paths import (
     add_overwrite,
     base_named,
     check_output,
     concepts_at,
-    folder,
-    free_names,
+    load_named_base,
+    make_folder,
     note,
     note_repeated,
     read_file,
     refuse_existing,
     say,
+    take_free_names,
 )
 from .progress import Bar
 
@@ -196,7 +197,7 @@ def _write(path: Path, zoom: int, picture, overwrite: bool) -> Path:
     folder(path.parent)
     while True:
         try:
-            with free_names(overwrite), replacing(path) as file:
+            with take_free_names(overwrite), replacing(path) as file:
                 image.save(file, FORMATS[path.suffix.lower()])
             return path
         except Taken:
@@ -219,7 +220,7 @@ def _read_region(text: str, units: str, width: int, height: int):
 
 def _read_as_typed(text: str) -> float:
     """A number that a message shows as it was typed: 2 and not 2.0."""
-    number = number_typed(text)
+    number = read_number(text)
     return int(number) if number % 1 == 0 else number
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..errors import AdapterError
 from ..families.toy import TOY
 from ..settings.training import BUCKETS, CHECKPOINTED, NOISE, ONE_ROW, TOKEN_STARTS
-from ..typed import whole_typed
+from ..typed import read_whole
 from .declared import add_option
 from .options import add_checkpoint_every, add_training_options, choose_preset
 from .paths import (
@@ -20,13 +20,14 @@ from .paths import (
     check_concept_output,
     check_folder_place,
     check_name,
-    free_names,
+    load_named_base,
     note,
     note_repeated,
     read_file,
     read_path,
     refuse_existing,
     say,
+    take_free_names,
 )
 from .progress import Bar, Interruption
 
@@ -160,7 +161,7 @@ def _load_subject(
     """The folder's pictures as what is taught; what was left out, and what is not used, is noted."""
     from ..data.dataset import filled_in, load_folder, refuse_single
     from ..models.prompts import unheard_of
-    from ..training.caption_checks import unused_of
+    from ..training.caption_checks import find_unused
     from ..training.teach import Subject, trigger_of
 
     trigger = trigger_of(settings.name)
@@ -169,7 +170,7 @@ def _load_subject(
     note_repeated(args)
     captions = filled_in(data, (trigger,)).captions
     unheard = unheard_of(base, captions, {trigger: settings.token_vectors}, "caption")
-    unused = unused_of(base, captions, trigger, settings, lambda name: f"--{name.replace('_', '-')}")
+    unused = find_unused(base, captions, trigger, settings, lambda name: f"--{name.replace('_', '-')}")
     for sentence in [*_find_unread(args, settings.method, preset, base), *unheard, *unused]:
         note(sentence)
     say(data.report.summary())
@@ -245,7 +246,7 @@ def _keep(args: argparse.Namespace, concept, result: TrainResult, out: Path, rep
         out, replaces = out.with_name(f"{out.stem}-step{result.step}.safetensors"), args.overwrite
         out = out if replaces else free_name(out)
     places = [*filter(None, [args.checkpoints]), *last_places()]
-    with free_names(replaces):
+    with take_free_names(replaces):
         written = keep(lambda path: save_concept(concept, path, compact=args.compact), out, places)
     say(f"wrote {written.path}: {_say_learned(concept)}, last loss {result.losses[-1]:.4f}")
     return written
@@ -388,6 +389,6 @@ def _prior(base, class_word: str, count: int, height: int, width: int):
 def _read_size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().replace("×", "x").partition("x")
     try:
-        return whole_typed(height), whole_typed(width)
+        return read_whole(height), read_whole(width)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, as in 512x512") from error

@@ -25,7 +25,7 @@ from . import diffusers, kohya
 from .bundled import bundled_words, is_needed, shapes_of, text_width, with_words
 from .concept import KEY, load_concept
 from .kohya import Imported, assemble, imported_concept
-from .modelspec import left_out
+from .modelspec import tell_left_out
 
 
 class Place(NamedTuple):
@@ -105,7 +105,7 @@ def lora_concept(
     width = text_width(shapes or shapes_of(whole))
     bundled = bundled_words(tensors, concept.recipe.architecture, width, bool(shapes))
     unmatched = [key for key in unmatched if key not in bundled.keys]
-    sentences = [*bundled.sentences, *left_out(metadata)]
+    sentences = [*bundled.sentences, *tell_left_out(metadata)]
     return Imported(with_words(concept, bundled.rows), unmatched, sentences, bundled.explained)
 
 
@@ -180,7 +180,7 @@ def read_concept(path: Path | str) -> Imported:
     path = Path(path)
     metadata = read_header(path, tuple(BITS), empty=True).metadata
     if KEY in metadata:
-        return Imported(load_concept(path), [], left_out(metadata))
+        return Imported(load_concept(path), [], tell_left_out(metadata))
     return import_lora(path)
 
 

@@ -114,7 +114,7 @@ def triggers_said(metadata: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for word in words if word))
 
 
-def left_out(metadata: Mapping[str, str]) -> list[str]:
+def tell_left_out(metadata: Mapping[str, str]) -> list[str]:
     """Sentences on what a file says of itself and a concept does not keep."""
     sentences = []
     picture = metadata.get(PREFIX + "thumbnail", "")

@@ -16,7 +16,7 @@ from ..errors import AdapterError
 from ..families import block_kinds
 from ..models.layers import block_of
 from ..settings.merging import STRENGTH
-from ..typed import number_typed
+from ..typed import read_number
 
 _ENTRY = re.compile(r"\s*(?P<kind>[a-z][a-z ]*?)(?:\s+(?P<number>\d{1,3}))?\s*=\s*(?P<value>.+?)\s*")
 EXAMPLE = "mid=0.5, up 1=0, text=0.8"
@@ -92,7 +92,7 @@ def _name_kind(block: str) -> str:
 
 def _read_number(text: str) -> float | None:
     try:
-        value = number_typed(text)
+        value = read_number(text)
     except ValueError:
         return None
     return value if math.isfinite(value) else None

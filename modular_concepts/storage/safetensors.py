@@ -268,14 +268,12 @@ def check_finite(what: str, tensor: Tensor) -> None:
 
 
 def is_text(path: Path) -> bool:
-    """Whether a path is UTF-8: no other is opened by the library that reads tensors."""
+    """Whether a path is UTF-8: no other is opened by the library with which most programs read tensors."""
     return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
 
 
 def _raw_header(path: Path) -> tuple[bytes, int]:
     """Header bytes and the size of the data behind them."""
-    if not is_text(path) and path.is_file():
-        raise AdapterError(f"{path}: a name in this path is no UTF-8, which the file cannot be read by; rename it")
     try:
         if not path.is_file():
             raise AdapterError(f"{path}: {not_a_file(path)}")

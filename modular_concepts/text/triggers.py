@@ -75,7 +75,7 @@ def between(text: str, words: Iterable[str]) -> list[str]:
     return [part for part in (part.strip() for part in [*parts, text[first:]]) if part]
 
 
-def tags_of(text: str, words: Iterable[str]) -> list[str]:
+def split_tags(text: str, words: Iterable[str]) -> list[str]:
     """The parts of a text between commas, without spaces at their ends; a comma inside a trigger word parts nothing."""
     places, parts, first = heard(text, words), [], 0
     for comma in (match.start() for match in re.finditer(",", text)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..text.triggers import tags_of
+from ..text.triggers import split_tags
 from .problem import Examples, Problem
 from .run import Run
 
@@ -55,7 +55,7 @@ def _varied(caption: str, run: Run) -> str:
         return ""
     if not settings.shuffle_tags:
         return caption
-    first, *others = tags_of(caption, run.tokens)
+    first, *others = split_tags(caption, run.tokens)
     if not others:
         return caption
     order = torch.randperm(len(others), generator=generator).tolist()

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 from ..errors import listed
 from ..models.base import Base
-from ..text.triggers import tags_of
+from ..text.triggers import split_tags
 from .settings import TrainSettings
 
 
-def unused_of(
+def find_unused(
     base: Base, captions: Sequence[str], trigger: str, settings: TrainSettings, called: Callable[[str], str] = str
 ) -> list[str]:
     """A sentence for words that the base cannot read, and for a shuffle that has nothing to shuffle.
@@ -21,7 +21,7 @@ def unused_of(
     unknown = dict.fromkeys(word for caption in captions for word in base.unknown_words(caption, [trigger]))
     if unknown:
         sentences.append(f"the base does not know {listed(unknown, 10)}; these words of the captions teach nothing")
-    if settings.shuffle_tags and all(len(tags_of(caption, [trigger])) < 3 for caption in captions):
+    if settings.shuffle_tags and all(len(split_tags(caption, [trigger])) < 3 for caption in captions):
         sentences.append(
             f"{called('shuffle_tags')} changes nothing: no caption has two parts behind its first comma to shuffle"
         )

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from modular_concepts.text.triggers import tags_of
+from modular_concepts.text.triggers import split_tags
 from modular_concepts.toy.base import load_toy_base
-from modular_concepts.training.caption_checks import unused_of
+from modular_concepts.training.caption_checks import find_unused
 from modular_concepts.training.settings import TrainSettings
 
 SETTINGS = TrainSettings(method="lora", steps=1)
@@ -19,9 +19,9 @@ def base():
 
 def test_words_that_the_base_cannot_read_are_told(base):
     captions = ["a <tom> 在海滩", "a <tom> на пляже", "a <tom> on the beach", "a <tom> and a <tim>"]
-    (told,) = unused_of(base, captions, "<tom>", SETTINGS)
+    (told,) = find_unused(base, captions, "<tom>", SETTINGS)
     assert all(word in told for word in ("在海滩", "пляже", "tim")) and "<tom>" not in told and "beach" not in told
-    assert unused_of(base, captions[2:3], "<tom>", SETTINGS) == []
+    assert find_unused(base, captions[2:3], "<tom>", SETTINGS) == []
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_words_that_the_base_cannot_read_are_told(base):
 )
 def test_a_shuffle_without_anything_to_shuffle_is_told(base, captions, shuffles):
     trigger = "<a,b>" if "<a,b>" in captions[0] else "<tom>"
-    told = unused_of(base, captions, trigger, replace(SETTINGS, shuffle_tags=True), lambda name: f"--{name}")
+    told = find_unused(base, captions, trigger, replace(SETTINGS, shuffle_tags=True), lambda name: f"--{name}")
     assert [sentence for sentence in told if "--shuffle_tags changes nothing" in sentence] == told
     assert bool(told) is not shuffles
 
@@ -50,4 +50,4 @@ def test_a_shuffle_without_anything_to_shuffle_is_told(base, captions, shuffles)
     ],
 )
 def test_a_comma_inside_a_trigger_word_parts_nothing(text, tags):
-    assert tags_of(text, ["<a,b>"]) == tags
+    assert split_tags(text, ["<a,b>"]) == tags

@@ -230,7 +230,7 @@ def test_another_word_to_start_from_is_another_training(anns):
     problem = make_problem()
     other = replace(problem, triggers={word: rows + 1 for word, rows in problem.triggers.items()})
     with pytest.raises(AdapterError, match="the class word, the description or the trigger word is another one"):
-        train(other, SETTINGS, resume=anns, basis=tiny_basis(), checkpoints=anns)
+        train(other, SETTINGS, Listeners(), Keeping(anns, anns), tiny_basis())
 
 
 def test_a_checkpoint_that_says_nothing_of_words_goes_on(anns):

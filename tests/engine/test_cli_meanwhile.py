@@ -2,6 +2,7 @@
 """Files that appear while a command works, and places that get in each other's way."""
 
 import os
+import sys
 import threading
 import tracemalloc
 
@@ -22,7 +23,7 @@ TRAIN = ["--name", "tom", "--class-word", "man", *QUICK]
 PRECIOUS = b"another's"
 
 
-def appearing(monkeypatch, module, path, name="base_named"):
+def appearing(monkeypatch, module, path, name="load_named_base"):
     """Another program writes `path` after the command has looked for it, and before it writes."""
     there = getattr(module, name)
 
@@ -68,7 +69,7 @@ def test_a_merge_and_an_export_leave_what_has_come_to_their_place(made, here, ca
         code, _, err = run(capsys, "merge", concept(made), concept(made, "tim"), "--out", path)
     assert code == 2 and path.read_bytes() == PRECIOUS and "is there now and was not before" in err
     word = here / "exports" / "embeddings" / "tom.safetensors"
-    appearing(monkeypatch, modular_concepts.cli.merge, here / "exports" / "tom_kohya.safetensors", "folder")
+    appearing(monkeypatch, modular_concepts.cli.merge, here / "exports" / "tom_kohya.safetensors", "make_folder")
     code, _, err = run(capsys, "export", concept(made))
     assert code == 2 and "is there now and was not before" in err and not word.exists()
     assert not [name for name in files(here) if name.endswith(".tmp")]
@@ -218,3 +219,22 @@ def test_a_resumed_training_of_another_class_word_is_refused_and_replaces_nothin
     line = ["all_linear" if part == "attention" else part for part in line]
     code, _, err = run(capsys, *line, "--class-word", "man", "--resume", "steps", "--overwrite")
     assert code == 2 and "the layers that are trained, or their frozen factors, are others" in err, err
+
+
+@pytest.mark.parametrize("module", ["modular_concepts", "modular_concepts.cli.main"])
+def test_every_way_to_start_works_or_says_so(made, here, module):
+    from subprocess import run as run_process
+
+    line = [sys.executable, "-m", module, "inspect", str(concept(made))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = run_process(line, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0 and "concept 'tom'" in done.stdout
+
+
+def test_a_warning_that_python_was_told_to_raise_is_one_sentence(made, here, capsys, monkeypatch):
+    def warns(_name):
+        raise DeprecationWarning("of old")
+
+    monkeypatch.setattr(modular_concepts.cli.sample, "load_named_base", warns)
+    code, _, err = run(capsys, "sample", "a man")
+    assert code == 2 and err.startswith("error: a library's warning ended this") and "of old" in err
