@@ -26,8 +26,8 @@ from ..typed import read_number, read_whole
 from .merge import add_export, add_inspect, add_merge
 from .paths import (
     add_overwrite,
-    load_named_base,
-    make_folder,
+    base_named,
+    folder,
     note_repeated,
     read_path,
     refuse_existing,
@@ -197,7 +197,7 @@ def _write_pictures(args: argparse.Namespace) -> None:
             "choose another --out, or write there all the same with --overwrite"
         )
     note_repeated(args)
-    make_folder(out)
+    folder(out)
     with take_free_names(args.overwrite), all_or_none():
         for path, data in files.items():
             if path not in there:

@@ -21,7 +21,7 @@ from .paths import (
     check_concept_output,
     check_name,
     concepts_at,
-    load_named_base,
+    folder,
     load_plain_concepts,
     note,
     note_repeated,
@@ -164,7 +164,7 @@ def run_merge(args: argparse.Namespace) -> None:
         note(sentence)
     evidence = _gather_evidence(args, concepts, paths, base)
     merged = _describe(about, merged_concept(name, concepts, strengths, args.how, args.literal, options, evidence))
-    make_folder(args.out.parent)
+    folder(args.out.parent)
     with take_free_names(args.overwrite):
         save_concept(merged, args.out)
     names, words = listed([concept.name for concept in concepts], 20, " + "), listed(merged.tokens, 20, " ")
@@ -359,7 +359,7 @@ def run_export(args: argparse.Namespace) -> None:
     if whole or concept.layers:
         check_concept_output(out, args.overwrite)
     if whole:
-        make_folder(out.parent)
+        folder(out.parent)
         with take_free_names(args.overwrite):
             _save(concept, out, args)
         say(f"wrote {out}")
@@ -369,8 +369,8 @@ def run_export(args: argparse.Namespace) -> None:
     if args.out is not None and not concept.layers:
         note(f"{concept.name} is words alone, so {out} is not written: a learned word goes into {words}")
     if concept.tokens:
-        make_folder(words)
-    make_folder(out.parent)
+        folder(words)
+    folder(out.parent)
     with take_free_names(args.overwrite), all_or_none():
         # Words first: what cannot be exported at all is found before anything is written.
         for path, word in files.items():

@@ -20,7 +20,6 @@ from .paths import (
     check_concept_output,
     check_folder_place,
     check_name,
-    load_named_base,
     note,
     note_repeated,
     read_file,

@@ -2,7 +2,7 @@
 """What slips from a person's hand: empty values, homes, links, folders for files, options twice, strengths unasked."""
 
 import pytest
-from test_cli import DRAW, QUICK, concept, files, here, made, run, weights  # noqa: F401 - fixtures
+from test_cli import DRAW, QUICK, concept, files, here, made, run  # noqa: F401 - fixtures
 
 Image = pytest.importorskip("PIL.Image")
 

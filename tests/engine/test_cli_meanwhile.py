@@ -7,7 +7,7 @@ import threading
 import tracemalloc
 
 import pytest
-from test_cli import DRAW, QUICK, concept, files, here, made, run, weights  # noqa: F401 - fixtures
+from test_cli import DRAW, QUICK, concept, files, here, made, run  # noqa: F401 - fixtures
 
 import modular_concepts.cli.merge
 import modular_concepts.cli.sample
@@ -23,7 +23,7 @@ TRAIN = ["--name", "tom", "--class-word", "man", *QUICK]
 PRECIOUS = b"another's"
 
 
-def appearing(monkeypatch, module, path, name="load_named_base"):
+def appearing(monkeypatch, module, path, name="base_named"):
     """Another program writes `path` after the command has looked for it, and before it writes."""
     there = getattr(module, name)
 
@@ -69,7 +69,7 @@ def test_a_merge_and_an_export_leave_what_has_come_to_their_place(made, here, ca
         code, _, err = run(capsys, "merge", concept(made), concept(made, "tim"), "--out", path)
     assert code == 2 and path.read_bytes() == PRECIOUS and "is there now and was not before" in err
     word = here / "exports" / "embeddings" / "tom.safetensors"
-    appearing(monkeypatch, modular_concepts.cli.merge, here / "exports" / "tom_kohya.safetensors", "make_folder")
+    appearing(monkeypatch, modular_concepts.cli.merge, here / "exports" / "tom_kohya.safetensors", "folder")
     code, _, err = run(capsys, "export", concept(made))
     assert code == 2 and "is there now and was not before" in err and not word.exists()
     assert not [name for name in files(here) if name.endswith(".tmp")]
@@ -235,6 +235,6 @@ def test_a_warning_that_python_was_told_to_raise_is_one_sentence(made, here, cap
     def warns(_name):
         raise DeprecationWarning("of old")
 
-    monkeypatch.setattr(modular_concepts.cli.sample, "load_named_base", warns)
+    monkeypatch.setattr(modular_concepts.cli.sample, "base_named", warns)
     code, _, err = run(capsys, "sample", "a man")
     assert code == 2 and err.startswith("error: a library's warning ended this") and "of old" in err

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_cli import DRAW, QUICK, concept, files, here, made, run, weights  # noqa: F401 - fixtures
+from test_cli import DRAW, QUICK, concept, files, here, made, run  # noqa: F401 - fixtures
 
 from modular_concepts.errors import listed
 from modular_concepts.files.concept import load_concept, save_concept

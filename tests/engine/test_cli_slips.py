@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import DRAW, QUICK, concept, files, here, made, run, weights  # noqa: F401 - fixtures
+from test_cli import DRAW, QUICK, concept, files, here, made, run  # noqa: F401 - fixtures
 
 import modular_concepts
 from modular_concepts.errors import AdapterError

@@ -3,7 +3,7 @@
 
 import pytest
 from laws import relative_error
-from test_cli import DRAW, concept, files, here, made, run, weights  # noqa: F401 - fixtures
+from test_cli import DRAW, concept, files, here, made, run  # noqa: F401 - fixtures
 
 from modular_concepts.files.concept import load_concept
 

@@ -4,7 +4,7 @@
 import os
 
 import pytest
-from test_cli import DRAW, QUICK, concept, files, here, made, run, weights  # noqa: F401 - fixtures
+from test_cli import DRAW, QUICK, concept, files, here, made, run  # noqa: F401 - fixtures
 
 from modular_concepts.files.concept import load_concept
 
