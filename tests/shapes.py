@@ -2,21 +2,23 @@
 
 The engine imports jaxtyping for type checkers alone, so that nothing is added to what it needs; its annotations stay
 text.  Here each module of these rooms is handed the names before it runs, and afterwards every function and method of
-its own whose annotations name a shape is checked, call by call, by beartype: letters are equal within one call.
-`jaxtyping.install_import_hook` would check all functions instead, those within functions and hooks too, each time that
-one is made, and would not find names that are imported for type checkers alone.
+its own whose annotations name a shape is checked, call by call: what is called alike is equal within one call, in all
+elements of a sequence too.  `jaxtyping.install_import_hook` would check the functions within functions and the hooks
+as well, each time that one is made, and would not find names that are imported for type checkers alone.
 """
 
 from __future__ import annotations
 
+import collections.abc
 import functools
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, UnionType
+from typing import Any, Union, get_args, get_origin
 
-import beartype
 import jaxtyping
 
 ROOMS = ("adapters", "merging", "regions", "training.losses")
@@ -79,8 +81,57 @@ def _checked(value: object, module: ModuleType) -> object | None:
     if isinstance(value, classmethod | staticmethod):
         inner = _checked(value.__func__, module)
         return None if inner is None else type(value)(inner)
-    if not _defined_in(value, module, FunctionType):
+    if not isinstance(value, FunctionType) or value.__module__ != module.__name__:
         return None
-    if not any(f"{name}[" in str(hint) for hint in value.__annotations__.values() for name in NAMES):
+    hints = {
+        name: eval(hint, vars(module))  # noqa: S307  (the module's own annotations)
+        for name, hint in value.__annotations__.items()
+        if any(f"{kind}[" in str(hint) for kind in NAMES)
+    }
+    if not hints:
         return None
-    return functools.wraps(value)(jaxtyping.jaxtyped(typechecker=beartype.beartype)(value))
+    within = inspect.unwrap(value)
+    for cell in value.__closure__ or ():  # a decorator, such as torch.no_grad(), goes around the checks
+        if within is not value and cell.cell_contents is within:
+            cell.cell_contents = _with_shapes(within, hints)
+            return value
+    return _with_shapes(value, hints)
+
+
+def _with_shapes(function: FunctionType, hints: dict[str, Any]) -> Callable:
+    """The function, which raises WrongShape where an argument or the result does not fit its hint."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            _check(function, name, value, hints)
+        result = function(*args, **kwargs)
+        _check(function, "return", result, hints)
+        return result
+
+    return jaxtyping.jaxtyped(typechecker=None)(checked)
+
+
+class WrongShape(AssertionError):
+    """A tensor does not have the shape that an annotation names."""
+
+
+def _check(function: FunctionType, name: str, value: Any, hints: dict[str, Any]) -> None:
+    if name in hints and not _fits(value, hints[name]):
+        shape = getattr(value, "shape", value)
+        raise WrongShape(f"{function.__qualname__}, {name}: {shape} is not {function.__annotations__[name]}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    parts = get_args(hint)
+    match get_origin(hint):
+        case None:
+            return isinstance(value, hint)
+        case origin if origin in (Union, UnionType):
+            return any(_fits(value, part) for part in parts)
+        case collections.abc.Sequence:
+            return isinstance(value, Sequence) and all(_fits(each, parts[0]) for each in value)
+        case origin if origin is tuple:
+            return len(value) == len(parts) and all(map(_fits, value, parts))
+    raise TypeError(f"{hint} is no hint that can be checked here")
