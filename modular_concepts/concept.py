@@ -91,7 +91,7 @@ def same_concept(one: Concept, other: Concept) -> bool:
     if one is other:
         return True
     alike = one.name == other.name and set(one.tokens) == set(other.tokens) and set(one.layers) == set(other.layers)
-    return alike and all(_same(own.lora_up, other.layers[name].lora_up) for name, own in one.layers.items())
+    return alike and all(_same(adapter.lora_up, other.layers[name].lora_up) for name, adapter in one.layers.items())
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

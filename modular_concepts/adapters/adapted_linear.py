@@ -55,14 +55,14 @@ class AdaptedLinear(Function):
         else:
             flat.index_add_(1, rows, hidden @ factor, alpha=term.scale)
         ctx.module, ctx.weights, ctx.scale = module, weights, term.scale
-        kept = _kept(ctx, x) if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(hidden, up, down, rows, kept)
+        source = _kept(ctx, x) if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(hidden, up, down, rows, source)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        hidden, up, down, rows, kept = ctx.saved_tensors
+        hidden, up, down, rows, source = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         written = flat if rows is None else flat[:, rows]
         grad_x = grad_up = grad_down = None
@@ -70,7 +70,7 @@ class AdaptedLinear(Function):
             grad_up = (written.mT @ hidden).to(up.dtype).mul_(ctx.scale)
         grad_hidden = (written @ up.to(grad.dtype)).mul_(ctx.scale)
         if ctx.needs_input_grad[2]:
-            x = ctx.again(kept).to(grad.dtype)
+            x = ctx.again(source).to(grad.dtype)
             grad_down = (grad_hidden.mT @ x.flatten(0, -2)).to(down.dtype)
         if ctx.needs_input_grad[0]:
             with ctx.weights(ctx.module, grad) as (weight, _):
@@ -103,8 +103,8 @@ class ConvDown(Function):
 
 def _kept(ctx: Any, x: Tensor) -> Tensor:
     """What to keep for a backward pass that needs x, which ctx.again makes of it."""
-    kept, ctx.again = origin_of(x) or (x, _itself)
-    return kept
+    source, ctx.again = origin_of(x) or (x, _itself)
+    return source
 
 
 def _itself(x: Tensor) -> Tensor:

@@ -112,11 +112,11 @@ class _Sheet:
 
 def _by_block(table: Mapping) -> dict[str, dict[Pair, float]]:
     """Block in words -> pair -> mean crosstalk of the block's layers."""
-    found: dict[str, dict[Pair, list[float]]] = {}
+    blocks: dict[str, dict[Pair, list[float]]] = {}
     for layer, pairs in table["layers"].items():
         for pair, figures in pairs.items():
-            found.setdefault(block_of(layer), {}).setdefault(pair, []).append(figures["crosstalk"])
-    return {block: {pair: _mean(values) for pair, values in pairs.items()} for block, pairs in found.items()}
+            blocks.setdefault(block_of(layer), {}).setdefault(pair, []).append(figures["crosstalk"])
+    return {block: {pair: _mean(values) for pair, values in pairs.items()} for block, pairs in blocks.items()}
 
 
 def _mean(values) -> float:

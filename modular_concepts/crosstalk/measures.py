@@ -94,13 +94,13 @@ def crosstalk_table(concepts: Sequence[Layered], signs: bool = False) -> Crossta
     layers: dict[str, dict[Pair, dict[str, float]]] = {}
     pairs: dict[Pair, dict[str, float]] = {}
     for (first, a), (second, b) in itertools.combinations(named, 2):
-        found = {}
+        shared = {}
         for layer in shared_layers(a, b):
-            found[layer] = _figures(a[layer], b[layer], signs)
-            layers.setdefault(layer, {})[first, second] = found[layer]
-        if found:
-            measures = next(iter(found.values()))
-            pairs[first, second] = {m: sum(f[m] for f in found.values()) / len(found) for m in measures}
+            shared[layer] = _figures(a[layer], b[layer], signs)
+            layers.setdefault(layer, {})[first, second] = shared[layer]
+        if shared:
+            measures = next(iter(shared.values()))
+            pairs[first, second] = {m: sum(f[m] for f in shared.values()) / len(shared) for m in measures}
     mean = sum(figures["crosstalk"] for figures in pairs.values()) / len(pairs) if pairs else 0.0
     return {"pairs": pairs, "layers": layers, "mean": mean}
 

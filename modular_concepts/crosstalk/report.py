@@ -76,12 +76,12 @@ class Explanation:
         lines = [f"mean crosstalk {mean:.4f} over {len(self.pairs)} pairs (0 none, 1 the most there can be)"]
         lines += [*self.warnings, *(pair.verdict() for pair in self.pairs)]
         for pair in self.pairs:
-            for own, other, loud in zip(
+            for one, other, loud in zip(
                 (pair.first, pair.second), (pair.second, pair.first), pair.answers, strict=True
             ):
                 if loud is not None:
                     lines.append(
-                        f"on what is meant for {own}, {other} answers {loud:.2f} times as loudly as {own} itself"
+                        f"on what is meant for {one}, {other} answers {loud:.2f} times as loudly as {one} itself"
                     )
         blocks: dict[str, list[float]] = {}
         for pair in self.pairs:
@@ -117,14 +117,14 @@ def explained(
     if not table["pairs"]:
         raise AdapterError("no two of these concepts have a layer in common, so there is nothing to compare")
     names = distinct_names(concepts)
-    known = list(moments) or [None] * len(concepts)
-    found = []
-    for (first, a, x), (second, b, y) in itertools.combinations(zip(names, concepts, known, strict=True), 2):
+    recorded = list(moments) or [None] * len(concepts)
+    loudness = []
+    for (first, a, x), (second, b, y) in itertools.combinations(zip(names, concepts, recorded, strict=True), 2):
         if (first, second) in table["pairs"]:
             answers = (_answer(b, a, x), _answer(a, b, y))
-            found.append(_pair(first, second, a, b, table, answers))
-    found.sort(key=lambda pair: -pair.crosstalk)
-    return Explanation(tuple(names), tuple(found), tuple(_warnings(names, concepts)), table)
+            loudness.append(_pair(first, second, a, b, table, answers))
+    loudness.sort(key=lambda pair: -pair.crosstalk)
+    return Explanation(tuple(names), tuple(loudness), tuple(_warnings(names, concepts)), table)
 
 
 def _pair(first: str, second: str, a: Concept, b: Concept, table: Mapping, answers: tuple) -> Pair:
@@ -233,42 +233,42 @@ def _pairwise(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
 
 
 def _warnings(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
-    said = _pairwise(names, concepts)
+    sentences = _pairwise(names, concepts)
     layers = {layer for concept in concepts for layer in concept.layers}
     for name, concept in zip(names, concepts, strict=True):
         odd = sorted(layer for layer in concept.layers if block_of(layer) == "other")
         if odd and len(odd) < len(layers):
-            said.append(f"{name}: layers in no block that we know: {listed(odd)}")
-    return said
+            sentences.append(f"{name}: layers in no block that we know: {listed(odd)}")
+    return sentences
 
 
 def _between(first: str, a: Concept, second: str, b: Concept, everyone: Sequence[Concept]) -> list[str]:
     one, other = a.recipe, b.recipe
     if one.architecture and other.architecture and one.architecture != other.architecture:
         return [f"{first} is for {one.architecture}, {second} for {other.architecture}: they cannot be merged"]
-    said = []
+    sentences = []
     if one.base_hash and other.base_hash and one.base_hash != other.base_hash:
-        said.append(
+        sentences.append(
             f"{first} and {second} were trained on different models of one family: each acts less well on the other's"
         )
     if one.basis and other.basis and one.basis != other.basis:
-        said.append(
+        sentences.append(
             f"{first} and {second} were trained on different orthogonal bases, so slots do not keep them apart; "
             "train one again on the other's basis"
         )
     elif one.basis and one.basis == other.basis and None not in (one.slot, other.slot) and one.slot == other.slot:
         free = _free(everyone, one)
-        said.append(f"{first} and {second} were trained in the same slot, {one.slot}; retrain one in slot {free}")
+        sentences.append(f"{first} and {second} were trained in the same slot, {one.slot}; retrain one in slot {free}")
     elif one.blocks and one.slot is not None and (one.blocks, one.layout, one.slot) == _block(other):
         free = _free(everyone, one)
         way_out = f"retrain one in slot {free}" if free < one.blocks else "retrain all with more blocks"
-        said.append(f"{first} and {second} were trained in the same block of rows, {one.slot}; {way_out}")
+        sentences.append(f"{first} and {second} were trained in the same block of rows, {one.slot}; {way_out}")
     if one.blocks and other.blocks and (one.blocks, one.layout) != (other.blocks, other.layout):
-        said.append(
+        sentences.append(
             f"{first} was trained in {one.blocks} {one.layout} blocks, {second} in {other.blocks} {other.layout}: "
             "merge them by sum, a block merge needs one partition"
         )
-    return said
+    return sentences
 
 
 def _block(recipe) -> tuple:

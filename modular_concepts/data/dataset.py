@@ -86,13 +86,13 @@ def load_folder(
     """
     _check_size(size)
     folder = Path(folder)
-    found, report = survey(folder, _is_grey)
+    surveyed, report = survey(folder, _is_grey)
     called = with_words(template, triggers, class_word)
-    captions = tuple(called if picture.caption is None else read_caption(picture.caption) for picture in found)
-    names = tuple(picture.path.relative_to(folder).as_posix() for picture in found)
+    captions = tuple(called if picture.caption is None else read_caption(picture.caption) for picture in surveyed)
+    names = tuple(picture.path.relative_to(folder).as_posix() for picture in surveyed)
     notes = _Notes(names)
     pixels, covers = [], [] if report.masks else None
-    for number, picture in enumerate(found):
+    for number, picture in enumerate(surveyed):
         # One at a time: a photo takes a hundred times the memory of what is made of it.
         image = notes.read(number, picture.path)
         _refuse_mask(picture, image)
@@ -104,7 +104,7 @@ def load_folder(
             cover, oddities = _mask(picture.mask, image.size, fitted)
             covers.append(cover)
             notes.see_mask(number, cover, oddities)
-    repeats = tuple(picture.repeats for picture in found)
+    repeats = tuple(picture.repeats for picture in surveyed)
     return Dataset(
         pictures=_in_unit([torch.from_numpy(picture).permute(2, 0, 1) for picture in pixels]),
         captions=captions,
@@ -164,11 +164,13 @@ def of_pictures(
     captions = tuple(_one_each("caption", checked, len(pictures)))
     names = tuple(f"picture {number + 1}" for number in range(len(pictures)))
     sizes = [bucket(*picture.shape[-2:], size, multiple) if buckets else size for picture in pictures]
-    fitted = [_fit_tensor(name, picture, own) for name, picture, own in zip(names, pictures, sizes, strict=True)]
+    fitted = [
+        _fit_tensor(name, picture, size_of) for name, picture, size_of in zip(names, pictures, sizes, strict=True)
+    ]
     covers = None
     if masks is not None:
         fits = zip(names, pictures, _one_each("mask", masks, len(pictures)), sizes, strict=True)
-        covers = [_fit_cover(name, picture, mask, own) for name, picture, mask, own in fits]
+        covers = [_fit_cover(name, picture, mask, size_of) for name, picture, mask, size_of in fits]
     pixels = [to_pixels(picture) for picture in fitted]
     coverage = None if covers is None else [to_pixels(cover[0]) for cover in covers]
     fingerprint = _fingerprint(names, captions, pixels, coverage)
@@ -255,7 +257,7 @@ class _Notes:
             self.numbers.setdefault(CROPPED, []).append(number)
 
     def sentences(self) -> tuple[str, ...]:
-        odd = (f"{oddity}: {listed([self.names[n] for n in own])}" for oddity, own in self.numbers.items())
+        odd = (f"{oddity}: {listed([self.names[n] for n in places])}" for oddity, places in self.numbers.items())
         more = f", and {len(self.copies) - 5} more copies" if len(self.copies) > 5 else ""
         copies = (f"{'; '.join(self.copies[:5])}{more}; each is learned from again",) if self.copies else ()
         return *odd, *copies

@@ -153,7 +153,7 @@ class _Survey:
 
     def places(self) -> list[tuple[Path, int]]:
         """The folder and its subfolders named N_anything, with how often the pictures in each come."""
-        found = [(self.folder, 1)]
+        folders = [(self.folder, 1)]
         for path in _listed(self.folder):
             if not path.is_dir() or _is_mask_folder(path):
                 continue
@@ -167,8 +167,8 @@ class _Survey:
                     f"{path}: its name asks for each picture 0 times; name it 1_anything, or move it away"
                 )
             else:
-                found.append((path, int(named[1])))
-        return found
+                folders.append((path, int(named[1])))
+        return folders
 
     def _leave_folder(self, path: Path, why: str) -> None:
         inside = [one for one in _listed(path) if one.is_file()]
@@ -201,26 +201,26 @@ class _Survey:
             )
         mine = self._captions(captions, keys)
         covers, stems = _by_key(masks), {name_key(path.stem): path for path in pictures}
-        found = [
+        entries = [
             Found(path, repeats, _one(path, mine), _one(path, covers), _named_after(path, stems)) for path in pictures
         ]
-        used = {picture.caption for picture in found}
+        used = {picture.caption for picture in entries}
         for path in (path for files in mine.values() for path in files if path not in used):
             self.leave(path, OTHER_USED)
-        self._rest(other, found)
-        return found
+        self._rest(other, entries)
+        return entries
 
     def _captions(self, files: Sequence[Path], keys: set[str]) -> dict[str, list[Path]]:
         """Key of a picture -> its captions, the one that is used first."""
-        found: dict[str, list[Path]] = {}
+        captions: dict[str, list[Path]] = {}
         # .txt before .caption, lower case before upper, NAME.txt before NAME.png.txt
         for path in sorted(files, key=lambda path: (CAPTIONS.index(path.suffix.lower()), path.suffix, len(path.name))):
             if name_key(path.stem) in keys:
-                found.setdefault(name_key(path.stem), []).append(path)
+                captions.setdefault(name_key(path.stem), []).append(path)
             else:
                 self.leave(path, OF_NONE)
                 self.missed.append((path, OF_NONE))
-        return found
+        return captions
 
     def _rest(self, other: Sequence[Path], pictures: Sequence[Found]) -> None:
         """Reasons for what is neither a picture nor a caption, and for captions that another one takes the place of."""
@@ -296,14 +296,14 @@ def _mask_in_folder(path: Path, keys: Collection[str]) -> str:
 
 
 def _by_key(masks: Mapping[Path, str]) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
+    by_key: dict[str, list[Path]] = {}
     for path, key in masks.items():
-        if key in found:
+        if key in by_key:
             raise AdapterError(
-                f"{path.parent}: {found[key][0].name} and {path.name} are masks of one picture; keep one of them"
+                f"{path.parent}: {by_key[key][0].name} and {path.name} are masks of one picture; keep one of them"
             )
-        found[key] = [path]
-    return found
+        by_key[key] = [path]
+    return by_key
 
 
 def _one(path: Path, files: Mapping[str, Sequence[Path]]) -> Path | None:
@@ -343,9 +343,9 @@ def _refuse_partial(folder: Path, pictures: Sequence[Found]) -> None:
 
 
 def _repeats(folder: Path, pictures: Sequence[Found]) -> dict[str, tuple[int, int]]:
-    found: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     for picture in pictures:
         if picture.path.parent != folder:
-            count, _ = found.get(picture.path.parent.name, (0, 0))
-            found[picture.path.parent.name] = count + 1, picture.repeats
-    return found
+            count, _ = counts.get(picture.path.parent.name, (0, 0))
+            counts[picture.path.parent.name] = count + 1, picture.repeats
+    return counts

@@ -68,9 +68,9 @@ def kept(
     of = sha256(f"{base.hash} {key}".encode()).hexdigest()
     path = cache / f"latents-{of[:32]}.safetensors"
     probe = base.encode(_probe(base.multiple))[0]
-    found = _read(path, of)
-    if PROBE in found and _alike(found.pop(PROBE), probe):
-        latents = [found[name].to(probe.device) for name in sorted(found)]
+    stored = _read(path, of)
+    if PROBE in stored and _alike(stored.pop(PROBE), probe):
+        latents = [stored[name].to(probe.device) for name in sorted(stored)]
         if _could_be(latents, probe, _side(base.multiple), sizes):
             return latents
     try:

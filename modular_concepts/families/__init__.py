@@ -34,8 +34,8 @@ def find_family(name: str) -> Family | None:
 
 def networks(part: str) -> tuple[Network, ...]:
     """All different networks whose layers' names begin with `part`, in order of their families."""
-    found = (family.network(part) for family in _FAMILIES.values())
-    return tuple(dict.fromkeys(network for network in found if network is not None))
+    named = (family.network(part) for family in _FAMILIES.values())
+    return tuple(dict.fromkeys(network for network in named if network is not None))
 
 
 def network_of(name: str) -> Network | None:

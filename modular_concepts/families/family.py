@@ -87,12 +87,12 @@ class Network:
 
     def path_of(self, stem: str) -> str | None:
         """The path of a kohya stem without its prefix, or None where it is none of this network's."""
-        own = self.respelled(stem)
-        if own is None:
+        respelled = self.respelled(stem)
+        if respelled is None:
             return None
-        words = self._word.findall(own)
+        words = self._word.findall(respelled)
         path = ".".join(words)
-        return path if words and own == "_".join(words) and self.has(path) else None
+        return path if words and respelled == "_".join(words) and self.has(path) else None
 
     def block_of(self, path: str) -> str | None:
         """The block that a path lies in, in a person's words, or None for what lies in none."""

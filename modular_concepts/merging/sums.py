@@ -180,10 +180,10 @@ class SharedFactors:
     def of(cls, adapters: Sequence[LowRank]) -> SharedFactors:
         """The same object for the same adapters, as long as anyone holds it."""
         key = tuple(id(adapter) for adapter in adapters)
-        found = cls._known.get(key)
-        if found is None:
-            found = cls._known[key] = cls(adapters)
-        return found
+        factors = cls._known.get(key)
+        if factors is None:
+            factors = cls._known[key] = cls(adapters)
+        return factors
 
     def residual(self, x: Tensor, diagonal: Tensor, conv: ConvGeometry | None = None) -> Tensor:
         """What the sum adds to the layer's output, strengths in `diagonal` (rank,); as `MergedLayer.residual`."""

@@ -196,7 +196,9 @@ class BaseModel:
     def trigger_positions(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
         """(B, all rows of tokens) int64: where each stands first in the context of each prompt, -1 for nowhere."""
         extra = token_ids(tokens, self.embedding.num_embeddings)
-        return first_positions(self.tokenize(prompts, extra), [number for own in extra.values() for number in own])
+        return first_positions(
+            self.tokenize(prompts, extra), [number for numbers in extra.values() for number in numbers]
+        )
 
     def word_rows(self, words: str) -> Tensor:
         """(k, width) rows of the token table for some words, without start, end and padding."""

@@ -32,8 +32,8 @@ def cross_attentions_of(network: nn.Module) -> list[CrossAttention]:
 
 def first_positions(ids: Tensor, wanted: Sequence[int]) -> Tensor:
     """(B, T) token ids -> (B, len(wanted)) int64: where each wanted id stands first, -1 for nowhere."""
-    found = ids[:, None, :] == torch.tensor(list(wanted), device=ids.device)[:, None]
-    return torch.where(found.any(dim=2), found.int().argmax(dim=2), -1)
+    matches = ids[:, None, :] == torch.tensor(list(wanted), device=ids.device)[:, None]
+    return torch.where(matches.any(dim=2), matches.int().argmax(dim=2), -1)
 
 
 def attention_map(queries: Tensor, keys: Tensor, heads: int, positions: Tensor) -> Tensor:

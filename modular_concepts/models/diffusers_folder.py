@@ -190,18 +190,18 @@ def check_index(folder: Path) -> str:
             "give the folder that holds unet, text_encoder, vae, tokenizer and scheduler"
         )
     index = read_json(path)
-    found = index.get("_class_name")
-    if found not in (PIPELINE, XL_PIPELINE):
+    pipeline = index.get("_class_name")
+    if pipeline not in (PIPELINE, XL_PIPELINE):
         raise AdapterError(
-            f"{path}: this is a {ascii(found)[:80]}; only Stable Diffusion 1.x and 2.x ({PIPELINE}) and XL "
+            f"{path}: this is a {ascii(pipeline)[:80]}; only Stable Diffusion 1.x and 2.x ({PIPELINE}) and XL "
             f"({XL_PIPELINE}) can be the base"
         )
-    for part, known in (PARTS if found == PIPELINE else XL_PARTS).items():
+    for part, classes in (PARTS if pipeline == PIPELINE else XL_PARTS).items():
         entry = index.get(part)
         name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if name not in known:
-            raise AdapterError(f"{path}: its {part} is {ascii(name)[:80]}; it must be a {known[0]}")
-    return found
+        if name not in classes:
+            raise AdapterError(f"{path}: its {part} is {ascii(name)[:80]}; it must be a {classes[0]}")
+    return pipeline
 
 
 def read_schedule(path: Path) -> tuple[NoiseSchedule, dict]:

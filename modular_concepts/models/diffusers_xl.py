@@ -79,14 +79,14 @@ class XLBaseModel(BaseModel):
         texts, pooled = [], []
         encoders = (self.text_encoder, self.tokenize), (self.text_encoder_2, self.tokenize_2)
         for number, (table, (encoder, tokenize)) in enumerate(zip(tables, encoders, strict=True)):
-            own = {trigger: parts[number] for trigger, parts in columns.items()}
-            extra = token_ids(own, table.num_embeddings)
+            vectors = {trigger: parts[number] for trigger, parts in columns.items()}
+            extra = token_ids(vectors, table.num_embeddings)
             ids = tokenize(prompts, extra)
             check_reach(prompts, extra, ids)
             ids = ids.to(table.weight.device)
-            texts.append(hidden_states(ids, own, table, lambda ids, encoder=encoder: _before_last(encoder, ids)))
+            texts.append(hidden_states(ids, vectors, table, lambda ids, encoder=encoder: _before_last(encoder, ids)))
             if number == 1:
-                mean = {trigger: rows.mean(0) if layers_of(rows) else rows for trigger, rows in own.items()}
+                mean = {trigger: rows.mean(0) if layers_of(rows) else rows for trigger, rows in vectors.items()}
                 with learned_tokens(table, mean):
                     pooled.append(self._pooled(ids))
         return PooledContext(torch.cat(texts, dim=-1), *pooled)
@@ -101,18 +101,18 @@ class XLBaseModel(BaseModel):
         """The U-Net is told that pictures are whole and were of this size."""
         text, pooled = cast(PooledContext, context)
         height, width = (self.downscale * side for side in noisy.shape[2:])
-        asked, noisy = noisy.dtype, noisy.to(self.precision)
+        dtype, noisy = noisy.dtype, noisy.to(self.precision)
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=noisy.dtype, device=noisy.device)
-        told = {"text_embeds": pooled, "time_ids": sizes.expand(len(noisy), -1)}
+        conditions = {"text_embeds": pooled, "time_ids": sizes.expand(len(noisy), -1)}
         with routed(self.unet, text) if text.dim() == 4 else nullcontext():
-            return self.unet(noisy, timesteps, text, added_cond_kwargs=told, return_dict=False)[0].to(asked)
+            return self.unet(noisy, timesteps, text, added_cond_kwargs=conditions, return_dict=False)[0].to(dtype)
 
     def word_rows(self, words: str) -> Tensor:
         """(k, width) rows of both token tables for some words, side by side."""
         second = self.text_encoder_2.get_input_embeddings()
         ids, bare = self.tokenize([words, ""], {})
-        known = [int(i) for i, b in zip(ids, bare, strict=True) if i != b and i not in bare]
-        return torch.cat([self.embedding.weight[known], second.weight[known]], dim=1)
+        numbers = [int(i) for i, b in zip(ids, bare, strict=True) if i != b and i not in bare]
+        return torch.cat([self.embedding.weight[numbers], second.weight[numbers]], dim=1)
 
 
 def load_xl(folder: Path) -> XLBaseModel:

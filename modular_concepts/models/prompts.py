@@ -65,9 +65,9 @@ def _cut(base: BaseModel, texts: Sequence[str], words: Mapping[str, int], what: 
     if not cut:
         return []
     length = base.tokenize([""], {}).shape[1]
-    said = "; ".join(f"of {_short(text)!r} falls off {_short(rest)!r}" for text, rest in cut[:3])
+    pieces = "; ".join(f"of {_short(text)!r} falls off {_short(rest)!r}" for text, rest in cut[:3])
     more = f"; and of {len(cut) - 3} more {what}s" if len(cut) > 3 else ""
-    return [f"the text model reads {length} tokens of a {what}: {said}{more}"]
+    return [f"the text model reads {length} tokens of a {what}: {pieces}{more}"]
 
 
 def _found(pattern: re.Pattern, texts: Sequence[str]) -> str:

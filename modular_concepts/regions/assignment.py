@@ -22,7 +22,7 @@ def acting(stack: Stack, prompt: str, regions: Sequence[Region]) -> list[tuple[i
     check_names(regions, [concept.name for concept, _ in stack])
     refuse_ambiguous(regions, Stack.of(stack).concepts)
     regional = [_named(stack, region) for region in regions]
-    taken = {number for own in regional for number in own}
+    taken = {number for numbers in regional for number in numbers}
     return [tuple(number for number in called(stack, prompt) if number not in taken), *regional]
 
 
@@ -41,7 +41,7 @@ def unheard(stack: Stack, prompt: str, regions: Sequence[Region], gated: bool, w
     """
     sentences = []
     everywhere = {number for text in (prompt, *(region.prompt for region in regions)) for number in called(stack, text)}
-    acts = {number for own in acting(stack, prompt, regions) for number in own} if gated else set()
+    acts = {number for numbers in acting(stack, prompt, regions) for number in numbers} if gated else set()
     for number, (concept, strength) in enumerate(stack):
         words = listed(dict.fromkeys([*concept.tokens, *concept.recipe.triggers]))
         if strength == 0 or number in acts or (not gated and (number in everywhere or not words)):
@@ -68,7 +68,7 @@ def refuse_ambiguous(regions: Sequence[Region], concepts: Sequence[Concept]) -> 
     names, distinct = [concept.name for concept in concepts], distinct_names(concepts)
     for name in dict.fromkeys(name for region in regions for name in region.concepts or ()):
         if names.count(name) > 1:
-            numbered = " or ".join(own for own, plain in zip(distinct, names, strict=True) if plain == name)
+            numbered = " or ".join(each for each, plain in zip(distinct, names, strict=True) if plain == name)
             raise AdapterError(
                 f"{names.count(name)} concepts are called {name!r}; let the region name {numbered}, in the "
                 "stack's order"

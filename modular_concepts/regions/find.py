@@ -43,10 +43,10 @@ class HeardWords:
         query, key = (rearrange(one, "b t (h d) -> b h t d", h=heads).float() for one in (query, key))
         heard = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1).mean((0, 1))  # (T, tokens)
         heard = reduce(heard, "t (repeats tokens) -> t tokens", "sum", tokens=self.length)
-        own = torch.stack([heard[:, list(positions)].sum(-1) for positions in self.positions])
-        grid = grid_of(own.shape[1], *self.latent_size)
-        own = rearrange(own, "r (h w) -> r h w", h=grid[0]).cpu()
-        self._sums[grid] = self._sums.get(grid, 0) + own
+        shares = torch.stack([heard[:, list(positions)].sum(-1) for positions in self.positions])
+        grid = grid_of(shares.shape[1], *self.latent_size)
+        shares = rearrange(shares, "r (h w) -> r h w", h=grid[0]).cpu()
+        self._sums[grid] = self._sums.get(grid, 0) + shares
 
     def maps(self) -> Float[Tensor, "regions height width"]:
         """(R, height, width) of the latent; coarse and fine layers count alike, the finest of several not at all.

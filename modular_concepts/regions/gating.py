@@ -41,7 +41,7 @@ class Held:
     def __init__(self, weights: Tensor, like: Tensor):
         """weights: (concepts, T) float32 in 0..1; like: of the layer's device and dtype."""
         self.tokens, self._like = weights.shape[1], like.new_empty(0)
-        self.parts = tuple(Part.of(own, like) for own in weights)
+        self.parts = tuple(Part.of(weight, like) for weight in weights)
         self._weights = weights
         # How each layer adds to these tokens, found once: at every step 160 layers ask, and on a GPU their asking is
         # what costs.
@@ -279,13 +279,15 @@ def _blocks(lengths: Sequence[int]) -> Tensor:
 
 def gated_layers(stack: Stack, layers: Mapping[str, nn.Module | Site], used: set[int]) -> dict[str, Gated]:
     """Canonical name -> the residuals of the concepts of the stack that are used, for layers that have tokens."""
-    found: dict[str, list[tuple[int, LowRank, float]]] = {}
+    by_layer: dict[str, list[tuple[int, LowRank, float]]] = {}
     for number, (concept, strength) in enumerate(stack):
         if number in used and strength != 0:
             for name, adapter in concept.layers.items():
                 if tokens_of(name) != NEITHER:
-                    found.setdefault(name, []).append((number, adapter, strength))
-    return {name: Gated(*zip(*entries, strict=True), conv=_geometry(layers[name])) for name, entries in found.items()}
+                    by_layer.setdefault(name, []).append((number, adapter, strength))
+    return {
+        name: Gated(*zip(*entries, strict=True), conv=_geometry(layers[name])) for name, entries in by_layer.items()
+    }
 
 
 def _on_rows(site: Site, hook: Callable[..., Tensor]) -> Callable[..., Tensor]:

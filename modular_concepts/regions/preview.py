@@ -60,8 +60,8 @@ def draw_regions(
     image = to_image(painted)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(_FONT)
     chips: list[Chip] = []
-    for number, (region, own) in enumerate(zip(placed, weights, strict=True), 1):
-        left, top, right, bottom = _bounds(region, own)
+    for number, (region, weight) in enumerate(zip(placed, weights, strict=True), 1):
+        left, top, right, bottom = _bounds(region, weight)
         colour = COLOURS[(number - 1) % len(COLOURS)]
         if region.box is not None:
             pen.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=3)
@@ -118,7 +118,7 @@ def _chip_box(corner: tuple[int, int], lines: Sequence[str], font, size: tuple[i
     wide = int(max(font.getlength(line) for line in lines)) + 2 * _PAD
     high = len(lines) * _LINE + 2 * _PAD
     left, top = (
-        max(0, min(place, most - own - 2)) for place, most, own in zip(corner, size, (wide, high), strict=True)
+        max(0, min(place, most - side - 2)) for place, most, side in zip(corner, size, (wide, high), strict=True)
     )
     return left, top, left + wide, top + high
 
@@ -127,14 +127,14 @@ def _free_place(box: Chip, taken: Sequence[Chip], size: tuple[int, int]) -> Chip
     """The box, or the nearest place beside, above or below others where it covers none; the box where there is none."""
     left, top, wide, high = box[0], box[1], box[2] - box[0], box[3] - box[1]
     beside = taken[-12:]  # enough, and quick with many regions
-    lefts = [left, *(edge for own in beside for edge in (own[2] + _GAP, own[0] - _GAP - wide))]
-    tops = [top, *(edge for own in beside for edge in (own[3] + _GAP, own[1] - _GAP - high))]
+    lefts = [left, *(edge for near in beside for edge in (near[2] + _GAP, near[0] - _GAP - wide))]
+    tops = [top, *(edge for near in beside for edge in (near[3] + _GAP, near[1] - _GAP - high))]
     free = [
         (abs(x - left) + abs(y - top), (x, y, x + wide, y + high))
         for x in lefts
         for y in tops
         if x >= 0 and y >= 0 and x + wide < size[0] and y + high < size[1]
-        and not any(x < own[2] and own[0] < x + wide and y < own[3] and own[1] < y + high for own in taken)
+        and not any(x < near[2] and near[0] < x + wide and y < near[3] and near[1] < y + high for near in taken)
     ]  # fmt: skip
     return min(free)[1] if free else box
 

@@ -54,7 +54,7 @@ class Division:
         self.texts = torch.cat([rest[None], shares])  # (1 + R, T) float32: how much of each position is each text's
         self.rest = rest.to(like)
         self.covered = not bool(rest.any())  # nothing is left to the global text
-        self.regions = tuple(Part.of(own, like) for own in shares)
+        self.regions = tuple(Part.of(share, like) for share in shares)
         # Each position belongs wholly to one text, so that nothing need be weighed.
         self.replaced = all(part is None or part.share is None for part in self.regions)
 

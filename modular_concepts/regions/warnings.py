@@ -20,12 +20,12 @@ def doubtful_places(
     size: (height, width) of the latent, or None where it is not known yet.  overlap: as `region_weights`.
     Regions without a place, and those in pixels of a picture whose size is not known, are compared as they are.
     """
-    said = [sentence for region in regions for sentence in _alone(region, size)]
+    sentences = [sentence for region in regions for sentence in _alone(region, size)]
     there = [region for region in regions if region.strength and (region.box is not None or _drawn(region))]
     for first, second in itertools.combinations(there, 2):
         if first.start < second.end and second.start < first.end and _same_place(first, second, size):
-            said.append(_shared(first, second, overlap))
-    return said
+            sentences.append(_shared(first, second, overlap))
+    return sentences
 
 
 def _alone(region: Region, size: tuple[int, int] | None) -> list[str]:

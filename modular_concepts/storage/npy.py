@@ -85,7 +85,7 @@ def _header(name: str, file: BinaryIO) -> tuple[str, int]:
 
 def _entries(name: str, text: str) -> tuple[np.dtype, bool, tuple[int, int]]:
     """descr, fortran_order and shape; nothing else may stand there."""
-    found, rest = {}, text.strip()
+    entries, rest = {}, text.strip()
     for key, pattern in _ENTRIES.items():
         matches = list(pattern.finditer(rest))
         if len(matches) != 1:
@@ -93,11 +93,11 @@ def _entries(name: str, text: str) -> tuple[np.dtype, bool, tuple[int, int]]:
             if key == "descr" and _NUMBERS.search(text):
                 wrong = "not a matrix of real numbers in 2, 4 or 8 bytes each"
             raise AdapterError(f"{name}: {wrong}; save a square matrix of float32 or float64 with numpy.save")
-        found[key] = matches[0]
+        entries[key] = matches[0]
         rest = rest[: matches[0].start()] + rest[matches[0].end() :]
     if not re.fullmatch(r"\{[\s,]*\}", rest):
         raise AdapterError(
             f"{name}: this basis file cannot be read: its header says more than a type, an order and a shape"
         )
-    shape = int(found["shape"][2]), int(found["shape"][3])
-    return np.dtype(found["descr"][3]), found["fortran_order"][2] == "True", shape
+    shape = int(entries["shape"][2]), int(entries["shape"][3])
+    return np.dtype(entries["descr"][3]), entries["fortran_order"][2] == "True", shape

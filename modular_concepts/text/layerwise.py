@@ -20,12 +20,12 @@ _PARTS = ("down_blocks", "mid_block", "up_blocks")
 
 def cross_attention_transformers(unet: nn.Module) -> dict[str, nn.Module]:
     """Path -> diffusers' Transformer2DModel, in running order, which is not that of the module tree."""
-    found = {
+    transformers = {
         path: module
         for path, module in unet.named_modules()
         if path.startswith(_PARTS) and isinstance(getattr(module, "transformer_blocks", None), nn.ModuleList)
     }
-    return {path: found[path] for path in sorted(found, key=_running_order)}
+    return {path: transformers[path] for path in sorted(transformers, key=_running_order)}
 
 
 @contextmanager

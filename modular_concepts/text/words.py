@@ -160,15 +160,15 @@ def learned_tokens(embedding: nn.Embedding, tokens: Mapping[str, Tensor], layer:
             f"{word}: the learned tokens are {rows.shape[1]} wide, the text model's {embedding.embedding_dim}; "
             "they were trained on another base"
         )
-    asked = []
+    queue = []
 
     def hide(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         (ids,) = args
-        asked.append(ids)
+        queue.append(ids)
         return (ids.masked_fill(ids >= vocab_size, 0),)
 
     def fill(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        ids = asked.pop()
+        ids = queue.pop()
         extra = F.embedding((ids - vocab_size).clamp(min=0), rows.to(output))
         return torch.where((ids >= vocab_size)[..., None], extra, output)
 

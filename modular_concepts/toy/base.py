@@ -19,12 +19,12 @@ def load_toy_base(weights: Path | None = None) -> BaseModel:
     folder = weights or model.WEIGHTS
     unet, text_encoder = model.build_unet(), model.build_text_encoder()
     for network, name in ((unet, "unet"), (text_encoder, "text_encoder")):
-        own = {key.removeprefix("text_model."): key for key in network.state_dict()}
+        keys = {key.removeprefix("text_model."): key for key in network.state_dict()}
         path = folder / f"{name}.safetensors"
         if not path.is_file():
             raise AdapterError(f"the toy base's weights are not at {path}; install this pack anew, whole and unpacked")
         stored = load_file(path)
-        network.load_state_dict({own[key.removeprefix("text_model.")]: value.float() for key, value in stored.items()})
+        network.load_state_dict({keys[key.removeprefix("text_model.")]: value.float() for key, value in stored.items()})
         network.requires_grad_(False).eval()
     return BaseModel(
         architecture="toy",

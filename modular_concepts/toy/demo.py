@@ -69,10 +69,10 @@ def run_demo(base: BaseModel, judges: Judges, out: Path, steps: Steps, settings:
         trained = []
         for slot, concept in enumerate(concepts):
             # A seed for each concept, or plain LoRAs would all start from one lora_down: their worst case.
-            own = replace(settings, method=method, seed=slot, name=concept.name)
+            chosen = replace(settings, method=method, seed=slot, name=concept.name)
             if method == "orthogonal":
-                own = replace(own, slot=slot)
-            trained.append(_train(base, concept, references[concept.name], own, steps))
+                chosen = replace(chosen, slot=slot)
+            trained.append(_train(base, concept, references[concept.name], chosen, steps))
             save_concept(trained[-1], folder / f"{concept.name}_{method}.safetensors")
         sheets[method], methods[method] = _judge_trio(base, judges, concepts, trained, references, steps)
         methods[method]["prior_drift"] = _prior_drift(base, judges, concepts, trained, baseline, steps)
@@ -137,10 +137,10 @@ def _judge_trio(base, judges: Judges, concepts, trained, references, steps: Step
     merge_concepts(trained, [1.0] * len(trained))
     merge_ms = (time.monotonic() - before) * 1000
     pictures, figures = {}, {}
-    for concept, own in zip(concepts, trained, strict=True):
+    for concept, learned in zip(concepts, trained, strict=True):
         refs, _ = references[concept.name]
         scenes = prompts_for("", PICTURES_EACH)[1]
-        alone = _draw(base, [own], concept.trigger, f"draw {concept.name} alone", steps)
+        alone = _draw(base, [learned], concept.trigger, f"draw {concept.name} alone", steps)
         merged = _draw(base, trained, concept.trigger, f"draw {concept.name} from the merged model", steps)
         pictures[concept.name] = {"alone": alone, "merged": merged}
         figures[concept.name] = {
@@ -174,8 +174,8 @@ def _prior_drift(base, judges: Judges, concepts, trained, baseline, steps: Steps
         after = _draw(base, trained, word, f"draw any {word}, from the merged model", steps)
         rates = []
         for shown in (before, after):
-            own = [c for c in concepts if c.class_word == word]
-            taken = torch.stack([judges.similarity(shown, pictures_of(c)[0]) > judges.threshold for c in own])
+            of_word = [c for c in concepts if c.class_word == word]
+            taken = torch.stack([judges.similarity(shown, pictures_of(c)[0]) > judges.threshold for c in of_word])
             rates.append(taken.any(0).float().mean().item())
         drift[word] = rates[1] - rates[0]
     return drift

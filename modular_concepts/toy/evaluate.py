@@ -24,10 +24,10 @@ QUESTIONS = ("pattern", "primary", "secondary", "accessory", "accent")
 
 def single_subjects(base: BaseModel, judges: Judges, settings: SampleSettings, each: int) -> dict[str, float]:
     """Shares of right classes and scenes over `each` samples of all 48 pairs."""
-    asked = [(kind, scene) for kind in range(len(CLASSES)) for scene in range(len(SCENES)) for _ in range(each)]
-    prompts = [f"a {CLASSES[kind]} {SCENE_PHRASES[SCENES[scene]]}" for kind, scene in asked]
+    pairs = [(kind, scene) for kind in range(len(CLASSES)) for scene in range(len(SCENES)) for _ in range(each)]
+    prompts = [f"a {CLASSES[kind]} {SCENE_PHRASES[SCENES[scene]]}" for kind, scene in pairs]
     answer = judges.read(sample(base, prompts, list(range(len(prompts))), settings=settings))
-    kinds, scenes = torch.tensor(asked).unbind(1)
+    kinds, scenes = torch.tensor(pairs).unbind(1)
     return {
         "class": (answer["class"] == kinds).float().mean().item(),
         "scene": (answer["scene"] == scenes).float().mean().item(),
@@ -45,8 +45,8 @@ def two_subjects(base: BaseModel, judges: Judges, settings: SampleSettings, coun
     ]
     wide = SampleSettings(settings.steps, settings.cfg, width=2 * TILE, batch=settings.batch)
     pictures = sample(base, prompts, list(range(count)), settings=wide)
-    found = torch.stack([judges.read(tile)["class"] for tile in pictures.split(TILE, dim=3)], 1)
-    return {"both_classes": (found == kinds).all(1).float().mean().item()}
+    classes = torch.stack([judges.read(tile)["class"] for tile in pictures.split(TILE, dim=3)], 1)
+    return {"both_classes": (classes == kinds).all(1).float().mean().item()}
 
 
 def named_attributes(base: BaseModel, judges: Judges, settings: SampleSettings, count: int) -> dict[str, float]:

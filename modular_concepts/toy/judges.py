@@ -103,11 +103,11 @@ class Judges:
     def text_alignment(self, tiles: Tensor, class_word: str, scenes: Sequence[str | None]) -> float:
         """Share of the asked words (one class for all, a scene each or None) that the reader finds."""
         answer = self.read(tiles)
-        found = (answer["class"] == CLASSES.index(class_word)).tolist()
+        heard = (answer["class"] == CLASSES.index(class_word)).tolist()
         for row, scene in enumerate(scenes):
             if scene is not None:
-                found.append(bool(answer["scene"][row] == SCENES.index(scene)))
-        return sum(found) / len(found)
+                heard.append(bool(answer["scene"][row] == SCENES.index(scene)))
+        return sum(heard) / len(heard)
 
 
 @cache

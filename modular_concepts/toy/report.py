@@ -128,13 +128,15 @@ def report_text(report: Mapping) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for method, figures in report["methods"].items():
-        for name, own in figures["concepts"].items():
-            cells = [own[f"{kind}_{stage}"] for kind in ("identity", "image", "text") for stage in ("single", "merged")]
+        for name, each in figures["concepts"].items():
+            cells = [
+                each[f"{kind}_{stage}"] for kind in ("identity", "image", "text") for stage in ("single", "merged")
+            ]
             row = [
                 TITLES[method],
                 name,
                 *(f"{value:.2f}" for value in cells),
-                f"{own['mistaken_merged']:.2f}",
+                f"{each['mistaken_merged']:.2f}",
             ]
             lines.append("| " + " | ".join(row) + " |")
     lines += [
@@ -144,7 +146,7 @@ def report_text(report: Mapping) -> str:
     lines += ["|---|---|---|---|---|---|---|"]
     for method, figures in report["methods"].items():
         joint = figures["joint"].values()
-        mean = {key: sum(own[key] for own in joint) / len(joint) for key in ("identity", "mistaken", "missing")}
+        mean = {key: sum(each[key] for each in joint) / len(joint) for key in ("identity", "mistaken", "missing")}
         drift = ", ".join(f"{word} {value:+.2f}" for word, value in figures["prior_drift"].items())
         row = [TITLES[method], f"{figures['crosstalk']:.4f}", f"{figures['merge_ms']:.1f} ms"]
         row += [f"{mean[key]:.2f}" for key in ("identity", "mistaken", "missing")] + [drift]

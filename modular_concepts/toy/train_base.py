@@ -104,10 +104,10 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """All state under the parameters' names."""
-        found = {f"momentum.{key}": value for key, value in self.momentum.items()}
+        state = {f"momentum.{key}": value for key, value in self.momentum.items()}
         for key, parameter in self.rest.items():
-            found |= {f"{name}.{key}": value for name, value in self.adamw.state[parameter].items()}
-        return found
+            state |= {f"{name}.{key}": value for name, value in self.adamw.state[parameter].items()}
+        return state
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         self.momentum = {key: tensors[f"momentum.{key}"] for key in self.inner}

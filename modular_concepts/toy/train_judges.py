@@ -89,8 +89,8 @@ def train_reader(steps: int, batch: int, seed: int) -> tuple[Reader, dict]:
         for part in range(8):
             pictures, answers = reader_batch(512, torch.Generator().manual_seed(10**9 + part))
             for name, logits in reader(pictures).items():
-                asked = answers[name] >= 0
-                right[name].append((logits.argmax(1) == answers[name])[asked].float())
+                answered = answers[name] >= 0
+                right[name].append((logits.argmax(1) == answers[name])[answered].float())
     return reader, {name: torch.cat(values).mean().item() for name, values in right.items()}
 
 
@@ -162,13 +162,13 @@ def calibrate(recogniser: Recogniser, identities: int = 1024, references: int = 
     def scores(subjects: Subjects) -> Tensor:
         return torch.cat([(recogniser(views(subjects, generator)) * template).sum(1) for _ in range(4)])
 
-    own = scores(owners)
+    owned = scores(owners)
     strangers = scores(random_subjects(identities, generator, owners.kind))
     alike = scores(look_alikes(owners, generator))
     threshold = torch.cat([strangers, alike]).quantile(0.99).item()
     return {
         "threshold": threshold,
-        "true_accepts": (own > threshold).float().mean().item(),
+        "true_accepts": (owned > threshold).float().mean().item(),
         "false_accepts_strangers": (strangers > threshold).float().mean().item(),
         "false_accepts_look_alikes": (alike > threshold).float().mean().item(),
     }
