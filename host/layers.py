@@ -90,10 +90,10 @@ def base_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | Non
     concepts train without it and go with any.
     """
     text = model.model if clip is None else clip.cond_stage_model
-    known = _HASHES.setdefault(model.model, weakref.WeakKeyDictionary())
-    if text not in known:
-        known[text] = tables_hash(*_tables(model, clip))
-    return known[text]
+    hashes = _HASHES.setdefault(model.model, weakref.WeakKeyDictionary())
+    if text not in hashes:
+        hashes[text] = tables_hash(*_tables(model, clip))
+    return hashes[text]
 
 
 def mark_of(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None) -> str:
@@ -130,8 +130,8 @@ def base_sample(model: comfy.model_patcher.ModelPatcher) -> str:
 def _unpatched(patcher: comfy.model_patcher.ModelPatcher, names: Mapping[str, str]) -> dict[str, Tensor]:
     """Canonical name -> weight as it was loaded; where a patch is applied, the patcher keeps it aside."""
     weights = patcher.model.state_dict()
-    kept = {key: entry.weight for key, entry in patcher.backup.items()}
-    return {name: kept.get(key, weights[key]) for name, key in names.items()}
+    backed_up = {key: entry.weight for key, entry in patcher.backup.items()}
+    return {name: backed_up.get(key, weights[key]) for name, key in names.items()}
 
 
 # -- denoiser
@@ -168,18 +168,18 @@ def text_encoders_of(clip: comfy.sd.CLIP) -> dict[str, comfy.sd1_clip.SDClipMode
 
     Raises AdapterError for a CLIP without one.
     """
-    found = {
+    encoders = {
         name: child
         for name, child in clip.cond_stage_model.named_children()
         if isinstance(child, comfy.sd1_clip.SDClipModel) and hasattr(child.transformer, "text_model")
     }
-    if not found:
+    if not encoders:
         raise AdapterError(
             f"the CLIP is a {type(clip.cond_stage_model).__name__} without a CLIP text model; "
             f"load the text encoder of one of these: {titles()}"
         )
     order = encoder_names()
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+    return dict(sorted(encoders.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
 def _text_names(name: str, encoder: comfy.sd1_clip.SDClipModel) -> dict[str, str]:

@@ -46,5 +46,5 @@ def _basis_path(name: str) -> Path:
 
 
 def _basis_roots() -> list[Path]:
-    known = folder_paths.folder_names_and_paths.get(BASES)
-    return [Path(root) for root in known[0]] if known else []
+    registered = folder_paths.folder_names_and_paths.get(BASES)
+    return [Path(root) for root in registered[0]] if registered else []

@@ -79,8 +79,8 @@ def file_fingerprint(name: str) -> str:
     if problem := concept_problem(name):
         return problem
     path = path_of("concepts", name)
-    found = path.stat()
-    return f"{path} {found.st_mtime_ns} {found.st_size}"
+    stat = path.stat()
+    return f"{path} {stat.st_mtime_ns} {stat.st_size}"
 
 
 def load_concept_named(name: str) -> Concept:
@@ -89,8 +89,8 @@ def load_concept_named(name: str) -> Concept:
     Kept until it changes on the disk, so that a strength that is changed reads nothing again.
     """
     path = path_of("concepts", name)
-    found = path.stat()
-    key = (path, found.st_mtime_ns, found.st_size)
+    stat = path.stat()
+    key = (path, stat.st_mtime_ns, stat.st_size)
     if key not in _KEPT:
         imported = read_concept(path)
         _FILES[imported.concept] = path
@@ -98,10 +98,10 @@ def load_concept_named(name: str) -> Concept:
         while len(_KEPT) > 1 and sum(size for _, _, size in _KEPT) > KEEP_BYTES:
             del _KEPT[next(iter(_KEPT))]
     _KEPT[key] = _KEPT.pop(key)
-    concept, said = _KEPT[key]
-    if said:
-        logging.warning("%s", said)
-        show_text(said)
+    concept, text = _KEPT[key]
+    if text:
+        logging.warning("%s", text)
+        show_text(text)
     return concept
 
 
@@ -169,10 +169,10 @@ def _save_lora(concept: Concept, typed: str, replace: bool, export: Callable[[Co
             if concept.layers:
                 export(concept, place)
 
-    kept = keep(write, path, _other_places())
-    if kept.fault is not None:
+    outcome = keep(write, path, _other_places())
+    if outcome.fault is not None:
         called = f"beside it the learned words {' '.join(words)}" if words and concept.layers else ""
-    return _saved(folder, path, typed, called, kept)
+    return _saved(folder, path, typed, called, outcome)
 
 
 def name_problem(filename: str) -> str:

@@ -18,8 +18,8 @@ def register() -> None:
     """Make the host list our kinds of files; folders that its own configuration names for them are kept."""
     for kind, suffixes in KINDS.items():
         folder_paths.add_model_folder_path(kind, str(Path(folder_paths.models_dir) / kind))
-        folders, known = folder_paths.folder_names_and_paths[kind]
-        folder_paths.folder_names_and_paths[kind] = (folders, set(known) | suffixes)
+        folders, endings = folder_paths.folder_names_and_paths[kind]
+        folder_paths.folder_names_and_paths[kind] = (folders, set(endings) | suffixes)
     for kind, folder in EXAMPLES.items():
         if folder.is_dir():
             folder_paths.add_model_folder_path(kind, str(folder))
@@ -36,9 +36,9 @@ def path_of(kind: str, name: str) -> Path:
     Raises AdapterError for one that is not there or leads out of the folder.
     """
     # What the host lists it also reads, so links that people put into their folders work.
-    listed = {known.replace("\\", "/"): known for known in names(kind)}.get(str(name).replace("\\", "/"))
-    if listed is not None and (found := folder_paths.get_full_path(kind, listed)) is not None:
-        return Path(found)
+    listed = {one.replace("\\", "/"): one for one in names(kind)}.get(str(name).replace("\\", "/"))
+    if listed is not None and (full := folder_paths.get_full_path(kind, listed)) is not None:
+        return Path(full)
     for folder in folder_paths.get_folder_paths(kind):
         if listed is not None and (link := Path(folder) / listed).is_symlink():
             raise AdapterError(f"models/{kind}/{listed}: {not_a_file(link)}; put the file there, or remove the link")

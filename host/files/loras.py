@@ -65,7 +65,7 @@ def concepts_of(
         tensors = {key: value for key, value in lora.items() if isinstance(value, Tensor)}
         imported = lora_concept(Path(title), tensors, {}, title, place, shapes)
         return Stack.of(imported.concept), "\n".join(imported.notes(title))
-    stack, said, paths = [], [], []
+    stack, sentences, paths = [], [], []
     for entry in lora or ():
         file, strength, text_strength = _entry(entry)
         if file in ("", "None"):
@@ -73,11 +73,11 @@ def concepts_of(
         path = path_of("loras", file)
         imported = import_lora(path, None, place, shapes)
         stack.append(with_strengths(imported.concept, strength, text_strength))
-        said += imported.notes(path.name)
+        sentences += imported.notes(path.name)
         paths.append(path)
     called = told_apart([concept.name for concept, _ in stack], paths)
-    stack = [(replace(concept, name=name), own) for (concept, own), name in zip(stack, called, strict=True)]
-    return Stack(stack), "\n".join(said)
+    stack = [(replace(concept, name=name), strong) for (concept, strong), name in zip(stack, called, strict=True)]
+    return Stack(stack), "\n".join(sentences)
 
 
 def with_strengths(concept: Concept, strength: float, text_strength: float) -> tuple[Concept, float]:
@@ -106,11 +106,11 @@ def _entry(entry: Any) -> tuple[str, float, float]:
     """(file name, strength, text strength) of a LORA_STACK's entry; some packs leave the last one out."""
     try:
         file, strength, *rest = entry
-        found = str(file), float(strength), float(rest[0] if rest else strength)
+        read = str(file), float(strength), float(rest[0] if rest else strength)
     except (TypeError, ValueError) as error:
         raise AdapterError(
             f"a LORA_STACK is a list of (file name, model strength, clip strength), not {type(entry).__name__}"
         ) from error
-    for own in found[1:]:
-        check_strength(found[0], own)
-    return found
+    for each in read[1:]:
+        check_strength(read[0], each)
+    return read

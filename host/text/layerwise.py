@@ -71,26 +71,26 @@ class PickLayer:
         self.layers = layers
 
     def __call__(self, hidden: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple:
-        own = own_context(self.layers, context, options)
-        return hidden, own, own if value is context else own_context(self.layers, value, options)
+        context_here = own_context(self.layers, context, options)
+        return hidden, context_here, context_here if value is context else own_context(self.layers, value, options)
 
 
 def _outer_sample(sample, *args, **kwargs):
     """The host's sampling of one picture, its prompts brought to one shape if any is layer-wise."""
     guider = sample.class_obj
     conditions = [entry for entries in guider.conds.values() for entry in entries]
-    found = {entry[LAYERS].shape[1] for entry in conditions if LAYERS in entry}
-    if not found:
+    counts = {entry[LAYERS].shape[1] for entry in conditions if LAYERS in entry}
+    if not counts:
         return sample(*args, **kwargs)
     layers = cross_attention_layers(guider.model_patcher)
-    if found != {layers}:
+    if counts != {layers}:
         raise AdapterError(
-            f"the prompt's learned word has {' and '.join(map(str, sorted(found)))} layers and this model {layers}; "
+            f"the prompt's learned word has {' and '.join(map(str, sorted(counts)))} layers and this model {layers}; "
             "use the model that the concept was trained for"
         )
-    said = [entry for entry in conditions if entry.get("cross_attn") is not None]
-    length = math.lcm(*(entry["cross_attn"].shape[1] for entry in said))
-    for entry in said:
+    texts = [entry for entry in conditions if entry.get("cross_attn") is not None]
+    length = math.lcm(*(entry["cross_attn"].shape[1] for entry in texts))
+    for entry in texts:
         plain = entry["cross_attn"]
         if any("control" in one for one in conditions):
             # A ControlNet has its own transformers, which know nothing of layers.

@@ -46,8 +46,8 @@ LATENT_PIXEL = 8  # what the host takes a latent's cell for when it tells SDXL t
 
 def host_base(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> HostBase:
     """Raises AdapterError for anything missing, patched, or of a family that we cannot train."""
-    for name, given in (("model", model), ("clip", clip), ("vae", vae)):
-        if given is None:
+    for name, part in (("model", model), ("clip", clip), ("vae", vae)):
+        if part is None:
             raise AdapterError(
                 f"the {name} is missing: this checkpoint holds none; connect one that belongs to the model"
             )
@@ -212,8 +212,8 @@ class HostBase:
 def cast_weights(module: nn.Module, like: Tensor) -> Generator[tuple[Tensor | None, Tensor | None]]:
     """(weight, bias) as the host's own layers take them, wherever they lie: cast, fetched, dequantised."""
     if module.weight is None or not isinstance(module, comfy.ops.CastWeightBiasOp):
-        with own_weights(module, like) as found:
-            yield found
+        with own_weights(module, like) as weights:
+            yield weights
         return
     weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
     try:
@@ -250,7 +250,7 @@ def draw(
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds[chunk]]
         )
         positive, negative = (
-            _conditioning(base.context(said, tokens), len(noise)) for said in (prompts[chunk], [settings.negative])
+            _conditioning(base.context(texts, tokens), len(noise)) for texts in (prompts[chunk], [settings.negative])
         )
         done = number * settings.steps
 

@@ -90,13 +90,13 @@ class ConvDown(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        down, kept = ctx.saved_tensors
+        down, source = ctx.saved_tensors
         how = (ctx.conv.stride, ctx.conv.padding, ctx.conv.dilation)
         grad_x = grad_down = None
         if ctx.needs_input_grad[0]:
             grad_x = conv2d_input(ctx.shape, down.to(grad.dtype), grad, *how)
         if ctx.needs_input_grad[1]:
-            x = ctx.again(kept).to(grad.dtype)
+            x = ctx.again(source).to(grad.dtype)
             grad_down = conv2d_weight(x, down.shape, grad, *how).to(down.dtype)
         return grad_x, grad_down, None
 

@@ -183,7 +183,7 @@ def _frozen_columns(concept: Concept, basis: OrthogonalBasis | None) -> dict[str
         return {}
     basis = basis or recipe_basis(concept.recipe)
     _check_identity(concept.recipe, basis)
-    found: dict[str, list[int]] = {}
+    by_layer: dict[str, list[int]] = {}
     seen: dict[int, list[int]] = {}
     for name, adapter in frozen.items():
         if adapter.lora_up.dtype != adapter.lora_down.dtype:
@@ -194,8 +194,8 @@ def _frozen_columns(concept: Concept, basis: OrthogonalBasis | None) -> dict[str
         columns = next((guess for guess in (seen.get(width, []), *guesses) if _gives(basis, guess, down)), None)
         columns = columns or _nearest_columns(basis, down)
         if _gives(basis, columns, down):
-            found[name] = seen[width] = columns
-    return found
+            by_layer[name] = seen[width] = columns
+    return by_layer
 
 
 def _guesses(concept: Concept, layer: str, rank: int, width: int) -> list[list[int]]:

@@ -61,7 +61,7 @@ def export_embedding(concept: Concept, word: str, path: Path | str) -> None:
     encoders = _encoders_of(rows.shape[1])
     if encoders:
         columns = rows.split([encoder.width for encoder in encoders], dim=1)
-        tensors = {encoder.name: own.contiguous() for encoder, own in zip(encoders, columns, strict=True)}
+        tensors = {encoder.name: columns_of.contiguous() for encoder, columns_of in zip(encoders, columns, strict=True)}
     else:
         tensors = {word: rows}
     # A manager shows the word that this file is, and not those beside it.

@@ -130,9 +130,9 @@ def split_key(key: str) -> tuple[str | None, str]:
 
 def by_rule(stem: str) -> str | None:
     """Canonical name of a foreign module, by the form of its name alone."""
-    found = _by_rule(stem)
+    layer = _by_rule(stem)
     try:
-        return found and check_name(found)
+        return layer and check_name(layer)
     except AdapterError:
         return None
 
@@ -159,18 +159,18 @@ def _joined(
     gathered: dict[str, list[tuple[int, LowRank]]] = {}
     for part, (layer, rows) in parts.items():
         if part in adapters:
-            own = shaped_for(adapters[part], (rows[1], *shapes[layer][1:]))
-            check_adapter(f"{path.name}: {layer}, from row {rows[0]}", own, (rows[1], *shapes[layer][1:]))
-            gathered.setdefault(layer, []).append((rows[0], own))
-    for layer, found in gathered.items():
+            fitted = shaped_for(adapters[part], (rows[1], *shapes[layer][1:]))
+            check_adapter(f"{path.name}: {layer}, from row {rows[0]}", fitted, (rows[1], *shapes[layer][1:]))
+            gathered.setdefault(layer, []).append((rows[0], fitted))
+    for layer, sites in gathered.items():
         if layer in whole:
             raise AdapterError(f"{path.name}: {layer} is there whole and in parts; the file mixes two adapters")
         out, ups = shapes[layer][0], []
-        for start, adapter in found:
+        for start, adapter in sites:
             up = adapter.lora_up.new_zeros(out, adapter.rank)
             up[start : start + len(adapter.lora_up)] = adapter.scale * adapter.lora_up
             ups.append(up)
-        down = torch.cat([adapter.lora_down for _, adapter in found])
+        down = torch.cat([adapter.lora_down for _, adapter in sites])
         whole[layer] = LowRank(torch.cat(ups, dim=1), down, float(len(down)), "lora", None, out)
     return whole
 

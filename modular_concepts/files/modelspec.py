@@ -48,7 +48,7 @@ def modelspec(concept: Concept, tensors: Mapping[str, Tensor], form: str = "lora
     model = recipe.architecture or "unknown" if family is None else family.modelspec
     implementation = family.implementation if family is not None and keys != "diffusers" else DIFFUSERS
     digest = data_hash(tensors)
-    said = {
+    entries = {
         "sai_model_spec": VERSION,
         "architecture": f"{model}/{kind}",
         "implementation": STABILITY if kind == "textual-inversion" else implementation,
@@ -56,17 +56,17 @@ def modelspec(concept: Concept, tensors: Mapping[str, Tensor], form: str = "lora
         "hash_sha256": f"0x{digest}",
     }
     if family is not None:
-        said["resolution"] = f"{family.side}x{family.side}"
+        entries["resolution"] = f"{family.side}x{family.side}"
     if words := trigger_phrase(concept):
-        said["trigger_phrase"] = words
+        entries["trigger_phrase"] = words
     parts = recipe.origin.get("parts")
     if isinstance(parts, Sequence) and parts:
         names = [str(part["name"]) for part in parts if isinstance(part, Mapping) and "name" in part]
-        said["merged_from"] = ", ".join(names)
-    found = {PREFIX + key: value for key, value in (said | about).items()} | {"sshs_model_hash": digest}
+        entries["merged_from"] = ", ".join(names)
+    metadata = {PREFIX + key: value for key, value in (entries | about).items()} | {"sshs_model_hash": digest}
     if "thumbnail" in about:
-        found[COVERS] = json.dumps([about["thumbnail"].removeprefix(JPEG)])
-    return found
+        metadata[COVERS] = json.dumps([about["thumbnail"].removeprefix(JPEG)])
+    return metadata
 
 
 def trigger_phrase(concept: Concept) -> str:
@@ -81,25 +81,25 @@ def about_of(metadata: Mapping[str, str], name: str) -> dict[str, str]:
     Other programs let people edit these entries, so nothing in them makes a file unreadable.
     name: the concept's, which is its title unless it has another.
     """
-    found = {key: metadata[PREFIX + key] for key in OWN if PREFIX + key in metadata}
-    if found.get("title") == name:
-        del found["title"]
-    kept = {}
-    for key, value in found.items():
+    entries = {key: metadata[PREFIX + key] for key in OWN if PREFIX + key in metadata}
+    if entries.get("title") == name:
+        del entries["title"]
+    about = {}
+    for key, value in entries.items():
         if key == "thumbnail":
             if _is_jpeg(value):
-                kept[key] = value
+                about[key] = value
         elif text := "".join(c for c in value[:MAX_TEXT] if c.isprintable() or c == "\n").strip():
-            kept[key] = text
-    return kept
+            about[key] = text
+    return about
 
 
 def architecture_said(metadata: Mapping[str, str]) -> str:
     """The family that another program's file names, as concepts call it, or "" where it names none that we know."""
-    said = metadata.get(PREFIX + "architecture", "")
-    if "refiner" not in said:
+    architecture = metadata.get(PREFIX + "architecture", "")
+    if "refiner" not in architecture:
         for family in families():
-            if said.startswith(family.modelspec):
+            if architecture.startswith(family.modelspec):
                 return family.name
     version = metadata.get("ss_base_model_version", "")  # what older files say instead, in kohya's own entry
     return next((family.name for family in families() if version.startswith(tuple(family.kohya_versions))), "")
@@ -149,8 +149,8 @@ def check_about(concept: Concept) -> dict[str, str]:
 
 def saying(concept: Concept, **about: str) -> Concept:
     """The concept with these entries of `about`; empty ones change nothing."""
-    said = {key: value.strip() for key, value in about.items() if value.strip()}
-    return replace(concept, about={**concept.about, **said}) if said else concept
+    texts = {key: value.strip() for key, value in about.items() if value.strip()}
+    return replace(concept, about={**concept.about, **texts}) if texts else concept
 
 
 def dated(concept: Concept) -> Concept:

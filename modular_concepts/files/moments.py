@@ -69,14 +69,14 @@ def save_moments(moments: Mapping[str, Moment], path: Path | str, origin: Record
         size = moment.factor.abs().max().clamp(min=1e-30)
         tensors[f"{name}.factor"] = (moment.factor / size).half().contiguous()
         tensors[f"{name}.scale"] = torch.stack([size.double(), torch.tensor(moment.rest, dtype=torch.float64)])
-    said = {"concept": origin.concept, "base": origin.base, "drawing": origin.drawing}
-    write_safetensors(path, tensors, {"format": FORMAT} | {key: text for key, text in said.items() if text})
+    texts = {"concept": origin.concept, "base": origin.base, "drawing": origin.drawing}
+    write_safetensors(path, tensors, {"format": FORMAT} | {key: text for key, text in texts.items() if text})
 
 
 def recorded_from(path: Path | str) -> Recorded:
     """What a file of moments says that it was recorded from; reads the header alone."""
-    said = _said(path)
-    return Recorded(*(said.get(key, "") for key in ("concept", "base", "drawing")))
+    texts = _said(path)
+    return Recorded(*(texts.get(key, "") for key in ("concept", "base", "drawing")))
 
 
 def _said(path: Path | str) -> Mapping[str, str]:

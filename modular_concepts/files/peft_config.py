@@ -40,10 +40,10 @@ class PeftConfig:
 
         Raises AdapterError where the configuration speaks of another rank than the file has.
         """
-        said = _of(self.ranks, layer, rank if self.rank is None else self.rank)
-        if said != rank:
+        stated = _of(self.ranks, layer, rank if self.rank is None else self.rank)
+        if stated != rank:
             raise AdapterError(
-                f"{self.where} says rank {said:g} of {layer}, whose factors have {rank}; it is of another file, so "
+                f"{self.where} says rank {stated:g} of {layer}, whose factors have {rank}; it is of another file, so "
                 "remove it, or put the right one there"
             )
         alpha = float(rank) if self.lora_alpha is None else self.lora_alpha
@@ -123,13 +123,13 @@ def _patterns(where: str, data: Mapping, name: str) -> dict[str, float]:
     patterns = data.get(name) or {}
     if not isinstance(patterns, dict):
         raise AdapterError(f"{where}: {name} is not a JSON object")
-    found = {}
+    numbers = {}
     for pattern, value in patterns.items():
         end = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not end or not set(end) <= _PATTERN:
             raise AdapterError(f"{where}: {name} has {clip(pattern)}, which is no layer's name")
-        found[end] = _number(where, f"{name} of {clip(pattern)}", value)
-    return found
+        numbers[end] = _number(where, f"{name} of {clip(pattern)}", value)
+    return numbers
 
 
 def _number(where: str, what: str, value: object) -> float:

@@ -138,7 +138,9 @@ def load_xl(folder: Path) -> XLBaseModel:
         *(tokenizer.model_max_length for tokenizer in tokenizers),
         *(encoder.config.max_position_embeddings for encoder in (text_encoder, text_encoder_2)),
     )
-    read = [lambda prompts, triggers, own=own: tokenized(own, length, prompts, triggers) for own in tokenizers]
+    read = [
+        lambda prompts, triggers, reader=reader: tokenized(reader, length, prompts, triggers) for reader in tokenizers
+    ]
     base = XLBaseModel(
         architecture=SDXL.name,
         unet=unet,

@@ -39,12 +39,12 @@ class Watch:
     def take_maps(self, positions: Tensor) -> dict[int, Tensor]:
         """Number of places -> (B, vectors, places): attention that the tokens at `positions` get; then forgotten."""
         seen, self.seen = self.seen, []
-        found: dict[int, list[Tensor]] = {}
-        for attention, own in zip(self.attentions, seen, strict=True):
-            if len(own) == 2:
-                map = attention_map(own["q"], own["k"], attention.heads, positions)
-                found.setdefault(map.shape[-1], []).append(map)
-        return {places: torch.stack(maps).mean(dim=0) for places, maps in found.items()}
+        by_places: dict[int, list[Tensor]] = {}
+        for attention, parts in zip(self.attentions, seen, strict=True):
+            if len(parts) == 2:
+                map = attention_map(parts["q"], parts["k"], attention.heads, positions)
+                by_places.setdefault(map.shape[-1], []).append(map)
+        return {places: torch.stack(maps).mean(dim=0) for places, maps in by_places.items()}
 
 
 @contextmanager

@@ -122,10 +122,10 @@ def newest_checkpoint(path: Path | str) -> Path:
     if not path.is_dir():
         return path
     refuse_two_runs(path)
-    found = checkpoints_in(path)
-    if not found:
+    checkpoints = checkpoints_in(path)
+    if not checkpoints:
         raise AdapterError(f"{path} holds no checkpoint to resume from; start the training without resuming")
-    return found[-1]
+    return checkpoints[-1]
 
 
 def checkpoint_settings(path: Path | str) -> dict:

@@ -97,7 +97,7 @@ def _learned_bytes(step: Step, peak: int, frozen: int, left: int, done: int) -> 
 def concept_bytes(run: Run) -> int:
     """At most, with the recipe: the file of a concept whose adapters and words these are."""
     adapters = run.adapters.values()
-    factors = sum(own.out_features * own.rank + own.lora_down.numel() + HEADER // 4 for own in adapters)
+    factors = sum(adapter.out_features * adapter.rank + adapter.lora_down.numel() + HEADER // 4 for adapter in adapters)
     return 4 * (factors + sum(rows.numel() for rows in run.tokens.values())) + 64 * HEADER
 
 

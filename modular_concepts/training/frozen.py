@@ -50,11 +50,11 @@ def frozen_forward(networks: Iterable[nn.Module], weights: Weights = own_weights
                 module.forward = frozen
         yield
     finally:
-        for module, own in before:
-            if own is None:
+        for module, forward in before:
+            if forward is None:
                 del module.forward
             else:
-                module.forward = own
+                module.forward = forward
 
 
 def _frozen(module: nn.Module, weights: Weights) -> Callable | None:
@@ -101,8 +101,8 @@ class FrozenForward:
             input = input.contiguous()
             return remember(_GroupNorm.apply(input, self.module, self.weights), input, self.normalised)
         if self.function is _LayerNorm:
-            kept = input.detach().clone()
-            return remember(_LayerNorm.apply(input, kept, self.module, self.weights), kept, self.normalised)
+            copied = input.detach().clone()
+            return remember(_LayerNorm.apply(input, copied, self.module, self.weights), copied, self.normalised)
         if self.low_rank is None:
             return self.function.apply(input, self.module, self.weights)
         term = self.low_rank()

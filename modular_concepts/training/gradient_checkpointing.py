@@ -27,11 +27,11 @@ def checkpointed(networks: Iterable[nn.Module]) -> Generator[None]:
             block.forward = _again_in_backward(block.forward)
         yield
     finally:
-        for block, own in before:
-            if own is None:
+        for block, forward in before:
+            if forward is None:
                 block.__dict__.pop("forward", None)
             else:
-                block.forward = own
+                block.forward = forward
 
 
 def known_blocks(networks: Iterable[nn.Module]) -> list[nn.Module]:

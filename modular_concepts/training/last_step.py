@@ -54,11 +54,11 @@ class LastStep:
             for parameter, before in zip(self.parameters, self.moments, strict=True):
                 if not before:
                     run.optimizer.state.pop(parameter, None)
-            known = [place for place, before in enumerate(self.moments) if before]
+            stepped = [place for place, before in enumerate(self.moments) if before]
             with torch.no_grad():
                 _copy_states(
-                    [self.moments[place] for place in known],
-                    [run.optimizer.state[self.parameters[place]] for place in known],
+                    [self.moments[place] for place in stepped],
+                    [run.optimizer.state[self.parameters[place]] for place in stepped],
                 )
         self.updating = False
 

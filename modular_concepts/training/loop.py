@@ -242,26 +242,26 @@ def _diverged(run: Run) -> Diverged:
     settings = run.settings
     other = ", or in bf16 or fp32 precision" if settings.precision == "fp16" else ""
     layers = "" if settings.method == "words" else f"of the layers (now {settings.adapter_lr:g}) or "
-    kept = f". What was learned up to step {run.step} is kept" if run.step else ""
+    way_back = f". What was learned up to step {run.step} is kept" if run.step else ""
     return Diverged(
         f"the loss is no longer a finite number at step {failed}; train with a lower learning rate {layers}"
-        f"of the word (now {settings.token_lr:g}){other}{kept}",
+        f"of the word (now {settings.token_lr:g}){other}{way_back}",
         run.result(finished=False),
     )
 
 
 def _raise_with_result(run: Run, error: BaseException) -> NoReturn:
     """The error again, ours with what was learned where there is something; the run is as after its last step."""
-    said = str(error)
+    sentence = str(error)
     if ran_out_of_memory(error):
-        said = f"memory ran out at step {run.step + 1}; {memory_advice(run.settings)}"
+        sentence = f"memory ran out at step {run.step + 1}; {memory_advice(run.settings)}"
     elif not isinstance(error, AdapterError):
         raise error
     if not run.step:
-        raise AdapterError(said) from error
+        raise AdapterError(sentence) from error
     kind = OutOfMemory if ran_out_of_memory(error) else Broken
-    kept = f"What was learned up to step {run.step} is kept"
-    raise kind(f"{said.rstrip('.')}. {kept}", run.result(finished=False)) from error
+    rest = f"What was learned up to step {run.step} is kept"
+    raise kind(f"{sentence.rstrip('.')}. {rest}", run.result(finished=False)) from error
 
 
 def _save_after(fault: BaseException, checkpoints: Path | str | None, run: Run) -> None:

@@ -34,5 +34,5 @@ def masked_mean(
     """
     if mask is None:
         return error.flatten(1).mean(dim=1)
-    kept = mask.expand_as(error).flatten(1).sum(dim=1)
-    return (error * mask).flatten(1).sum(dim=1) / kept.clamp(min=1e-8)
+    area = mask.expand_as(error).flatten(1).sum(dim=1)
+    return (error * mask).flatten(1).sum(dim=1) / area.clamp(min=1e-8)

@@ -91,10 +91,10 @@ def fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
     """Bring back what `optimizer_state` gave."""
-    own: dict[str, Tensor | int] = {part: value.to(parameter.device) for part, value in state.items()}
-    if not isinstance(optimizer, torch.optim.AdamW) and "step" in own:
-        own["step"] = int(own["step"])
-    optimizer.state[parameter] = own
+    moved: dict[str, Tensor | int] = {part: value.to(parameter.device) for part, value in state.items()}
+    if not isinstance(optimizer, torch.optim.AdamW) and "step" in moved:
+        moved["step"] = int(moved["step"])
+    optimizer.state[parameter] = moved
 
 
 def _untouched(parameter: Tensor) -> dict[str, Tensor]:

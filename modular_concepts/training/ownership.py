@@ -138,8 +138,8 @@ def claimed(folder: Path | str, resume: Path | str | None = None, set_aside: boo
 
 def _run_and_step(resume: Path | str | None) -> tuple[str, int]:
     """Of the checkpoint that is resumed, or of the newest in that folder."""
-    found = [] if resume is None else checkpoints_in(Path(resume)) if Path(resume).is_dir() else [Path(resume)]
-    owner = owner_of(found[-1]) if found and PATTERN.fullmatch(found[-1].name) else None
+    checkpoints = [] if resume is None else checkpoints_in(Path(resume)) if Path(resume).is_dir() else [Path(resume)]
+    owner = owner_of(checkpoints[-1]) if checkpoints and PATTERN.fullmatch(checkpoints[-1].name) else None
     return ("", 0) if owner is None else (owner.run, owner.step)
 
 

@@ -119,10 +119,10 @@ class Problem:
     prior: Examples | None = None
 
     def __post_init__(self):
-        own = self.examples.latents[0].shape[0]
-        if self.prior is not None and self.prior.latents[0].shape[0] != own:
+        channels = self.examples.latents[0].shape[0]
+        if self.prior is not None and self.prior.latents[0].shape[0] != channels:
             raise AdapterError(
-                f"class pictures have latents of {self.prior.latents[0].shape[0]} channels, the concept's {own}; "
+                f"class pictures have latents of {self.prior.latents[0].shape[0]} channels, the concept's {channels}; "
                 "draw them with the base that is trained"
             )
 

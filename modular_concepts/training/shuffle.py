@@ -25,12 +25,12 @@ class Shuffle:
 
     def take(self, batch: int) -> Tensor:
         """The next entry and those after it in its group; the others stay, in their order."""
-        while len(found := self._mates(batch)) < batch:
+        while len(mates := self._mates(batch)) < batch:
             shuffled = torch.randperm(len(self.entries), generator=self.generator)
             self.pending = torch.cat([self.pending, self.entries[shuffled]])
-        taken = self.pending[found]
+        taken = self.pending[mates]
         left = torch.ones(len(self.pending), dtype=torch.bool)
-        left[found] = False
+        left[mates] = False
         self.pending = self.pending[left]
         return taken
 

@@ -21,9 +21,9 @@ class TextFeatures:
     def __init__(self, problem: Problem, tokens: Mapping[str, Tensor], trained: bool):
         """trained: whether the text model's own layers learn."""
         self.encode, self.tokens = problem.base.context, tokens
-        known = {"", *problem.examples.captions, *(problem.prior.captions if problem.prior else ())}
-        alive = {text for text in known if trained or self.says_trigger([text])}
-        self.fixed = known - alive
+        texts = {"", *problem.examples.captions, *(problem.prior.captions if problem.prior else ())}
+        alive = {text for text in texts if trained or self.says_trigger([text])}
+        self.fixed = texts - alive
         self.kept: dict[str, Any] = {}
 
     def says_trigger(self, captions: Sequence[str]) -> bool:
@@ -34,8 +34,8 @@ class TextFeatures:
         alive = [caption for caption in captions if caption not in self.fixed]
         if len(alive) == len(captions):
             return self.encode(list(captions), self.tokens)
-        own = iter(_rows(self.encode(alive, self.tokens), len(alive)) if alive else ())
-        rows = [self._kept(caption) if caption in self.fixed else next(own) for caption in captions]
+        fresh = iter(_rows(self.encode(alive, self.tokens), len(alive)) if alive else ())
+        rows = [self._kept(caption) if caption in self.fixed else next(fresh) for caption in captions]
         if not all(isinstance(row, Tensor | tuple) for row in rows) or len(set(map(_shapes, rows))) > 1:
             # A long caption lengthens the others that are read beside it.
             return self.encode(list(captions), self.tokens)
