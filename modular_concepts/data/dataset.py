@@ -112,7 +112,7 @@ def load_folder(
         names=names,
         fingerprint=_fingerprint(names, captions, pixels, covers),
         repeats=None if set(repeats) == {1} else repeats,
-        report=replace(report, said="" if report.captions else called, notes=notes.sentences()),
+        report=replace(report, called="" if report.captions else called, notes=notes.sentences()),
     )
 
 

@@ -69,14 +69,14 @@ class FolderReport:
     """What a training reads, and what it leaves alone.
 
     repeats: subfolder -> (its pictures, how often each comes).  left_out: reason -> names.
-    said: what each picture without a caption is called, or "" where there are captions.
+    called: what each picture without a caption is called, or "" where there are captions.
     notes: sentences on what happens to some of the pictures.
     """
 
     pictures: int
     captions: int = 0
     masks: int = 0
-    said: str = ""
+    called: str = ""
     repeats: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ class FolderReport:
         """How many pictures, captions and masks there are, in one line."""
         counts = {"picture": self.pictures, "caption": self.captions, "mask": self.masks}
         text = ", ".join(_counted(count, what) for what, count in counts.items())
-        return f"{text}; each is called {self.said!r}" if self.said else text
+        return f"{text}; each is called {self.called!r}" if self.called else text
 
     def remarks(self) -> list[str]:
         """A sentence for each thing that a person should know before the first step."""
