@@ -43,6 +43,8 @@ PLAIN_MASK = "masks of one grey all over leave the whole picture to be learned"
 CROPPED = "the crop leaves less than half of the picture"
 PROFILE = "colours are read as sRGB, and the colour profile in the file is not applied; convert it to sRGB first"
 _SRGB = (b"sRGB", "sRGB".encode("utf-16-be"), b"IEC 61966", "IEC 61966".encode("utf-16-be"))
+_GAMMA, _PRIMARIES = 1 / 2.2, (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # sRGB's, as a PNG says them
+_EXIF, _COLOUR_SPACE, _UNCALIBRATED = 0x8769, 0xA001, 0xFFFF  # how cameras say that it is another
 PLACE, ALSO_PLACE = "{concept}", "<TOK>"  # the second is how Mix-of-Show's captions have it
 
 
@@ -356,7 +358,14 @@ def _damaged(path: Path) -> AdapterError:
 def _has_profile(image: Image) -> bool:
     """Whether its colours are meant in another colour space than sRGB, as which they are read."""
     profile = image.info.get("icc_profile") or b""
-    return image.mode == "CMYK" or bool(profile) and not any(name in profile for name in _SRGB)
+    if profile or image.mode == "CMYK":
+        return image.mode == "CMYK" or not any(name in profile for name in _SRGB)
+    if "srgb" in image.info:
+        return False
+    gamma, primaries = image.info.get("gamma", _GAMMA), image.info.get("chromaticity", _PRIMARIES)
+    there = (gamma, *primaries), (_GAMMA, *_PRIMARIES)
+    other = any(abs(own - usual) > 0.01 for own, usual in zip(*there, strict=True))
+    return other or image.getexif().get_ifd(_EXIF).get(_COLOUR_SPACE) == _UNCALIBRATED
 
 
 def _is_transparent(image: Image) -> bool:

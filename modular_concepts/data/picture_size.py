@@ -7,6 +7,7 @@ goes over all pixels once for each scan.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -28,6 +29,9 @@ MOST_CHUNK = 2**26  # bytes of a PNG's part that is no pixels
 MOST_SCANS = 100  # of a JPEG, which has ten where it is progressive
 MOST_PARTS = 20_000  # before a JPEG's first scan, and in a PNG
 JUNK = 4096  # bytes between a JPEG's parts that belong to none
+_PIXELS, _BLOCK = 4096, 2**16  # bytes of an IDAT at least, where there are many; of a JPEG that are looked at together
+_MARK = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
+_ALONE = (0x01, 0xD8)  # marks without a length
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG's colour types
 
 
@@ -47,8 +51,8 @@ def check_parts(path: Path) -> None:
 
 
 def _check_png(path: Path, file: BinaryIO, size: int) -> None:
-    place = 8
-    for _ in range(MOST_PARTS):
+    place, beside = 8, 0
+    for _ in range(MOST_PARTS + size // _PIXELS):
         if place >= size:
             return
         file.seek(place)
@@ -56,10 +60,14 @@ def _check_png(path: Path, file: BinaryIO, size: int) -> None:
         length = int.from_bytes(head[:4], "big")
         if head[4:] == b"IEND":
             return
-        if head[4:] not in (b"IDAT", b"fdAT") and length > MOST_CHUNK:
-            raise AdapterError(
-                f"{path}: a part of it that is no pixels takes {length:,} bytes; save the picture again without it"
-            )
+        if head[4:] not in (b"IDAT", b"fdAT"):
+            beside += 1
+            if beside > MOST_PARTS:
+                break
+            if length > MOST_CHUNK:
+                raise AdapterError(
+                    f"{path}: a part of it that is no pixels takes {length:,} bytes; save the picture again without it"
+                )
         place += 12 + length
     raise _many_parts(path)
 
@@ -69,32 +77,40 @@ def _many_parts(path: Path) -> AdapterError:
 
 
 def _check_jpeg(path: Path, file: BinaryIO) -> None:
-    """From mark to mark up to the first scan; then scans are counted, for what they hold has no such mark."""
-    damaged = AdapterError(f"{path}: this is not a picture that can be read, or it is damaged")
-    place = 2
+    """From mark to mark up to the picture's end; behind that may be a film, as phones have it, which nobody reads."""
+    place, scans = 2, 0
     for _ in range(MOST_PARTS):
-        file.seek(place)
-        head = file.read(JUNK)
-        mark = next((at for at in range(len(head) - 1) if head[at] == 0xFF and head[at + 1] not in (0, 0xFF)), None)
-        if mark is None:
-            raise damaged
-        if head[mark + 1] == 0xDA:
-            break
-        file.seek(place + mark + 2)
-        alone = head[mark + 1] in (0x01, *range(0xD0, 0xD9))
-        length = 0 if alone else int.from_bytes(file.read(2), "big")
-        if length < 2 and not alone:
-            raise damaged
-        place += mark + 2 + length
-    else:
-        raise _many_parts(path)
+        mark = _next_mark(file, place, within=None if scans else JUNK)
+        if mark is None and scans:
+            return
+        at, code = mark or (0, 0)
+        if code == 0xD9:
+            return
+        scans += code == 0xDA
+        if scans > MOST_SCANS:
+            raise AdapterError(f"{path}: it comes in more than {MOST_SCANS} scans, and a JPEG has ten; save it again")
+        file.seek(at + 2)
+        length = 0 if code in _ALONE else int.from_bytes(file.read(2), "big")
+        if mark is None or (length < 2 and code not in _ALONE):
+            raise AdapterError(f"{path}: this is not a picture that can be read, or it is damaged")
+        place = at + 2 + length
+    raise _many_parts(path)
+
+
+def _next_mark(file: BinaryIO, place: int, within: int | None) -> tuple[int, int] | None:
+    """(where, code) of the first mark from `place` on; within: bytes that may lie before it.
+
+    What a scan holds has none: there 0xFF is followed by 0, or by a number that starts it over.
+    """
     file.seek(place)
-    scans, before = 0, b""
-    while block := file.read(2**20):
-        scans += (before + block).count(b"\xff\xda")
-        before = block[-1:]
-    if scans > MOST_SCANS:
-        raise AdapterError(f"{path}: it comes in {scans:,} scans, and a JPEG has ten; save the picture again")
+    before = b""
+    while block := file.read(min(within, _BLOCK) if within else _BLOCK):
+        if match := _MARK.search(before + block):
+            return place - len(before) + match.start(), match[0][-1]
+        if within:
+            return None
+        place, before = place + len(block), block[-1:]
+    return None
 
 
 def check_promise(path: Path, image: Image) -> None:

@@ -60,7 +60,10 @@ def limit_gradients(parameters: Iterable[Tensor], longest: float) -> Tensor:
     The same bits as torch's own clipping by norm.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    if not gradients:
+        return torch.zeros(())
+    lengths = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack([length.to(lengths[0].device) for length in lengths]))
     share = (longest / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:  # words may lie on another device than layers
         gradient.mul_(share.to(gradient.device))

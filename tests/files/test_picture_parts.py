@@ -5,10 +5,12 @@ import os
 import struct
 import zlib
 
+import numpy as np
 import pytest
 from mutations import peak_memory
 from PIL import Image, PngImagePlugin
 
+from modular_concepts.data import picture_size
 from modular_concepts.data.dataset import FIRST_FRAME, PROFILE, load_folder, load_picture
 from modular_concepts.data.picture_size import JUNK, MOST_BYTES, MOST_PARTS, MOST_SCANS, check_parts
 from modular_concepts.errors import AdapterError
@@ -142,3 +144,59 @@ def test_a_file_in_very_many_parts_is_refused(tmp_path):
                 refused(path, "parts")
             else:
                 assert load_picture(path).shape == (48, 64, 3)
+
+
+def test_a_film_behind_a_jpeg_is_no_part_of_it(tmp_path):
+    """As phones write moving photos; two bytes in 65,536 look like the mark of a scan."""
+    film = np.random.default_rng(0).bytes(16 * MIB)
+    assert film.count(b"\xff\xda") > MOST_SCANS
+    for options in ({}, {"progressive": True}):
+        (tmp_path / "x.jpg").write_bytes(encoded("JPEG", **options) + film)
+        assert load_picture(tmp_path / "x.jpg").shape == (48, 64, 3)
+
+
+def test_a_png_of_very_many_small_parts_of_pixels_is_read(tmp_path, monkeypatch):
+    """libpng writes 8,192 bytes at a time; how many parts there may be follows from the file's size."""
+    monkeypatch.setattr(picture_size, "MOST_PARTS", 5)
+    pixels = Image.effect_noise((400, 400), 60)
+    pixels.save(tmp_path / "x.png")
+    whole = (tmp_path / "x.png").read_bytes()
+    parts = whole.count(b"IDAT")
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in np.asarray(pixels)))
+    for size, sound in ((8192, True), (16, False)):
+        pieces = [data[at : at + size] for at in range(0, len(data), size)]
+        chunks = b"".join(
+            struct.pack(">I", len(piece)) + b"IDAT" + piece + struct.pack(">I", zlib.crc32(b"IDAT" + piece))
+            for piece in pieces
+        )
+        (tmp_path / "y.png").write_bytes(whole[:33] + chunks + whole[-12:])
+        assert len(pieces) > 5 >= parts
+        if sound:
+            assert load_picture(tmp_path / "y.png").shape == (400, 400, 3)
+        else:
+            refused(tmp_path / "y.png", "parts")
+
+
+def test_colours_that_are_meant_otherwise_without_a_profile_are_told(tmp_path):
+    def with_chunk(kind: bytes, data: bytes) -> bytes:
+        sound = encoded("PNG")
+        part = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return sound[:33] + part + sound[33:]
+
+    uncalibrated = Image.Exif()
+    uncalibrated.get_ifd(0x8769)[0xA001] = 0xFFFF
+    usual = Image.Exif()
+    usual.get_ifd(0x8769)[0xA001] = 1
+    srgb = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+    pictures = {
+        "linear.png": with_chunk(b"gAMA", struct.pack(">I", 100_000)),
+        "primaries.png": with_chunk(b"cHRM", struct.pack(">8I", *srgb[:4], *srgb[4:][::-1])),
+        "camera.jpg": encoded("JPEG", exif=uncalibrated),
+        "usual.png": with_chunk(b"gAMA", struct.pack(">I", 45_455)),
+        "srgb.png": with_chunk(b"cHRM", struct.pack(">8I", *srgb)),
+        "phone.jpg": encoded("JPEG", exif=usual),
+    }
+    for name, data in pictures.items():
+        (tmp_path / name).write_bytes(data)
+    (told,) = [note for note in load_folder(tmp_path, (32, 32)).report.notes if note.startswith(PROFILE)]
+    assert {name for name in pictures if name in told} == {"linear.png", "primaries.png", "camera.jpg"}
