@@ -364,7 +364,7 @@ def _has_profile(image: Image) -> bool:
         return False
     gamma, primaries = image.info.get("gamma", _GAMMA), image.info.get("chromaticity", _PRIMARIES)
     there = (gamma, *primaries), (_GAMMA, *_PRIMARIES)
-    other = any(abs(own - usual) > 0.01 for own, usual in zip(*there, strict=True))
+    other = any(abs(value - usual) > 0.01 for value, usual in zip(*there, strict=True))
     return other or image.getexif().get_ifd(_EXIF).get(_COLOUR_SPACE) == _UNCALIBRATED
 
 
