@@ -82,9 +82,9 @@ class Checks:
 
     def merged(self, apply: str = "weights", strengths=STRENGTHS):
         stack = [(concept, own) for (concept, _), own in zip(self.stack, strengths, strict=True)]
-        return pack_module("host.merging.weights").merged(self.model, self.clip, stack, beside=apply == "activations")[
-            0
-        ]
+        return pack_module("host.merging.weights").merge_into(
+            self.model, self.clip, stack, beside=apply == "activations"
+        )[0]
 
     def drawn(self, model, conditioning=None, steps: int = STEPS) -> Tensor:
         positive, negative = conditioning or (self._says(PROMPT), self._says(NEGATIVE))

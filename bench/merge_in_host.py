@@ -82,7 +82,7 @@ class Bench:
         recipe = self.concept.Recipe(architecture=self.architecture)
         stack = [(self.concept.Concept(c.name, c.layers, {}, recipe), STRENGTH) for c in concepts]
         stack[-1] = (stack[-1][0], last)
-        return self.patching.merged(self.model, self.clip, stack, self.merge(how), beside)[0]
+        return self.patching.merge_into(self.model, self.clip, stack, self.merge(how), beside)[0]
 
     def chain(self, loras: list[dict], last: float = STRENGTH, start=None):
         """start: a MODEL with all but the last LoRA, which the host keeps from the run before."""

@@ -100,7 +100,7 @@ class Proof:
     def words(self, group: dict):
         """MODEL and CLIP with the concepts' learned words; their adapters are left to core."""
         bare = [(replace(self.concepts[name], layers={}), 1.0) for name in group["names"]]
-        return self.patching.merged(self.model, self.clip, bare)
+        return self.patching.merge_into(self.model, self.clip, bare)
 
     def lora(self, name: str) -> dict[str, torch.Tensor]:
         """As a plain LoRA file would hold it."""

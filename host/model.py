@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .families.family import HostFamily
 from .families.lookup import host_family_of
-from .layers import HostLayer, host_places
+from .layers import HostLayer, base_sample, host_places, known_hash, mark_of
 from .text.layerwise import cross_attention_layers
 from .text.words import word_rows
 
@@ -57,6 +57,21 @@ class HostModel:
     def scale(self) -> int:
         """Pixels of the picture to one of the latent."""
         return self.latent_format.spacial_downscale_ratio
+
+    @property
+    def mark(self) -> str:
+        """Tells this base from others, in whatever precision: `fingerprint.base_mark`."""
+        return mark_of(self.model, self.clip)
+
+    @property
+    def known_hash(self) -> str:
+        """The weights' hash where a training has asked for it before, else ""."""
+        return known_hash(self.model, self.clip)
+
+    @property
+    def sample(self) -> str:
+        """A few numbers of the loader's own weights: `fingerprint.weights_sample`."""
+        return base_sample(self.model)
 
     @property
     def cross_attention_layers(self) -> int:

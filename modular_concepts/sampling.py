@@ -17,7 +17,7 @@ from .adapters.attach import attached
 from .adapters.sites import with_sites
 from .concept import Concept
 from .errors import AdapterError
-from .merging.compatibility import fitted
+from .merging.compatibility import fit
 from .merging.methods import Merge
 from .models.base import BaseModel
 from .models.budget import check_pictures
@@ -212,6 +212,6 @@ def customised(
     everything = with_sites(concept_layers(base, EVERYTHING))
     shapes = {name: module.weight.shape for name, module in everything.items()}
     stack = Stack(zip(concepts, strengths, strict=True))
-    merged, words = fitted(base.architecture, shapes, stack, Merge(how), base.word_rows)
+    merged, words = fit(base.architecture, shapes, stack, Merge(how), base.word_rows)
     with attached(everything, merged):
         yield {word.trigger: word.rows for word in words}

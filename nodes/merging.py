@@ -6,17 +6,18 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.merging.fusion import Drawing, fused
-from ..host.merging.hook import hook_of
-from ..host.merging.notices import APPLY, merged_by
+from ..host.merging.fusion import Drawing, fuse
+from ..host.merging.hook import make_hook
+from ..host.merging.notices import APPLY, merge_by
 from ..host.merging.weights import concept_inside
 from ..host.messages import show_text
+from ..host.model import HostModel
 from ..host.training.train import lora_of
 from ..modular_concepts.merging import MergeOptions
 from ..modular_concepts.merging.blocks import BLOCK
 from ..modular_concepts.merging.fusion import FUSION
 from ..modular_concepts.merging.method import TEXTS
-from ..modular_concepts.merging.methods import METHODS
+from ..modular_concepts.merging.methods import METHODS, Merge
 from ..modular_concepts.merging.orthogonalize import orthogonal_concepts
 from ..modular_concepts.recording import PROMPTS
 from ..modular_concepts.settings import merging as declared
@@ -90,7 +91,7 @@ class ConceptMerge(io.ComfyNode):
     ) -> io.NodeOutput:
         stack = stacks.joined(concepts)
         options = MergeOptions(density=density, rank=rank, seed=seed)
-        return io.NodeOutput(*merged_by(model, clip, stack, method, options, apply=apply), stack)
+        return io.NodeOutput(*merge_by(HostModel(model, clip), stack, Merge(method, options=options), apply), stack)
 
 
 class BlockLoRAMerge(io.ComfyNode):
@@ -123,7 +124,8 @@ class BlockLoRAMerge(io.ComfyNode):
     def execute(cls, model, clip, concepts: dict, strengths: str, apply: str = APPLY[0]) -> io.NodeOutput:
         stack = stacks.joined(concepts)
         literal = strengths == "sum to one"
-        return io.NodeOutput(*merged_by(model, clip, stack, BLOCK.name, DEFAULTS, literal, apply), stack)
+        merge = Merge(BLOCK.name, literal)
+        return io.NodeOutput(*merge_by(HostModel(model, clip), stack, merge, apply), stack)
 
 
 class ConceptFusion(io.ComfyNode):
@@ -180,7 +182,7 @@ class ConceptFusion(io.ComfyNode):
     ) -> io.NodeOutput:
         stack = stacks.joined(concepts)
         drawing = Drawing(prompts.splitlines(), pictures, steps, size)
-        model, clip, text = fused(model, clip, stack, drawing, ridge, anew, apply == "activations")
+        model, clip, text = fuse(HostModel(model, clip), stack, drawing, ridge, anew, apply == "activations")
         show_text(text)
         return io.NodeOutput(model, clip, stack)
 
@@ -240,7 +242,7 @@ class ConceptHook(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, concepts: dict) -> io.NodeOutput:
-        return io.NodeOutput(hook_of(model, clip, stacks.joined(concepts)))
+        return io.NodeOutput(make_hook(HostModel(model, clip), stacks.joined(concepts)))
 
 
 class ConceptFromModel(io.ComfyNode):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import comfy.model_patcher
 import comfy.sample
@@ -29,10 +28,11 @@ from ...modular_concepts.recording import PROMPTS, trigger_of
 from ...modular_concepts.settings import merging as declared
 from ..called import uncompiled
 from ..files.concepts import file_of
-from ..layers import host_layers, mark_of
+from ..layers import host_layers
+from ..model import HostModel
 from ..text.words import encode_prompt
 from .notices import warnings_of
-from .weights import merged
+from .weights import merge_into
 
 SAMPLER = ("euler", "normal")
 
@@ -62,9 +62,8 @@ class Drawing:
         return json.dumps([self.texts(), self.pictures, self.steps, self.size])
 
 
-def fused(
-    model: comfy.model_patcher.ModelPatcher,
-    clip: comfy.sd.CLIP,
+def fuse(
+    host: HostModel,
     stack: Sequence[tuple[Concept, float]],
     drawing: Drawing,
     ridge: float,
@@ -73,38 +72,36 @@ def fused(
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, str]:
     """(MODEL, CLIP, where each concept's moments came from and warnings, for a person); see `merging/fusion.py`.
 
-    anew: record also what a file beside the concept already says.  beside: as `merged`.
+    anew: record also what a file beside the concept already says.  beside: as `merge_into`.
     """
-    merged(model, clip, stack)  # What does not fit together is refused before anything is drawn.
+    merge_into(host.model, host.clip, stack)  # What does not fit together is refused before anything is drawn.
     bar, moments, sentences = comfy.utils.ProgressBar(len(stack)), [], []
     for concept, _ in stack:
-        each, source = _find_moments(model, clip, concept, drawing, anew)
+        each, source = _find_moments(host, concept, drawing, anew)
         moments.append(each)
         sentences.append(f"{concept.name}: {source}")
         bar.update(1)
     options, evidence = MergeOptions(ridge=ridge), Evidence(moments)
-    result = merged(model, clip, stack, Merge(FUSION.name, options=options, evidence=evidence), beside)
-    return *result, "\n".join([*sentences, *warnings_of(model, clip, stack, "" if beside else "weights")])
+    result = merge_into(host.model, host.clip, stack, Merge(FUSION.name, options=options, evidence=evidence), beside)
+    return *result, "\n".join([*sentences, *warnings_of(host, stack, "" if beside else "weights")])
 
 
-def _find_moments(
-    model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, concept: Concept, drawing: Drawing, anew: bool
-) -> tuple[Mapping[str, Moment], str]:
+def _find_moments(host: HostModel, concept: Concept, drawing: Drawing, anew: bool) -> tuple[Mapping[str, Moment], str]:
     file = file_of(concept)
     beside = None if file is None else moments_path(file)
-    reason = "" if beside is None or anew else why_not_kept(concept, mark_of(model, clip))
+    reason = "" if beside is None or anew else why_not_kept(concept, host.mark)
     if beside is not None and not anew and not reason:
         other = recorded_from(beside).drawing != drawing.said()
         hint = " (recorded with other prompts, pictures, steps or size; tick anew to record these)" if other else ""
         return load_moments(beside), f"moments read from {beside.name}{hint}"
-    moments = recorded(model, clip, concept, drawing)
+    moments = record(host, concept, drawing)
     text = f"moments recorded from {drawing.pictures} pictures"
     if beside is None:
         return moments, text
     if beside.is_file() and reason:
         text += f", since {beside.name} {reason}"
     try:
-        save_moments(moments, beside, Recorded(concept_mark(concept), mark_of(model, clip), drawing.said()))
+        save_moments(moments, beside, Recorded(concept_mark(concept), host.mark, drawing.said()))
     except AdapterError as error:  # what was drawn for is used all the same
         return moments, f"{text}, but not kept: {error}"
     # As they will be read, so that the second time gives the same picture as the first.
@@ -127,23 +124,20 @@ def why_not_kept(concept: Concept, mark: str = "") -> str:
 
 
 @torch.no_grad()
-def recorded(
-    model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, concept: Concept, drawing: Drawing
-) -> dict[str, Moment]:
+def record(host: HostModel, concept: Concept, drawing: Drawing) -> dict[str, Moment]:
     """Draw a concept alone at strength 1 with the host's own sampler, and record what its layers read."""
     texts = drawing.texts()
     if any("{concept}" in text for text in texts):
         trigger = trigger_of(concept)
         texts = [text.replace("{concept}", trigger) for text in texts]
-    everything = host_layers(model, clip)
-    alone, alone_clip = merged(model, clip, [(concept, 1.0)])
-    form: Any = model.get_model_object("latent_format")
-    side = max(1, drawing.size // form.spacial_downscale_ratio)
-    shape = (1, form.latent_channels, side, side)
+    everything = host_layers(host.model, host.clip)
+    alone, alone_clip = merge_into(host.model, host.clip, [(concept, 1.0)])
+    side = max(1, drawing.size // host.scale)
+    shape = (1, host.latent_format.latent_channels, side, side)
     modules = {name: everything[name].module for name in concept.layers}
     with recording(modules) as recorder, uncompiled():
         for number in range(drawing.pictures):
-            conditioning = encode_prompt(alone_clip, texts[number % len(texts)])
+            positive = encode_prompt(alone_clip, texts[number % len(texts)])
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(drawing.seed + number))
             latent = torch.zeros_like(noise)
             comfy.sample.sample(
@@ -152,8 +146,8 @@ def recorded(
                 drawing.steps,
                 1.0,
                 *SAMPLER,
-                conditioning,
-                conditioning,
+                positive,
+                positive,
                 latent,
                 disable_pbar=True,
                 seed=drawing.seed,

@@ -6,24 +6,22 @@ from collections.abc import Sequence
 
 import comfy.hooks
 import comfy.model_patcher
-import comfy.sd
 from comfy.weight_adapter.base import WeightAdapterBase
 
 from ...modular_concepts.concept import Concept
-from .weights import merged
+from ..model import HostModel
+from .weights import merge_into
 
 
-def hook_of(
-    model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, stack: Sequence[tuple[Concept, float]]
-) -> comfy.hooks.HookGroup:
+def make_hook(host: HostModel, stack: Sequence[tuple[Concept, float]]) -> comfy.hooks.HookGroup:
     """One hook with the sum of the concepts: one adapter for each layer, whatever their number.
 
-    model, clip: say where the layers are, and stay as they are.  Raises AdapterError as `patching.merged`.
+    host: says where the layers are, and stays as it is.  Raises AdapterError as `weights.merge_into`.
     """
-    changed, changed_clip = merged(model, clip, stack)
+    changed, changed_clip = merge_into(host.model, host.clip, stack)
     hook = comfy.hooks.WeightHook()
     hook.need_weight_init = False
-    hook.weights, hook.weights_clip = _added(model, changed), _added(clip.patcher, changed_clip.patcher)
+    hook.weights, hook.weights_clip = _added(host.model, changed), _added(host.clip.patcher, changed_clip.patcher)
     group = comfy.hooks.HookGroup()
     group.add(hook)
     return group
@@ -34,4 +32,4 @@ def _added(
 ) -> dict[str, WeightAdapterBase]:
     """Weight key -> the adapter that a clone has and its original has not."""
     counts = {key: len(patches) for key, patches in before.patches.items()}
-    return {key: entries[-1][1] for key, entries in after.patches.items() if len(entries) > counts.get(key, 0)}
+    return {key: patches[-1][1] for key, patches in after.patches.items() if len(patches) > counts.get(key, 0)}

@@ -3,60 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import comfy.model_patcher
 import comfy.sd
 
 from ...modular_concepts.concept import Concept
 from ...modular_concepts.crosstalk.report import warnings_between, warnings_on_base
-from ...modular_concepts.merging import NOTHING, MergeOptions, merge_concepts
+from ...modular_concepts.merging import MergeOptions, merge_concepts
 from ...modular_concepts.merging.method import TEXTS
-from ...modular_concepts.merging.methods import METHODS, Merge
+from ...modular_concepts.merging.methods import Merge
 from ...modular_concepts.merging.truncation import SVD, share_kept
 from ...modular_concepts.stack import Stack
 from ...modular_concepts.unread import MERGE, find_unread
-from ..layers import base_sample, known_hash, quantised
+from ..layers import quantised
 from ..messages import show_text
-from .text_features import spoken_evidence
-from .weights import merged
+from ..model import HostModel
+from .text_features import read_evidence
+from .weights import merge_into
 
 APPLY = ("weights", "activations")
 
 
-def merged_by(
-    model: comfy.model_patcher.ModelPatcher,
-    clip: comfy.sd.CLIP,
-    stack: Sequence[tuple[Concept, float]],
-    how: str,
-    options: MergeOptions,
-    literal: bool = False,
-    apply: str = APPLY[0],
+def merge_by(
+    host: HostModel, stack: Sequence[tuple[Concept, float]], merge: Merge, apply: str = APPLY[0]
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP]:
-    """`merged`, and on the node: warnings, and what a cut to a lower rank keeps of the sum.
+    """`merge_into`, and on the node: warnings, and what a cut to a lower rank keeps of the sum.
 
-    how: any method but fusion, which draws first (`fusion.fused`).  apply: one of `APPLY`.
+    merge: by any method but fusion, which draws first (`fusion.fuse`).  apply: one of `APPLY`.
     """
-    evidence = spoken_evidence(model, clip, stack) if METHODS[how].needs == TEXTS else NOTHING
-    result = merged(model, clip, stack, Merge(how, literal, options, evidence), apply == "activations")
-    chosen = [name for name, value in asdict(options).items() if value != getattr(MergeOptions(), name)]
-    sentences = [*find_unread(MERGE, chosen, how), *warnings_of(model, clip, stack, apply)]
-    if how == SVD.name:
-        sentences.append(kept_by_cut(stack, options))
+    if merge.method.needs == TEXTS:
+        merge = replace(merge, evidence=read_evidence(host, stack))
+    result = merge_into(host.model, host.clip, stack, merge, apply == "activations")
+    chosen = [name for name, value in asdict(merge.options).items() if value != getattr(MergeOptions(), name)]
+    sentences = [*find_unread(MERGE, chosen, merge.how), *warnings_of(host, stack, apply)]
+    if merge.how == SVD.name:
+        sentences.append(kept_by_cut(stack, merge.options))
     if sentences:
         show_text("\n".join(sentences))
     return result
 
 
-def warnings_of(
-    model: comfy.model_patcher.ModelPatcher,
-    clip: comfy.sd.CLIP | None,
-    stack: Sequence[tuple[Concept, float]],
-    apply: str = "",
-) -> list[str]:
+def warnings_of(host: HostModel, stack: Sequence[tuple[Concept, float]], apply: str = "") -> list[str]:
     """What a person should know of these concepts together and on this model, each with the way out."""
-    sentences = [*warnings_between(Stack.of(stack).concepts), *warnings_here(model, clip, stack)]
-    if apply == "weights" and quantised(model):
+    sentences = [*warnings_between(Stack.of(stack).concepts), *warnings_here(host, stack)]
+    if apply == "weights" and quantised(host.model):
         sentences.append(
             "the model's weights are quantised: the sum is rounded to their few bits, which can lose as much as the "
             "concepts bring; set apply to activations"
@@ -64,11 +55,9 @@ def warnings_of(
     return sentences
 
 
-def warnings_here(
-    model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None, stack: Sequence[tuple[Concept, float]]
-) -> list[str]:
+def warnings_here(host: HostModel, stack: Sequence[tuple[Concept, float]]) -> list[str]:
     """What a person should know of each of these concepts on this model."""
-    return warnings_on_base(Stack.of(stack).concepts, known_hash(model, clip), base_sample(model))
+    return warnings_on_base(Stack.of(stack).concepts, host.known_hash, host.sample)
 
 
 def kept_by_cut(stack: Sequence[tuple[Concept, float]], options: MergeOptions) -> str:

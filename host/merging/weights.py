@@ -22,7 +22,7 @@ from ...modular_concepts.concept import Concept, same_concept
 from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.merging import Merged, merged_factors
 from ...modular_concepts.merging.as_concept import as_concept
-from ...modular_concepts.merging.compatibility import fitted
+from ...modular_concepts.merging.compatibility import fit
 from ...modular_concepts.merging.lift import lift
 from ...modular_concepts.merging.methods import SUMMED, Merge
 from ...modular_concepts.merging.tensors import tensors_of, with_tensors
@@ -95,7 +95,7 @@ class MergedWeight(WeightAdapterBase):
         return self.multiplier * self._beside.residual(x, conv)
 
 
-def merged(
+def merge_into(
     model: comfy.model_patcher.ModelPatcher,
     clip: comfy.sd.CLIP,
     stack: Sequence[tuple[Concept, float]],
@@ -117,7 +117,7 @@ def merged(
                 "the concept out"
             )
     host = HostModel(model, clip)
-    adapters, words = fitted(host.architecture, host.shapes, stack, merge, host.word_rows)
+    adapters, words = fit(host.architecture, host.shapes, stack, merge, host.word_rows)
     refuse_other_layers(words, host.cross_attention_layers)
     model, clip = model.clone(), with_words(clip.clone(), words)
     for part, patcher in (("unet", model), ("text_encoder", clip.patcher)):

@@ -20,7 +20,7 @@ from torch import nn
 
 from ...modular_concepts.adapters.sites import Site
 from ...modular_concepts.errors import AdapterError
-from ...modular_concepts.merging.compatibility import fitted, fitting_concepts, learned_words
+from ...modular_concepts.merging.compatibility import fit, fitting_concepts, learned_words
 from ...modular_concepts.regions.gating import Gate
 from ...modular_concepts.regions.moment import Moment
 from ...modular_concepts.regions.shares import Places
@@ -113,7 +113,7 @@ def with_concepts(host: HostModel, stack: Stack) -> comfy.sd.CLIP:
         (replace(concept, layers={name: a for name, a in concept.layers.items() if name in shapes}), strength)
         for concept, strength in stack
     ]
-    merged, _ = fitted(host.architecture, shapes, there)
+    merged, _ = fit(host.architecture, shapes, there)
     if not merged:
         return clip
     clip = clip.clone()

@@ -32,7 +32,7 @@ from ...modular_concepts.stack import NO_CONCEPTS, Stack
 from ..families.cross_attention import replacements_in, text_patches_in
 from ..families.lookup import host_family_of
 from ..merging.notices import warnings_here, warnings_of
-from ..merging.weights import concepts_in, is_inside, merged, merged_concepts
+from ..merging.weights import concepts_in, is_inside, merge_into, merged_concepts
 from ..messages import show_text
 from ..model import HostModel
 from ..text.layerwise import LAYERS, with_layers
@@ -123,7 +123,7 @@ def with_regions(
         apart = gates or any(region.negative is not None for region in scene.regions)
         heard = Listening(places, contexts, negatives, apart)
     gate = HostGate(setup.host, setup.stack, setup.acts, places) if gates else None
-    model = listening(setup.host.model, heard, gate)
+    model = listen(setup.host.model, heard, gate)
     if setup.stack.layerwise:
         with_layers(model)
     return Regional(model, marked(positive, POSITIVE), marked(negative, NEGATIVE))
@@ -141,7 +141,7 @@ class Setup(NamedTuple):
 def _merged(host: HostModel, scene: Scene) -> Setup:
     missing = [pair for pair in scene.stack if not is_inside(host.model, pair[0])]
     if missing:
-        host = HostModel(*merged(host.model, host.clip, missing))
+        host = HostModel(*merge_into(host.model, host.clip, missing))
     count = 1 + len(scene.regions)
     return Setup(host, NO_CONCEPTS, [host.clip] * count, [()] * count)
 
@@ -155,7 +155,7 @@ def _gated(host: HostModel, scene: Scene) -> Setup:
     return Setup(host, stack, [reading[numbers] for numbers in acts], acts)
 
 
-def listening(
+def listen(
     model: comfy.model_patcher.ModelPatcher, heard: Listening | JointListening, gate: HostGate | None = None
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone whose attention listens to the regions, and whose layers have the gate's concepts by region."""
@@ -217,9 +217,9 @@ def _warnings(host: HostModel, scene: Scene, size: tuple[int, int] | None) -> li
     sentences = _idle_priorities(scene)
     sentences += warnings_of_words(host.clip, scene.texts, [*merged_concepts(host.model), *stack.concepts])
     if stack and gated:
-        sentences += warnings_here(host.model, host.clip, stack)
+        sentences += warnings_here(host, stack)
     elif stack:
-        sentences += warnings_of(host.model, host.clip, stack, "weights")
+        sentences += warnings_of(host, stack, "weights")
     sentences += unheard(stack, scene.prompts[0], scene.regions, gated, "name it in the concepts of a region")
     return [*sentences, *doubtful_places(scene.regions, size, scene.overlap)]
 

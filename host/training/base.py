@@ -33,12 +33,12 @@ from ...modular_concepts.training.frozen import frozen_forward, own_weights
 from ...modular_concepts.training.loop import Cancelled
 from ..called import uncompiled
 from ..families.cross_attention import TEXT_PATCHES
-from ..families.family import HostFamily
 from ..families.lookup import host_family_of
-from ..layers import base_hash, base_sample, host_layers, text_encoders_of
+from ..layers import base_hash, host_layers, text_encoders_of
+from ..model import HostModel
 from ..text.encode import HostContext, check_text_models, contexts
-from ..text.layerwise import LAYERS, PickLayer, cross_attention_layers, stacked, with_layers
-from ..text.words import trigger_positions, word_rows
+from ..text.layerwise import LAYERS, PickLayer, stacked, with_layers
+from ..text.words import trigger_positions
 
 SAMPLER = ("euler", "normal")
 LATENT_PIXEL = 8  # what the host takes a latent's cell for when it tells SDXL the picture's size
@@ -64,20 +64,17 @@ def host_base(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae:
             raise AdapterError(
                 f"the {name} is changed already by a LoRA or a concept; train on the model as its loader gives it"
             )
-    return HostBase(model, clip, vae, family.family.name, base_hash(model, clip), _schedule(model))
+    return HostBase(model, clip, vae, base_hash(model, clip), _schedule(model))
 
 
 @dataclass(frozen=True, eq=False)
-class HostBase:
+class HostBase(HostModel):
     """A `Base` for training; `schedule` is what the host's own sampling goes by.
 
     class_words: trigger word -> what text models read for it that cannot learn words (T5 of SD3).
     """
 
-    model: comfy.model_patcher.ModelPatcher
-    clip: comfy.sd.CLIP
     vae: comfy.sd.VAE
-    architecture: str
     hash: str
     schedule: Schedule
     class_words: Mapping[str, str] = field(default_factory=dict)
@@ -86,16 +83,8 @@ class HostBase:
     modules: Sequence[nn.Module] = ()
 
     @property
-    def family(self) -> HostFamily:
-        return host_family_of(self.model)
-
-    @property
     def lean(self) -> bool:
         return self.family.family.lean
-
-    @property
-    def sample(self) -> str:
-        return base_sample(self.model)
 
     @property
     def multiple(self) -> int:
@@ -106,10 +95,6 @@ class HostBase:
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels that the family was trained on."""
         return self.family.family.side, self.family.family.side
-
-    @property
-    def cross_attention_layers(self) -> int:
-        return cross_attention_layers(self.model)
 
     @property
     def downscale(self) -> int:
@@ -124,7 +109,7 @@ class HostBase:
         """Within the block all networks are loaded, and gradients go through them without a copy of a weight."""
         comfy.model_management.load_models_gpu([self.model, self.clip.patcher], force_full_load=True)
         texts = (encoder.transformer for encoder in text_encoders_of(self.clip).values())
-        networks = (self.model.model.diffusion_model, *texts)
+        networks = (self.network, *texts)
         with torch.inference_mode(False), uncompiled(), frozen_forward(networks, cast_weights):
             yield
 
@@ -166,13 +151,13 @@ class HostBase:
             options["patches"] = {TEXT_PATCHES: [PickLayer(text.shape[1])]}
             text = stacked(text)
         with _cancellable():
-            return self.model.model.diffusion_model(
+            return self.network(
                 noisy, timesteps.float(), transformer_options=options, **self._told(noisy, text, pooled)
             )
 
     @property
     def denoiser(self) -> nn.Module:
-        return self.model.model.diffusion_model
+        return self.network
 
     def cross_attentions(self) -> list[CrossAttention]:
         return cross_attentions_of(self.denoiser)
@@ -196,10 +181,6 @@ class HostBase:
         )
         names = {"c_crossattn": "context"}
         return {names.get(name, name): value.cond.to(noisy) for name, value in conditions.items()}
-
-    def word_rows(self, words: str) -> Tensor:
-        """(k, width) rows that some words have in the text models, side by side: see `clip.word_rows`."""
-        return word_rows(self.clip, words)
 
     def unknown_words(self, prompt: str, triggers: Sequence[str]) -> list[str]:
         return self.family.family.unknown_words(prompt, triggers)
@@ -242,9 +223,8 @@ def draw(
         model = model.clone()
         with_layers(model)
     chunks = [slice(start, start + settings.batch) for start in range(0, len(prompts), settings.batch)]
-    form: Any = base.model.get_model_object("latent_format")
     height, width = (side or base.family.family.side for side in (settings.height, settings.width))
-    shape = (form.latent_channels, height // base.downscale, width // base.downscale)
+    shape = (base.latent_format.latent_channels, height // base.downscale, width // base.downscale)
     for number, chunk in enumerate(chunks):
         noise = torch.stack(
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds[chunk]]

@@ -17,7 +17,7 @@ from .methods import SUMMED, Merge, Merged, merge_layers
 WordRows = Callable[[str], Tensor]
 
 
-def fitted(
+def fit(
     architecture: str,
     shapes: Mapping[str, Sequence[int]],
     stack: Iterable[tuple[Concept, float]],

@@ -21,7 +21,7 @@ from ..errors import AdapterError
 from ..models.layers import is_target
 from .dense import MergedDense
 from .method import TEXTS, LayerStack, Method
-from .sums import MergedLayer, MergedSum, summed
+from .sums import MergedLayer, MergedSum, sum_layer
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -78,10 +78,10 @@ def _drop_repeats(rows: Tensor) -> Tensor:
 
 
 def _merge_layer(stack: LayerStack) -> MergedLayer | MergedSum | MergedDense:
-    """Layers that do not read text are summed."""
+    """Layers that do not read text are sum_layer."""
     evidence = stack.evidence
     if evidence.usual is None or not is_target(stack.layer, "cross_attention_kv"):
-        return summed(stack)
+        return sum_layer(stack)
     return constrained_factors(stack.adapters, stack.strengths, evidence.texts, evidence.usual)
 
 

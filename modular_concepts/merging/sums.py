@@ -259,7 +259,7 @@ def _common_dtype(factors: Sequence[Tensor]) -> list[Tensor]:
     return [factor.to(dtype) for factor in factors]
 
 
-def summed(stack: LayerStack) -> MergedSum | MergedDense:
+def sum_layer(stack: LayerStack) -> MergedSum | MergedDense:
     """One layer's adapters side by side; whole weights, which have no narrow middle, are added up."""
     stack.check_room("sum")
     if any(adapter.kind == "full" for adapter in stack.adapters):
@@ -267,6 +267,6 @@ def summed(stack: LayerStack) -> MergedSum | MergedDense:
     return MergedSum(tuple(stack.adapters), tuple(stack.strengths))
 
 
-SUM = Method("sum", summed)
-MEAN = Method("mean", summed, mean_strengths)
-AVERAGE = Method("average", summed, average_strengths)
+SUM = Method("sum", sum_layer)
+MEAN = Method("mean", sum_layer, mean_strengths)
+AVERAGE = Method("average", sum_layer, average_strengths)

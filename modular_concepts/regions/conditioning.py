@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapters.attach import attached
 from ..adapters.sites import with_sites
-from ..merging.compatibility import faded_words, fitted, fitting_concepts
+from ..merging.compatibility import faded_words, fit, fitting_concepts
 from ..models.base import BaseModel
 from ..stack import Stack
 from ..text.contexts import Context, joined, text_of
@@ -66,7 +66,7 @@ class Speaking:
         pairs = [self.stack[number] for number in self.acts[text]]
         adapters = {}
         if pairs:
-            merged, _ = fitted(self.base.architecture, self.shapes, pairs)
+            merged, _ = fit(self.base.architecture, self.shapes, pairs)
             adapters = {name: layer for name, layer in merged.items() if not name.startswith("unet.")}
         with attached(self.layers, adapters):
             return self.base.context(prompts, self.tokens)

@@ -25,7 +25,7 @@ from modular_concepts.files.diffusers import export_diffusers
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.files.lora import import_lora
 from modular_concepts.merging import merge_concepts
-from modular_concepts.merging.compatibility import fitted
+from modular_concepts.merging.compatibility import fit
 from modular_concepts.models.layers import block_of, file_key, name_of_key, tokens_of
 from modular_concepts.models.targets import Targets
 from modular_concepts.regions.gating import Gate
@@ -171,7 +171,7 @@ def test_a_sum_of_whole_layers_and_parts_is_that_of_the_deltas():
     base, stack, strengths = MadeUpBase(), concepts(), [0.8, -0.5]
     places = with_sites(base.every_layer())
     shapes = {name: place.weight.shape for name, place in places.items() if hasattr(place, "weight")}
-    merged, _ = fitted(MADE_UP.name, shapes, zip(stack, strengths, strict=True))
+    merged, _ = fit(MADE_UP.name, shapes, zip(stack, strengths, strict=True))
     assert f"{QKV}.k" in merged and QKV not in merged  # taken apart, for another has a part of it
     with attached(places, merged):
         summed = answers(base)

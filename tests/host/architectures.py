@@ -150,7 +150,7 @@ def merge(run: Run, concept) -> None:
     export_kohya(concept, run.folder / "loras" / "exported.safetensors")
     warned = len(run.warnings)
     ways = {
-        "ours": patching.merged(model, clip, [(concept, 0.7)]),
+        "ours": patching.merge_into(model, clip, [(concept, 0.7)]),
         "core": nodes.LoraLoader().load_lora(model, clip, "exported.safetensors", 0.7, 0.7),
     }
     run.facts["lora warnings"] = run.warnings[warned:]
@@ -242,7 +242,7 @@ def regions(run: Run, concept) -> None:
     draw("concept in a half", elsewhere, (here, left), mode="gated")
     draw("no concept in a half", elsewhere, (here, left), mode="gated", concepts=())
     draw("other text everywhere", here, (elsewhere, whole))
-    model, clip = patching.merged(*run.loaded[:2], stack)
+    model, clip = patching.merge_into(*run.loaded[:2], stack)
     said_by = {text: clip_words.encode_prompt(clip, text) for text in (here, elsewhere, "a car")}
     # A region has a text of its own; the pooled one, which is no position's, is the global prompt's, and a gate lets
     # no concept read that which a region has.
@@ -266,7 +266,9 @@ def refusals(run: Run, made: dict, toy: tuple) -> None:
         run.facts["refused"][title] = said(lambda case=case: training.train_in_host(base, lesson(base, case)))
     run.facts["refused"]["other clip"] = said(lambda: base_of.host_base(run.loaded[0], toy[1], run.loaded[2]))
     run.facts["refused"]["no clip"] = said(lambda: base_of.host_base(run.loaded[0], None, run.loaded[2]))
-    run.facts["refused"]["other family"] = said(lambda: patching.merged(*toy[:2], [(next(iter(made.values())), 1.0)]))
+    run.facts["refused"]["other family"] = said(
+        lambda: patching.merge_into(*toy[:2], [(next(iter(made.values())), 1.0)])
+    )
     run.facts["refused"]["narrow word"] = said(
         lambda: clip_words.with_tokens(run.loaded[1], {"<new>": torch.zeros(1, 768)})
     )

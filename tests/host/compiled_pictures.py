@@ -36,7 +36,7 @@ def drawn(concept, warnings: list[str]) -> tuple[dict[str, torch.Tensor], dict]:
         return model
 
     def activations(model, strength=1.0):
-        return patching.merged(model, clip, [(concept, strength)], beside=True)[0]
+        return patching.merge_into(model, clip, [(concept, strength)], beside=True)[0]
 
     def gated(model):
         region = Region("a man on the beach", (0.0, 0.0, 0.5, 1.0), concepts=("tom",))
@@ -65,7 +65,7 @@ def drawn(concept, warnings: list[str]) -> tuple[dict[str, torch.Tensor], dict]:
     note("compiled later|1.0", lambda: draw(later))
     note("compiled later|again", lambda: draw(later))
     asked = fusion.Drawing(["a man"], 1, 1, 32)
-    said["recorded"] = sorted(fusion.recorded(traced, clip, concept, asked)) == sorted(layers)
+    said["recorded"] = sorted(fusion.record(fusion.HostModel(traced, clip), concept, asked)) == sorted(layers)
 
     block = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1
     block.compile(backend="eager")

@@ -150,11 +150,11 @@ def exchanged(plan: dict, folder: Path, warnings: list[str], replaced) -> tuple[
         else:
             look(f"saved {form}", *nodes.LoraLoader().load_lora(model, clip, saved, 1.0, 1.0))
         facts.setdefault("load warnings", []).extend(warnings[warned:])
-    look("stacked", *patching.merged(model, clip, pair))
+    look("stacked", *patching.merge_into(model, clip, pair))
 
     # Custom Diffusion's merge with what the host's text encoder says.
     pair = [(concepts["tom"], 0.7), (concepts["rex"], 1.0)]
-    evidence = wording.spoken_evidence(model, clip, pair)
+    evidence = wording.read_evidence(wording.HostModel(model, clip), pair)
     found |= {f"evidence|{number}": rows for number, rows in enumerate(evidence.texts)}
     found["evidence|usual"] = evidence.usual
     look("custom", *merging.ConceptMerge.execute(model, clip, {"a": pair}, "custom_diffusion").args[:2])
@@ -195,7 +195,7 @@ def exchanged(plan: dict, folder: Path, warnings: list[str], replaced) -> tuple[
             (keyframes,) = CreateHookKeyframe().create_hook_keyframe(strength, begin, keyframes)
         (framed,) = SetHookKeyframes().set_hook_keyframes(hooks, keyframes)
         found[f"hook|{title}"] = draw(model, words, framed, 4)
-    only_model = patching.merged(model, clip, [(replace(c, tokens={}), s) for c, s in half])[0]
+    only_model = patching.merge_into(model, clip, [(replace(c, tokens={}), s) for c, s in half])[0]
     found["hook|weights"], found["hook|base"] = draw(only_model, words, None, 4), draw(model, words, None, 4)
     back_to_base()
 
@@ -216,8 +216,10 @@ def exchanged(plan: dict, folder: Path, warnings: list[str], replaced) -> tuple[
         concepts["rex"],
         recipe=replace(concepts["rex"].recipe, base_hash="f" * 16, origin={"base_sample": plan["sample"]}),
     )
-    facts["warnings"] = merging_words.warnings_of(model, clip, [(concepts["tom"], 1.0), (other, 1.0)])
-    facts["no warnings"] = merging_words.warnings_of(model, clip, [(concepts["tom"], 1.0)])
+    facts["warnings"] = merging_words.warnings_of(
+        merging_words.HostModel(model, clip), [(concepts["tom"], 1.0), (other, 1.0)]
+    )
+    facts["no warnings"] = merging_words.warnings_of(merging_words.HostModel(model, clip), [(concepts["tom"], 1.0)])
     regional, said = sampling, []
     replaced.setattr(regional, "show_text", said.append)
     places = [Region("a man", (0.0, 0.0, 1.0, 1.0))]

@@ -78,7 +78,7 @@ class Look:
     def plain(self, prompt, names, sampler="euler", latent=None, change=None, **own):
         own = {"cfg": 3.0, "seed": 5, "steps": 2, "denoise": 1.0, **own}
         chosen = [pair for pair in self.stack if pair[0].name in names]
-        model, clip = patching.merged(self.model, self.clip, chosen) if chosen else (self.model, self.clip)
+        model, clip = patching.merge_into(self.model, self.clip, chosen) if chosen else (self.model, self.clip)
         said = [clip_words.encode_prompt(clip, text) for text in (prompt, self.plan["negative"])]
         return self.sample(model if change is None else change(model), *said, sampler, latent, **own)
 
@@ -199,7 +199,7 @@ def toy(plan: dict, asked: dict[str, torch.Tensor], folder: Path) -> Look:
     look.found["split"] = look.regional(two, change=counted(look, "split"), latent=pair)
     model.model.memory_required = required
     look.found["without concepts"] = look.regional(two, stack=[])
-    merged = patching.merged(model, clip, stack)
+    merged = patching.merge_into(model, clip, stack)
     look.found["merged mode"] = look.regional(two, mode="merged")
     look.found["on top"] = look.regional(look.plan["pictures"]["overlap"], overlap="priority")
     look.found["shared"] = look.regional(look.plan["pictures"]["overlap"])

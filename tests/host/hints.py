@@ -95,7 +95,8 @@ def heard(folder: Path, replaced: pytest.MonkeyPatch) -> dict:
     # Options that nothing reads.
     for method in ("sum", "ties"):
         said.clear()
-        merging.merged_by(model, clip, ((tom, 1.0),), method, options(density=0.3))
+        asked = merging.Merge(method, options=options(density=0.3))
+        merging.merge_by(merging.HostModel(model, clip), ((tom, 1.0),), asked)
         facts[f"density in {method}"] = " ".join(said)
     base = host_base(model, clip, load_toy_base()[2])
     settings = TrainSettings(method="words")

@@ -99,7 +99,7 @@ def fused_keys(patching, clip, found: dict, facts: dict, output) -> None:
     )
     found["sd3|base"], found["sd3|core"] = output(model, inputs=inputs), output(core, inputs=inputs)
     for apply in ("weights", "activations"):
-        changed = patching.merged(model, clip, [(own, 0.7)], beside=apply == "activations")[0]
+        changed = patching.merge_into(model, clip, [(own, 0.7)], beside=apply == "activations")[0]
         found[f"sd3|{apply}"] = output(changed, inputs=inputs)
     assert len(stack) == 1
 
@@ -167,7 +167,7 @@ def on_kinds_of_weights(folder: Path, warnings: list[str]) -> tuple[dict[str, to
     for kind, (make, own) in kinds.items():
         base = make()
         before = {key: value.clone() for key, value in base.model.state_dict().items()}
-        facts["warned"][kind] = merging.warnings_of(base, clip, concepts, "weights")
+        facts["warned"][kind] = merging.warnings_of(merging.HostModel(base, clip), concepts, "weights")
         facts["names"][kind] = set(layers.host_layers(base, None)) == set(made)
         if own is None:  # norms and biases are rounded too
             own = {key.removeprefix("diffusion_model."): value.float() for key, value in before.items()}
@@ -187,9 +187,9 @@ def on_kinds_of_weights(folder: Path, warnings: list[str]) -> tuple[dict[str, to
             found[f"{kind}|gated"] = base.model.apply_model(*usual[0], **usual[1]).float()
         comfy.model_management.unload_all_models()
         facts["called"][kind] = [len(gate.gate.called), len(gate.gate.gated), len(held[0][0].layers)]
-        found[f"{kind}|gated wanted"] = output(patching.merged(base, clip, held, beside=True)[0])
+        found[f"{kind}|gated wanted"] = output(patching.merge_into(base, clip, held, beside=True)[0])
         for apply in ("weights", "activations"):
-            changed = patching.merged(base, clip, concepts, beside=apply == "activations")[0]
+            changed = patching.merge_into(base, clip, concepts, beside=apply == "activations")[0]
             for place in ("", " offloaded"):
                 found[f"{kind}|{apply}{place}"] = output(changed, bool(place))
         # `changed` adds as activations now.  One layer alone, on the same input with and without.
@@ -211,7 +211,7 @@ def on_kinds_of_weights(folder: Path, warnings: list[str]) -> tuple[dict[str, to
     fused_keys(patching, clip, found, facts, output)
 
     # Saved by core's node, loaded by core: the merge's weights, bit for bit, and the picture of them.
-    changed = patching.merged(plain, clip, concepts)[0]
+    changed = patching.merge_into(plain, clip, concepts)[0]
     saver = ModelSave()
     saver.output_dir = str(folder)
     saver.save(changed, "saved")

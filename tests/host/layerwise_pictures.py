@@ -40,7 +40,7 @@ def look(prefix: str, loaded: tuple, folder: Path, side: int, noisy: torch.Tenso
     model, clip = loaded
     found, facts = {}, {"refused": {}}
     concept = {kind: load_concept(folder / f"{prefix}{kind}.safetensors") for kind in ("flat", "even", "varied")}
-    merged = {kind: patching.merged(model, clip, [(own, 1.0)]) for kind, own in concept.items()}
+    merged = {kind: patching.merge_into(model, clip, [(own, 1.0)]) for kind, own in concept.items()}
     noise = nodes.EmptyLatentImage().generate(side, side)[0]
     word, encode = concept["varied"].recipe.class_word, nodes.CLIPTextEncode().encode
     facts[f"{prefix}layers"] = layerwise.cross_attention_layers(model)
@@ -128,7 +128,7 @@ def look_at_sdxl(path: Path) -> Findings:
     rows = 0.3 * torch.randn(layers, 2, 768 + 1280, generator=torch.Generator().manual_seed(4))
     noise = nodes.EmptyLatentImage().generate(64, 64)[0]
     for kind, own in (("flat", rows[0]), ("even", rows[:1].repeat(layers, 1, 1)), ("varied", rows)):
-        changed, knowing = patching.merged(model, clip, [(word_alone(kind, own, "sdxl"), 1.0)])
+        changed, knowing = patching.merge_into(model, clip, [(word_alone(kind, own, "sdxl"), 1.0)])
         prompt, negative = encode_prompt(knowing, f"a <{kind}> in the snow"), encode_prompt(knowing, "a car")
         calls = facts[f"sdxl_calls {kind}"] = []
 
@@ -154,7 +154,7 @@ def refused_by_sd3(path: Path) -> dict[str, str]:
     model, clip, vae = tiny_models.load(path)
     rows, refused = torch.zeros(4, 2, 768 + 1280), {}
     word = word_alone("varied", rows, "sd3")
-    refused["sd3_merged"] = said(lambda: patching.merged(model, clip, [(word, 1.0)]))
+    refused["sd3_merged"] = said(lambda: patching.merge_into(model, clip, [(word, 1.0)]))
     base = host_base(model, clip, vae)
     subject = teach.Subject("new", torch.zeros(2, 3, 64, 64), ["a <new>"] * 2, "dog")
     for kind, by_layer in (("trained", True), ("trained flat", False)):

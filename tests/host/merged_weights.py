@@ -122,17 +122,17 @@ def merged_weights(plan: dict, folder: Path, warnings: list[str]) -> tuple[dict[
     # Two clones at once, a picture from each, a merge that fails, a merge on top of a merge.
     noise = nodes.EmptyLatentImage().generate(32, 32)[0]
     for strength in (1.0, -0.5):
-        loud, loud_clip = patching.merged(model, clip, [(stacks["tom"][0][0], strength)])
+        loud, loud_clip = patching.merge_into(model, clip, [(stacks["tom"][0][0], strength)])
         positive = encode(loud_clip, "a <tom> man")[0]
         (drawn,) = nodes.KSampler().sample(loud, 3, 2, 2.0, "euler", "normal", positive, positive, noise)
         found[f"drawn|{strength}"] = drawn["samples"]
     back_to_base()
     facts["refused"] = {}
     for title, attempt in {
-        "twice": lambda: patching.merged(loud, loud_clip, [stacks["tom"][0]]),
+        "twice": lambda: patching.merge_into(loud, loud_clip, [stacks["tom"][0]]),
         "other word": lambda: clip_module.with_tokens(at_once, {"<tom>": tokens["<tom>"] + 1}),
         "narrow word": lambda: clip_module.with_tokens(clip, {"<new>": torch.zeros(1, 768)}),
-        "nothing": lambda: patching.merged(model, clip, [], "block"),
+        "nothing": lambda: patching.merge_into(model, clip, [], "block"),
     }.items():
         try:
             attempt()

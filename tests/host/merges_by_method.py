@@ -82,30 +82,30 @@ def merged_by_method(plan: dict, folder: Path, warnings: list[str]) -> tuple[dic
     look_by_bypass("fusion", merging.ConceptFusion.execute(*asked)[0])
     drawing = fusion.Drawing(plan["prompts"].splitlines(), 2, 2, 32)
     stack = sum(stacks.values(), ())
-    facts["second"] = fusion.fused(model, clip, stack, drawing, plan["ridge"])[2]
-    facts["anew"] = fusion.fused(model, clip, stack[:1], drawing, plan["ridge"], anew=True)[2]
+    facts["second"] = fusion.fuse(fusion.HostModel(model, clip), stack, drawing, plan["ridge"])[2]
+    facts["anew"] = fusion.fuse(fusion.HostModel(model, clip), stack[:1], drawing, plan["ridge"], anew=True)[2]
     other, other_clip, _ = toy.load_toy_base()
     with torch.no_grad():
         for weight in other.model.diffusion_model.parameters():
             weight.mul_(1.01)
-    facts["other base"] = fusion.fused(other, other_clip, stack[:1], drawing, plan["ridge"])[2]
+    facts["other base"] = fusion.fuse(fusion.HostModel(other, other_clip), stack[:1], drawing, plan["ridge"])[2]
     asked_again = fusion.Drawing(["a {concept}"], 2, 2, 32)
-    facts["other prompts"] = fusion.fused(other, other_clip, stack[:1], asked_again, plan["ridge"])[2]
-    facts["back"] = fusion.fused(model, clip, stack[:1], drawing, plan["ridge"])[2]
+    facts["other prompts"] = fusion.fuse(fusion.HostModel(other, other_clip), stack[:1], asked_again, plan["ridge"])[2]
+    facts["back"] = fusion.fuse(fusion.HostModel(model, clip), stack[:1], drawing, plan["ridge"])[2]
     # Another concept under tom's name, with an older date than the moments.
     tom = folder / "concepts" / "tom.safetensors"
     whole = tom.read_bytes()
     tom.write_bytes((folder / "another_tom.safetensors").read_bytes())
     os.utime(tom, (1, 1))
     replaced = loading.ConceptLoader.execute("tom.safetensors", 1.0)[0]
-    facts["replaced"] = fusion.fused(model, clip, replaced, drawing, plan["ridge"])[2]
+    facts["replaced"] = fusion.fuse(fusion.HostModel(model, clip), replaced, drawing, plan["ridge"])[2]
     tom.write_bytes(whole)
     stack = (*loading.ConceptLoader.execute("tom.safetensors", plan["strengths"]["tom"])[0], *stack[1:])
-    facts["put back"] = fusion.fused(model, clip, stack[:1], drawing, plan["ridge"])[2]
+    facts["put back"] = fusion.fuse(fusion.HostModel(model, clip), stack[:1], drawing, plan["ridge"])[2]
     report = CrosstalkReport.execute(sockets, True).args
     facts["report"], facts["figures"] = report[1], json.loads(report[2])
     half = loading.ConceptStrength.execute(stacks["tom"], 1.0, "mid=0.5")[0]
-    facts["changed"] = fusion.fused(model, clip, half, drawing, plan["ridge"])[2]
+    facts["changed"] = fusion.fuse(fusion.HostModel(model, clip), half, drawing, plan["ridge"])[2]
     facts["listed again"] = concept_names()
     # A concept called like another one's moments, and moments under their former name.
     for name, like in {"minka.moments": "tom.safetensors", "rex.moments": "rex.moments"}.items():

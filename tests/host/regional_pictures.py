@@ -23,7 +23,7 @@ def drawn(asked: dict[str, torch.Tensor], plan: dict, folder: Path) -> tuple[dic
     encode = nodes.CLIPTextEncode().encode
     model, clip, _ = toy.load_toy_base()
     stack = tuple((load_concept(folder / f"{n}.safetensors"), s) for n, s in plan["stack"])
-    merged, merged_clip = patching.merged(model, clip, stack)
+    merged, merged_clip = patching.merge_into(model, clip, stack)
     found, facts = {}, {"refused": {}}
 
     def regions(entries):
@@ -46,7 +46,7 @@ def drawn(asked: dict[str, torch.Tensor], plan: dict, folder: Path) -> tuple[dic
     own = [encode(merged_clip, region.prompt)[0][0][0] for region in placed]
     own_negatives = [bare if r.negative is None else encode(merged_clip, r.negative)[0][0][0] for r in placed]
     heard = Listening(places.Places(placed), own, own_negatives, True)
-    listening = regional.listening(merged, heard)
+    listening = regional.listen(merged, heard)
     comfy.model_management.load_models_gpu([listening])
     count = len(asked["noisy"])
     for title, patched in (("regional", listening), ("plain", merged)):

@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 import torch
 from laws import relative_error
-from modular_concepts_pack.host.merging.weights import merged
+from modular_concepts_pack.host.merging.weights import merge_into
 from modular_concepts_pack.host.regions.gating import HostGate, HostModel
 from modular_concepts_pack.modular_concepts.adapters.low_rank import new_lora
 from modular_concepts_pack.modular_concepts.adapters.sites import put_together
@@ -60,7 +60,7 @@ def answer(patcher) -> torch.Tensor:
 
 
 def merged_answer(loaded, *stack, beside: bool = False) -> torch.Tensor:
-    return answer(merged(*loaded[:2], list(stack), beside=beside)[0])
+    return answer(merge_into(*loaded[:2], list(stack), beside=beside)[0])
 
 
 def gated_answer(loaded, concept: Concept, box: tuple[float, float, float, float]) -> torch.Tensor:
@@ -87,4 +87,4 @@ def test_projections_of_a_fused_layer_are_merged_hooked_and_gated(loaded, concep
 def test_a_projection_of_another_size_is_named(loaded):
     wrong = made("wrong", {f"{QKV}.q": (2 * loaded[2], loaded[2])}, 9)
     with pytest.raises(AdapterError, match="wrong, unet.joint_blocks.0.x_block.attn.qkv.q"):
-        merged(*loaded[:2], [(wrong, 1.0)])
+        merge_into(*loaded[:2], [(wrong, 1.0)])

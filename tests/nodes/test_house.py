@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,22 @@ def test_the_rooms_of_the_host_import_one_way():
                 ):
                     upwards.append(f"{'.'.join(place)} -> {'.'.join(target)}")
     assert upwards == []
+
+
+def test_every_stay_of_the_walks_is_there():
+    """file:function, as docs/architecture.md draws the walks of a strength, a mask and a picture."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    stays = re.findall(r"^([\w/]+\.py):([\w.]+)", page, re.MULTILINE)
+    assert len(stays) > 40
+    for path, name in stays:
+        *classes, function = name.split(".")
+        within: ast.AST = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        for part in classes:
+            within = next(
+                node for node in ast.iter_child_nodes(within) if isinstance(node, ast.ClassDef) and node.name == part
+            )
+        names = [node.name for node in ast.iter_child_nodes(within) if isinstance(node, Function)]
+        assert function in names, f"{path} has no {name}"
 
 
 def test_one_version():

@@ -103,7 +103,7 @@ class Look:
         return result["samples"]
 
     def merged(self, beside: bool = False):
-        return host["patching"].merged(self.model, self.clip, self.stack, beside=beside)
+        return host["patching"].merge_into(self.model, self.clip, self.stack, beside=beside)
 
 
 def concepts_for(family: str, model, clip) -> list:
@@ -139,7 +139,12 @@ def merging(look: Look):
                  for c, s in look.stack]  # fmt: skip
         options = merge.MergeOptions(rank=2, density=0.5)
         for apply in ("weights", "activations"):
-            ready = host["merging"].merged_by(look.model, look.clip, stack, family, options, False, apply)
+            ready = host["merging"].merge_by(
+                host["merging"].HostModel(look.model, look.clip),
+                stack,
+                host["merging"].Merge(family, False, options),
+                apply,
+            )
             yield f"{family} as {apply}", lambda ready=ready: look.draw(*ready, "a <tom> dog")
 
 
@@ -172,7 +177,7 @@ def hooks(look: Look):
     stack = look.stack[:1]
 
     def hooked():
-        group = host["hooks"].hook_of(look.model, look.clip, stack)
+        group = host["hooks"].make_hook(host["hooks"].HostModel(look.model, look.clip), stack)
         frames = comfy.hooks.HookKeyframeGroup()
         for strength, start_percent in ((1.0, 0.0), (0.4, 0.5)):
             frames.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start_percent))
@@ -314,7 +319,7 @@ def fusion(look: Look):
         stack = [(replace(c, tokens={w: r.reshape(-1, r.shape[-1])[:1] for w, r in c.tokens.items()}), s)
                  for c, s in look.stack]  # fmt: skip
         drawing = host["fusion"].Drawing(["a {concept} dog"], 1, 1, 32)
-        model, clip, _ = host["fusion"].fused(look.model, look.clip, stack, drawing, 0.3)
+        model, clip, _ = host["fusion"].fuse(host["fusion"].HostModel(look.model, look.clip), stack, drawing, 0.3)
         return look.draw(model, clip, "a <tom> dog")
 
     yield "fusion", fuse
