@@ -223,7 +223,7 @@ def exchanged(plan: dict, folder: Path, warnings: list[str], replaced) -> tuple[
     regional, said = sampling, []
     replaced.setattr(regional, "show_text", said.append)
     places = [Region("a man", (0.0, 0.0, 1.0, 1.0))]
-    for mode in regional.MODES:
+    for mode in ("merged", "gated"):
         for stack in ([(concepts["tom"], 1.0), (other, 1.0)], [(concepts["tom"], 1.0)]):
             regional.with_regions(regional.HostModel(model, clip), regional.Scene(stack, places, ("a man", ""), mode))
     facts["regional warnings"] = said
