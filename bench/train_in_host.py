@@ -51,7 +51,7 @@ def picked(contexts, indices):
 
 
 def run_ours(task: Task, load=loaded, **more) -> dict:
-    """more: goes to `training.train`, `resume` or `checkpoints` for instance."""
+    """more: goes to `training.Keeping`, `resume` or `checkpoints` for instance."""
     with torch.inference_mode():  # as the host runs its nodes
         base = base_of(*load())
         latents, contexts = contexts_of(task, base.device)
@@ -95,7 +95,8 @@ def trained(task: Task, base, latents, contexts, callback=None, **more):
             precision=task.precision,
             gradient_checkpointing=task.checkpointing,
         )
-        return training.train(problem, settings, callback, **more), len(layers)
+        listeners, keeping = training.Listeners(callback), training.Keeping(**more)
+        return training.train(problem, settings, listeners, keeping), len(layers)
 
 
 def every_layer(base, rank: int) -> dict:
