@@ -25,6 +25,8 @@ from finding import Host, NoSuchHost, find_host
 from served import HostServer
 
 _without_host: list[str] = []
+# What takes longest begins first, so that files side by side end together.
+LONGEST = ("architectures", "stable_diffusion", "workflows", "lean_training", "bench_train", "devices_in_host")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,6 +44,10 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     else:
         in_process.start(found.path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
 
 
 @pytest.fixture(scope="session")
