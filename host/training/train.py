@@ -74,7 +74,7 @@ class Plan:
     preview_every, preview_prompts: see `progress.Previews`.
     resume: go on from the newest checkpoint of this name, where there is one; accept_changes: with other settings too.
     keep_latents: keep the pictures' latents on disk, for the next training on them.
-    given: settings that a person chose, of which the node says those that this training does not read.
+    chosen: settings that a person chose, of which the node says those that this training does not read.
     notes: what else is to be said on the node all along.
     """
 
@@ -88,7 +88,7 @@ class Plan:
     resume: bool = False
     accept_changes: bool = False
     keep_latents: bool = False
-    given: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -210,7 +210,7 @@ def _notes(base: HostBase, plan: Plan) -> list[str]:
         NOISE: not isinstance(base.schedule, FlowSchedule),
     }
     present = [name for name, is_there in there.items() if is_there]
-    chosen = [name for name in plan.given if name in TRAIN]
+    chosen = [name for name in plan.chosen if name in TRAIN]
     chosen += ["accept_changes"] if plan.accept_changes else []
     return [
         *plan.notes,

@@ -1,7 +1,7 @@
 """Concepts that were trained without a shared basis, made orthogonal after the fact, and what that costs each.
 
 Po et al. 2024 call it impossible to do this without loss.  It is: what a delta reads outside its new directions is
-gone.  The loss is measured here (`kept`), layer by layer; whether the identity survives is for pictures to say.
+gone.  The loss is measured here (`shares`), layer by layer; whether the identity survives is for pictures to say.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ..settings.merging import WAY
 
 @dataclass(frozen=True, eq=False)
 class Orthogonalised:
-    """layers: one mapping for each concept, as they were given.  kept: share of each one's |delta|^2, 0..1."""
+    """layers: one mapping for each concept, as they came.  shares: of each one's |delta|^2 that is left, 0..1."""
 
     layers: list[dict[str, LowRank]]
-    kept: list[float]
+    shares: list[float]
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def orthogonal_concepts(concepts: Sequence[Concept], way: str = "symmetric") -> 
             slot_policy=None,
         )
         new.append(replace(concept, layers=layers, recipe=recipe))
-    return new, changed.kept
+    return new, changed.shares
 
 
 def _find_row_space(adapter: LowRank) -> Tensor:

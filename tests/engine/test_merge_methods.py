@@ -339,7 +339,7 @@ def test_orthogonalising_makes_crosstalk_vanish_and_says_what_it_costs(way, kind
         for second in range(first):
             assert crosstalk(after[first], after[second]) < 1e-6
             assert crosstalk(before[first], before[second]) > EFFECT
-    for old, new, kept in zip(before, after, result.kept, strict=True):
+    for old, new, kept in zip(before, after, result.shares, strict=True):
         share = (new.delta().norm() / old.delta().norm()).square().item()
         assert kept == pytest.approx(share, rel=1e-4)
         assert 0.5 < kept <= 1.0 + 1e-6
@@ -348,13 +348,13 @@ def test_orthogonalising_makes_crosstalk_vanish_and_says_what_it_costs(way, kind
         assert relative_error(new.delta(), old.delta().double() @ rows.mT @ rows) < 1e-5
     if way == "sequential":
         assert relative_error(after[0].delta(), before[0].delta()) < 1e-5
-    assert result.kept[2] < 1 - 1e-4
+    assert result.shares[2] < 1 - 1e-4
 
 
 def test_orthogonal_concepts_pass_through_orthogonalising_unchanged():
     concepts = trio("orthogonal")
     result = orthogonalised([concept.layers for concept in concepts])
-    for concept, layers, kept in zip(concepts, result.layers, result.kept, strict=True):
+    for concept, layers, kept in zip(concepts, result.layers, result.shares, strict=True):
         assert kept == pytest.approx(1.0)
         assert relative_error(layers[LAYER].delta(), concept.layers[LAYER].delta()) < 1e-5
 
@@ -363,7 +363,7 @@ def test_a_concept_made_orthogonal_no_longer_names_its_basis():
     recipe = Recipe("orthogonal", RANK, 1.0, basis="b", basis_kind="qr", basis_seed=1, slot=2, slot_policy="slot")
     given = [Concept(c.name, c.layers, {}, recipe) for c in trio()]
     concepts, kept = orthogonal_concepts(given)
-    assert kept == orthogonalised([c.layers for c in given]).kept and 0 < min(kept) < 1
+    assert kept == orthogonalised([c.layers for c in given]).shares and 0 < min(kept) < 1
     for old, new in zip(given, concepts, strict=True):
         assert (new.name, new.recipe.method, new.recipe.basis, new.recipe.slot) == (old.name, "lora", None, None)
         check_concept(new)
@@ -392,7 +392,7 @@ def test_two_concepts_with_the_very_same_directions_share_them_fairly():
     other = adapter.replace(lora_up=torch.randn(adapter.lora_up.shape, generator=seeded(3)))
     result = orthogonalised([{LAYER: adapter}, {LAYER: other}])
     assert crosstalk(result.layers[0][LAYER], result.layers[1][LAYER]) < 1e-6
-    assert all(0.2 < kept < 0.8 for kept in result.kept)
+    assert all(0.2 < kept < 0.8 for kept in result.shares)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def heard(folder: Path, replaced: pytest.MonkeyPatch) -> dict:
         settings,
         custom_plan.Targets(),
         None,
-        given=("weight_decay", "prior_weight", "text_encoder_lr", "min_snr", "keep_checkpoints"),
+        chosen=("weight_decay", "prior_weight", "text_encoder_lr", "min_snr", "keep_checkpoints"),
         accept_changes=True,
         notes=("slot changes nothing",),
     )
