@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterError, listed
-from ..settings.merging import DENSITY, EXACT, HOW, LITERAL, MERGING, METHOD_HELP, RANK, RIDGE, SEED
+from ..settings.merging import EXACT, HOW, LITERAL, MERGING, METHOD_HELP
 from ..storage.names import safe_name
 from .declared import add_option
 from .paths import (
@@ -65,7 +65,7 @@ def add_merge(commands) -> None:
     add_overwrite(merge)
     add_option(merge, HOW, default=HOW.default, usual="(see below; default sum)", metavar="METHOD")
     add_option(merge, LITERAL, default=False, usual="", only=True, action="store_true")
-    for setting in (DENSITY, RANK, SEED, RIDGE):
+    for setting in MERGING.values():
         add_option(merge, setting, only=True)
     add_option(merge, EXACT, default=False, usual="", only=True, action="store_true")
     merge.add_argument(
@@ -136,7 +136,7 @@ def run_merge(args: argparse.Namespace) -> None:
     from ..merging import MergeOptions
     from ..merging.as_concept import check_together, merged_concept
     from ..merging.block_strengths import unfelt
-    from ..merging.fusion import EXACT
+    from ..merging.fusion import EXACT as LEAST_RIDGE
     from ..storage.names import resolved
     from ..unread import MERGE, find_unread
 
@@ -145,7 +145,7 @@ def run_merge(args: argparse.Namespace) -> None:
     if args.exact and args.ridge is not None:
         raise AdapterError("--exact is fusion without damping, and --ridge is the damping; give one of them")
     chosen = {name: getattr(args, name) for name in MERGING}
-    chosen["ridge"] = EXACT if args.exact else args.ridge
+    chosen["ridge"] = LEAST_RIDGE if args.exact else args.ridge
     options = MergeOptions(**{name: value for name, value in chosen.items() if value is not None})
     note_repeated(args)
     about = _read_about(args)

@@ -116,6 +116,6 @@ STRENGTH = Setting(
     widget=Widget(least=-2.0, most=2.0, step=0.01, round=0.01),
 )
 
-MERGING = group(DENSITY, SEED, RANK, RIDGE)  # what `MergeOptions` holds
+MERGING = group(DENSITY, RANK, SEED, RIDGE)  # what `MergeOptions` holds, in the order of the shell's help
 BESIDE_MERGING = group(HOW, LITERAL, EXACT)
 RECORDING = group(RECORDED_PICTURES, RECORDED_STEPS, RECORDED_SIDE)
