@@ -32,8 +32,6 @@ KINDS = ("lora", "orthogonal", "block", "block_orthogonal", "full")
 FROZEN_DOWN = ("orthogonal", "block_orthogonal", "full")
 MAX_WEIGHT = 2**27  # numbers; twice the largest layer of any model that has been adapted
 MAX_SIZE = 1e12  # of a factor, alpha or delta; what is larger is no weight, and its squares overflow
-# A rank that is taken for whatever weight, and how many times what the weight can have above it.
-FREE_RANK, MOST_RANKS = 1024, 4
 
 
 @dataclass(frozen=True)
@@ -200,6 +198,21 @@ def scatter_rows(values: Tensor, rows: Tensor | None, size: int, dim: int) -> Te
     shape = list(values.shape)
     shape[dim] = size
     return values.new_zeros(shape).index_copy(dim, rows.to(values.device), values)
+
+
+def narrowed(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same product in float64, through no more numbers than the product has rows or columns.
+
+    up: (rows, rank), down: (rank, ...); the second that is returned is flat.  What is measured on factors takes rank x
+    rank numbers, and a rank may be far beyond the weight's: of a sum of many concepts, or in any file.
+    """
+    up, down = up.detach().double(), down.detach().flatten(1).double()
+    rows, columns = len(up), down.shape[1]
+    if len(down) <= min(rows, columns):
+        return up, down
+    product = up @ down
+    one = torch.eye(min(rows, columns)).to(product)
+    return (one, product) if rows <= columns else (product, one)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -374,16 +387,7 @@ def check_adapter(name: str, adapter: LowRank, weight_shape: Sequence[int] | Non
 
 @torch.no_grad()
 def check_size(name: str, adapter: LowRank) -> None:
-    """Raise AdapterError where a file's finite numbers make a delta that is not, or one that no weight survives.
-
-    Also for a rank far beyond what the weight can have: what is said of an adapter takes rank x rank numbers.
-    """
-    out, inputs = adapter.out_features, math.prod(adapter.weight_shape[1:])
-    if adapter.kind != "full" and adapter.rank > max(FREE_RANK, MOST_RANKS * min(out, inputs)):
-        raise AdapterError(
-            f"{name}: its rank is {adapter.rank}, and a weight of {out} x {inputs} has at most {min(out, inputs)}; the "
-            "file is damaged"
-        )
+    """Raise AdapterError where a file's finite numbers make a delta that is not, or one that no weight survives."""
     up = _length(adapter.lora_up)
     down = 1.0 if adapter.kind == "full" else _length(adapter.lora_down)
     largest = max(up, down, abs(adapter.alpha), abs(adapter.scale) * up * down)

@@ -13,7 +13,7 @@ from typing import Protocol, TypedDict
 import torch
 from torch import Tensor
 
-from ..adapters.low_rank import LowRank, together
+from ..adapters.low_rank import LowRank, narrowed, scatter_rows, together
 from ..adapters.sites import aligned
 
 Pair = tuple[str, str]
@@ -53,9 +53,8 @@ def crosstalk(a: LowRank, b: LowRank) -> float:
 def cosine(a: LowRank, b: LowRank) -> float:
     """<delta_a, delta_b> / (|delta_a| |delta_b|), -1..1.  0 if either is zero."""
     a, b = together((a, b))
-    (up_a, down_a), (up_b, down_b) = _factors(a), _factors(b)
-    if a.rows is not None or b.rows is not None:
-        up_a, up_b = a.full_up().detach().double(), b.full_up().detach().double()
+    apart = a.rows is not None or b.rows is not None
+    (up_a, down_a), (up_b, down_b) = map(_whole_factors if apart else _factors, (a, b))
     inner = ((up_a.mT @ up_b) * (down_a @ down_b.mT)).sum().item()
     return _ratio(a.scale * b.scale * inner, a, b)
 
@@ -67,8 +66,7 @@ def sign_conflicts(a: LowRank, b: LowRank) -> float:
     Looks at single weights, so it costs a delta each, 256 rows at a time.
     """
     a, b = together((a, b))
-    up_a, up_b = a.full_up().double(), b.full_up().double()
-    down_a, down_b = _factors(a)[1], _factors(b)[1]
+    (up_a, down_a), (up_b, down_b) = map(_whole_factors, (a, b))
     both = opposed = 0
     for start in range(0, a.out_features, _CHUNK):
         rows = slice(start, start + _CHUNK)
@@ -116,8 +114,14 @@ def _figures(a: LowRank, b: LowRank, signs: bool) -> dict[str, float]:
 
 
 def _factors(adapter: LowRank) -> tuple[Tensor, Tensor]:
-    """(rows, rank) and (rank, in * kh * kw), float64."""
-    return adapter.lora_up.detach().double(), adapter.lora_down.detach().flatten(1).double()
+    """(rows, k) and (k, in * kh * kw), float64, k at most the rank."""
+    return narrowed(adapter.lora_up, adapter.lora_down)
+
+
+def _whole_factors(adapter: LowRank) -> tuple[Tensor, Tensor]:
+    """`_factors` over all output rows."""
+    up, down = _factors(adapter)
+    return scatter_rows(up, adapter.rows, adapter.out_features, dim=0), down
 
 
 def _ratio(value: float, a: LowRank, b: LowRank) -> float:

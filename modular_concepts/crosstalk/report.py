@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..adapters.low_rank import LowRank, at_least_float32, together
+from ..adapters.low_rank import LowRank, at_least_float32, narrowed, together
 from ..adapters.sites import aligned, layer_of
 from ..concept import Concept
 from ..errors import AdapterError, listed
@@ -155,7 +155,12 @@ def _pair(first: str, second: str, a: Concept, b: Concept, table: Mapping, answe
 
 
 def shared_columns(a: LowRank, b: LowRank) -> int:
-    """How many rows of lora_down two adapters of one layer have in common, in either direction."""
+    """How many rows of lora_down two adapters of one layer have in common, in either direction.
+
+    0 where a rank is beyond what the layer reads: such rows are no columns of anything.
+    """
+    if max(a.rank, b.rank) > a.lora_down[0].numel():
+        return 0
     one, other = (_unit(adapter.lora_down.detach().flatten(1)) for adapter in together((a, b)))
     dtype = torch.promote_types(one.dtype, other.dtype)
     return int(((one.to(dtype) @ other.to(dtype).mT).abs() > SAME_DIRECTION).any(1).sum())
@@ -185,7 +190,7 @@ def _answer(loud: Concept, own: Concept, moments: Mapping[str, Moment] | None) -
 
 def _size_on(adapter: LowRank, moment: Moment) -> float:
     """Root mean square of |delta x|: sqrt(tr(delta C delta^T)), from the factors."""
-    up, down = adapter.lora_up.detach().double(), adapter.lora_down.detach().flatten(1).double()
+    up, down = narrowed(adapter.lora_up, adapter.lora_down)
     seen = down @ moment.factor.to(down).mT
     inner = seen @ seen.mT + moment.rest * (down @ down.mT)
     return abs(adapter.scale) * ((up.mT @ up) * inner).sum().clamp(min=0).sqrt().item()

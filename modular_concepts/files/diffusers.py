@@ -14,7 +14,7 @@ import torch
 
 from ..adapters.low_rank import LowRank, check_size
 from ..concept import Concept
-from ..errors import AdapterError
+from ..errors import AdapterError, listed
 from ..families import find_family, network_of
 from ..models.layers import canonical_name, check_name
 from ..storage.safetensors import write_safetensors
@@ -39,11 +39,13 @@ _FACTORS = (
     (re.compile(r"(.+?)(?:[._]lora)?\.alpha"), "alpha"),
     (re.compile(r"(.+?)(?:\.lora_[AB](?:\.default)?|[._]lora\.(?:up|down)|\.lora_(?:up|down))\.bias"), "apart"),
     (re.compile(r"(.+?)\.(?:bias|diff_b)"), "apart"),
-    # Whatever else stands beside factors says how they are meant, a scale of eight-bit numbers for instance.
     (re.compile(r"(.+?)(?:\.lora_(?:[AB]|up|down|mid)|[._]lora\.(?:up|down))\..+"), "unknown"),
-    (re.compile(r"(.+)\.[^.]+"), "unknown"),
+    (re.compile(r"(.+?)\.(?:lora_magnitude_vector|dora_scale|lora_E|lora_ranknum).*"), "unknown"),
 )
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
+_PARTS = ("transformer.", "unet.", *(f"{part}." for part in TEXT_PARTS))
+_STRENGTHS = ("lora_alpha", ".r", "use_rslora", "alpha_pattern")
+_TAKE_OUT = f"take {_SETTINGS_KEY} out of the file's metadata to have alpha = rank"
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -135,20 +137,48 @@ def name_of_path(path: str) -> str | None:
 
 def _embedded(path: Path, text: str) -> Callable[[str, int], float]:
     """(layer, rank) -> alpha, from the settings of each part of a model that diffusers keeps in the file itself."""
-    where = f"{path.name}: the peft settings"
-    settings = parse_json(text, where)
-    if not isinstance(settings, dict):
-        raise AdapterError(f"{where} are not a JSON object; the file is damaged")
+    where = f"{path.name}: {_SETTINGS_KEY}"
+    settings = _settings(where, text)
+    try:
+        if not any(key.startswith(_PARTS) for key in settings):  # one adapter's, as it is beside peft's own files
+            return config_of(where, {key: settings[key] for key in settings if "." not in key}, _TAKE_OUT).alpha
 
-    if not any(key.partition(".")[0] in ("transformer", "unet", *TEXT_PARTS) for key in settings):
-        return config_of(where, settings).alpha  # one adapter's, as it is beside peft's own files
+        def of_part(part: str) -> PeftConfig:
+            settings_of = {key.removeprefix(part): value for key, value in settings.items() if key.startswith(part)}
+            return config_of(where, settings_of, _TAKE_OUT)
 
-    def of_part(part: str) -> PeftConfig:
-        return config_of(
-            where, {key.removeprefix(part): value for key, value in settings.items() if key.startswith(part)}
-        )
-
-    configs = {part: of_part(f"{part}.") for part in ("transformer", "unet", *TEXT_PARTS)}
+        configs = {part.removesuffix("."): of_part(part) for part in _PARTS}
+    except AdapterError as error:
+        raise AdapterError(f"{error}; it says how strongly the LoRA acts, so mend it, or {_TAKE_OUT}") from error
     if "transformer.lora_alpha" in settings:
         configs["unet"] = configs["transformer"]
     return lambda layer, rank: configs[layer.partition(".")[0]].alpha(layer, rank)
+
+
+def _settings(where: str, text: str) -> dict[str, object]:
+    """`PART.NAME` -> value, or NAME -> value of a single adapter's; also where a part's are an object of their own."""
+    settings = parse_json(text, where)
+    if not isinstance(settings, dict):
+        raise AdapterError(f"{where} is not a JSON object; the file is damaged")
+    flat: dict[str, object] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and not key.endswith("_pattern"):
+            prefix = "" if key == "default" else f"{key}."  # peft's name for an adapter
+            flat |= {f"{prefix}{name}": entry for name, entry in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def tell_unknown_parts(metadata: Mapping[str, str]) -> list[str]:
+    """A sentence on settings in a file that are of no part of a model that is known here; they are sound."""
+    if _SETTINGS_KEY not in metadata:
+        return []
+    strengths = [key for key in _settings(_SETTINGS_KEY, metadata[_SETTINGS_KEY]) if key.endswith(_STRENGTHS)]
+    parts = dict.fromkeys(key.rpartition(".")[0] for key in strengths if "." in key and not key.startswith(_PARTS))
+    if not parts:
+        return []
+    return [
+        f"its {_SETTINGS_KEY} speaks of {listed(parts)}, no part of a model that is known here, so how strong those "
+        "layers are is not read: alpha is their rank"
+    ]

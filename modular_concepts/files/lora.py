@@ -8,7 +8,7 @@ values apart that are one layer in it, and then each is some rows of that layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +50,13 @@ def import_lora(
     return lora_concept(path, tensors, metadata, name, places, shapes)
 
 
+def _above(key: str) -> Iterator[str]:
+    """The paths that a key lies under, the nearest first."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
+
+
 def _refuse_embedding(path: Path) -> None:
     """Raise AdapterError for a learned word, as embedding files hold it: one tensor of rows, or one an encoder."""
     shapes = {key: shape for key, (_, shape) in read_header(path, tuple(BITS), empty=True).tensors.items()}
@@ -82,8 +89,14 @@ def lora_concept(
     """
     rows: dict[str, tuple[str, tuple[int, int]]] = {}
 
+    stems = {stem for stem, factor in map(split_key, tensors) if stem and factor in kohya.READ}
+
     def parse(key: str) -> tuple[str | None, str]:
         stem, factor = split_key(key)
+        if factor == "unknown":
+            # Whatever else stands beside a layer's factors says how they are meant, a scale of eight-bit numbers for
+            # instance.
+            stem = next((above for above in _above(key) if above in stems), stem)
         if places is None or stem is None:
             return by_rule(stem) if stem else None, factor
         place = places(stem)
@@ -105,7 +118,7 @@ def lora_concept(
     width = text_width(shapes or shapes_of(whole))
     bundled = bundled_words(tensors, concept.recipe.architecture, width, bool(shapes))
     unmatched = [key for key in unmatched if key not in bundled.keys]
-    sentences = [*bundled.sentences, *tell_left_out(metadata)]
+    sentences = [*bundled.sentences, *diffusers.tell_unknown_parts(metadata), *tell_left_out(metadata)]
     return Imported(with_words(concept, bundled.rows), unmatched, sentences, bundled.explained)
 
 

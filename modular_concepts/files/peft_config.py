@@ -25,7 +25,8 @@ class PeftConfig:
     """What a configuration says of strength: alpha and rank of all layers and of some, by the end of their names.
 
     None where it does not say: alpha is the rank then, and the rank that of the factors.
-    rslora: the scale is alpha / sqrt(rank), and not alpha / rank.  where: names the file in messages.
+    rslora: the scale is alpha / sqrt(rank), and not alpha / rank.  where: names the file in messages; way_out: what to
+    do where it does not fit.
     """
 
     where: str
@@ -34,6 +35,7 @@ class PeftConfig:
     alphas: Mapping[str, float]
     ranks: Mapping[str, float]
     rslora: bool
+    way_out: str
 
     def alpha(self, layer: str, rank: int) -> float:
         """alpha, where scale = alpha / rank, of a layer with this canonical name.
@@ -44,7 +46,7 @@ class PeftConfig:
         if stated != rank:
             raise AdapterError(
                 f"{self.where} says rank {stated:g} of {layer}, whose factors have {rank}; it is of another file, so "
-                "remove it, or put the right one there"
+                f"{self.way_out}"
             )
         alpha = float(rank) if self.lora_alpha is None else self.lora_alpha
         return _of(self.alphas, layer, alpha) * (math.sqrt(rank) if self.rslora else 1.0)
@@ -63,14 +65,14 @@ def config_beside(path: Path) -> PeftConfig | None:
         data = _read(config, where)
         for name in ("lora_alpha", "r"):
             _number(where, name, data.get(name))
-        return config_of(where, data)
+        return config_of(where, data, "remove it, or put the right one there")
     except AdapterError as error:
         raise AdapterError(
             f"{error}; it says how strongly the LoRA acts, so mend it, or remove it to have alpha = rank"
         ) from error
 
 
-def config_of(where: str, data: Mapping) -> PeftConfig:
+def config_of(where: str, data: Mapping, way_out: str) -> PeftConfig:
     """A configuration's entries, each of which may be missing.
 
     Raises AdapterError for what is no strength, and for methods by which factors alone are not the whole change.
@@ -81,7 +83,7 @@ def config_of(where: str, data: Mapping) -> PeftConfig:
     _refuse_other_methods(where, data)
     rank, alpha = (_number(where, name, data[name]) if name in data else None for name in ("r", "lora_alpha"))
     patterns = [_patterns(where, data, name) for name in ("alpha_pattern", "rank_pattern")]
-    return PeftConfig(where, alpha, rank, *patterns, data.get("use_rslora") is True)
+    return PeftConfig(where, alpha, rank, *patterns, data.get("use_rslora") is True, way_out)
 
 
 def _refuse_other_methods(where: str, data: Mapping) -> None:

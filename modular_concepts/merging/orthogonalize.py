@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adapters.low_rank import LowRank, together
+from ..adapters.low_rank import LowRank, narrowed, together
 from ..concept import Concept
 from ..errors import AdapterError
 from ..settings.merging import WAY
@@ -122,5 +122,5 @@ def _project(adapter: LowRank, rows: Tensor) -> LowRank:
 
 
 def _measure_energy(adapter: LowRank) -> float:
-    up, down = adapter.lora_up.detach().double(), adapter.lora_down.detach().flatten(1).double()
+    up, down = narrowed(adapter.lora_up, adapter.lora_down)
     return float(adapter.scale**2 * ((up.mT @ up) * (down @ down.mT)).sum())

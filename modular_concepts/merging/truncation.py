@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..adapters.low_rank import narrowed
 from ..settings.merging import RANK
 from .method import LayerStack, Method
 from .sums import MergedLayer, MergedSum, merged_factors
@@ -45,7 +46,7 @@ def share_kept(cut: Mapping[str, Merged], whole: Mapping[str, Merged]) -> float:
 def _measure_energy(layer: Merged) -> float:
     if not isinstance(layer, MergedLayer | MergedSum):
         return float(layer.delta().double().square().sum())
-    up, down = layer.up.double(), layer.down.flatten(1).double()
+    up, down = narrowed(layer.up, layer.down)
     return float(((up.mT @ up) * (down @ down.mT)).sum())
 
 

@@ -307,23 +307,6 @@ def test_a_configuration_in_another_encoding_is_said_in_plain_words_and_a_mark_b
         read_concept(path)
 
 
-@pytest.mark.parametrize(("rank", "fits"), [(128, True), (1024, True), (1025, False), (20_000, False)])
-def test_a_rank_far_beyond_what_the_weight_can_have_is_refused(tmp_path, rank, fits):
-    factors = {f"{STEM}.lora_up.weight": torch.ones(8, rank), f"{STEM}.lora_down.weight": torch.ones(rank, 8)}
-    save_file(factors, tmp_path / "x.safetensors")
-    if fits:
-        assert read_concept(tmp_path / "x.safetensors").concept.layers[LAYER].rank == rank
-        return
-    with pytest.raises(AdapterError, match=f"its rank is {rank}, and a weight of 8 x 8 has at most 8"):
-        read_concept(tmp_path / "x.safetensors")
-
-
-def test_a_rank_above_the_weights_is_taken_where_the_weight_is_large(tmp_path):
-    factors = {f"{STEM}.lora_up.weight": torch.ones(600, 2000), f"{STEM}.lora_down.weight": torch.ones(2000, 600)}
-    save_file(factors, tmp_path / "x.safetensors")
-    assert read_concept(tmp_path / "x.safetensors").concept.layers[LAYER].rank == 2000
-
-
 SCALES_BESIDE = [
     f"unet.{PATH}.lora_A.weight_scale",
     f"unet.{PATH}.lora_B.scale",
@@ -336,6 +319,10 @@ SCALES_BESIDE = [
     f"unet.{PATH}.scalar",
     f"unet.{PATH}.magnitude",
     f"unet.{PATH}.anything",
+    f"unet.{PATH}.lora_magnitude_vector",
+    f"unet.{PATH}.lora_magnitude_vector.weight",
+    f"unet.{PATH}.lora_magnitude_vector.default.weight",
+    f"unet.{PATH}.some.thing.else",
 ]
 
 
@@ -350,7 +337,38 @@ def test_a_scale_beside_a_factor_leaves_the_layer_out_as_it_is_not_applied(tmp_p
     assert set(unmatched) == {key, f"unet.{PATH}.lora_A.weight", f"unet.{PATH}.lora_B.weight"}
 
 
-def test_peft_settings_without_a_parts_name_are_those_of_all(tmp_path):
+FLAT = {"r": 4, "lora_alpha": 16}
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale", "told"),
+    [
+        (FLAT, 4.0, ""),
+        ({"default": FLAT}, 4.0, ""),
+        ({"unet": FLAT}, 4.0, ""),
+        ({"unet.r": 4, "unet.lora_alpha": 16}, 4.0, ""),
+        ({"text_encoder.lora_alpha": 16}, 1.0, ""),
+        ({"prior.r": 4, "prior.lora_alpha": 16}, 1.0, "speaks of prior, no part"),
+        ({"diffusion_model.lora_alpha": 16}, 1.0, "speaks of diffusion_model, no part"),
+        ({"prior": FLAT, "unet": FLAT}, 4.0, "speaks of prior, no part"),
+        ({"unrelated": 3}, 1.0, ""),
+    ],
+)
+def test_peft_settings_in_a_file_are_read_however_they_name_parts(tmp_path, settings, scale, told):
     tensors = {f"unet.{PATH}.lora_A.weight": DOWN, f"unet.{PATH}.lora_B.weight": UP}
-    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 16})})
-    assert read_concept(tmp_path / "x.safetensors").concept.layers[LAYER].scale == 4.0
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    imported = read_concept(tmp_path / "x.safetensors")
+    assert imported.concept.layers[LAYER].scale == scale
+    assert told in " ".join(imported.notes("x")) and bool(told) == bool(imported.notes("x"))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"r": 8, "lora_alpha": 16}, {"lora_alpha": None}, {"alpha_pattern": {"(a|b)": 1}}]
+)
+def test_peft_settings_in_a_file_that_do_not_fit_are_refused_with_a_way_out(tmp_path, settings):
+    tensors = {f"unet.{PATH}.lora_A.weight": DOWN, f"unet.{PATH}.lora_B.weight": UP}
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    with pytest.raises(
+        AdapterError, match="take lora_adapter_metadata out of the file's metadata to have alpha = rank"
+    ):
+        read_concept(tmp_path / "x.safetensors")
