@@ -25,6 +25,12 @@ from .kinds import kinds_of
 OVERRIDE = "optimized_attention_override"
 
 
+def positions_of(network: Any, latent_size: tuple[int, int]) -> int:
+    """How many tokens a network of patches makes of a latent (height, width); 0 for one that has no patches."""
+    patch = getattr(network, "patch_size", None)
+    return math.prod(math.ceil(side / patch) for side in latent_size) if isinstance(patch, int) else 0
+
+
 class JointListening:
     """What one sampling's calls of the network get: longer contexts, and a mask in the attention.
 
@@ -38,8 +44,7 @@ class JointListening:
     def prepared(self, network: Any, context: Tensor, options: dict) -> tuple[Tensor, dict, list[int]]:
         """(context, transformer_options, how many tokens each region's text has) for one call of the network."""
         moment: Moment = options[MOMENT]
-        rows, columns = (math.ceil(side / network.patch_size) for side in moment.latent_size)
-        division = self.places.division(rows * columns, moment, context)
+        division = self.places.division(positions_of(network, moment.latent_size), moment, context)
         kinds = kinds_of(options)
         present = [part is not None for part in division.regions]
         lengths = [

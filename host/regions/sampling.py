@@ -41,7 +41,7 @@ from .controlnet import weighted
 from .cross_attention import MOMENT, Listening, Sigmas
 from .find import place_regions
 from .gating import HostGate, check_memory, fitting_stack, with_concepts, with_words
-from .joint_attention import JointListening
+from .joint_attention import JointListening, positions_of
 from .kinds import NEGATIVE, POSITIVE, marked, with_kinds
 from .scene import Sampling, Scene
 
@@ -171,7 +171,7 @@ def listen(
         network, options = apply_model.class_obj.diffusion_model, {**(options or {}), MOMENT: moment}
         context, options, lengths = heard.prepared(network, context, options)
         control = weighted(control, heard.places, moment)
-        moment = replace(moment, lengths=tuple(lengths))
+        moment = replace(moment, lengths=tuple(lengths), positions=positions_of(network, moment.latent_size))
         with gate.attached(network, moment, options) if gate is not None else nullcontext():
             return apply_model(x, sigma, concat, context, control, options, **more)
 

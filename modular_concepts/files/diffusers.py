@@ -147,7 +147,7 @@ def _embedded(path: Path, text: str) -> Callable[[str, int], float]:
             settings_of = {key.removeprefix(part): value for key, value in settings.items() if key.startswith(part)}
             return config_of(where, settings_of, _TAKE_OUT)
 
-        configs = {part.removesuffix("."): of_part(part) for part in _PARTS}
+        configs: dict[str, PeftConfig] = {part.removesuffix("."): of_part(part) for part in _PARTS}
     except AdapterError as error:
         raise AdapterError(f"{error}; it says how strongly the LoRA acts, so mend it, or {_TAKE_OUT}") from error
     if "transformer.lora_alpha" in settings:

@@ -135,7 +135,7 @@ class TextModel(nn.Module):
 
 
 class MadeUpBase:
-    """A `Base` (`base_model.py`) of the family; pictures are its latents, one frame each."""
+    """A `Base` (`models/base.py`) of the family; pictures are its latents, one frame each."""
 
     architecture, hash, multiple, cross_attention_layers, lean = MADE_UP.name, "made-up", 1, 0, True
     device = torch.device("cpu")

@@ -61,6 +61,8 @@ def by_hand(how, concepts, options, evidence):
     if how == "svd":
         u, values, v = torch.linalg.svd(flat.sum(0))
         return (u[:, : options.rank] * values[: options.rank]) @ v[: options.rank]
+    if how not in ("magnitude", "ties"):
+        raise NotImplementedError(f"write the formula of {how} here, in float64")
     kept = []
     for delta in flat:
         count = round(options.density * delta.numel())

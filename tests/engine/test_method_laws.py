@@ -107,6 +107,8 @@ def by_hand(how, concepts, strengths, evidence, options=OPTIONS):
         draws = [torch.rand(d.shape, generator=seeded_by(options.seed, "dare", c.name, LAYER)) for c, d in
                  zip(concepts, found, strict=True)]  # fmt: skip
         return sum(d * (draw < options.density) for d, draw in zip(scaled, draws, strict=True)) / options.density
+    if how not in ("magnitude", "ties"):
+        raise NotImplementedError(f"write the formula of {how} here, in float64")
     kept = []
     for delta, strength in zip(found, strengths, strict=True):
         smallest = (

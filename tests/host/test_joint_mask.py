@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from modular_concepts_pack.host.regions.cross_attention import MOMENT
-from modular_concepts_pack.host.regions.joint_attention import OVERRIDE, JointListening
+from modular_concepts_pack.host.regions.joint_attention import OVERRIDE, JointListening, positions_of
 from modular_concepts_pack.modular_concepts.errors import AdapterError
 from modular_concepts_pack.modular_concepts.regions.geometry import Region
 from modular_concepts_pack.modular_concepts.regions.moment import Moment
@@ -60,3 +60,8 @@ def test_other_tokens_than_texts_and_picture_are_refused(override):
     strange = torch.zeros(2, TOKENS + 1, WIDTH)
     with pytest.raises(AdapterError, match="joins 27 tokens, where texts and picture have 26"):
         override(lambda *_, **_more: None, strange, strange, strange)
+
+
+def test_a_network_of_patches_says_how_many_positions_a_picture_has():
+    assert positions_of(SimpleNamespace(patch_size=2), (9, 8)) == 5 * 4
+    assert positions_of(SimpleNamespace(), (9, 8)) == positions_of(SimpleNamespace(patch_size=None), (9, 8)) == 0
