@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -29,7 +30,7 @@ MAX_TOKENS = 40
 START, END, PAD, UNKNOWN = range(4)
 _ROW = {word: row for row, word in enumerate(WORDS)}
 _WORD = re.compile(r"<[^<>\s]+>|[a-z]+|,")
-_BETWEEN = re.compile(r"[0-9]+|[^\x00-\x7f\s]+")  # numbers and other scripts, of which nothing is read
+_MEANT = re.compile(r"<[^<>\s]+>|[^\W_]+|[^\x00-\x7f]")  # as people take words, numbers and signs of any script
 
 
 def split_words(prompt: str) -> list[str]:
@@ -39,9 +40,13 @@ def split_words(prompt: str) -> list[str]:
 
 def unknown_words(prompt: str, triggers: Sequence[str] = ()) -> list[str]:
     """The words of a prompt that the toy base has never seen."""
-    words = [word for part in between(prompt, triggers) for word in split_words(part)]
-    rest = " ".join(_WORD.sub(" ", part.lower()) for part in between(prompt, triggers))
-    return [word for word in words if word not in _ROW or word in RESERVED] + _BETWEEN.findall(rest)
+    words = [match[0] for part in between(prompt, triggers) for match in _MEANT.finditer(part.lower())]
+    return [word for word in words if (word not in _ROW or word in RESERVED) and _says_something(word)]
+
+
+def _says_something(word: str) -> bool:
+    """What is written with letters or numbers, and a picture sign; other signs stand between words."""
+    return len(word) > 1 or word.isalnum() or unicodedata.category(word) == "So"
 
 
 def tokenize(prompts: Sequence[str], triggers: Mapping[str, Sequence[int]] | None = None) -> Tensor:

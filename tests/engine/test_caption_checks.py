@@ -25,6 +25,22 @@ def test_words_that_the_base_cannot_read_are_told(base):
 
 
 @pytest.mark.parametrize(
+    ("caption", "told"),
+    [
+        ("a man’s hat — “red” …", ["s"]),
+        ("a café, naïve", ["café", "naïve"]),
+        ("1girl and 2 dogs", ["1girl", "2", "dogs"]),
+        ("a dog 🐶", ["🐶"]),
+        ("a dog_house。 (man)", []),
+        ("a\u200bdog", []),
+    ],
+)
+def test_words_are_told_whole_and_signs_between_them_not_at_all(base, caption, told):
+    unknown = base.unknown_words(caption, [])
+    assert [word for word in unknown if word not in ("hat", "dogs", "house")] == [w for w in told if w != "dogs"]
+
+
+@pytest.mark.parametrize(
     ("captions", "shuffles"),
     [
         (["a <tom>"], False),
