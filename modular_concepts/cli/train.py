@@ -24,7 +24,6 @@ from .paths import (
     note_repeated,
     read_file,
     read_path,
-    refuse_existing,
     say,
     take_free_names,
 )
@@ -95,7 +94,10 @@ def run_train(args: argparse.Namespace) -> None:
     check_training(base, subject, settings, targets)
     resumed = args.resume is not None and out.exists()
     if resumed and not args.overwrite and not _is_of_this_training(out, args.resume, subject, base):
-        refuse_existing(out)
+        raise AdapterError(
+            f"{out} is there already and not of the training that is resumed: its class word, description, settings, "
+            "pictures or base are others; choose another --out, or replace it with --overwrite"
+        )
     subject = replace(subject, prior=_prior(base, args.class_word, preset.prior, *size))
     _teach(args, Lesson(base, subject, settings, targets, OrthogonalBasis()), out, args.overwrite or resumed)
 
@@ -114,6 +116,7 @@ def _check_places(args: argparse.Namespace, out: Path) -> None:
     """Refuse, before anything is loaded, what cannot be read or written."""
     from ..storage.names import resolved
     from ..training.checkpoint import check_checkpoint
+    from ..training.ownership import PATTERN
 
     # Whether it holds the training that is resumed can be told once the pictures are read.
     check_concept_output(out, args.overwrite or args.resume is not None)
@@ -123,6 +126,8 @@ def _check_places(args: argparse.Namespace, out: Path) -> None:
         _check_checkpoints(args)
     if args.cache:
         check_folder_place(args.cache, "--cache")
+    if args.checkpoints and PATTERN.fullmatch(out.name) and resolved(out).parent == resolved(args.checkpoints):
+        raise AdapterError(f"{out} is what a checkpoint there is called; choose another --out")
     for option, place in (("--checkpoints", args.checkpoints), ("--cache", args.cache)):
         if place is not None and resolved(out) in (resolved(place), *resolved(place).parents):
             raise AdapterError(

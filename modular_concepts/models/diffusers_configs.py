@@ -251,6 +251,12 @@ def _most(value: object) -> int:
 def check_tokenizer(folder: Path) -> None:
     """Raise AdapterError for files of a tokenizer that lead elsewhere, have no end, or say what no tokenizer can be."""
     whole = folder / "tokenizer.json"
+    for path in filter(is_there, [whole, *(folder / name for name in (*_WORDS, *_TOKENIZER_CONFIGS))]):
+        if path.is_file() and read_text(path).startswith("\ufeff"):
+            raise AdapterError(
+                f"{path}: it begins with a mark of its encoding, which its library does not read; save it as "
+                "UTF-8 without one"
+            )
     if is_there(whole):
         content = parse_json(read_text(whole), str(whole), MAX_TOKENIZER_ENTRIES)
         added = content.get("added_tokens") if isinstance(content, dict) else None

@@ -368,7 +368,8 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
             f"{pickles[0]}: this is a pickle, which can run programs and is never opened here; {CONVERT}"
         )
     other = sorted(path.name for path in folder.glob("*.safetensors"))
-    beside = f"; {listed(other)} is not called as weights are, so rename it if it holds them" if other else ""
+    shards = f"; of weights in parts their list {stem}.safetensors.index.json is needed too" if len(other) > 1 else ""
+    beside = f"; {listed(other)} is not called as weights are, so rename it if it holds them{shards}" if other else ""
     raise AdapterError(f"{folder / stem}.safetensors: is missing; the model's folder is incomplete{beside}")
 
 

@@ -238,3 +238,9 @@ def test_a_warning_that_python_was_told_to_raise_is_one_sentence(made, here, cap
     monkeypatch.setattr(modular_concepts.cli.sample, "base_named", warns)
     code, _, err = run(capsys, "sample", "a man")
     assert code == 2 and err.startswith("error: a library's warning ended this") and "of old" in err
+
+
+def test_a_concept_is_not_called_as_a_checkpoint_beside_it(made, here, capsys):
+    out = "steps/step-00000002.safetensors"
+    code, _, err = run(capsys, "train", made / "pictures/tom", *TRAIN, "--checkpoints", "steps", "--out", out)
+    assert code == 2 and "is what a checkpoint there is called" in err and not list(here.iterdir())

@@ -391,3 +391,13 @@ def test_a_mark_of_the_encoding_before_a_text_is_no_fault(copy, base):
     for path in (copy / "unet" / "config.json", copy / "model_index.json"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert load_diffusers_base(copy).hash == base.hash
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_a_mark_of_the_encoding_in_a_tokenizer_is_one_sentence(copy, name):
+    path = copy / "tokenizer" / name
+    if not path.is_file():
+        pytest.skip("these tiny folders have none")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with pytest.raises(AdapterError, match=f"{name}: it begins with a mark of its encoding"):
+        load_diffusers_base(copy)
