@@ -34,8 +34,7 @@ def loaded():
 def base_of(model, clip, vae):
     """A `HostBase` without the hash of gigabytes of weights, which is no part of a step."""
     base_module = pack_module("host.training.base")
-    architecture = pack_module("host.layers").architecture_of(model)
-    return base_module.HostBase(model, clip, vae, architecture, "", base_module._schedule(model))
+    return base_module.HostBase(model, clip, vae, "", base_module._schedule(model))
 
 
 def contexts_of(task: Task, device):
