@@ -246,7 +246,7 @@ def regions(run: Run, concept) -> None:
     said_by = {text: clip_words.encode_prompt(clip, text) for text in (here, elsewhere, "a car")}
     # A region has a text of its own; the pooled one, which is no position's, is the global prompt's, and a gate lets
     # no concept read that which a region has.
-    outside = gating.with_words(*run.loaded[:2], stack)
+    outside = gating.with_words(gating.HostModel(*run.loaded[:2]), gating.Stack(stack)).clip
 
     def pooled_outside(text: str) -> list:
         return [[said_by[text][0][0], clip_words.encode_prompt(outside, text)[0][1]]]
