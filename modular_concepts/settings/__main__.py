@@ -4,4 +4,5 @@ import sys
 
 from .page import write_page
 
-sys.stdout.write(write_page())
+if __name__ == "__main__":
+    sys.stdout.write(write_page())
