@@ -110,7 +110,7 @@ def concepts_for(family: str, model, clip) -> list:
     """Two concepts on every layer, with words, as they come from files; the second with a word for each layer."""
     stack, every = [], host["layers"].host_layers(model, clip)
     layers_of_words = host["layerwise"].cross_attention_layers(model)
-    width = host["base"].word_rows(clip, "dog").shape[1]
+    width = pack_module("host.text.words").word_rows(clip, "dog").shape[1]
     for number, name in enumerate(("tom", "rex")):
         path = FOLDER / "concepts" / f"{family}_{name}.safetensors"
         if not path.is_file():
