@@ -57,13 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(step_times(args.steps)))
         return 0
     found: dict[str, list[float]] = {way: [] for way in WAYS}
-    others = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(args.beside)]  # noqa: S603
+    others = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(args.beside)]  # noqa: S603 - our own command
     try:
         for _ in range(args.turns):
             for way, chosen in WAYS.items():
                 environment = {key: value for key, value in os.environ.items() if key not in SAID} | chosen
                 command = [sys.executable, "-m", "bench.busy", "--measure", "--steps", str(args.steps)]
-                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
+                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 - our own command
                 found[way] += json.loads(done.stdout)
                 print(f"{way:24} {median(found[way]):8.2f} s a step", file=sys.stderr, flush=True)
     finally:

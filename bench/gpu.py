@@ -198,7 +198,7 @@ def run(part: Part, args: argparse.Namespace, report: Report, seconds: float) ->
     log = args.out.with_name(f"{args.out.stem}-{part.name.replace(' ', '-')}.log")
     began = time.monotonic()
     with log.open("w") as errors:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(  # noqa: S603 - our own command
             [str(word) for word in command], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         )
         late = threading.Timer(seconds, process.kill)

@@ -138,7 +138,7 @@ def in_host(args: argparse.Namespace) -> dict:
     }
     command = [args.host_python, HERE / "merge_in_host.py", args.host, "-", "run", json.dumps(asked)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(  # noqa: S603 - our own command
         [str(part) for part in command], stdout=subprocess.PIPE, text=True, env=environment, check=False
     )
     if done.returncode:

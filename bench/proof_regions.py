@@ -202,7 +202,7 @@ def in_host(args: argparse.Namespace, way: Way, todo: Sequence[Group], folder: P
     path.write_text(json.dumps(plan))
     command = [args.host_python, HERE / "proof_in_host.py", args.host, "-", "run", json.dumps({"plan": str(path)})]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run([str(part) for part in command], env=environment, check=False)  # noqa: S603
+    done = subprocess.run([str(part) for part in command], env=environment, check=False)  # noqa: S603 - our own command
     if done.returncode:
         sys.exit(f"the host's part ended with {done.returncode}; see above")
 

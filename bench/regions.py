@@ -142,7 +142,7 @@ def main() -> None:
 
     def in_host(script: str, *arguments: str) -> str:
         command = [str(part) for part in (args.host_python, HERE / script, args.host, checkpoint, *arguments)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)  # noqa: S603
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)  # noqa: S603 - our own command
         if done.returncode:
             sys.exit(f"{script} ended with {done.returncode}; see above")
         return done.stdout

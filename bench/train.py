@@ -98,7 +98,7 @@ def run(task: Mapping, args: argparse.Namespace, checkpoint: Path) -> dict:
 def _process(command: Sequence[object], threads: int) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     command = [str(part) for part in command]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603 - our own command
 
 
 def figures(runs: Sequence[Mapping], clock: str) -> dict:

@@ -119,7 +119,7 @@ def tested(
         # Modules that are compiled without that hook would compare in silence, so these have a place of their own.
         compiled = {"PYTHONPYCACHEPREFIX": str(ROOT / "bench_output" / "torture" / "compiled")}
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **compiled, **environment}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)  # noqa: S603
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)  # noqa: S603 - our own command
         if not record.exists():
             raise RuntimeError(f"no test was run: {done.stdout[-700:]} {done.stderr[-300:]}")
         return [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]

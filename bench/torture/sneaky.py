@@ -14,10 +14,10 @@ def tried() -> dict:
     records = tested(SCANS)
     ruff = shutil.which("ruff", path=str(ROOT / ".venv" / "bin")) or "ruff"
     command = [ruff, "check", "--select", "S", "--ignore-noqa", "modular_concepts", "nodes", "host", "__init__.py"]
-    strict = subprocess.run(  # noqa: S603
+    strict = subprocess.run(  # noqa: S603 - our own command
         [*command, "--output-format", "concise"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    plain = subprocess.run([ruff, "check", "--select", "S", "."], cwd=ROOT, capture_output=True, check=False)  # noqa: S603
+    plain = subprocess.run([ruff, "check", "--select", "S", "."], cwd=ROOT, capture_output=True, check=False)  # noqa: S603 - our own command
     scanned = [path for folder in ("modular_concepts", "nodes", "host") for path in (ROOT / folder).rglob("*.py")]
     return {
         "held": sum(record["outcome"] == "passed" for record in records),

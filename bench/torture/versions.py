@@ -76,7 +76,7 @@ def tried(others: Sequence[Path] = ()) -> dict:
         too_new += [f"{path.relative_to(ROOT)}: {found[0]}" for found in NEWER.finditer(source)]
     ruff = shutil.which("ruff", path=str(ROOT / ".venv" / "bin")) or "ruff"
     command = [ruff, "check", "--target-version", "py310", "--select", "F,UP,E9", *map(str, pack())]
-    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
     return {
         "files": len(pack()),
         "too_new": too_new,
@@ -100,7 +100,7 @@ def pythons(others: Sequence[Path]) -> Iterator[tuple[str, Path | None]]:
 
 def version_of(path: Path) -> str:
     command = [path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603 - our own command
 
 
 def with_python(version: str, path: Path | None) -> dict:
@@ -108,13 +108,13 @@ def with_python(version: str, path: Path | None) -> dict:
     if path is None:
         return {"version": version, "there": False}
     files = json.dumps([str(file) for file in pack()])
-    read = subprocess.run([path, "-c", READ], input=files, capture_output=True, text=True, check=False)  # noqa: S603
+    read = subprocess.run([path, "-c", READ], input=files, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
     if read.returncode:
         return {"version": version, "there": False, "why": read.stderr.strip()[-200:]}
     seen = {"there": True, **json.loads(read.stdout)}
     with tempfile.TemporaryDirectory() as folder:
         command = [path, "-B", "-c", ENGINE, str(ROOT)]
-        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
+        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
     seen["engine"] = json.loads(ran.stdout) if ran.returncode == 0 else {"imported": 0, "failed": [ran.stderr[-200:]]}
     if not seen["engine"]["failed"]:
         records = tested(TESTS, python=path)

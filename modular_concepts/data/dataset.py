@@ -365,7 +365,15 @@ def _has_profile(image: Image) -> bool:
     gamma, primaries = image.info.get("gamma", _GAMMA), image.info.get("chromaticity", _PRIMARIES)
     there = (gamma, *primaries), (_GAMMA, *_PRIMARIES)
     other = any(abs(value - usual) > 0.01 for value, usual in zip(*there, strict=True))
-    return other or image.getexif().get_ifd(_EXIF).get(_COLOUR_SPACE) == _UNCALIBRATED
+    return other or _colour_space(image) == _UNCALIBRATED
+
+
+def _colour_space(image: Image) -> object:
+    """What a camera says of it; None where it says nothing, or nothing that can be read, which costs no picture."""
+    try:
+        return image.getexif().get_ifd(_EXIF).get(_COLOUR_SPACE)
+    except Exception:  # Pillow reads what cameras wrote, and raises whatever it meets there
+        return None
 
 
 def _is_transparent(image: Image) -> bool:

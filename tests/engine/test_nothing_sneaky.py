@@ -178,7 +178,7 @@ print(json.dumps({
 def in_a_new_process(script: str, folder: Path) -> dict:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(folder), "TMPDIR": str(folder)}
     command = [sys.executable, "-B", "-c", script]  # -B: a .pyc is not the engine's doing
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)  # noqa: S603
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)  # noqa: S603 - our own command
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -68,5 +68,5 @@ def test_nothing_is_needed_for_them_otherwise():
     ]
     absent = "import sys; sys.modules.update(dict.fromkeys(('jaxtyping', 'beartype'))); import importlib; "
     code = absent + f"[importlib.import_module(name) for name in {[*modules, 'modular_concepts.training.losses']}]"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ENGINE.parent, capture_output=True, text=True)  # noqa: S603
+    done = subprocess.run([sys.executable, "-c", code], cwd=ENGINE.parent, capture_output=True, text=True)  # noqa: S603 - our own command
     assert done.returncode == 0, done.stderr

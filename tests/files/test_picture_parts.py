@@ -200,3 +200,20 @@ def test_colours_that_are_meant_otherwise_without_a_profile_are_told(tmp_path):
         (tmp_path / name).write_bytes(data)
     (told,) = [note for note in load_folder(tmp_path, (32, 32)).report.notes if note.startswith(PROFILE)]
     assert {name for name in pictures if name in told} == {"linear.png", "primaries.png", "camera.jpg"}
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0junk", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x69\x87\x04\0\x01\0\0\0\xff\xff\xff\x7f\0\0\0\0"]
+)
+def test_what_a_camera_says_and_nobody_can_read_costs_no_picture(tmp_path, exif):
+    (tmp_path / "x.jpg").write_bytes(encoded("JPEG", exif=exif))
+    assert load_picture(tmp_path / "x.jpg").shape == (48, 64, 3)
+
+
+def test_a_reader_that_fails_on_a_cameras_words_costs_no_picture(tmp_path, monkeypatch):
+    def fails(*_args):
+        raise KeyError("an entry of a kind that there is not")
+
+    (tmp_path / "x.jpg").write_bytes(encoded("JPEG"))
+    monkeypatch.setattr(Image.Exif, "get_ifd", fails)
+    assert load_picture(tmp_path / "x.jpg").shape == (48, 64, 3)

@@ -32,7 +32,7 @@ class Host:
     def run(self, script: str, folder: Path, timeout: float = 900) -> str:
         """Run tests/host/scripts/SCRIPT in a process of its own on the files in `folder`; its output."""
         command = [self.python, Path(__file__).parent / "scripts" / script, self.path, PACK, folder]
-        done = subprocess.run(  # noqa: S603
+        done = subprocess.run(  # noqa: S603 - our own command
             [str(part) for part in command],
             capture_output=True,
             text=True,

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     try:
         host = find_host()
     except NoSuchHost as error:
-        print(f"ERROR: {error}", file=sys.stderr)  # noqa: T201
+        print(f"ERROR: {error}", file=sys.stderr)  # noqa: T201 - a runner's own words
         return 4  # as pytest does of wrong usage
     python, environment = sys.executable, {**os.environ, "OMP_NUM_THREADS": "1"}
     if isinstance(host, Host):
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     if not any(argument.startswith("tests") for argument in arguments):
         arguments = [str(Path("tests") / "host"), *arguments]
     command = [python, "-m", "pytest", "-n", str(processes()), "--dist", "loadfile", *arguments]
-    return subprocess.call(command, cwd=PACK, env=environment)  # noqa: S603
+    return subprocess.call(command, cwd=PACK, env=environment)  # noqa: S603 - our own command
 
 
 def prepared(host: Host) -> Path:
@@ -53,20 +53,20 @@ def prepared(host: Host) -> Path:
     wanted = f"{host.python}\n{LOCK.read_text(encoding='utf-8')}"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return FOLDER
-    print(f"Installing what the host's tests need into {FOLDER.relative_to(PACK)} (once)", file=sys.stderr)  # noqa: T201
+    print(f"Installing what the host's tests need into {FOLDER.relative_to(PACK)} (once)", file=sys.stderr)  # noqa: T201 - a runner's own words
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     (FOLDER / "lock.txt").write_text("\n".join(lacking(host)), encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(host.python), "install"]
     pip += ["--quiet", "--quiet", "--no-deps", "--no-compile", "--target", str(FOLDER), "-r", str(FOLDER / "lock.txt")]
-    subprocess.run(pip, check=True)  # noqa: S603
+    subprocess.run(pip, check=True)  # noqa: S603 - our own command
     stamp.write_text(wanted, encoding="utf-8")
     return FOLDER
 
 
 def lacking(host: Host) -> list[str]:
     """Lines of the lock that name a package which the host has not."""
-    asked = subprocess.run([str(host.python), "-c", INSTALLED], capture_output=True, text=True, check=True)  # noqa: S603
+    asked = subprocess.run([str(host.python), "-c", INSTALLED], capture_output=True, text=True, check=True)  # noqa: S603 - our own command
     there = set(asked.stdout.split()) | NOT_NEEDED
     pins = (line for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line)
     return [line for line in pins if re.sub("[-_.]+", "-", line.partition("==")[0]).lower() not in there]

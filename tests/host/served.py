@@ -98,7 +98,7 @@ class HostServer(Server):
         command += ["--preview-method", "latent2rgb", "--database-url", "sqlite:///:memory:"]
         self.log = self.folder / "server.log"
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: S603
+            self._process = subprocess.Popen(  # noqa: S603 - our own command
                 [str(part) for part in command],
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -15,7 +15,7 @@ def report(host, tmp_path_factory):
     """The JSON object of a dry run, which is in the last line and in the file."""
     out = tmp_path_factory.mktemp("bench") / "gpu.json"
     command = [sys.executable, PACK / "bench" / "gpu.py", "--dry", "--host", host.path, "--python", host.python]
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(  # noqa: S603 - our own command
         [str(part) for part in [*command, "--out", out]], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
@@ -55,7 +55,7 @@ def test_a_killed_run_keeps_what_it_has(host, tmp_path):
     """And one whose time is up says which parts were not begun."""
     out = tmp_path / "gpu.json"
     command = [sys.executable, PACK / "bench" / "gpu.py", "--dry", "--seconds", "1", "--out", out]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)  # noqa: S603 - our own command
     assert done.returncode == 1
     parts = json.loads(out.read_text())["parts"]
     assert parts["toy"]["ended"].startswith("not begun") and "not begun" in done.stdout

@@ -18,7 +18,7 @@ def measured(host, tmp_path_factory):
     out, plot = folder / "regions.json", folder / "regions.png"
     command = [sys.executable, PACK / "bench" / "regions.py", "--quick", "--threads", "1"]
     command += ["--clock", "processor", "--out", out, "--plot", plot, "--host", host.path, "--host-python", host.python]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)  # noqa: S603 - our own command
     assert done.returncode == 0, done.stderr
     assert not out.with_suffix(".safetensors").exists()
     return json.loads(done.stdout.splitlines()[-1]), json.loads(out.read_text())["runs"], Image.open(plot)

@@ -17,7 +17,7 @@ def measured(host, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "train.json"
     command = [sys.executable, PACK / "bench" / "train.py", "--quick", "--threads", "1", "--out", out]
     command += ["--host", host.path, "--host-python", host.python]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)  # noqa: S603 - our own command
     assert done.returncode == 0, done.stderr
     assert not out.with_suffix(".safetensors").exists()
     return json.loads(done.stdout.splitlines()[-1]), json.loads(out.read_text())["runs"]

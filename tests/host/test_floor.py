@@ -100,5 +100,5 @@ def test_without_a_host_the_pack_can_be_imported(tmp_path):
     command = [sys.executable, "-c", "import importlib; importlib.import_module('pack')"]
     (tmp_path / "pack").symlink_to(PACK, target_is_directory=True)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)  # noqa: S603
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)  # noqa: S603 - our own command
     assert done.returncode == 0, done.stderr

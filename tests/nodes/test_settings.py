@@ -211,5 +211,5 @@ def test_declarations_load_no_library():
         "import sys, modular_concepts.settings.page; "
         "print([name for name in ('torch', 'numpy', 'safetensors') if name in sys.modules])"
     )
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)  # noqa: S603
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)  # noqa: S603 - our own command
     assert ran.stdout == "[]\n", ran.stderr

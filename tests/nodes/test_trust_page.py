@@ -105,7 +105,7 @@ def test_comparisons_are_recorded_with_their_bounds(tmp_path):
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.torture.recording", "--recording", "out.jsonl"]
     command += ["-o", "enable_assertion_pass_hook=true", "-p", "no:cacheprovider", "test_it.py"]
-    subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)  # noqa: S603
+    subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)  # noqa: S603 - our own command
     (record,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert record["outcome"] == "passed" and record["compared"] == {"0.002": [1, 0.001], "1e-05": [1, 1e-07]}
 
