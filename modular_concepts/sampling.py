@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from .adapters.attach import attached
+from .adapters.own_words import Spoken
 from .adapters.sites import with_sites
 from .concept import Concept
 from .errors import AdapterError
-from .merging.compatibility import fit
+from .merging.compatibility import fit, fitting_concepts, learned_words
 from .merging.methods import Merge
+from .merging.own_words import EVERYWHERE, split, spoken
 from .models.base import BaseModel
 from .models.budget import check_pictures
 from .models.targets import EVERYTHING, concept_layers
@@ -27,6 +29,7 @@ from .regions.conditioning import Speaking
 from .regions.geometry import Region
 from .regions.shares import Places
 from .settings import drawing as declared
+from .settings.merging import ACT_ON
 from .stack import NO_CONCEPTS, Stack
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ class RegionOptions(TypedDict, total=False):
     mode: str
     stack: Sequence[tuple[Concept, float]]
     overlap: str
+    act_on: str
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class ByRegion:
     regions hold in every picture; their prompts replace the picture's prompt inside; overlap: as `region_weights`.
     mode: "merged" draws with the base as it is, concepts in it; "gated" with the concepts of `stack` (concept,
     strength) besides, each only where its regions are, or, if none has it, outside of all where the prompt calls it.
+    act_on: as `merging.own_words.split`; in gated mode layers that read text then act by word, all others by place.
     Raises AdapterError for a mode that is none, and for concepts that nothing would draw with.
     """
 
@@ -71,9 +76,11 @@ class ByRegion:
     mode: str = "merged"
     stack: Sequence[tuple[Concept, float]] = NO_CONCEPTS
     overlap: str = "average"
+    act_on: str = EVERYWHERE
 
     def __post_init__(self):
         declared.MODE.check(self.mode)
+        ACT_ON.check(self.act_on)
         if self.stack and self.mode == "merged":
             raise AdapterError("merged mode draws with the base as it is; merge the concepts into it, or choose gated")
 
@@ -121,7 +128,8 @@ def sample(
 ) -> Tensor:
     """One picture per (prompt, seed): (N, 3, H, W) in 0..1, on the CPU wherever the base is.
 
-    tokens: trigger word -> learned rows.  regions and options (mode, stack, overlap): see `ByRegion`.
+    tokens: trigger word -> learned rows, as `customised` gives them, with what acts at these words.
+    regions and options (mode, stack, overlap, act_on): see `ByRegion`.
     callback(done, total) counts sampling steps over all batches.
     Raises AdapterError, before anything is drawn, for sizes, steps or seeds that this base cannot take; and for a
     picture that is not finite.
@@ -136,7 +144,7 @@ def sample(
     places = Places([region.placed(width, height) for region in regions], divided.overlap)
     batches = []
     for acts, numbers in _by_concepts(stack, prompts, regions).items():
-        speaking = Speaking(base, places, tokens or {}, stack, acts)
+        speaking = Speaking(base, places, tokens or {}, stack, acts, divided.act_on)
         batches += [
             (speaking, numbers[first : first + settings.batch]) for first in range(0, len(numbers), settings.batch)
         ]
@@ -202,16 +210,25 @@ def _sample_batch(speaking: Speaking, prompts, seeds, settings, size, step_done)
 
 @contextmanager
 def customised(
-    base: BaseModel, concepts: Sequence[Concept], strengths: Sequence[float], how: str = "sum"
-) -> Generator[Mapping[str, Tensor]]:
+    base: BaseModel,
+    concepts: Sequence[Concept],
+    strengths: Sequence[float],
+    how: str = "sum",
+    act_on: str = EVERYWHERE,
+) -> Generator[Spoken]:
     """Within the block the base draws with the merged concepts; yields their learned tokens for prompts.
 
     Below strength 1 a learned word goes back towards its class word (`merging.compatibility.learned_words`).
+    act_on: as `merging.own_words.split`.  What acts at its own words alone is in the tokens: a prompt that is read with
+    them says where.
     Raises AdapterError for a concept of another base.
     """
     everything = with_sites(concept_layers(base, EVERYTHING))
     shapes = {name: module.weight.shape for name, module in everything.items()}
-    stack = Stack(zip(concepts, strengths, strict=True))
-    merged, words = fit(base.architecture, shapes, stack, Merge(how), base.word_rows)
+    fitting = fitting_concepts(base.architecture, shapes, concepts)
+    stack = Stack(zip(fitting, strengths, strict=True))
+    divided = split(stack, act_on, how)
+    merged, _ = fit(base.architecture, shapes, divided.everywhere, Merge(how))
+    words = learned_words(stack, base.word_rows)
     with attached(everything, merged):
-        yield {word.trigger: word.rows for word in words}
+        yield spoken(words, divided.by_word, base.word_rows)

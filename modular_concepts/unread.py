@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from .settings.drawing import SAMPLED
-from .settings.merging import BESIDE_MERGING, MERGING
+from .settings.merging import ACT_ON, BESIDE_MERGING, MERGING
 from .settings.setting import Setting
 from .settings.training import BESIDE_TRAINING, TRAINING
 
@@ -50,6 +50,7 @@ MERGE: Mapping[str, Read] = MappingProxyType(
 SAMPLE: Mapping[str, Read] = MappingProxyType(
     {
         **dict.fromkeys(("prompt", "concept", "region", "out", "base", "overwrite"), _ALWAYS),
+        ACT_ON.name: _ALWAYS,
         **_read_declarations(SAMPLED),
     }
 )

@@ -20,6 +20,7 @@ from ...modular_concepts.errors import AdapterError, listed
 from ...modular_concepts.families import encoder_names, reader_names
 from ...modular_concepts.merging.compatibility import learned_words, refuse_shared_triggers
 from ...modular_concepts.models.cross_attention import first_positions
+from ...modular_concepts.models.cross_attention import word_places as places_of_words
 from ...modular_concepts.text.learned_word import LearnedWord, layers_of
 from ...modular_concepts.text.triggers import TRIGGER, between, heard, replaced
 from ...modular_concepts.text.words import caption_ids, learned_rows, token_ids
@@ -174,6 +175,12 @@ def trigger_positions(clip: comfy.sd.CLIP, prompts: Sequence[str], tokens: Mappi
     wanted = [number for word in tokens for number in reader.ids[word.lower()]]
     longest = max(map(len, rows))
     return first_positions(torch.tensor([row + [-1] * (longest - len(row)) for row in rows]), wanted)
+
+
+def word_places(clip: comfy.sd.CLIP, prompt: str, tokens: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Trigger word -> where its rows stand in the context of a prompt, for those of `tokens` that it says."""
+    reader = next(iter(_parts(with_tokens(clip, tokens).tokenizer).values()))
+    return places_of_words(reader.ids_of(prompt), {word: reader.ids[word.lower()] for word in tokens})
 
 
 def word_positions(clip: comfy.sd.CLIP, prompt: str, word: str) -> list[int]:

@@ -38,7 +38,7 @@ from ..layers import base_hash, host_layers, text_encoders_of
 from ..model import HostModel
 from ..text.encode import HostContext, check_text_models, contexts
 from ..text.layerwise import LAYERS, PickLayer, stacked, with_layers
-from ..text.words import trigger_positions
+from ..text.words import trigger_positions, word_places
 
 SAMPLER = ("euler", "normal")
 LATENT_PIXEL = 8  # what the host takes a latent's cell for when it tells SDXL the picture's size
@@ -164,6 +164,9 @@ class HostBase(HostModel):
 
     def trigger_positions(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor:
         return trigger_positions(self.clip, prompts, tokens)
+
+    def word_places(self, prompt: str, tokens: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        return word_places(self.clip, prompt, tokens)
 
     def _told(self, noisy: Tensor, text: Tensor, pooled: Tensor | None) -> dict[str, Tensor]:
         """What the host's own sampling tells the network: the text, pooled text, and the picture's size for SDXL."""

@@ -215,6 +215,12 @@ def narrowed(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return (one, product) if rows <= columns else (product, one)
 
 
+def measure_energy(adapter: LowRank) -> float:
+    """|delta|^2, the sum of squares, from the factors."""
+    up, down = narrowed(adapter.lora_up, adapter.lora_down)
+    return float(adapter.scale**2 * ((up.mT @ up) * (down @ down.mT)).sum())
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

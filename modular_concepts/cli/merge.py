@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterError, listed
-from ..settings.merging import EXACT, HOW, LITERAL, MERGING, METHOD_HELP
+from ..settings.merging import ACT_ON, EXACT, HOW, LITERAL, MERGING, METHOD_HELP
 from ..storage.names import safe_name
-from .declared import add_option
+from .declared import add_option, spell_flag
 from .paths import (
     add_overwrite,
     base_named,
@@ -67,6 +67,7 @@ def add_merge(commands) -> None:
     add_option(merge, LITERAL, default=False, usual="", only=True, action="store_true")
     for setting in MERGING.values():
         add_option(merge, setting, only=True)
+    add_option(merge, ACT_ON)
     add_option(merge, EXACT, default=False, usual="", only=True, action="store_true")
     merge.add_argument(
         "--moments",
@@ -137,6 +138,9 @@ def run_merge(args: argparse.Namespace) -> None:
     from ..merging.as_concept import check_together, merged_concept
     from ..merging.block_strengths import unfelt
     from ..merging.fusion import EXACT as LEAST_RIDGE
+    from ..merging.methods import Merge
+    from ..merging.own_words import split
+    from ..stack import Stack
     from ..storage.names import resolved
     from ..unread import MERGE, find_unread
 
@@ -154,16 +158,20 @@ def run_merge(args: argparse.Namespace) -> None:
         raise AdapterError(f"the merge would replace {args.out}, one of its parts; choose another --out")
     check_together(concepts)
     base = base_named(args.base) if args.base is not None else None
+    act_on = args.act_on or ACT_ON.default
     typed = [name for name in MERGE if getattr(args, name) not in (None, False, "")]
     for sentence in [
-        *find_unread(MERGE, typed, args.how, called=lambda name: f"--{name}"),
+        *find_unread(MERGE, typed, args.how, called=spell_flag),
+        *split(Stack(zip(concepts, strengths, strict=True)), act_on, args.how).notes,
         *unfelt([concept.name for concept in concepts], strengths),
         *warnings_between(concepts),
         *(warnings_on_base(concepts, base.hash, base.sample, base.architecture) if base else []),
     ]:
         note(sentence)
     evidence = _gather_evidence(args, concepts, paths, base)
-    merged = _describe(about, merged_concept(name, concepts, strengths, args.how, args.literal, options, evidence))
+    merge = Merge(args.how, args.literal, options, evidence, act_on)
+    whole = merged_concept(name, concepts, strengths, merge)
+    merged = _describe(about, whole)
     folder(args.out.parent)
     with take_free_names(args.overwrite):
         save_concept(merged, args.out)

@@ -67,6 +67,8 @@ def choose_preset(args: argparse.Namespace, usual: TrainSettings, suit: Callable
     names = ("method", *_SETTINGS)
     chosen = {name: read_typed(getattr(args, name)) for name in names if getattr(args, name) is not None}
     preset = replace(preset, settings=replace(preset.settings, **chosen))
+    if preset.settings.method == "own_words" and args.preset is None:
+        preset = replace(preset, targets=PRESETS["own words"].targets)
     if args.targets is not None:
         preset = replace(preset, targets=tuple(args.targets))
     if args.text_encoder is not None:

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import AdapterError, listed
 from ..families.toy import TOY
 from ..settings import drawing
+from ..settings.merging import ACT_ON
 from ..typed import read_number
 from .declared import add_option
 from .paths import (
@@ -57,6 +58,7 @@ def add_sample(commands) -> None:
     )
     add_option(sample, drawing.UNITS)
     add_option(sample, drawing.MODE)
+    add_option(sample, ACT_ON)
     sample.add_argument(
         "--out",
         type=read_file,
@@ -80,7 +82,6 @@ def run_sample(args: argparse.Namespace) -> None:
     from ..crosstalk.report import warnings_on_base
     from ..models.budget import check_zoom
     from ..models.prompts import unheard_of
-    from ..regions.assignment import unheard
     from ..regions.warnings import doubtful_places
     from ..sampling import SampleSettings, check_drawing, customised, sample, warnings_on_guidance
     from ..stack import Stack
@@ -104,7 +105,7 @@ def run_sample(args: argparse.Namespace) -> None:
     _warn_unknown(base, texts, list(learned))
     for sentence in unheard_of(base, [*texts, *([args.negative] if args.negative else [])], learned):
         note(sentence)
-    gated = bool(regions) and args.mode != "merged"
+    gated, act_on = bool(regions) and args.mode != "merged", args.act_on or ACT_ON.default
     note_repeated(args)
     size = (height // base.downscale, width // base.downscale)
     odd = [
@@ -116,13 +117,12 @@ def run_sample(args: argparse.Namespace) -> None:
     for sentence in odd:
         note(sentence)
     stack = Stack(zip(concepts, strengths, strict=True))
-    for sentence in _find_unfelt(concepts, strengths):
+    for sentence in [*_find_unfelt(concepts, strengths), *_find_unheard(stack, args, regions, gated, act_on)]:
         note(sentence)
-    for sentence in unheard(stack, args.prompt, regions, gated, "draw with --mode merged, where it acts everywhere"):
-        note(sentence)
-    how: dict[str, Any] = dict(mode="gated", stack=stack) if gated else {}
+    how: dict[str, Any] = dict(mode="gated", stack=stack, act_on=act_on) if gated else {}
     try:
-        with bar as advance, nullcontext() if gated else customised(base, concepts, strengths) as tokens:
+        merged = nullcontext() if gated else customised(base, concepts, strengths, act_on=act_on)
+        with bar as advance, merged as tokens:
             # A batch at a time, written before the next: all of them at once could be more than the memory holds.
             for first in range(0, args.count, settings.batch):
                 some = seeds[first : first + settings.batch]
@@ -144,6 +144,18 @@ def _find_unfelt(concepts: Sequence, strengths: Sequence[float]) -> list[str]:
         for concept, strength in zip(concepts, strengths, strict=True)
         if strength == 0
     ]
+
+
+def _find_unheard(stack, args: argparse.Namespace, regions: Sequence, gated: bool, act_on: str) -> list[str]:
+    """Sentences on concepts that no prompt calls, and on what is left out of those that act at their own words."""
+    from ..merging.own_words import split
+    from ..regions.assignment import unheard
+
+    divided = split(stack, act_on)
+    owners = {residual.owner for residual in divided.by_word}
+    way_out = "draw with --mode merged, where it acts everywhere"
+    sentences = unheard(stack, args.prompt, regions, gated, way_out, owners)
+    return sentences if gated else [*sentences, *divided.notes]
 
 
 def _find_unread(args: argparse.Namespace) -> list[str]:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..adapters.low_rank import LowRank, narrowed, scatter_rows, together
 from ..adapters.sites import aligned
+from ..concept import Concept
+from ..merging.compatibility import trained_for_words
+from ..merging.own_words import words_of
 
 Pair = tuple[str, str]
 
@@ -86,15 +89,20 @@ def crosstalk_table(concepts: Sequence[Layered], signs: bool = False) -> Crossta
 
     Returns {"pairs": {(name, name): {"crosstalk": mean over their common layers, "cosine": ...}},
     "layers": {layer: {(name, name): {...}}}, "mean": mean crosstalk over pairs that share a layer, else 0.0}.
-    A name that comes twice is numbered.
+    A name that comes twice is numbered.  Of two concepts that act at their own words alone every figure is 0.
     """
-    named = list(zip(distinct_names(concepts), aligned([concept.layers for concept in concepts]), strict=True))
+    names = distinct_names(concepts)
+    named = list(zip(names, aligned([concept.layers for concept in concepts]), strict=True))
+    apart = {
+        (first, second): share_no_text(a, b)
+        for (first, a), (second, b) in itertools.combinations(zip(names, concepts, strict=True), 2)
+    }
     layers: dict[str, dict[Pair, dict[str, float]]] = {}
     pairs: dict[Pair, dict[str, float]] = {}
     for (first, a), (second, b) in itertools.combinations(named, 2):
         shared = {}
         for layer in shared_layers(a, b):
-            shared[layer] = _figures(a[layer], b[layer], signs)
+            shared[layer] = _figures(a[layer], b[layer], signs, apart[first, second])
             layers.setdefault(layer, {})[first, second] = shared[layer]
         if shared:
             measures = next(iter(shared.values()))
@@ -108,7 +116,15 @@ def shared_layers(a: Mapping[str, LowRank], b: Mapping[str, LowRank]) -> list[st
     return [layer for layer, adapter in a.items() if layer in b and adapter.weight_shape == b[layer].weight_shape]
 
 
-def _figures(a: LowRank, b: LowRank, signs: bool) -> dict[str, float]:
+def share_no_text(a: Layered, b: Layered) -> bool:
+    """Whether both act at their own words alone, and no word is both's: what one reads the other never does."""
+    both = [concept for concept in (a, b) if isinstance(concept, Concept) and trained_for_words(concept)]
+    return len(both) == 2 and not set.intersection(*({word.lower() for word in words_of(each)} for each in both))
+
+
+def _figures(a: LowRank, b: LowRank, signs: bool, apart: bool) -> dict[str, float]:
+    if apart:
+        return {"crosstalk": 0.0, "cosine": 0.0} | ({"sign_conflicts": 0.0} if signs else {})
     figures = {"crosstalk": crosstalk(a, b), "cosine": cosine(a, b)}
     return figures | ({"sign_conflicts": sign_conflicts(a, b)} if signs else {})
 

@@ -18,10 +18,12 @@ from ..adapters.low_rank import LowRank, at_least_float32, narrowed, together
 from ..adapters.sites import aligned, layer_of
 from ..concept import Concept
 from ..errors import AdapterError, listed
+from ..merging.compatibility import trained_for_words
 from ..merging.moments import Moment
+from ..merging.own_words import words_of
 from ..models.fingerprint import same_weights
 from ..models.layers import block_of
-from .measures import CrosstalkTable, crosstalk_table, distinct_names, shared_layers
+from .measures import CrosstalkTable, crosstalk_table, distinct_names, share_no_text, shared_layers
 
 SAME_DIRECTION = 0.999  # cosine from which on two rows of lora_down are one column of a basis
 # Mean crosstalk up to which a pair is called so; LoRAs that never heard of each other lie at 0.02 to 0.2.
@@ -38,7 +40,7 @@ class Pair:
     """Two concepts.  columns: layer width -> (shared basis columns, the rank), where any are shared.
 
     rows: share of the output rows that both write.  answers: |delta_second x| / |delta_first x| on the first one's
-    own inputs and the other way round, or None without moments.
+    own inputs and the other way round, or None without moments.  by_word: whether both act at their own words alone.
     """
 
     first: str
@@ -50,11 +52,14 @@ class Pair:
     rows: float
     answers: tuple[float | None, float | None]
     blocks: Mapping[str, float] = field(default_factory=dict)
+    by_word: bool = False
 
     def verdict(self) -> str:
         """One sentence: how much they step on each other, and by which columns."""
         words = next(words for top, words in VERDICTS if self.crosstalk <= top or top == 1.0)
         sentence = f"{self.first} and {self.second}: crosstalk {self.crosstalk:.4f}, {words}"
+        if self.by_word:
+            return f"{sentence}: each acts at its own words alone, and they share nothing but the picture's attention"
         if self.columns:
             width, (shared, rank) = max(self.columns.items(), key=lambda item: item[1][0])
             sentence += f"; they share {shared} of {rank} columns in {width}-wide layers"
@@ -151,6 +156,7 @@ def _pair(first: str, second: str, a: Concept, b: Concept, table: Mapping, answe
         shared_rows / all_rows,
         answers,
         {block: sum(values) / len(values) for block, values in blocks.items()},
+        share_no_text(a, b),
     )
 
 
@@ -177,6 +183,8 @@ def _rows(adapter: LowRank) -> set[int]:
 
 def _answer(loud: Concept, own: Concept, moments: Mapping[str, Moment] | None) -> float | None:
     """Mean over layers of |delta_loud x| / |delta_own x| on the own concept's inputs x, from their moments."""
+    if moments is not None and trained_for_words(loud) and not set(words_of(loud)) & set(words_of(own)):
+        return 0.0
     ratios = []
     recorded = moments or {}
     for layer in shared_layers(own.layers, loud.layers):
@@ -256,6 +264,16 @@ def _between(first: str, a: Concept, second: str, b: Concept, everyone: Sequence
         sentences.append(
             f"{first} and {second} were trained on different models of one family: each acts less well on the other's"
         )
+    if share_no_text(a, b):
+        return sentences
+    by_word = [trained_for_words(a), trained_for_words(b)]
+    if any(by_word) and not all(by_word) and a.layers and b.layers:
+        loud, quiet = (second, first) if by_word[0] else (first, second)
+        sentences.append(
+            f"{loud} acts everywhere, on the words of {quiet} too; draw it at its own words alone to keep {quiet} as "
+            "it is"
+        )
+        return sentences
     if one.basis and other.basis and one.basis != other.basis:
         sentences.append(
             f"{first} and {second} were trained on different orthogonal bases, so slots do not keep them apart; "

@@ -1,7 +1,9 @@
 """Concept files, format version 1: one safetensors file that stock LoRA loaders read as it is.
 
 Tensors: `<file_key>.lora_up.weight` (out, rank[, 1, 1]), `.lora_down.weight` (rank, in[, kh, kw]) and
-`.alpha`, as kohya's.  Block adapters are stored over all output rows, zero outside their block.
+`.alpha`, as kohya's.  Block adapters are stored over all output rows, zero outside their block.  Those of a concept
+that acts at its own words alone have `own_words.` before their key: a stock loader would let them act everywhere, and
+so it finds none.
 Metadata: `modular_concepts` is one JSON text (format, name, recipe, and per layer its kind and rows),
 `modular_concepts_tokens` another with the learned words as base64 of little-endian float32, then kohya's `ss_`
 basics and `modelspec.` entries for programs that list models (`modelspec.py`).
@@ -27,8 +29,10 @@ from torch import Tensor
 
 from ..adapters.basis import OrthogonalBasis, hashed_indices, printed, slot_indices, work_of
 from ..adapters.low_rank import LowRank, check_adapter, check_size
+from ..adapters.own_words import METHOD as OWN_WORDS
 from ..concept import Concept, Recipe, check_concept, check_rows, check_token, clip
 from ..errors import AdapterError
+from ..merging.own_words import check_own_words
 from ..models.layers import check_name, file_key
 from ..storage.safetensors import check_finite, read_safetensors, tensor_bytes, write_safetensors
 from ..storage.strict_json import parse_json
@@ -57,6 +61,7 @@ def save_concept(
     nothing, and when the file cannot be written.
     """
     check_concept(concept)
+    check_own_words(concept)
     for name, adapter in concept.layers.items():
         check_size(name, adapter)
     for word, rows in concept.tokens.items():
@@ -68,7 +73,7 @@ def save_concept(
         raise AdapterError(f"{concept.name}: nothing to leave out: no adapter has basis columns or a block of rows")
     tensors, layers = {}, {}
     for name, adapter in concept.layers.items():
-        key = file_key(name, concept.recipe.architecture)
+        key = _key(name, concept.recipe)
         if f"{key}.alpha" in tensors:
             raise AdapterError(f"{name}: another layer has the same name in files, {key}")
         left_out = name in columns or name in identities
@@ -87,6 +92,11 @@ def save_concept(
         document["bases"] = {str(width): used.fingerprint(width) for width in widths}
     metadata = stock_metadata(concept) | modelspec(concept, tensors)
     write_safetensors(path, tensors, metadata | {KEY: _dump(document)} | _dump_tokens(concept.tokens))
+
+
+def _key(name: str, recipe: Recipe) -> str:
+    key = file_key(name, recipe.architecture)
+    return f"{OWN_WORDS}.{key}" if recipe.method == OWN_WORDS else key
 
 
 def load_concept(path: Path | str, basis: OrthogonalBasis | None = None) -> Concept:
@@ -120,7 +130,7 @@ def stock_metadata(concept: Concept) -> dict[str, str]:
     """The kohya entries that other programs show: rank, alpha, module."""
     ranks = {adapter.rank for adapter in concept.layers.values()} or {concept.recipe.rank}
     return {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": f"modular_concepts.{OWN_WORDS}" if concept.recipe.method == OWN_WORDS else "networks.lora",
         "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(concept.recipe.alpha),
         "ss_output_name": concept.name,
@@ -243,13 +253,14 @@ def _parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], basis: Or
     rest = dict(tensors)
     adapters = {}
     for name, entry in sorted(layers.items()):
-        key = file_key(check_name(name), recipe.architecture)
+        key = _key(check_name(name), recipe)
         adapters[name] = _adapter(name, key, entry, rest, expanded)
     if rest:
         raise AdapterError(f"{min(rest)} belongs to no layer of the description ({len(rest)} such tensors)")
     name = document["name"]
     concept = Concept(name, adapters, _parse_tokens(metadata.get(TOKENS_KEY)), recipe, about_of(metadata, name))
     check_concept(concept)
+    check_own_words(concept)
     return concept
 
 

@@ -16,10 +16,11 @@ from ..adapters.low_rank import LowRank, check_size
 from ..concept import Concept
 from ..errors import AdapterError, listed
 from ..families import find_family, network_of
+from ..merging.compatibility import refuse_own_words
 from ..models.layers import canonical_name, check_name
 from ..storage.safetensors import write_safetensors
 from ..storage.strict_json import parse_json
-from .kohya import require_layers
+from .kohya import EXPORTED, require_layers
 from .modelspec import modelspec
 from .peft_config import PeftConfig, config_beside, config_of
 
@@ -55,6 +56,7 @@ def export_diffusers(concept: Concept, path: Path | str, dtype: torch.dtype | No
     Returns the file.  dtype: None keeps the adapters' own.  delta is unchanged: lora_B = scale * lora_up.
     """
     require_layers(concept)
+    refuse_own_words([concept], EXPORTED)
     _refuse_other_layouts(concept)
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path

@@ -15,11 +15,13 @@ from ..adapters.low_rank import LowRank, check_adapter, check_size
 from ..adapters.sites import put_together
 from ..concept import Concept, Recipe, clip
 from ..errors import AdapterError, listed
+from ..merging.compatibility import refuse_own_words
 from ..models.layers import file_key
 from ..storage.safetensors import DTYPES, FLOATS, check_finite, write_safetensors
 from .concept import layer_tensors, stock_metadata
 from .modelspec import about_of, architecture_said, modelspec, triggers_said
 
+EXPORTED = "a plain LoRA acts"  # wherever others load it
 READ = ("up", "down", "mid", "alpha")  # factors whose numbers are needed
 Parse = Callable[[str], tuple[str | None, str]]
 MAX_KERNEL = 7
@@ -62,6 +64,7 @@ def export_kohya(concept: Concept, path: Path | str, dtype: torch.dtype | None =
     ordinary factors; delta is unchanged.
     """
     require_layers(concept)
+    refuse_own_words([concept], EXPORTED)
     tensors = {}
     for name, adapter in put_together(concept.layers).items():
         stock, key = adapter.stock(), file_key(name, concept.recipe.architecture)

@@ -7,43 +7,56 @@ from collections.abc import Mapping, Sequence
 from .. import __version__
 from ..adapters.low_rank import LowRank
 from ..concept import Concept, Recipe
-from ..errors import AdapterError
+from ..errors import AdapterError, listed
 from ..stack import Stack
 from ..storage.strict_json import is_deep
-from . import DEFAULTS, NOTHING, Evidence, MergeOptions, merge_concepts
 from .compatibility import refuse_other_basis, refuse_shared_triggers, voice_of
+from .methods import DEFAULTS, SUMMED, Merge, MergeOptions, merge_layers
+from .own_words import EVERYWHERE, Split, in_one_file, split
 
 SAMPLE = "base_sample"
 MOST_DEPTH = 60  # of a part's origin, to which each merge adds three
 
 
 def merged_concept(
-    name: str,
-    concepts: Sequence[Concept],
-    strengths: Sequence[float],
-    how: str = "sum",
-    literal: bool = False,
-    options: MergeOptions = DEFAULTS,
-    evidence: Evidence = NOTHING,
+    name: str, concepts: Sequence[Concept], strengths: Sequence[float], merge: Merge = SUMMED
 ) -> Concept:
     """One concept that holds the exact merge of several: ranks add up, strengths are inside, trigger words are kept.
 
-    how and all after it: as `merge_concepts`.  Methods that drop single weights leave a layer no low rank, and its
-    adapter is then as wide as the layer is.
-    Raises AdapterError for concepts of two architectures, of two orthogonal bases, or with one trigger word.
+    Methods that drop single weights leave a layer no low rank, and its adapter is then as wide as the layer is.
+    Concepts that act at their own words alone do so still.
+    Raises AdapterError for concepts of two architectures, of two orthogonal bases, with one trigger word, or of which
+    some act everywhere and some at their own words.
     """
     check_together(concepts)
-    merged = merge_concepts(concepts, strengths, how, literal, options, evidence)
-    return as_concept(name, concepts, strengths, how, {layer: one.as_low_rank() for layer, one in merged.items()})
+    stack = Stack(zip(concepts, strengths, strict=True))
+    divided = split(stack, merge.act_on, merge.how)
+    if divided.by_word:
+        _refuse_both(divided)
+        return in_one_file(as_concept(name, concepts, strengths, merge.how, {}), divided.by_word)
+    layers = {layer: merged.as_low_rank() for layer, merged in merge_layers(stack, merge)}
+    return as_concept(name, concepts, strengths, merge.how, layers)
 
 
-def merged_stack(name: str, stack: Stack, how: str = "sum", options: MergeOptions = DEFAULTS) -> Concept:
+def merged_stack(
+    name: str, stack: Stack, how: str = "sum", options: MergeOptions = DEFAULTS, act_on: str = EVERYWHERE
+) -> Concept:
     """One concept that holds the exact merge of a stack, strengths inside; see `merged_concept`.
 
-    how: a method that needs nothing beside the concepts (all but fusion and custom_diffusion).
+    how: a method that needs nothing beside the concepts (all but fusion and custom_diffusion).  act_on: as
+    `own_words.split`.
     """
     stack = Stack.of(stack)
-    return merged_concept(name, stack.concepts, stack.strengths, how, options=options)
+    return merged_concept(name, stack.concepts, stack.strengths, Merge(how, options=options, act_on=act_on))
+
+
+def _refuse_both(divided: Split) -> None:
+    everywhere = [concept.name for concept in divided.everywhere.concepts if concept.layers]
+    if everywhere:
+        raise AdapterError(
+            f"{listed(everywhere)} would act everywhere and {divided.by_word[0].name} at its own words alone, which "
+            "one file cannot hold; draw with both files together"
+        )
 
 
 def check_together(concepts: Sequence[Concept]) -> None:

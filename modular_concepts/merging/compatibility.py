@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..adapters.low_rank import check_adapter, shaped_for
+from ..adapters.own_words import METHOD
 from ..concept import Concept
 from ..errors import AdapterError
 from ..stack import Stack
@@ -28,10 +29,11 @@ def fit(
 
     architecture, shapes (canonical name -> weight's shape): the base's.
     word_rows: the base's, and learned words follow their concepts' strengths (`learned_words`); None: as learned.
-    Raises AdapterError for a concept of another base, for two that share a trigger word, and for concepts on
-    different orthogonal bases.
+    Raises AdapterError for a concept of another base, for two that share a trigger word, for concepts on different
+    orthogonal bases, and for one that acts at its own words alone (`own_words.split` takes those out).
     """
     pairs = list(stack)
+    refuse_own_words([concept for concept, _ in pairs], "what is merged acts")
     concepts = fitting_concepts(architecture, shapes, [concept for concept, _ in pairs])
     refuse_other_basis(concepts)
     fitting = Stack((concept, strength) for concept, (_, strength) in zip(concepts, pairs, strict=True))
@@ -131,6 +133,21 @@ def _find_shared(word: str, one: Concept, other: Concept, same: bool) -> str:
     if same:
         return f"{one.name} is there twice, and both answer to {word}; leave one away and set the strength of the other"
     return f"two concepts called {one.name} both answer to {word}; use one of them, or train one under another name"
+
+
+def trained_for_words(concept: Concept) -> bool:
+    """Whether a concept's layers were trained to act at its own words alone."""
+    return bool(concept.layers) and concept.recipe.method == METHOD
+
+
+def refuse_own_words(concepts: Sequence[Concept], what: str) -> None:
+    """Raise AdapterError for a concept that acts at its own words alone, where everything acts everywhere."""
+    for concept in concepts:
+        if trained_for_words(concept):
+            raise AdapterError(
+                f"{concept.name} was trained for its own words alone, and {what} everywhere; draw with it by Merge "
+                "Concepts, or by sample in the shell"
+            )
 
 
 def refuse_other_basis(concepts: Sequence[Concept]) -> None:

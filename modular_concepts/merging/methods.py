@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adapters.low_rank import LowRank, check_adapter, together
 from ..adapters.sites import aligned
 from ..errors import AdapterError
-from ..settings.merging import METHOD_HELP
+from ..settings.merging import ACT_ON, METHOD_HELP
 from .blocks import BLOCK, MergedBlocks
 from .custom_diffusion import CUSTOM_DIFFUSION
 from .dense import MergedDense
@@ -38,12 +38,14 @@ class Merge:
     literal: for "block", Zhu's sum of strengths = 1, which runs each of k concepts at 1/k; else strength 1 keeps
     each concept as it was trained.
     evidence: what some methods must know beside the adapters.
+    act_on: which concepts act at their own words alone (`own_words.split`), where nothing is merged.
     """
 
     how: str = "sum"
     literal: bool = False
     options: MergeOptions = DEFAULTS
     evidence: Evidence = NOTHING
+    act_on: str = ACT_ON.default
 
     @property
     def method(self) -> Method:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adapters.low_rank import LowRank, narrowed, together
+from ..adapters.low_rank import LowRank, measure_energy, together
 from ..concept import Concept
 from ..errors import AdapterError
 from ..settings.merging import WAY
+from .compatibility import refuse_own_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +51,8 @@ def orthogonalised(concepts: Sequence[Mapping[str, LowRank]], way: str = "symmet
         new = _orthogonalize_alike(spaces) if way == "symmetric" else _orthogonalize_in_turn(spaces)
         for index, adapter, space in zip(owners, adapters, new, strict=True):
             changed = _project(adapter, space)
-            before[index] += _measure_energy(adapter)
-            after[index] += _measure_energy(changed)
+            before[index] += measure_energy(adapter)
+            after[index] += measure_energy(changed)
             results[index][layer] = changed
     shares = [share / whole if whole else 1.0 for share, whole in zip(after, before, strict=True)]
     return Orthogonalised(results, shares)
@@ -61,7 +62,9 @@ def orthogonal_concepts(concepts: Sequence[Concept], way: str = "symmetric") -> 
     """`orthogonalised` for whole concepts: (concepts that share no direction, what each keeps).
 
     Their recipes no longer name a basis, for the new rows are columns of none.
+    Raises AdapterError for a concept that acts at its own words alone.
     """
+    refuse_own_words(concepts, "orthogonal directions are for what acts")
     changed = orthogonalised([concept.layers for concept in concepts], way)
     new = []
     for concept, layers in zip(concepts, changed.layers, strict=True):
@@ -119,8 +122,3 @@ def _project(adapter: LowRank, rows: Tensor) -> LowRank:
         alpha=float(len(rows)),
         kind=kind,
     )
-
-
-def _measure_energy(adapter: LowRank) -> float:
-    up, down = narrowed(adapter.lora_up, adapter.lora_down)
-    return float(adapter.scale**2 * ((up.mT @ up) * (down @ down.mT)).sum())

@@ -24,7 +24,7 @@ from ..text.layerwise import cross_attention_transformers, routed
 from ..text.ordinary import CAPTIONS
 from ..text.triggers import heard
 from ..text.words import check_layer_count, layer_count, token_ids
-from .cross_attention import CrossAttention, cross_attentions_of, first_positions
+from .cross_attention import CrossAttention, cross_attentions_of, first_positions, word_places
 from .fingerprint import base_mark, weights_sample
 from .layers import find_layers
 from .library import LibraryNetwork
@@ -39,6 +39,7 @@ class Base(Protocol):
     denoiser: the network that `predict` runs.  multiple: pictures' height and width must be multiples of it.
     cross_attentions: those that learned words are read by; empty where there are none, as in a diffusion transformer.
     trigger_positions: where each row of `tokens` stands in the context of each prompt, (B, all rows); -1 for nowhere.
+    word_places: for each of `tokens` that a prompt says, where its rows stand in the context, however often.
     cross_attention_layers: how many a layer-wise word has rows for; 0 where there are none, as in a DiT.
     size: (height, width) in pixels that it was trained on.
     sample: a few numbers of the denoiser's weights (`models/fingerprint.py`).
@@ -90,6 +91,8 @@ class Base(Protocol):
     def cross_attentions(self) -> list[CrossAttention]: ...
 
     def trigger_positions(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Tensor: ...
+
+    def word_places(self, prompt: str, tokens: Mapping[str, Tensor], /) -> dict[str, list[int]]: ...
 
     def word_rows(self, words: str) -> Tensor: ...
 
@@ -199,6 +202,11 @@ class BaseModel:
         return first_positions(
             self.tokenize(prompts, extra), [number for numbers in extra.values() for number in numbers]
         )
+
+    def word_places(self, prompt: str, tokens: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """Trigger word -> where its rows stand in the context of a prompt, for those of `tokens` that it says."""
+        extra = token_ids(tokens, self.embedding.num_embeddings)
+        return word_places(self.tokenize([prompt], extra)[0].tolist(), extra)
 
     def word_rows(self, words: str) -> Tensor:
         """(k, width) rows of the token table for some words, without start, end and padding."""

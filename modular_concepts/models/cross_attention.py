@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,16 @@ def first_positions(ids: Tensor, wanted: Sequence[int]) -> Tensor:
     """(B, T) token ids -> (B, len(wanted)) int64: where each wanted id stands first, -1 for nowhere."""
     matches = ids[:, None, :] == torch.tensor(list(wanted), device=ids.device)[:, None]
     return torch.where(matches.any(dim=2), matches.int().argmax(dim=2), -1)
+
+
+def word_places(ids: Sequence[int], extra: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Trigger word -> where its ids stand among a prompt's, for those that are there at all."""
+    words = {number: word for word, numbers in extra.items() for number in numbers}
+    places: dict[str, list[int]] = {}
+    for place, number in enumerate(ids):
+        if number in words:
+            places.setdefault(words[number], []).append(place)
+    return places
 
 
 def attention_map(queries: Tensor, keys: Tensor, heads: int, positions: Tensor) -> Tensor:

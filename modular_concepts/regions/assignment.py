@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ..concept import Concept
 from ..crosstalk.measures import distinct_names
@@ -33,11 +33,19 @@ def called(stack: Stack, prompt: str) -> tuple[int, ...]:
     return tuple(number for number, mine in enumerate(words) if any(word.lower() in spoken for word in mine))
 
 
-def unheard(stack: Stack, prompt: str, regions: Sequence[Region], gated: bool, way_out: str) -> list[str]:
+def unheard(
+    stack: Stack,
+    prompt: str,
+    regions: Sequence[Region],
+    gated: bool,
+    way_out: str,
+    by_word: Collection[int] = (),
+) -> list[str]:
     """A sentence for each concept of a stack that no prompt calls and no region names, and for names without effect.
 
     gated: whether concepts act where they are called alone; otherwise they are in the weights, and act everywhere.
     way_out: how a concept without a trigger word is made to act, in gated mode.
+    by_word: numbers of concepts that act at their own words alone, in either mode.
     """
     sentences = []
     everywhere = {number for text in (prompt, *(region.prompt for region in regions)) for number in called(stack, text)}
@@ -46,7 +54,7 @@ def unheard(stack: Stack, prompt: str, regions: Sequence[Region], gated: bool, w
         words = listed(dict.fromkeys([*concept.tokens, *concept.recipe.triggers]))
         if strength == 0 or number in acts or (not gated and (number in everywhere or not words)):
             continue
-        if not gated:
+        if not gated and number not in by_word:
             sentences.append(
                 f"no prompt says {words}: {concept.name} changes the whole picture, but is not asked for in it"
             )

@@ -9,7 +9,7 @@ the positions that they write.  What belongs to no position, the time embedding 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..adapters.low_rank import ConvGeometry, LowRank, scatter_rows
+from ..adapters.own_words import reads_text
 from ..adapters.sites import Site
 from ..families import network_of
 from ..families.family import JOINT, NEITHER, TEXTS
@@ -185,16 +186,22 @@ class Gate:
     """All gated layers of one sampling.
 
     texts: for each text, the global one first, the numbers of the stack's concepts that act there.
+    by_word: numbers of those that have their own words in layers that read text, which is not done here.
     """
 
     def __init__(
-        self, stack: Stack, texts: Sequence[tuple[int, ...]], places: Places, layers: Mapping[str, nn.Module | Site]
+        self,
+        stack: Stack,
+        texts: Sequence[tuple[int, ...]],
+        places: Places,
+        layers: Mapping[str, nn.Module | Site],
+        by_word: Collection[int] = (),
     ):
         self.places = places
         self.acts = torch.zeros(len(stack), len(texts))
         for text, concepts in enumerate(texts):
             self.acts[list(concepts), text] = 1.0
-        self.gated = gated_layers(stack, layers, {number for concepts in texts for number in concepts})
+        self.gated = gated_layers(stack, layers, {number for concepts in texts for number in concepts}, by_word)
         self._known: dict[object, Held] = {}
         self._by_moment: dict[tuple, Held] = {}
         self.called: set[str] = set()  # names of the layers that were called since someone emptied it
@@ -277,13 +284,15 @@ def _blocks(lengths: Sequence[int]) -> Tensor:
     return torch.block_diag(*(torch.ones(1, length) for length in lengths))
 
 
-def gated_layers(stack: Stack, layers: Mapping[str, nn.Module | Site], used: set[int]) -> dict[str, Gated]:
+def gated_layers(
+    stack: Stack, layers: Mapping[str, nn.Module | Site], used: set[int], by_word: Collection[int] = ()
+) -> dict[str, Gated]:
     """Canonical name -> the residuals of the concepts of the stack that are used, for layers that have tokens."""
     by_layer: dict[str, list[tuple[int, LowRank, float]]] = {}
     for number, (concept, strength) in enumerate(stack):
         if number in used and strength != 0:
             for name, adapter in concept.layers.items():
-                if tokens_of(name) != NEITHER:
+                if tokens_of(name) != NEITHER and not (number in by_word and reads_text(name)):
                     by_layer.setdefault(name, []).append((number, adapter, strength))
     return {
         name: Gated(*zip(*entries, strict=True), conv=_geometry(layers[name])) for name, entries in by_layer.items()

@@ -72,6 +72,16 @@ RIDGE = Setting(
     read_by=("fusion",),
     widget=Widget(least=1e-6, most=10.0, step=0.05, round=1e-6),
 )
+ACT_ON = Setting(
+    "act_on",
+    str,
+    "everywhere",
+    "everywhere: concepts as they were trained, those for their own words at these. own words: every concept that has "
+    "a trigger word acts there alone, with its keys and values of cross-attention, so that no sum mixes",
+    "; what is left out of it is told",
+    choices=("everywhere", "own words"),
+    read_by=("sum",),
+)
 EXACT = Setting(
     "exact",
     bool,
@@ -117,5 +127,5 @@ STRENGTH = Setting(
 )
 
 MERGING = group(DENSITY, RANK, SEED, RIDGE)  # what `MergeOptions` holds, in the order of the shell's help
-BESIDE_MERGING = group(HOW, LITERAL, EXACT)
+BESIDE_MERGING = group(HOW, LITERAL, ACT_ON, EXACT)
 RECORDING = group(RECORDED_PICTURES, RECORDED_STEPS, RECORDED_SIDE)

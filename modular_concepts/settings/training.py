@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .setting import Setting, Widget, group
 
-METHODS = ("lora", "orthogonal", "block", "block_orthogonal", "custom_diffusion", "words")
+METHODS = ("lora", "orthogonal", "block", "block_orthogonal", "own_words", "custom_diffusion", "words")
 TARGETS = ("attention", "cross_attention", "cross_attention_kv", "feed_forward", "all_linear")
 LAYOUTS = ("contiguous", "strided")  # of a block's rows
 SCHEDULES = ("constant", "linear", "cosine")
@@ -16,6 +16,7 @@ TOKEN_STARTS = ("words", "random + class")
 LAYERED = METHODS[:-1]
 FACTORED = METHODS[:-2]
 BLOCKED = ("block", "block_orthogonal")
+ERASED = tuple(method for method in LAYERED if method != "own_words")
 NOISE = "a noise schedule, which flow models lack"
 ONE_ROW = "a word that starts from one row"
 
@@ -53,8 +54,8 @@ SLOT = Setting(
     int,
     None,
     "the concept's own columns and rows",
-    without="columns follow from the name",
-    read_by=("orthogonal", *BLOCKED),
+    without="orthogonal columns follow from the name, and own words need none",
+    read_by=("orthogonal", *BLOCKED, "own_words"),
     widget=Widget(least=0, most=10_000),
 )
 BLOCKS = Setting(
@@ -89,7 +90,7 @@ ERASURE = Setting(
     least=0,
     below=1,
     why="nothing is left to train",
-    read_by=LAYERED,
+    read_by=ERASED,
     widget=Widget(most=0.95, step=0.05, round=0.01, advanced=True),
 )
 STEPS = Setting("steps", int, 500, "how many training steps", least=1, most=LONGEST, widget=Widget(most=100_000))

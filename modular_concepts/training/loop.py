@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.basis import OrthogonalBasis
+from ..adapters.own_words import Spoken
 from ..errors import AdapterError
 from ..storage.keeping import check_room
 from ..text.words import bounded
@@ -60,7 +61,8 @@ class Diverged(Unfinished):
 class Progress:
     """What a callback is told after each step.  lr: the adapters', or the tokens' without adapters.
 
-    tokens: trigger word -> its rows as they are learned just now, for a preview; the adapters are attached.
+    tokens: trigger word -> its rows as they are learned just now, for a preview; the adapters are attached, or, where
+    they act at its own words alone, in the tokens.
     """
 
     step: int
@@ -225,7 +227,7 @@ def _after_step(
     if callback is None:
         return False
     lr, seconds = run.optimizer.param_groups[0]["lr"], time.monotonic() - started
-    tokens = {trigger: rows.detach() for trigger, rows in run.tokens.items()}
+    tokens = Spoken({trigger: rows.detach() for trigger, rows in run.tokens.items()}, run.by_word)
     progress = Progress(run.step, settings.steps, run.losses[-1], run.smoothed_loss, lr, seconds, tokens)
     return bool(callback(progress))
 

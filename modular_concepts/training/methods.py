@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..adapters.basis import OrthogonalBasis, hashed_indices, slot_indices
 from ..adapters.low_rank import LowRank, block_rows, new_block, new_block_orthogonal, new_full, new_lora, new_orthogonal
+from ..adapters.own_words import METHOD as OWN_WORDS
+from ..adapters.own_words import reads_text
 from ..adapters.sites import Layer
 from ..errors import AdapterError
 from ..seeds import seeded
@@ -31,6 +33,8 @@ def new_adapters(
     """
     if settings.method == "words":
         return {}
+    if settings.method == OWN_WORDS:
+        _check_own_words(layers)
     by_name = settings.method == "orthogonal" and settings.name
     if settings.method in NEED_SLOT and settings.slot is None and not by_name:
         raise AdapterError(
@@ -47,6 +51,16 @@ def new_adapters(
                 f"the largest rank that fits all chosen layers is {min(largest.values())}"
             )
     return {name: _trainable(_new_adapter(name, module, settings, basis), module) for name, module in layers.items()}
+
+
+def _check_own_words(layers: Mapping[str, Layer]) -> None:
+    for name in layers:
+        if not reads_text(name):
+            raise AdapterError(
+                f"{name}: at its own words a concept acts in layers that read the text alone, and this is none of "
+                "them; let the keys and values of cross-attention learn (targets cross_attention_kv, without the text "
+                "encoder)"
+            )
 
 
 def new_words(triggers: Mapping[str, Tensor], settings: TrainSettings, layers: int = 0) -> dict[str, nn.Parameter]:
@@ -80,7 +94,7 @@ def _new_adapter(name: str, module: Layer, settings: TrainSettings, basis: Ortho
     generator = seeded(settings.seed, "adapter", name)
     if settings.method == "custom_diffusion":
         return new_full(out, inp, kernel)
-    if settings.method == "lora":
+    if settings.method == "lora" or (settings.method == OWN_WORDS and settings.slot is None):
         return new_lora(out, inp, rank, alpha, generator, kernel)
     if settings.method == "block":
         return new_block(out, inp, rank, alpha, _rows(out, settings), generator, kernel)
@@ -88,7 +102,7 @@ def _new_adapter(name: str, module: Layer, settings: TrainSettings, basis: Ortho
         indices = slot_indices(width, rank, settings.slot)
     else:
         indices = hashed_indices(width, rank, settings.name, name)
-    if settings.method == "orthogonal":
+    if settings.method in ("orthogonal", OWN_WORDS):
         return new_orthogonal(out, inp, rank, alpha, basis, indices, kernel)
     return new_block_orthogonal(out, inp, alpha, _rows(out, settings), basis, indices, kernel)
 
@@ -106,7 +120,7 @@ def _geometry(module: Layer) -> tuple[int, int, tuple[int, ...] | None]:
 
 def _largest_rank(module: Layer, settings: TrainSettings) -> int:
     out, inp, kernel = _geometry(module)
-    rows = out if settings.method in ("lora", "orthogonal") else len(_rows(out, settings))
+    rows = out if settings.method in ("lora", "orthogonal", OWN_WORDS) else len(_rows(out, settings))
     return min(rows, inp * math.prod(kernel or (1,)))
 
 

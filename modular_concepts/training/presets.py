@@ -70,6 +70,13 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             ("all_linear",),
             "Ours: both separations at once, columns of a shared basis read and a block of rows written.",
         ),
+        "own words": Preset(
+            TrainSettings(method="own_words", rank=8, steps=500, adapter_lr=1e-3, token_lr=1e-3, token_vectors=4),
+            ("cross_attention_kv",),
+            "Ours, after TARA (2025): keys and values of cross-attention learn, and act where the text says the "
+            "concept's own words and nowhere else, in training and in drawing. Any number of such concepts add up "
+            "without a trace of each other, and the class word stays what it was. No other program draws with it.",
+        ),
         "ed-lora": Preset(
             TrainSettings(
                 method="lora",

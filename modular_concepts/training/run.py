@@ -6,12 +6,15 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..adapters.basis import OrthogonalBasis
 from ..adapters.low_rank import LowRank
+from ..adapters.own_words import METHOD as OWN_WORDS
+from ..adapters.own_words import WordResidual
 from ..seeds import seeded
 from ..storage.safetensors import tensor_bytes
 from .methods import new_adapters, new_words
@@ -74,6 +77,13 @@ class Run:
             for part, factor in adapter.trainable().items()
         }
         return factors | {f"tokens.{trigger}": rows for trigger, rows in self.tokens.items()}
+
+    @cached_property
+    def by_word(self) -> tuple[WordResidual, ...]:
+        """The adapters as what acts at the concept's own words alone; empty where they act everywhere."""
+        if self.settings.method != OWN_WORDS or not self.adapters:
+            return ()
+        return (WordResidual(self.settings.name, tuple(self.tokens), self.adapters),)
 
     def record(self, loss: float) -> None:
         """One step is done; its loss joins the list and the smoothed loss (exponential, 20 steps)."""

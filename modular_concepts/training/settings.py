@@ -63,6 +63,10 @@ class TrainSettings:
             setting.check(getattr(self, name))
         if self.method == "words" and self.erasure:
             raise AdapterError(f"erasure is {self.erasure}, but method words trains no layer; leave it at 0")
+        if self.method == "own_words" and self.erasure:
+            raise AdapterError(
+                f"erasure is {self.erasure}, but at their own words concepts need no rows of their own; leave it at 0"
+            )
 
     def decisive(self) -> dict:
         """The settings that decide the result; a resumed training must find them unchanged."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..adapters.attach import attached, frozen_networks
 from ..adapters.low_rank import erasure_mask
+from ..adapters.own_words import NOTHING_SAID, Said, at_own_words
 from ..errors import AdapterError
 from .attention_regularisation import Watch, attention_outside, watched
 from .batches import Batch, draw_batches
@@ -32,6 +33,8 @@ class Step:
 
     def __init__(self, problem: Problem, run: Run, watch: Watch | None, erasure: dict[str, Tensor]):
         self.problem, self.run, self.watch, self.erasure = problem, run, watch, erasure
+        self.said = NOTHING_SAID
+        self._places: dict[str, list[int]] = {}
         self.parameters = list(run.parameters().values())
         self.context = TextFeatures(problem, run.tokens, any(name.startswith(TEXT) for name in run.adapters))
 
@@ -41,7 +44,9 @@ class Step:
         run.optimizer.zero_grad()
         self._draw_erasure()
         losses = [self._backward(batch) for batch in draw_batches(self.problem, run)]
-        self.erasure.clear()  # so that a callback's previews show the whole adapter
+        # So that a callback's previews show the whole adapter, and at the words of their own prompts.
+        self.erasure.clear()
+        self.said = NOTHING_SAID
         if run.loss_scale is not None:
             run.loss_scale.unscale([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         norm = limit_gradients(self.parameters, run.settings.clip_norm or math.inf)
@@ -65,6 +70,7 @@ class Step:
         noise = draw_noise(latents.shape, self.run.generators["noise"], settings.noise_offset).to(latents)
         indices = schedule.draw(len(latents), self.run.generators["noise"]).to(latents.device)
         noisy = schedule.noisy(latents, noise, indices)
+        self._find_words(batch.captions)
         with computing_in(settings.precision, latents.device):
             context = self.context(batch.captions)
             with ExitStack() as stack:
@@ -78,6 +84,17 @@ class Step:
             weights = weights * schedule.loss_weight(indices, settings.min_snr).to(weights)
         loss = (per_sample * weights).sum()
         return loss if self.watch is None else loss + self._attention_outside(batch)
+
+    def _find_words(self, captions: Sequence[str]) -> None:
+        """Where the batch says the concept's words, for layers that learn there alone."""
+        if not self.run.by_word:
+            return
+        (residual,) = self.run.by_word
+        for caption in captions:
+            if caption not in self._places:
+                places = self.problem.base.word_places(caption, self.run.tokens)
+                self._places[caption] = residual.places(places)
+        self.said = Said({0: [self._places[caption] for caption in captions]})
 
     def _attention_outside(self, batch: Batch) -> Tensor:
         if batch.masks is None or self.watch is None:
@@ -106,10 +123,13 @@ def on_base(problem: Problem, run: Run) -> Generator[Step]:
         stack.enter_context(frozen_networks(problem.base.modules))
         if problem.base.lean:
             stack.enter_context(frozen_forward(problem.networks))
-        stack.enter_context(attached(problem.layers, run.adapters, erasure=erasure))
+        step = Step(problem, run, None, erasure)
+        if run.by_word:
+            stack.enter_context(at_own_words(problem.layers, run.by_word, lambda text: step.said(text)))
+        else:
+            stack.enter_context(attached(problem.layers, run.adapters, erasure=erasure))
         if settings.gradient_checkpointing:
             stack.enter_context(checkpointed(problem.networks))
-        watch = None
         if settings.attention_regularisation:
-            watch = stack.enter_context(watched(problem.base.cross_attentions()))
-        yield Step(problem, run, watch, erasure)
+            step.watch = stack.enter_context(watched(problem.base.cross_attentions()))
+        yield step

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..adapters.basis import OrthogonalBasis
+from ..adapters.own_words import METHOD as OWN_WORDS
 from ..concept import Concept, Recipe
 from ..data.dataset import PLACE
 from ..data.latents import encoded, kept, latent_masks, mirrored
@@ -192,7 +193,8 @@ def concept_from(
 ) -> Concept:
     """Give a training's result its recipe; on the CPU, as from a file, for it may outlive what it was trained on."""
     settings = result.settings
-    frozen = settings.method in ("orthogonal", "block_orthogonal")
+    in_columns = settings.method == OWN_WORDS and settings.slot is not None
+    frozen = settings.method in ("orthogonal", "block_orthogonal") or in_columns
     in_blocks = settings.method in ("block", "block_orthogonal")
     rank, alpha = settings.rank, settings.alpha
     if settings.method in ("custom_diffusion", "words"):

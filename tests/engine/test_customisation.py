@@ -12,6 +12,7 @@ from modular_concepts.concept import Concept
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.merging.as_concept import merged_concept
+from modular_concepts.merging.methods import Merge
 from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.sampling import SampleSettings, customised, sample
 from modular_concepts.toy.standard import BY_NAME, pictures_of
@@ -110,7 +111,7 @@ def test_strength_0_is_the_base_bit_for_bit(trio):
 @pytest.mark.parametrize("how", ["sum", "mean"])
 def test_a_merged_file_draws_what_the_stack_draws(trio, how, tmp_path):
     strengths, prompt = [1.0, 0.5, -0.3], "a <minka> and a <tom>"
-    merged = merged_concept("three", trio, strengths, how)
+    merged = merged_concept("three", trio, strengths, Merge(how))
     save_concept(merged, tmp_path / "three.safetensors")
     loaded = load_concept(tmp_path / "three.safetensors")
     stack = draw(trio, strengths, prompt, how)
@@ -130,7 +131,7 @@ def test_a_block_merge_draws_what_its_sum_draws():
     blocks = [train(name, method="block", slot=slot, blocks=3) for slot, name in enumerate(("tom", "tim"))]
     strengths, prompt = [1.0, 1.0], "a <tom>"
     assert relative_error(draw(blocks, strengths, prompt, "block"), draw(blocks, strengths, prompt)) < 1e-5
-    merged = merged_concept("two", blocks, strengths, "block")
+    merged = merged_concept("two", blocks, strengths, Merge("block"))
     assert relative_error(draw([merged], [1.0], prompt), draw(blocks, strengths, prompt)) < 1e-5
 
 

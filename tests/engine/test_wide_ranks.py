@@ -55,7 +55,7 @@ def test_a_sum_of_any_number_of_concepts_is_written_and_read(tmp_path):
         Concept(f"c{number}", {LAYER: factors(128, 320, 320, seed=number)}, {}, Recipe("lora", 128, 128.0))
         for number in range(12)
     ]
-    merged = merged_concept("all", concepts, [1.0] * 12, "sum")
+    merged = merged_concept("all", concepts, [1.0] * 12)
     save_concept(merged, tmp_path / "x.safetensors")
     read = load_concept(tmp_path / "x.safetensors").layers[LAYER]
     assert read.rank == 12 * 128

@@ -59,6 +59,7 @@ from modular_concepts.files.lora import read_concept
 from modular_concepts.files.moments import load_moments, save_moments
 from modular_concepts.merging import METHOD_HELP, Evidence, MergeOptions, merge_concepts
 from modular_concepts.merging.as_concept import merged_concept
+from modular_concepts.merging.methods import Merge
 from modular_concepts.merging.moments import Moment
 from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.recording import text_features, usual_text
@@ -544,7 +545,7 @@ def use_merge(pair: Sequence[Concept], how: str, moments: dict[str, Moment], out
     for layer, own in merged.items():
         if not bool(torch.isfinite(own.delta()).all()):
             raise ArithmeticError(f"{how}, {layer}: the merge is not finite")
-    save_concept(merged_concept("both", pair, [0.7, -1.0], how, False, options, evidence), out / f"both{SUFFIX}")
+    save_concept(merged_concept("both", pair, [0.7, -1.0], Merge(how, False, options, evidence)), out / f"both{SUFFIX}")
 
 
 def use_file(value: object, path: Path, out: Path) -> None:
