@@ -436,9 +436,18 @@ def _read_about(args: argparse.Namespace) -> dict[str, str]:
 
     about = {name: getattr(args, name) for name in SAID}
     if args.thumbnail is not None:
-        from ..data.dataset import load_picture
+        from ..data.dataset import FIRST_FRAME, TRANSPARENT, load_picture
 
-        about["thumbnail"] = thumbnail(load_picture(args.thumbnail, 4 * THUMBNAIL_SIDE))
+        words = {
+            FIRST_FRAME: "of a moving picture the first frame is shown",
+            TRANSPARENT: "transparent parts are white",
+        }
+        picture = load_picture(
+            args.thumbnail,
+            4 * THUMBNAIL_SIDE,
+            lambda oddity: note(f"--thumbnail {args.thumbnail}: {words.get(oddity, oddity)}"),
+        )
+        about["thumbnail"] = thumbnail(picture)
     check_about(saying(Concept("the file", {}, {}, Recipe()), **about))
     return about
 

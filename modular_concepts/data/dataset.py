@@ -7,8 +7,10 @@ but each as a whole: with some there and some missing, something is wrong.
 from __future__ import annotations
 
 import hashlib
+import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -24,8 +26,10 @@ from ..storage.atomic import reason
 from ..storage.names import not_a_file
 from .buckets import bucket, stacked
 from .captions import checked_caption, read_caption
+from .colour_space import has_other_colours
 from .folder import FolderReport, Found, survey
-from .picture_size import check_parts, check_promise
+from .picture_size import check_parts, check_promise, is_png, without_tail
+from .png_chunks import damaged_chunks, without
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,9 +46,7 @@ COLOURED_MASK = "a mask in colour is read by its brightness"
 PLAIN_MASK = "masks of one grey all over leave the whole picture to be learned"
 CROPPED = "the crop leaves less than half of the picture"
 PROFILE = "colours are read as sRGB, and the colour profile in the file is not applied; convert it to sRGB first"
-_SRGB = (b"sRGB", "sRGB".encode("utf-16-be"), b"IEC 61966", "IEC 61966".encode("utf-16-be"))
-_GAMMA, _PRIMARIES = 1 / 2.2, (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # sRGB's, as a PNG says them
-_EXIF, _COLOUR_SPACE, _UNCALIBRATED = 0x8769, 0xA001, 0xFFFF  # how cameras say that it is another
+DAMAGED_PART = "a part of the file beside its pixels is damaged, and is not read"
 PLACE, ALSO_PLACE = "{concept}", "<TOK>"  # the second is how Mix-of-Show's captions have it
 
 
@@ -298,17 +300,20 @@ def _is_black_and_white(image: Image) -> bool:
     return sum(counts[:16]) + sum(counts[-16:]) >= TWO_VALUED * sum(counts) and _colourless(image)
 
 
-def load_picture(path: Path, longest: int | None = None) -> Tensor:
+def load_picture(path: Path, longest: int | None = None, tell: Callable[[str], object] = str) -> Tensor:
     """(H, W, 3) in 0..1 of one picture file, upright and without transparency.
 
     longest: the pixels of a side that are needed; a larger picture is made smaller before it takes four times the
-    memory as numbers.
+    memory as numbers.  tell: called with each thing of the file that is lost by it.
     """
     if not path.is_file():
         raise AdapterError(f"{path}: {not_a_file(path)}")
-    image = _open(path).convert("RGB")
+    image, oddities = _opened(path)
+    image = image.convert("RGB")
     if longest is not None:
         image.thumbnail((longest, longest))
+    for oddity in oddities:
+        tell(oddity)
     return torch.from_numpy(np.array(image)).float().div_(255)
 
 
@@ -320,60 +325,70 @@ def _open(path: Path) -> Image:
 def _opened(path: Path) -> tuple[Image, list[str]]:
     """`_open`, and what is lost of the file by it."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image  # noqa: F401 - whether it is there
     except ImportError as error:
         raise AdapterError("reading pictures needs Pillow; install the headless extra") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             check_parts(path)
-            with Image.open(path, formats=FORMATS) as probe:
-                if probe.width * probe.height > MAX_PIXELS:
-                    raise AdapterError(f"{path}: {probe.width}×{probe.height} pixels are too many; make it smaller")
-                check_promise(path, probe)
-                probe.verify()
-            with Image.open(path, formats=FORMATS) as image:
-                moving = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
-                upright = ImageOps.exif_transpose(image)
-                odd = {TRANSPARENT: _is_transparent(upright), FIRST_FRAME: moving, PROFILE: _has_profile(image)}
-                return _flatten(upright), [oddity for oddity, there in odd.items() if there]
+            return _decoded_in_parts(path)
     except AdapterError:
         raise
     except PermissionError as error:
         raise AdapterError(f"{path}: cannot be read ({reason(error, 'read')})") from error
+    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
+        raise AdapterError(f"{path}: this is not a picture that can be read, or it is damaged") from error
+
+
+def _decoded_in_parts(path: Path) -> tuple[Image, list[str]]:
+    """Decoded from what of the file is sound and the picture's, and what is lost by that."""
+    if not is_png(path):
+        return _decoded(path, without_tail(path))
+    damaged = set(damaged_chunks(path))
+    oddities = [DAMAGED_PART] if damaged else []
+    try:
+        image, more = _decoded(path, without(path, damaged.__contains__) if damaged else path)
+    except AdapterError:
+        raise
+    except Exception:  # by what is no pixels, perhaps
+        image, more = _decoded(path, without(path, lambda chunk: chunk.beside_pixels and chunk.name != b"tRNS"))
+        oddities = [DAMAGED_PART]
+    return image, [*oddities, *more]
+
+
+def _decoded(path: Path, source: Path | io.BytesIO) -> tuple[Image, list[str]]:
+    """source: what of the file at `path` is decoded."""
+    from PIL import Image, ImageOps
+
+    try:
+        with _rewound(source), Image.open(source, formats=FORMATS) as probe:
+            if probe.width * probe.height > MAX_PIXELS:
+                raise AdapterError(f"{path}: {probe.width}×{probe.height} pixels are too many; make it smaller")
+            check_promise(path, probe, len(source.getbuffer()) if isinstance(source, io.BytesIO) else None)
+            probe.verify()
+        with _rewound(source), Image.open(source, formats=FORMATS) as image:
+            moving = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+            upright = ImageOps.exif_transpose(image)
+            odd = {
+                TRANSPARENT: _is_transparent(upright),
+                FIRST_FRAME: moving,
+                PROFILE: has_other_colours(path, image),
+            }
+            return _flatten(upright), [oddity for oddity, there in odd.items() if there]
     except ValueError as error:
         if "MAX_TEXT_CHUNK" not in str(error) and "too large" not in str(error):
-            raise _damaged(path) from error
+            raise
         raise AdapterError(
             f"{path}: what is written in it beside the picture is too long to be read; save it without metadata"
         ) from error
-    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
-        raise _damaged(path) from error
 
 
-def _damaged(path: Path) -> AdapterError:
-    return AdapterError(f"{path}: this is not a picture that can be read, or it is damaged")
-
-
-def _has_profile(image: Image) -> bool:
-    """Whether its colours are meant in another colour space than sRGB, as which they are read."""
-    profile = image.info.get("icc_profile") or b""
-    if profile or image.mode == "CMYK":
-        return image.mode == "CMYK" or not any(name in profile for name in _SRGB)
-    if "srgb" in image.info:
-        return False
-    gamma, primaries = image.info.get("gamma", _GAMMA), image.info.get("chromaticity", _PRIMARIES)
-    there = (gamma, *primaries), (_GAMMA, *_PRIMARIES)
-    other = any(abs(value - usual) > 0.01 for value, usual in zip(*there, strict=True))
-    return other or _colour_space(image) == _UNCALIBRATED
-
-
-def _colour_space(image: Image) -> object:
-    """What a camera says of it; None where it says nothing, or nothing that can be read, which costs no picture."""
-    try:
-        return image.getexif().get_ifd(_EXIF).get(_COLOUR_SPACE)
-    except Exception:  # Pillow reads what cameras wrote, and raises whatever it meets there
-        return None
+@contextmanager
+def _rewound(source: Path | io.BytesIO) -> Generator[None]:
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+    yield
 
 
 def _is_transparent(image: Image) -> bool:
@@ -431,7 +446,8 @@ def _mask(path: Path, picture_size: tuple[int, int], size: tuple[int, int]) -> t
     if not cover.any():
         raise AdapterError(f"{path}: the mask is black all over, or where the crop keeps it; paint the concept white")
     moving, coloured = FIRST_FRAME in lost, image.mode != "L" and not _colourless(image)
-    return cover, [*([FIRST_MASK] if moving else []), *([COLOURED_MASK] if coloured else [])]
+    there = {FIRST_MASK: moving, COLOURED_MASK: coloured, DAMAGED_PART: DAMAGED_PART in lost}
+    return cover, [oddity for oddity, is_there in there.items() if is_there]
 
 
 def _fingerprint(

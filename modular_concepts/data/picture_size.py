@@ -6,6 +6,7 @@ goes over all pixels once for each scan.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from pathlib import Path
@@ -46,8 +47,22 @@ def check_parts(path: Path) -> None:
             _check_jpeg(path, file)
         elif start.startswith(b"\x89PNG"):
             _check_png(path, file, size)
-        elif start.startswith(b"RIFF") and size > int.from_bytes(start[4:8], "little") + 8 + SPARE:
-            raise AdapterError(f"{path}: behind the picture there is more that belongs to none; save it again")
+
+
+def is_png(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"\x89PNG"
+
+
+def without_tail(path: Path) -> Path | io.BytesIO:
+    """What a decoder is given: of a WebP, which it would keep whole, no more than the picture says that it has."""
+    with open(path, "rb") as file:
+        start = file.read(12)
+        end = int.from_bytes(start[4:8], "little") + 8
+        if start[:4] != b"RIFF" or start[8:] != b"WEBP" or os.path.getsize(path) <= end:
+            return path
+        file.seek(0)
+        return io.BytesIO(file.read(end))
 
 
 def _check_png(path: Path, file: BinaryIO, size: int) -> None:
@@ -113,9 +128,12 @@ def _next_mark(file: BinaryIO, place: int, within: int | None) -> tuple[int, int
     return None
 
 
-def check_promise(path: Path, image: Image) -> None:
-    """image: opened and not yet decoded.  Raises AdapterError for a small file that promises a large picture."""
-    size, pixels = os.path.getsize(path), image.width * image.height
+def check_promise(path: Path, image: Image, size: int | None = None) -> None:
+    """Raise AdapterError for a small file that promises a large picture.
+
+    image: opened and not yet decoded.  size: how many bytes of the file it is decoded from, if not from all.
+    """
+    size, pixels = os.path.getsize(path) if size is None else size, image.width * image.height
     if image.format == "PNG":
         holds = _png_bytes(path, image.width, image.height) <= DEFLATE * size + SPARE
     else:

@@ -100,6 +100,22 @@ def test_what_a_file_says_of_itself_is_looked_at_before_the_merge(made, here, ca
     assert files(here) == {}
 
 
+@pytest.mark.parametrize("kind", ["moving", "transparent", "both", "plain", "opaque"])
+def test_what_a_thumbnail_does_not_show_is_said(made, here, capsys, kind):
+    from PIL import Image
+
+    alpha = 255 if kind in ("plain", "opaque", "moving") else 100
+    first, second = (Image.new("RGBA", (64, 64), (red, 0, 0, alpha)) for red in (255, 100))
+    more = {"save_all": True, "append_images": [second]} if kind in ("moving", "both") else {}
+    (first.convert("RGB") if kind == "plain" else first).save(here / "shown.png", **more)
+    export = ["export", concept(made), "--out", "m.safetensors", "--thumbnail", "shown.png"]
+    code, _, err = run(capsys, *export)
+    assert code == 0 and ("the first frame is shown" in err) == bool(more), err
+    assert ("transparent parts are white" in err) == (kind in ("transparent", "both")), err
+    assert all(line.startswith("note: --thumbnail shown.png: ") for line in err.splitlines()), err
+    assert (err == "") == (kind in ("plain", "opaque"))
+
+
 def test_a_link_to_nothing_is_not_replaced_unasked(made, here, capsys):
     for name in ("m.safetensors", "s.png", "s-00.png", "t_kohya.safetensors"):
         (here / name).symlink_to("gone")
@@ -163,3 +179,11 @@ def test_a_seed_too_large_for_a_later_picture_is_found_before_the_first(here, ca
     monkeypatch.setattr("modular_concepts.sampling.sample", lambda *_, **__: pytest.fail("drawn"))
     code, _, err = run(capsys, "sample", "a man", *DRAW, "--count", "100", "--seed", str(2**63 - 99))
     assert code == 2 and f"seed {2**63} is not" in err and err.count("\n") == 1 and files(here) == {}
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "-99999999999999999999", "9" * 30])
+def test_the_seed_of_a_merge_has_bounds_too(made, here, capsys, seed):
+    merge = ["merge", concept(made), concept(made, "tim"), "--out", "m.safetensors", "--how", "dare"]
+    code, _, err = run(capsys, *merge, "--seed", seed)
+    assert code == 2 and "seed is" in err and err.count("\n") == 1 and files(here) == {}, err
+    assert run(capsys, *merge, "--seed", str(2**63 - 1))[0] == 0

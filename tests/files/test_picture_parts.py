@@ -11,7 +11,7 @@ from mutations import peak_memory
 from PIL import Image, PngImagePlugin
 
 from modular_concepts.data import picture_size
-from modular_concepts.data.dataset import FIRST_FRAME, PROFILE, load_folder, load_picture
+from modular_concepts.data.dataset import DAMAGED_PART, FIRST_FRAME, PROFILE, load_folder, load_picture
 from modular_concepts.data.picture_size import JUNK, MOST_BYTES, MOST_PARTS, MOST_SCANS, check_parts
 from modular_concepts.errors import AdapterError
 
@@ -21,6 +21,13 @@ MIB = 2**20
 def encoded(form: str, **options) -> bytes:
     Image.effect_noise((64, 48), 60).convert(options.pop("mode", "RGB")).save(file := io.BytesIO(), form, **options)
     return file.getvalue()
+
+
+def with_chunk(kind: bytes, data: bytes, harm: int = 0, sound: bytes = b"") -> bytes:
+    """A PNG with one more part, behind its header; harm: what its sum is wrong by."""
+    sound = sound or encoded("PNG")
+    part = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ harm)
+    return sound[:33] + part + sound[33:]
 
 
 def refused(path, *words: str) -> None:
@@ -88,12 +95,23 @@ def test_a_file_larger_than_any_picture_is_refused_unread(tmp_path, form):
     refused(path, "more than a picture takes")
 
 
-def test_a_webp_with_much_behind_it_is_refused_and_with_little_read(tmp_path):
+@pytest.mark.parametrize("tail", [1000, 2**16 + 1, 100 * MIB])
+def test_a_webp_is_read_without_what_lies_behind_it(tmp_path, tail):
     path = tmp_path / "x.webp"
-    path.write_bytes(encoded("WEBP") + bytes(1000))
-    assert load_picture(path).shape == (48, 64, 3)
-    os.truncate(path, 100 * MIB)
-    refused(path, "behind the picture")
+    path.write_bytes(encoded("WEBP", lossless=True))
+    alone = load_picture(path)
+    os.truncate(path, path.stat().st_size + tail)
+    memory = peak_memory()
+    assert load_picture(path).equal(alone)
+    assert peak_memory() - memory < 64 * MIB
+
+
+def test_what_lies_behind_a_webp_makes_no_room_for_what_it_promises(tmp_path):
+    sound = bytearray(encoded("WEBP"))
+    at = sound.index(b"\x9d\x01\x2a") + 3
+    sound[at : at + 4] = struct.pack("<HH", 9000, 9000)
+    (tmp_path / "x.webp").write_bytes(sound + bytes(10 * MIB))
+    refused(tmp_path / "x.webp", "too few")
 
 
 @pytest.mark.parametrize("kind", ["zTXt", "iTXt"])
@@ -178,11 +196,6 @@ def test_a_png_of_very_many_small_parts_of_pixels_is_read(tmp_path, monkeypatch)
 
 
 def test_colours_that_are_meant_otherwise_without_a_profile_are_told(tmp_path):
-    def with_chunk(kind: bytes, data: bytes) -> bytes:
-        sound = encoded("PNG")
-        part = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        return sound[:33] + part + sound[33:]
-
     uncalibrated = Image.Exif()
     uncalibrated.get_ifd(0x8769)[0xA001] = 0xFFFF
     usual = Image.Exif()
@@ -194,12 +207,33 @@ def test_colours_that_are_meant_otherwise_without_a_profile_are_told(tmp_path):
         "camera.jpg": encoded("JPEG", exif=uncalibrated),
         "usual.png": with_chunk(b"gAMA", struct.pack(">I", 45_455)),
         "srgb.png": with_chunk(b"cHRM", struct.pack(">8I", *srgb)),
+        "hdr.png": with_chunk(b"cICP", bytes([9, 16, 0, 1])),
+        "p3.png": with_chunk(b"cICP", bytes([12, 13, 0, 1])),
+        "coded.png": with_chunk(b"cICP", bytes([1, 13, 0, 1])),
+        "overruled.png": with_chunk(
+            b"cICP", bytes([1, 13, 0, 1]), sound=with_chunk(b"gAMA", struct.pack(">I", 100_000))
+        ),
+        "short.png": with_chunk(b"cICP", bytes([9])),
+        "brought.bmp": bmp_of_version_5(b"MBED"),
+        "named.bmp": bmp_of_version_5(b"LINK"),
+        "plain.bmp": encoded("BMP"),
+        "srgb.bmp": bmp_of_version_5(b"sRGB"),
         "phone.jpg": encoded("JPEG", exif=usual),
     }
+    told = set()
     for name, data in pictures.items():
         (tmp_path / name).write_bytes(data)
-    (told,) = [note for note in load_folder(tmp_path, (32, 32)).report.notes if note.startswith(PROFILE)]
-    assert {name for name in pictures if name in told} == {"linear.png", "primaries.png", "camera.jpg"}
+        load_picture(tmp_path / name, tell=lambda oddity, name=name: told.add((name, oddity)))
+    assert told == {
+        (name, PROFILE)
+        for name in ("linear.png", "primaries.png", "camera.jpg", "hdr.png", "p3.png", "brought.bmp", "named.bmp")
+    }
+
+
+def bmp_of_version_5(space: bytes) -> bytes:
+    sound = encoded("BMP")
+    head = struct.pack("<I", 124) + sound[18:54] + bytes(16) + space[::-1] + bytes(64)
+    return sound[:2] + struct.pack("<IHHI", len(sound) + 84, 0, 0, 54 + 84) + head + sound[54:]
 
 
 @pytest.mark.parametrize(
@@ -217,3 +251,60 @@ def test_a_reader_that_fails_on_a_cameras_words_costs_no_picture(tmp_path, monke
     (tmp_path / "x.jpg").write_bytes(encoded("JPEG"))
     monkeypatch.setattr(Image.Exif, "get_ifd", fails)
     assert load_picture(tmp_path / "x.jpg").shape == (48, 64, 3)
+
+
+def with_broken(name: bytes, data: bytes, sound: bytes = b"") -> bytes:
+    return with_chunk(name, data, harm=1, sound=sound)
+
+
+BROKEN_PARTS = {
+    "text": with_broken(b"tEXt", b"prompt\0a cat"),
+    "unknown": with_broken(b"prVt", b"whatever"),
+    "gamma": with_broken(b"gAMA", struct.pack(">I", 100_000)),
+    "camera": with_broken(b"eXIf", b"II*\0\x08\0\0\0\0\0"),
+    "time": with_broken(b"tIME", bytes(7)),
+    "behind": (lambda png: png[:-12] + b"\0\0\0\x04teXtabcd\0\0\0\0" + png[-12:])(encoded("PNG", compress_level=0)),
+    "two": with_broken(b"tEXt", b"a\0b", with_broken(b"prVt", b"whatever")),
+    "packed text": with_chunk(b"zTXt", b"prompt\0\x07what is this"),
+    "short primaries": with_chunk(b"cHRM", b"123"),
+    "short size": with_chunk(b"pHYs", b"1"),
+    "short animation": with_chunk(b"acTL", b"1"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_PARTS)
+def test_a_png_with_a_damaged_part_beside_its_pixels_is_read_and_that_is_told(tmp_path, kind):
+    for name in ("x.png", "y.png"):
+        (tmp_path / name).write_bytes(encoded("PNG"))
+    sound = load_picture(tmp_path / "x.png")
+    (tmp_path / "x.png").write_bytes(BROKEN_PARTS[kind])
+    notes = load_folder(tmp_path, (32, 32)).report.notes
+    (told,) = [note for note in notes if note.startswith(DAMAGED_PART)]
+    assert "x.png" in told and "y.png" not in told and not any(note.startswith(PROFILE) for note in notes)
+    assert load_picture(tmp_path / "x.png").shape == sound.shape
+
+
+def test_damage_to_a_text_leaves_the_pixels_and_their_transparency(tmp_path):
+    seen_through = encoded("PNG", mode="RGBA")
+    (tmp_path / "x.png").write_bytes(with_broken(b"tEXt", b"a\0b", seen_through))
+    (tmp_path / "y.png").write_bytes(seen_through)
+    told = []
+    assert load_picture(tmp_path / "x.png", tell=told.append).equal(load_picture(tmp_path / "y.png"))
+    assert told == [DAMAGED_PART]
+
+
+@pytest.mark.parametrize("part", [b"IHDR", b"PLTE", b"IDAT", b"IEND"])
+@pytest.mark.parametrize("small_letter", [False, True])
+def test_a_png_whose_pixels_are_damaged_stays_refused(tmp_path, part, small_letter):
+    """Also where damage made a part's name that of one that could be left out."""
+    broken = bytearray(encoded("PNG", mode="P"))
+    at = broken.index(part)
+    if small_letter:
+        broken[at] ^= 0x20
+    else:
+        broken[at + 4 + int.from_bytes(broken[at - 4 : at], "big")] ^= 1
+    (tmp_path / "x.png").write_bytes(broken)
+    if (part, small_letter) == (b"IEND", False):  # behind the last pixel, where its sum says nothing
+        assert load_picture(tmp_path / "x.png").shape == (48, 64, 3)
+    else:
+        refused(tmp_path / "x.png", "damaged")
