@@ -57,8 +57,10 @@ SEED = Setting(
     0,
     "which weights are dropped follows from it",
     "; same seed, same merge",
+    least=0,
+    most=2**63 - 1,
     read_by=("dare",),
-    widget=Widget(least=0, most=LAST_SEED, advanced=True),
+    widget=Widget(most=LAST_SEED, advanced=True),
 )
 RIDGE = Setting(
     "ridge",
