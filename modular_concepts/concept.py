@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from torch import Tensor
 
 from .adapters.low_rank import MAX_SIZE, LowRank, check_adapter
-from .errors import AdapterError
+from .errors import AdapterError, cut_in_the_middle
 from .storage.strict_json import is_deep
 
 MAX_TEXT = 400
@@ -146,7 +146,7 @@ def clip(value: object, length: int = 60) -> str:
         text = ascii(value)
     except RecursionError:  # lists in lists in lists
         text = f"a {type(value).__name__} that is nested too deeply"
-    return text if len(text) <= length else text[:length] + "..."
+    return cut_in_the_middle(text, length, "...")
 
 
 def is_number(value: object) -> TypeGuard[float]:

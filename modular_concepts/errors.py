@@ -28,15 +28,27 @@ def in_one_line(text: str) -> str:
 
 
 def listed(names: Collection[str], most: int = 5, between: str = ", ", longest: int = 80) -> str:
-    """The first of some names in a sentence, and how many more there are; each as it can be shown anywhere."""
+    """The first of some names in a sentence, and how many more there are; each as it can be shown anywhere.
+
+    Names that would look alike when they are shortened are shortened less.
+    """
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return between.join(_shown(name, longest) for name in islice(names, most)) + more
+    some = list(islice(names, most))
+    shown = [_shown(name, longest) for name in some]
+    if len(set(shown)) < len(set(some)):
+        shown = [_shown(name, 3 * longest) for name in some]
+    return between.join(shown) + more
+
+
+def cut_in_the_middle(text: str, longest: int, mark: str = "…") -> str:
+    """A text of at most so many letters beside the mark: names mostly begin alike, and differ at their ends."""
+    tail = (longest - 1) // 2
+    return text if len(text) <= longest else f"{text[: longest - tail]}{mark}{text[len(text) - tail :]}"
 
 
 def _shown(name: str, longest: int) -> str:
     name = unicodedata.normalize("NFC", name.encode("utf-8", "replace").decode())
-    name = name if name.isprintable() else ascii(name)[1:-1]
-    return name if len(name) <= longest else f"{name[:longest]}…"
+    return cut_in_the_middle(name if name.isprintable() else ascii(name)[1:-1], longest)
 
 
 def _escaped(sign: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
-from ..errors import AdapterError, in_one_line, listed
+from ..errors import AdapterError, cut_in_the_middle, in_one_line, listed
 from ..families.toy import TOY
 from ..toy.vocabulary import STANDARD_NAMES
 from ..typed import read_number, read_whole
@@ -136,7 +136,7 @@ def _report_fault(sentence: str) -> int:
 
 
 def _shorten(sentence: str) -> str:
-    return re.sub(r"\S{250,}", lambda word: f"{word[0][:60]}…", sentence)
+    return re.sub(r"\S{250,}", lambda word: cut_in_the_middle(word[0], 120), sentence)
 
 
 # --- commands -----------------------------------------------------------------------------------------------
@@ -280,7 +280,8 @@ class _Once(argparse._StoreAction):
         if option_string and before != values and before is not values:
             if self.nargs == "+":
                 raise argparse.ArgumentError(self, f"is there twice; give all of them after one {option_string}")
-            sentence = f"{option_string} is there twice; the last counts, {values!s:.60}, and not {before!s:.60}"
+            last, first = (cut_in_the_middle(str(value), 60) for value in (values, before))
+            sentence = f"{option_string} is there twice; the last counts, {last}, and not {first}"
             namespace.repeated = [*getattr(namespace, "repeated", ()), sentence]
         parser.seen[self.dest] = values
         super().__call__(parser, namespace, values, option_string)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ..errors import AdapterError, in_one_line
+from ..errors import AdapterError, cut_in_the_middle, in_one_line
 from ..storage.names import check_new_path, safe_name
 from ..typed import read_number
 
@@ -203,7 +203,7 @@ def check_name(typed: str, option: str = "--name") -> str:
 
     name = safe_name(typed)
     if name != typed:
-        shown = typed if len(typed) < 60 else f"{typed[:50]}…"
+        shown = cut_in_the_middle(typed, 60)
         note(f"{option} {shown!r} is not a name that every file and prompt can have; it is {name!r} here")
     return name
 

@@ -25,6 +25,7 @@ EXPORTED = "a plain LoRA acts"  # wherever others load it
 READ = ("up", "down", "mid", "alpha")  # factors whose numbers are needed
 Parse = Callable[[str], tuple[str | None, str]]
 MAX_KERNEL = 7
+LONGEST_KEY = 120  # letters of a key in a sentence; most have fewer
 # What diffusers and peft call every file, and folders that hold many of them and name none.
 GENERIC = {"pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model", "pytorch_model"}
 PLACES = {"loras", "lora", "concepts", "models", "output", "downloads"}
@@ -38,8 +39,8 @@ FACTORS |= {name: "apart" for name in ("diff_b", "bias", "lora_up.bias", "lora_d
 class Imported:
     """A concept from another program's file, and every key of the file that found no place in it.
 
-    sentences: of learned words that came in the file; explained: unmatched keys that they are about.  Unpacks to
-    (concept, unmatched).
+    sentences: of learned words that came in the file, and of layers that are left out; explained: unmatched keys that
+    they are about.  Unpacks to (concept, unmatched).
     """
 
     concept: Concept
@@ -53,7 +54,11 @@ class Imported:
     def notes(self, file: str) -> list[str]:
         """What of the file is not used, in sentences for a person: learned words first, then keys one by one."""
         rest = [key for key in self.unmatched if key not in self.explained]
-        keys = [f"no place for {len(rest)} {'key' if len(rest) == 1 else 'keys'}: {listed(rest)}"] if rest else []
+        keys = (
+            [f"no place for {len(rest)} {'key' if len(rest) == 1 else 'keys'}: {listed(rest, longest=LONGEST_KEY)}"]
+            if rest
+            else []
+        )
         return [f"{file}: {sentence}" for sentence in (*self.sentences, *keys)]
 
 
@@ -73,15 +78,17 @@ def export_kohya(concept: Concept, path: Path | str, dtype: torch.dtype | None =
     return Path(path)
 
 
-def assemble(path: Path, tensors: Mapping[str, Tensor], parse: Parse) -> tuple[dict[str, LowRank], list[str]]:
-    """Adapters from foreign keys, and the keys that fit nowhere.
+def assemble(
+    path: Path, tensors: Mapping[str, Tensor], parse: Parse
+) -> tuple[dict[str, LowRank], list[str], list[list[str]]]:
+    """Adapters from foreign keys, the keys that fit nowhere, and those of them that cost a layer, layer by layer.
 
     parse: key -> (canonical name or None, "up" | "down" | "mid" | "alpha" | "apart" | "unknown"); a layer with an
     unknown factor is left out whole, without what stands apart it is read.  Missing alpha means alpha = rank.
     Tensors that find no place may hold anything.
     """
     parts: dict[str, dict[str, str]] = defaultdict(dict)
-    unmatched = []
+    unmatched, costly = [], []
     for key in sorted(tensors):
         name, factor = parse(key)
         if name is None or factor == "apart":
@@ -96,6 +103,8 @@ def assemble(path: Path, tensors: Mapping[str, Tensor], parse: Parse) -> tuple[d
             if ("up" in keys) != ("down" in keys):
                 raise AdapterError(f"{path.name}: {min(keys.values())}: only one factor is there; the file is damaged")
             unmatched += keys.values()
+            if "up" in keys:
+                costly.append([key for factor, key in keys.items() if factor not in READ])
             continue
         factors = {factor: _numbers(f"{path.name}: {key}", tensors[key]) for factor, key in keys.items()}
         try:
@@ -109,7 +118,18 @@ def assemble(path: Path, tensors: Mapping[str, Tensor], parse: Parse) -> tuple[d
             f"{path.name}: none of its {len(tensors)} keys fits a layer of this model, for example "
             f"{', '.join(clip(key) for key in sorted(tensors)[:3])}; it is for another architecture or method"
         )
-    return adapters, sorted(unmatched)
+    return adapters, sorted(unmatched), costly
+
+
+def tell_lost_layers(costly: Sequence[Sequence[str]]) -> list[str]:
+    """A sentence on layers that were left out for what stands beside their factors, if there are any."""
+    if not costly:
+        return []
+    layers = "1 layer is" if len(costly) == 1 else f"{len(costly)} layers are"
+    return [
+        f"{layers} left out whole, as what stands beside the factors is not read and may change what "
+        f"they mean: {listed([key for keys in costly for key in keys], longest=LONGEST_KEY)}"
+    ]
 
 
 def name_of_file(path: Path) -> str:

@@ -24,7 +24,7 @@ from ..storage.safetensors import BITS, read_foreign, read_header
 from . import diffusers, kohya
 from .bundled import bundled_words, is_needed, shapes_of, text_width, with_words
 from .concept import KEY, load_concept
-from .kohya import Imported, assemble, imported_concept
+from .kohya import Imported, assemble, imported_concept, tell_lost_layers
 from .modelspec import tell_left_out
 
 
@@ -109,7 +109,7 @@ def lora_concept(
         rows[part] = place.layer, place.rows
         return part, factor
 
-    adapters, unmatched = assemble(path, tensors, parse)
+    adapters, unmatched, costly = assemble(path, tensors, parse)
     explicit = {parse(key)[0] for key in tensors if key.endswith(".alpha")}
     adapters = diffusers.with_peft_alphas(path, adapters, explicit, metadata)
     whole = _joined(path, adapters, rows, shapes or {})
@@ -118,7 +118,12 @@ def lora_concept(
     width = text_width(shapes or shapes_of(whole))
     bundled = bundled_words(tensors, concept.recipe.architecture, width, bool(shapes))
     unmatched = [key for key in unmatched if key not in bundled.keys]
-    sentences = [*bundled.sentences, *diffusers.tell_unknown_parts(metadata), *tell_left_out(metadata)]
+    sentences = [
+        *bundled.sentences,
+        *tell_lost_layers(costly),
+        *diffusers.tell_unknown_parts(metadata),
+        *tell_left_out(metadata),
+    ]
     return Imported(with_words(concept, bundled.rows), unmatched, sentences, bundled.explained)
 
 

@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import AdapterError
+from ..errors import AdapterError, cut_in_the_middle
 
 RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[\d¹²³]|lpt[\d¹²³]) *(\..*)?", re.IGNORECASE)
 FORBIDDEN = frozenset('\\:*?"<>|')  # in a name on Windows; a backslash is what stands between folders there
@@ -22,21 +22,23 @@ def check_new_path(path: Path, option: str = "--out") -> None:
     """Raise AdapterError for a path whose parts, where they are not there yet, some system could not write."""
     text = str(path)
     if any(not letter.isprintable() and not "\ud800" <= letter <= "\udfff" for letter in text):
-        raise AdapterError(f"{ascii(text)[:80]} has letters that no file's name can have; choose another {option}")
+        raise AdapterError(
+            f"{cut_in_the_middle(ascii(text), 80)} has letters that no file's name can have; choose another {option}"
+        )
     if len(bytes_of(text)) > LONGEST_PATH:
-        raise AdapterError(f"{text[:40]}…: the path is too long; choose a shorter {option}")
+        raise AdapterError(f"{cut_in_the_middle(text, 80)}: the path is too long; choose a shorter {option}")
     for number, part in enumerate(path.parts):
         if part == path.anchor:
             continue
         if fault := fault_of(part):
             there = Path(*path.parts[: number + 1])
             if len(bytes_of(part)) > 255 or not there.exists():
-                raise AdapterError(f"{text[:80]}: {fault}; choose another {option}")
+                raise AdapterError(f"{cut_in_the_middle(text, 80)}: {fault}; choose another {option}")
 
 
 def fault_of(part: str) -> str:
     """Why one part of a path cannot be a file or folder everywhere, in words; empty if it can."""
-    shown = repr(part if len(part) < 60 else f"{part[:50]}…")
+    shown = repr(cut_in_the_middle(part, 60))
     if part in (".", ".."):
         return ""
     if len(bytes_of(part)) > LONGEST_NAME:
@@ -79,12 +81,14 @@ def safe_child(folder: Path | str, name: str) -> Path:
     root = resolved(folder)
     relative = str(name).replace("\\", "/")
     if not relative.isprintable() or not relative.strip() or re.match(r"[A-Za-z]:", relative):
-        raise AdapterError(f"{ascii(name)[:80]} is not a file name")
+        raise AdapterError(f"{cut_in_the_middle(ascii(name), 80)} is not a file name")
     if len(bytes_of(relative)) > LONGEST_PATH or any(len(bytes_of(part)) > 255 for part in relative.split("/")):
-        raise AdapterError(f"{ascii(name)[:40]}… is too long for a file name; choose a shorter one")
+        raise AdapterError(f"{cut_in_the_middle(ascii(name), 80)} is too long for a file name; choose a shorter one")
     child = resolved(root / relative)
     if child == root or not child.is_relative_to(root):
-        raise AdapterError(f"{ascii(name)[:80]} leads outside the folder {root.name}; choose a name inside it")
+        raise AdapterError(
+            f"{cut_in_the_middle(ascii(name), 80)} leads outside the folder {root.name}; choose a name inside it"
+        )
     return child
 
 

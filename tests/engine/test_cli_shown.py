@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cli import DRAW, QUICK, concept, files, here, made, run  # noqa: F401 - fixtures
 
-from modular_concepts.errors import listed
+from modular_concepts.concept import check_text, clip
+from modular_concepts.errors import AdapterError, listed
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.storage.safetensors import read_header
 
@@ -65,7 +66,22 @@ def test_a_prompt_of_a_thousand_unknown_words_names_a_few(here, capsys):
 def test_names_in_a_sentence_are_few_short_and_visible():
     assert listed(["b", "a"]) == "b, a" and listed([]) == ""
     assert listed({f"n{number}": 0 for number in range(9)}, 2) == "n0, n1 and 7 more"
-    assert listed(["x" * 500], longest=4) == "xxxx…" and listed(["a\x1bb", "e\u0301"]) == "a\\x1bb, \xe9"
+    assert listed(["x" * 500], longest=4) == "xxx…x" and listed(["a\x1bb", "e\u0301"]) == "a\\x1bb, \xe9"
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("place", ["at the end", "at the beginning", "in the middle"])
+def test_names_that_are_shortened_can_be_told_apart(count, place):
+    before, behind = {"at the end": (300, 0), "at the beginning": (0, 300), "in the middle": (100, 100)}[place]
+    names = [f"{'block_' * (before // 6)}{number}{'_block' * (behind // 6)}" for number in range(count)]
+    assert len(names[0]) > 80 and len(set(listed(names).split(", "))) == count
+    assert all(len(shown) <= 241 for shown in listed(names).split(", "))
+
+
+def test_what_cannot_be_read_is_shown_with_its_end():
+    assert clip("a" * 500 + "the end").endswith("the end'") and len(clip("a" * 500)) == 63
+    with pytest.raises(AdapterError, match="the_end"):
+        check_text("a name", "\0" + "a" * 500 + "the_end")
 
 
 def test_a_file_name_moves_no_cursor(made, here, capsys):

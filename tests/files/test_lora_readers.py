@@ -332,9 +332,23 @@ def test_a_scale_beside_a_factor_leaves_the_layer_out_as_it_is_not_applied(tmp_p
     tensors = {f"unet.{name}.lora_{side}.weight": torch.ones(4, 4) for name in (PATH, other) for side in "AB"}
     tensors |= {key: torch.tensor(0.01)}
     save_file(tensors, tmp_path / "x.safetensors")
-    concept, unmatched = read_concept(tmp_path / "x.safetensors")
+    imported = read_concept(tmp_path / "x.safetensors")
+    concept, unmatched = imported
+    (told,) = (sentence for sentence in imported.notes("x") if "left out whole" in sentence)
+    assert "1 layer is" in told and key in told and "lora_B.weight" not in told
     assert set(concept.layers) == {f"unet.{other}"}
     assert set(unmatched) == {key, f"unet.{PATH}.lora_A.weight", f"unet.{PATH}.lora_B.weight"}
+
+
+def test_layers_that_are_lost_are_counted_and_those_that_lose_nothing_are_not(tmp_path):
+    names = [PATH, PATH.replace("to_k", "to_v"), PATH.replace("to_k", "to_q")]
+    tensors = {f"unet.{name}.lora_{side}.weight": torch.ones(4, 4) for name in names for side in "AB"}
+    save_file(tensors | {f"unet.{names[2]}.bias": torch.ones(4)}, tmp_path / "x.safetensors")
+    assert not any("left out" in sentence for sentence in read_concept(tmp_path / "x.safetensors").notes("x"))
+    beside = {f"unet.{name}.note": torch.ones(1) for name in names[:2]}
+    save_file(tensors | beside, tmp_path / "x.safetensors")
+    told = " ".join(read_concept(tmp_path / "x.safetensors").notes("x"))
+    assert "2 layers are left out whole" in told and all(key in told for key in beside)
 
 
 FLAT = {"r": 4, "lora_alpha": 16}
