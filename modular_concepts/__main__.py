@@ -13,8 +13,10 @@ from . import before_torch  # noqa: E402, F401 - sets what torch reads when `cli
 
 
 def main() -> int:
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stopped)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(number, _stopped)
     from .cli.streams import Streams
 
     with Streams():
@@ -29,7 +31,7 @@ def main() -> int:
 
 
 def _stopped(*_: object) -> None:
-    """Ctrl-C while everything is imported, of which some libraries would make a fault of their own."""
+    """Ctrl-C, or another end, while everything is imported, of which some libraries would make a fault of their own."""
     os.write(2, b"stopped\n")
     os._exit(130)
 

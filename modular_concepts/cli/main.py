@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(arguments)
         except KeyboardInterrupt:
+            interrupts.end()
             return _report_stop()
         except Warning as warning:  # a library's, as Python was told to raise
             return _report_fault(
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         except Exception:
             if interrupts.asked:  # a library's own words for what Ctrl-C did to it
+                interrupts.end()
                 return _report_stop()
             raise
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 DEAF = (signal.SIG_IGN, None)
+ENDINGS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # Ctrl-C, a machine that shuts down, a terminal that is closed
 _OPEN: list[Bar] = []
 
 
@@ -24,10 +25,8 @@ class Interruption:
     def __enter__(self) -> Interruption:
         self.asked, self.before = False, {}
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self._note)
+            for number in endings():
+                self.before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,22 +54,37 @@ def _say(sentence: str) -> None:
 
 
 class Interrupts:
-    """While a command runs Ctrl-C is KeyboardInterrupt, and remembered: a library may make another error of it."""
+    """While a command runs Ctrl-C is KeyboardInterrupt, and remembered: a library may make another error of it.
+
+    So are the system's own ways to end a process.
+    """
 
     def __enter__(self) -> Interrupts:
-        self.asked, self.before = False, None
-        # Whoever started the command may have made it deaf to Ctrl-C, as shells do in the background.
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) not in DEAF:
-            self.before = signal.signal(signal.SIGINT, self._raise)
+        self.asked, self.before = False, {}
+        # Whoever started the command may have made it deaf to them, as shells do in the background.
+        if threading.current_thread() is threading.main_thread():
+            for number in endings():
+                self.before[number] = signal.signal(number, self._raise)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _raise(self, *_: object) -> None:
         self.asked = True
         raise KeyboardInterrupt
+
+    def end(self) -> None:
+        """The command has ended for one; what is said about that is said whole."""
+        for number in self.before:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def endings() -> list[int]:
+    """Signals that ask a process to end, and to which it is not deaf."""
+    numbers = (getattr(signal, name, None) for name in ENDINGS)
+    return [number for number in numbers if number is not None and signal.getsignal(number) not in DEAF]
 
 
 class Bar:

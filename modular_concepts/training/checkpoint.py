@@ -242,7 +242,8 @@ def _write_whole(path: Path, data: bytes) -> None:
         beside.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        remove_if_possible([beside])
         raise AdapterError(
             f"{path} could not be written ({error.strerror}); the checkpoint before it is kept"
         ) from error
+    finally:
+        remove_if_possible([beside])

@@ -340,14 +340,14 @@ def test_a_name_that_is_changed_is_said_before_the_work(here, capsys, monkeypatc
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is sent otherwise there")
-@pytest.mark.parametrize("share", [0.15, 0.5, 0.9])
-def test_ctrl_c_while_everything_is_imported_is_one_line(share):
+@pytest.mark.parametrize(("share", "number"), [(0.15, "INT"), (0.5, "INT"), (0.9, "INT"), (0.5, "TERM"), (0.5, "HUP")])
+def test_ctrl_c_while_everything_is_imported_is_one_line(share, number):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WAITS_FOR_TORCH, str(share)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own command
     assert process.stdout.readline() == "importing\n"
     time.sleep(share)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, f"SIG{number}"))
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "stopped\n")
 
@@ -366,6 +366,8 @@ def slow(name, *rest, **options):
     return real(name, *rest, **options)
 builtins.__import__ = slow
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 sys.argv = ["modular_concepts", "inspect", "x"]
 runpy.run_module("modular_concepts", run_name="__main__")
 """
@@ -385,6 +387,72 @@ def test_what_a_library_makes_of_ctrl_c_is_still_ctrl_c(here, capsys, monkeypatc
     finally:
         signal.signal(signal.SIGINT, before)
     assert (code, err) == (130, "stopped\n")
+
+
+LONG = {
+    "sample": (["sample", "a man", "--out", "a.png", "--steps", "2", "--cfg", "1"], "cli.progress.Bar.__call__"),
+    "sample, while a file is written": (["sample", "a man", "--out", "a.png", *DRAW], "storage.atomic.sync_folder"),
+    "merge": (["merge", "concepts/tom.safetensors", "--out", "m.st"], "merging.as_concept.merged_concept"),
+    "merge, while a file is written": (
+        ["merge", "concepts/tom.safetensors", "--out", "m.st"],
+        "storage.atomic.os.fsync",
+    ),
+    "export": (["export", "concepts/tom.safetensors", "--out", "e.st"], "files.kohya.export_kohya"),
+    "export, while a file is written": (
+        ["export", "concepts/tom.safetensors", "--out", "e.st"],
+        "storage.atomic.os.fsync",
+    ),
+    "inspect": (["inspect", "concepts/tom.safetensors"], "crosstalk.measures.delta_norm"),
+    "pictures": (["pictures", "tim"], "storage.atomic.os.fsync"),
+    "demo": (["demo", "--out", "demo"], "toy.demo.run_demo"),
+    "train, before its first step": (train("ann"), "training.teach.check_training"),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", LONG)
+def test_whatever_ends_a_command_is_one_line_and_leaves_nothing_half(here, capsys, monkeypatch, command, number):
+    line, place = LONG[command]
+
+    def end_once(*_, **__):
+        signal.raise_signal(number)
+
+    inherited = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    left, before = None, files(here)
+    try:
+        monkeypatch.setattr(f"modular_concepts.{place}", end_once)
+        code, _, err = run(capsys, *line)
+        left = signal.getsignal(number)
+    finally:
+        signal.signal(number, inherited)
+    assert code == 130 and err.endswith("stopped\n") and "Traceback" not in err, err
+    assert left in (signal.default_int_handler, signal.SIG_DFL)
+    new = {name for name in files(here) if name not in before}
+    assert new <= {"a.png"} and not list(here.rglob(".*.tmp")), new
+
+
+def test_what_is_said_of_an_end_is_said_whole(here, capsys, monkeypatch):
+    """Also where the keys are pressed again while it is."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr("modular_concepts.cli.paths.concept_at", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("modular_concepts.cli.main.close_bars", lambda: signal.raise_signal(signal.SIGINT))
+    try:
+        code, _, err = run(capsys, "inspect", "concepts/tom.safetensors")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, err) == (130, "stopped\n")
+
+
+def test_a_second_end_while_a_checkpoint_is_written_leaves_no_half_of_it(here, capsys, monkeypatch):
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr("modular_concepts.training.checkpoint.os.fsync", lambda _: signal.raise_signal(signal.SIGTERM))
+    at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+    try:
+        code, _, err = run(capsys, *train("ann", "--checkpoints", "steps"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 130 and err.endswith("stopped\n")
+    assert not list((here / "steps").glob(".*"))
 
 
 def test_ctrl_c_while_the_concept_is_written_loses_nothing(here, capsys, monkeypatch):
