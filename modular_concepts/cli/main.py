@@ -23,11 +23,13 @@ from ..errors import AdapterError, cut_in_the_middle, in_one_line, listed
 from ..families.toy import TOY
 from ..toy.vocabulary import STANDARD_NAMES
 from ..typed import read_number, read_whole
+from .environment import explain_variables, ignore_unusable_bars
 from .merge import add_export, add_inspect, add_merge
 from .paths import (
     add_overwrite,
     base_named,
     folder,
+    note,
     note_repeated,
     read_path,
     refuse_existing,
@@ -76,10 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _report_fault(
                 f"a library's warning ended this, for PYTHONWARNINGS or -W says error; leave that ({warning!s:.200})"
             )
-        except Exception:
+        except Exception as error:
             if interrupts.asked:  # a library's own words for what Ctrl-C did to it
                 interrupts.end()
                 return _report_stop()
+            if blamed := explain_variables(error):
+                return _report_fault(blamed)
             raise
 
 
@@ -95,6 +99,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _report_fault(
             "Python runs with -OO or PYTHONOPTIMIZE=2, which takes away what transformers reads; leave it"
         )
+    for sentence in ignore_unusable_bars():
+        note(sentence)
     try:
         args.run(args)
     except AdapterError as error:

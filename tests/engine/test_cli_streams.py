@@ -53,3 +53,37 @@ def test_a_folder_that_was_deleted_is_said(tmp_path):
     (tmp_path / "gone").mkdir()
     code, out, err = shell(tmp_path, "cd gone && rmdir ../gone && mc pictures tom")
     assert code == 2 and "the folder that you are in was deleted" in err and err.count("\n") == 1 and out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("TQDM_MININTERVAL", "abc"), ("TQDM_NCOLS", "abc"), ("TQDM_ASCII", "x"), ("TQDM_BAR_FORMAT", "{nope}")),
+        *(("TQDM_FILE", "log.txt"), ("TQDM_LOCK_ARGS", "abc"), ("TQDM_WRITE_BYTES", "1")),
+    ],
+)
+def test_a_variable_with_which_there_is_no_progress_bar_is_ignored_in_one_sentence(monkeypatch, name, value):
+    from modular_concepts.cli.environment import ignore_unusable_bars
+
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TQDM_COLOUR", "green")
+    (sentence,) = ignore_unusable_bars()
+    assert f"{name}={value}" in sentence and "COLOUR" not in sentence
+    assert name not in os.environ and os.environ["TQDM_COLOUR"] == "green" and ignore_unusable_bars() == []
+
+
+def test_variables_that_libraries_cannot_use_end_no_command_raw(tmp_path):
+    draw = "mc sample man --steps 1 --cfg 1 --out a.png"
+    code, _, err = shell(tmp_path, draw, TQDM_MININTERVAL="abc")
+    assert code == 0 and (tmp_path / "a.png").exists() and err.count("note: ") == 1 and "TQDM_MININTERVAL=abc" in err
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "PYTORCH_JIT"):
+        code, _, err = shell(tmp_path, "mc sample man --steps 1 --cfg 1 --out b.png", **{name: "abc"})
+        assert code == 2 and f"{name}=abc" in err and err.count("\n") == 1, err
+
+
+def test_a_switch_that_takes_torch_from_a_library_is_named(monkeypatch):
+    from modular_concepts.cli.environment import explain_variables
+
+    monkeypatch.setenv("USE_TORCH", "0")
+    assert "USE_TORCH=0" in explain_variables(ImportError("it needs the PyTorch library, which was not found"))
+    assert explain_variables(KeyError("a fault of our own")) == ""
