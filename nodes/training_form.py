@@ -49,6 +49,7 @@ class Form:
     targets: str | None = "attention + feed-forward"
     text_encoder: bool = declared.TEXT_ENCODER.default
     prior: int = declared.PRIOR.default
+    company: float = declared.COMPANY.default
 
 
 def inputs(special: list[io.Input], form: Form) -> list[io.Input]:
@@ -92,6 +93,8 @@ def inputs(special: list[io.Input], form: Form) -> list[io.Input]:
             "refuse: say what changed, and stop. go on: from there with the new ones",
             advanced=True,
         ),
+        widget(declared.COMPANY, default=form.company, optional=True, advanced=not form.company),
+        widget(declared.COMPANY_PICTURES, optional=True),
     ]
 
 
@@ -192,6 +195,7 @@ def train(common: dict, way: Way) -> io.NodeOutput:
         seed=common["seed"],
         checkpoint_every=common["checkpoint_every"],
         precision=common["precision"],
+        company=common.get("company", declared.COMPANY.default),
     )
     options = dict(common.get("options") or {})
     keep_latents = bool(options.pop("keep_latents", False))
@@ -213,6 +217,7 @@ def train(common: dict, way: Way) -> io.NodeOutput:
         keep_latents,
         tuple(options),
         tuple(way.notes),
+        common.get("company_pictures", declared.COMPANY_PICTURES.default),
     )
     concept, result = train_in_host(base, plan)
     learned = [lora_of(concept)] if concept.layers else []

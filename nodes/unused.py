@@ -23,6 +23,7 @@ class Unused:
 
 
 _PREVIEWS = Unused(("preview_prompt",), lambda values: not values["preview_every"], "preview_every is 0")
+_COMPANY = Unused(("company_pictures",), lambda values: not values["company"], "company is 0")
 _BASIS_RANK = Unused(("rank",), lambda values: values["ortho_basis"] is not None, "the connected basis sets the rank")
 _HASHED = Unused(
     ("slot",),
@@ -35,9 +36,9 @@ TABLE: Mapping[str, tuple[Unused, ...]] = {
     "OrthoBasisLoader": (
         Unused(("kind", "seed"), lambda values: values["basis"] != "generated", "the basis is a file"),
     ),
-    "OrthoLoRATrainer": (_HASHED, _PREVIEWS),
-    "BlockLoRATrainer": (_BASIS_RANK, _PREVIEWS),
-    **dict.fromkeys(("LoRATrainer", "WordTrainer", "CustomDiffusionTrainer", "EDLoRATrainer"), (_PREVIEWS,)),
+    "OrthoLoRATrainer": (_HASHED, _PREVIEWS, _COMPANY),
+    "BlockLoRATrainer": (_BASIS_RANK, _PREVIEWS, _COMPANY),
+    **dict.fromkeys(("LoRATrainer", "WordTrainer", "CustomDiffusionTrainer", "EDLoRATrainer"), (_PREVIEWS, _COMPANY)),
     "LoRAToConcept": (
         Unused(("name",), lambda values: not isinstance(values["lora"], Mapping), "files have their own names"),
     ),

@@ -191,6 +191,9 @@ class HostBase(HostModel):
     def prior_prompts(self, class_word: str, count: int) -> list[str]:
         return self.family.family.prior_prompts(class_word, count)
 
+    def company(self, class_word: str, count: int) -> list[str]:
+        return self.family.family.company(class_word, count)
+
 
 @contextmanager
 def cast_weights(module: nn.Module, like: Tensor) -> Generator[tuple[Tensor | None, Tensor | None]]:

@@ -31,11 +31,13 @@ from ...modular_concepts.models.layers import file_key
 from ...modular_concepts.models.schedules import FlowSchedule
 from ...modular_concepts.models.targets import Targets
 from ...modular_concepts.sampling import SampleSettings
-from ...modular_concepts.settings.training import BESIDE_TRAINING, NOISE, TRAINING
+from ...modular_concepts.settings.training import BESIDE_TRAINING, COMPANY_PICTURES, NOISE, TRAINING
 from ...modular_concepts.storage.keeping import check_room, free_name, keep, last_places
 from ...modular_concepts.storage.names import safe_name
 from ...modular_concepts.training.caption_checks import find_unused
 from ...modular_concepts.training.checkpoint import Changed, newest_checkpoint
+from ...modular_concepts.training.company import Company
+from ...modular_concepts.training.drawn import COMPANY_SEED, Prior
 from ...modular_concepts.training.estimate import Estimate
 from ...modular_concepts.training.loop import Cancelled, Keeping, Listeners, Unfinished
 from ...modular_concepts.training.memory import memory_advice, ran_out_of_memory
@@ -44,9 +46,9 @@ from ...modular_concepts.training.problem import Examples
 from ...modular_concepts.training.run import TrainResult
 from ...modular_concepts.training.settings import TrainSettings
 from ...modular_concepts.training.teach import (
-    Prior,
     Subject,
     check_training,
+    company_examples,
     concept_from,
     prior_examples,
     train_concept,
@@ -71,6 +73,7 @@ class Plan:
     """What a training in the host needs beside the engine's settings.
 
     prior_pictures: how many pictures of its own the base draws first, for prior preservation.
+    company_pictures: how many of others, where the settings ask for company.
     preview_every, preview_prompts: see `progress.Previews`.
     resume: go on from the newest checkpoint of this name, where there is one; accept_changes: with other settings too.
     keep_latents: keep the pictures' latents on disk, for the next training on them.
@@ -90,6 +93,7 @@ class Plan:
     keep_latents: bool = False
     chosen: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    company_pictures: int = COMPANY_PICTURES.default
 
     @property
     def size(self) -> tuple[int, int]:
@@ -167,10 +171,10 @@ def train_in_host(base: HostBase, plan: Plan) -> tuple[Concept, TrainResult]:
         return keep_unfinished(concept_from(base, subject, result, plan.basis, plan.targets), result)
 
     with base.trainable(), _allow_interrupts(), _advise_on_memory(plan.settings):
-        subject = replace(subject, prior=_draw_prior(base, plan))
+        subject = replace(subject, prior=_draw_prior(base, plan), company=_draw_company(base, plan))
         watch = Watch(plan.settings.steps, plan.previews, partial(draw, base), notes)
-        latents = latents_folder() if plan.keep_latents else None
-        keeping = Keeping(folder, _find_checkpoint(folder, plan), plan.accept_changes, not plan.resume, latents)
+        resume = _find_checkpoint(folder, plan)
+        keeping = Keeping(folder, resume, plan.accept_changes, not plan.resume, _find_cache(plan))
         listeners = Listeners(watch, partial(_announce, plan, notes), keep_learned)
         try:
             concept, result = train_concept(base, subject, plan.settings, plan.targets, listeners, keeping, plan.basis)
@@ -205,6 +209,7 @@ def _notes(base: HostBase, plan: Plan) -> list[str]:
     there = {
         "text_encoder": plan.targets.text_encoder is not None,
         "prior": plan.prior_pictures > 0,
+        "company": plan.settings.company > 0,
         "checkpoints": True,
         "resume": plan.resume,
         NOISE: not isinstance(base.schedule, FlowSchedule),
@@ -300,11 +305,28 @@ def lora_of(concept: Concept) -> dict[str, Tensor]:
 def _draw_prior(base: HostBase, plan: Plan) -> Examples | None:
     if plan.prior_pictures < 1:
         return None
-    height, width = plan.size
-    settings = SampleSettings(steps=PRIOR_STEPS, height=height, width=width)
+    prior = _drawing(plan, plan.prior_pictures, PRIOR_SEED)
+    return prior_examples(base, prior, comfy.utils.ProgressBar(1).update_absolute, _find_cache(plan))
+
+
+def _draw_company(base: HostBase, plan: Plan) -> Company | None:
+    if not plan.settings.company:
+        return None
+    drawing = _drawing(plan, plan.company_pictures, COMPANY_SEED)
     bar = comfy.utils.ProgressBar(1)
-    prior = Prior(plan.subject.class_word, plan.prior_pictures, PRIOR_SEED, settings, draw)
-    return prior_examples(base, prior, bar.update_absolute, latents_folder() if plan.keep_latents else None)
+    return company_examples(base, plan.subject, drawing, bar.update_absolute, _find_cache(plan))
+
+
+def _drawing(plan: Plan, count: int, seed: int) -> Prior:
+    """What the base draws by itself, in the size of the pictures."""
+    height, width = plan.size
+    return Prior(
+        plan.subject.class_word, count, seed, SampleSettings(steps=PRIOR_STEPS, height=height, width=width), draw
+    )
+
+
+def _find_cache(plan: Plan) -> Path | None:
+    return latents_folder() if plan.keep_latents else None
 
 
 def _find_checkpoint(folder: Path, plan: Plan) -> Path | None:

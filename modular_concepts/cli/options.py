@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import AdapterError
-from ..settings.training import CHECKPOINTED, PRIOR, TARGET, TEXT_ENCODER, TRAINING
+from ..settings.training import CHECKPOINTED, COMPANY_PICTURES, PRIOR, TARGET, TEXT_ENCODER, TRAINING
 from ..training.presets import PRESETS, Preset, preset_named
 from ..training.settings import TrainSettings
 from .declared import add_option, read_typed, say_usual, say_value
@@ -36,6 +36,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     for name, setting in _SETTINGS.items():
         more: dict[str, Any] = {"metavar": "N" if setting.kind is int else "X"} if setting.is_number else {}
         add_option(parser, setting, usual=_say_usual(name), **more)
+    add_option(parser, COMPANY_PICTURES, metavar="N")
     parser.epilog = "Defaults hold without --preset; what a preset has instead is said by --list-presets."
 
 
@@ -76,6 +77,9 @@ def choose_preset(args: argparse.Namespace, usual: TrainSettings, suit: Callable
     if args.prior is not None:
         PRIOR.check(args.prior, "--prior")
         preset = replace(preset, prior=args.prior)
+    if args.company_pictures is not None:
+        COMPANY_PICTURES.check(args.company_pictures, "--company-pictures")
+        preset = replace(preset, company_pictures=args.company_pictures)
     if args.compact and preset.settings.method in ("lora", "words"):
         raise AdapterError(
             f"--compact leaves out what the recipe gives back, and method {preset.settings.method} has nothing of the "

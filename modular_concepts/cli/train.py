@@ -88,7 +88,7 @@ def run_train(args: argparse.Namespace) -> None:
     _check_places(args, out)
     base = base_named(args.base)
     preset, settings = _choose_settings(args, base, name)
-    size = _choose_size(args, base)
+    size = _choose_size(args, base, settings)
     subject = _load_subject(args, base, preset, settings, size)
     targets = Targets(preset.targets, preset.text_encoder_targets)
     check_training(base, subject, settings, targets)
@@ -99,6 +99,8 @@ def run_train(args: argparse.Namespace) -> None:
             "pictures or base are others; choose another --out, or replace it with --overwrite"
         )
     subject = replace(subject, prior=_prior(base, args.class_word, preset.prior, *size))
+    if settings.company:
+        subject = replace(subject, company=_company(base, subject, preset.company_pictures, size, args.cache))
     _teach(args, Lesson(base, subject, settings, targets, OrthogonalBasis()), out, args.overwrite or resumed)
 
 
@@ -146,7 +148,7 @@ def _choose_settings(args: argparse.Namespace, base: BaseModel, name: str) -> tu
     return preset, replace(settings, checkpoint_every=_choose_interval(args)) if args.checkpoints else settings
 
 
-def _choose_size(args: argparse.Namespace, base: BaseModel) -> tuple[int, int]:
+def _choose_size(args: argparse.Namespace, base: BaseModel, settings: TrainSettings) -> tuple[int, int]:
     """(height, width) of the pictures, if the base and the memory can take them."""
     from ..models.budget import check_pictures
 
@@ -156,7 +158,20 @@ def _choose_size(args: argparse.Namespace, base: BaseModel) -> tuple[int, int]:
             f"training size {width}x{height} does not fit this base; choose multiples of {base.multiple}"
         )
     check_pictures(base, width, height, 1, training=True)
+    if settings.company:
+        _check_canvas(base, width, height)
     return height, width
+
+
+def _check_canvas(base: BaseModel, width: int, height: int) -> None:
+    from ..models.budget import check_pictures
+
+    try:
+        check_pictures(base, 2 * width, height, 1, training=True)
+    except AdapterError as error:
+        raise AdapterError(
+            f"--company trains on pictures twice as wide, and {error}; or leave --company away"
+        ) from error
 
 
 def _load_subject(
@@ -285,6 +300,7 @@ def _find_unread(args: argparse.Namespace, method: str, preset, base) -> list[st
     there = {
         "text_encoder": bool(preset.text_encoder_targets),
         "prior": preset.prior > 0,
+        "company": preset.settings.company > 0,
         "checkpoints": args.checkpoints is not None,
         "resume": args.resume is not None,
         NOISE: True,
@@ -388,6 +404,19 @@ def _prior(base, class_word: str, count: int, height: int, width: int):
     settings = SampleSettings(steps=12, height=height, width=width, batch=24)
     with Bar("draw what the base knows", settings.steps * -(-count // settings.batch)) as advance:
         return prior_examples(base, Prior(class_word, count, 1000, settings), lambda done, total: advance(done))
+
+
+def _company(base, subject: Subject, count: int, size: tuple[int, int], cache: Path | None):
+    """Others whom the base draws, in the training's size."""
+    from ..sampling import SampleSettings
+    from ..training.drawn import COMPANY_SEED, Prior
+    from ..training.teach import company_examples
+
+    height, width = size
+    settings = SampleSettings(steps=12, height=height, width=width, batch=24)
+    drawing = Prior(subject.class_word, count, COMPANY_SEED, settings)
+    with Bar("draw company", settings.steps * -(-count // settings.batch)) as advance:
+        return company_examples(base, subject, drawing, lambda done, total: advance(done), cache)
 
 
 def _read_size(text: str) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..text.company import subjects_beside
+
 # What the tokens are that a layer is asked about: positions of the picture, words of the text, both in one row, or
 # nothing of either (timestep and modulation), where no place and no word can have a part of its own.
 POSITIONS, TEXTS, JOINT, NEITHER = "positions", "texts", "joint", "neither"
@@ -156,6 +158,7 @@ class Family:
     widths: input widths of the layers that adapters go to, the narrowest first, for people who choose a rank.
     prior_prompts(class word, count): what the base is asked for by itself to keep its prior.
     unknown_words(prompt, triggers): words that its text encoder cannot read.
+    company(class word, count): phrases of who may stand beside a concept, whom the base draws well.
     ordinary(): captions as people write them, without any concept.
     """
 
@@ -175,6 +178,7 @@ class Family:
     prior_prompts: Callable[[str, int], list[str]] = _photos
     unknown_words: Callable[[str, Sequence[str]], list[str]] = _none_unknown
     ordinary: Callable[[], Sequence[str]] = _people_write
+    company: Callable[[str, int], list[str]] = subjects_beside
 
     @property
     def word_width(self) -> int:

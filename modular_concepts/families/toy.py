@@ -15,6 +15,12 @@ def _prior_prompts(class_word: str, count: int) -> list[str]:
     return prior_prompts(class_word, count)
 
 
+def _company(class_word: str, count: int) -> list[str]:
+    from ..toy.captions import company
+
+    return company(class_word, count)
+
+
 def _unknown_words(prompt: str, triggers: Sequence[str]) -> list[str]:
     from ..toy.captions import unknown_words
 
@@ -40,4 +46,5 @@ TOY = Family(
     prior_prompts=_prior_prompts,
     unknown_words=_unknown_words,
     ordinary=_ordinary,
+    company=_company,
 )

@@ -19,6 +19,7 @@ from ..adapters.low_rank import at_least_float32
 from ..adapters.sites import Layer
 from ..errors import AdapterError
 from ..families import find_family
+from ..text.company import subjects_beside
 from ..text.contexts import Context, hidden_states, text_of
 from ..text.layerwise import cross_attention_transformers, routed
 from ..text.ordinary import CAPTIONS
@@ -100,6 +101,8 @@ class Base(Protocol):
 
     def prior_prompts(self, class_word: str, count: int, /) -> list[str]: ...
 
+    def company(self, class_word: str, count: int, /) -> list[str]: ...
+
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:
@@ -108,6 +111,7 @@ class BaseModel:
     encode, decode: pictures (N, 3, H, W) in 0..1 to latents and back.
     multiple: pictures' height and width must be multiples of it; size: (height, width) it was trained on.
     prior_prompts(class word, count): what the base is asked for by itself to keep its prior while a concept is learned.
+    company(class word, count): phrases of who stands beside a concept on a wide picture, for the base to draw.
     betas: what diffusers' schedulers need to know of the noise schedule.
     ordinary: captions as people write them for it, without any concept.
     """
@@ -128,6 +132,7 @@ class BaseModel:
     prior_prompts: Callable[[str, int], list[str]] = lambda word, count: [f"a photo of a {word}"] * count
     unknown_words: Callable[[str, Sequence[str]], list[str]] = lambda prompt, triggers: []
     ordinary: Sequence[str] = CAPTIONS
+    company: Callable[[str, int], list[str]] = subjects_beside
 
     @property
     def modules(self) -> tuple[LibraryNetwork, ...]:

@@ -346,12 +346,24 @@ KEEP_CHECKPOINTS = Setting(
     widget=Widget(most=1000, advanced=True),
 )
 
+COMPANY = Setting(
+    "company",
+    float,
+    0.0,
+    "share of the steps on wide pictures, the concept in one half and in the other somebody else whom the base drew, "
+    "so that its word learns to leave places to others; 0 for none, 0.5 is half",
+    ". For people and things, not for styles",
+    least=0,
+    most=1,
+    widget=Widget(step=0.05, round=0.01),
+)
+
 # What `TrainSettings` holds beside the concept's name; the shell's help has them in this order.
 TRAINING = group(
     *(METHOD, SLOT, BLOCKS, LAYOUT, ERASURE, RANK, ALPHA, STEPS, BATCH, SEED, ADAPTER_LR, TEXT_ENCODER_LR, TOKEN_LR),
     *(TOKEN_VECTORS, TOKEN_START, TOKEN_NOISE, TOKEN_NORM, WARMUP, SCHEDULE, WEIGHT_DECAY, CLIP_NORM, NOISE_OFFSET),
     *(MIN_SNR, ATTENTION_REGULARISATION, PRIOR_WEIGHT, CAPTION_DROPOUT, OPTIMIZER, PRECISION, CHECKPOINT_EVERY),
-    *(KEEP_CHECKPOINTS, LAYERWISE, SHUFFLE_TAGS, FLIP, GRADIENT_CHECKPOINTING),
+    *(KEEP_CHECKPOINTS, LAYERWISE, SHUFFLE_TAGS, FLIP, GRADIENT_CHECKPOINTING, COMPANY),
 )
 
 # Beside them, of a training but not of its step.
@@ -379,6 +391,17 @@ PRIOR = Setting(
     must="it must be from 0 to 10000 pictures",
     widget=Widget("prior_pictures", most=1000),
 )
+COMPANY_PICTURES = Setting(
+    "company_pictures",
+    int,
+    96,
+    "pictures of others that the base draws itself first, for company",
+    least=2,
+    most=10_000,
+    must="it must be from 2 to 10000 pictures",
+    needs="company",
+    widget=Widget(most=1000, advanced=True),
+)
 BUCKETS = Setting(
     "buckets",
     bool,
@@ -387,4 +410,4 @@ BUCKETS = Setting(
     "all to one size",
     widget=Widget("keep_aspect", advanced=True),
 )
-BESIDE_TRAINING = group(BUCKETS, TARGET, TEXT_ENCODER, PRIOR)
+BESIDE_TRAINING = group(BUCKETS, TARGET, TEXT_ENCODER, PRIOR, COMPANY_PICTURES)

@@ -10,7 +10,7 @@ from ..errors import AdapterError
 from ..models.base import BaseModel, weights_hash
 from ..models.schedules import NoiseSchedule
 from . import model
-from .captions import ordinary_captions, prior_prompts, tokenize, unknown_words
+from .captions import company, ordinary_captions, prior_prompts, tokenize, unknown_words
 from .world import TILE
 
 
@@ -43,4 +43,5 @@ def load_toy_base(weights: Path | None = None) -> BaseModel:
         prior_prompts=prior_prompts,
         unknown_words=unknown_words,
         ordinary=ordinary_captions(),
+        company=company,
     )

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..text.company import subjects_beside
 from ..text.triggers import between
 from ..text.words import spelled
 from .vocabulary import (
@@ -130,3 +131,8 @@ def prior_prompts(class_word: str, count: int) -> list[str]:
         kinds[::2] = CLASSES.index(class_word)
     subjects, scenes = random_subjects(count, generator, kinds), random_scenes(count, generator)
     return captions([subjects], scenes, torch.zeros(count, dtype=torch.long), generator)
+
+
+def company(class_word: str, count: int) -> list[str]:
+    """Phrases of who may stand beside a concept: of all classes, and a third of its own where that is one."""
+    return subjects_beside(class_word if class_word in CLASSES else "style", count, CLASSES)

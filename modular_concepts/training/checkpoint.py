@@ -198,6 +198,9 @@ def _differences(before: Mapping, now: Mapping) -> list[str]:
         others = ["the pictures, captions or masks have changed, or the size that they are trained at", *others]
     if then_prior != prior:
         others = [*others, "the base's own class pictures are others, or none, or more"]
+    # Who lacks it had none, which the settings say.
+    if "company" in before and "company" in now and before["company"] != now["company"]:
+        others = [*others, "the pictures of company are others, or more"]
     settings = changes(before["settings"], now["settings"])
     # Checkpoints of before did not say it; other settings of the word are other words too.
     if not settings and before.get("words", now["words"]) != now["words"]:

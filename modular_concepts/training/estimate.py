@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..adapters.basis import OrthogonalBasis
 from ..errors import AdapterError
+from .company import canvases_of
 from .memory import memory_advice, ran_out_of_memory
 from .problem import Problem
 from .run import Run
@@ -54,20 +55,15 @@ def rehearse(
     """Measure small steps and scale them to the batch; what the training itself will draw is not touched.
 
     Memory grows by the same for each further picture; time is that of the pictures one by one, which a large batch on
-    an accelerator stays below.  done: steps that a checkpoint has behind it, which take no time any more.
+    an accelerator stays below.  In company it is the mean of both kinds of steps, and the memory of the larger.
+    done: steps that a checkpoint has behind it, which take no time any more.
     Raises AdapterError when even one picture is too much for the memory.
     """
     with torch.inference_mode(False), torch.enable_grad():
         run = Run(problem, replace(settings, batch=1), basis)
         try:
             with on_base(problem, run) as step:
-                one = _peak(step)
-                started = time.monotonic()
-                step.gradients()
-                _wait(step.parameters[0].device)
-                seconds = time.monotonic() - started
-                run.settings = replace(settings, batch=min(2, settings.batch))
-                more = _peak(step) - one
+                measured = {share: _measure(step, settings, share) for share in _kinds_of_steps(settings)}
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
@@ -76,10 +72,34 @@ def rehearse(
                 f"{memory_advice(run.settings)}"
             ) from error
     left = max(0, settings.steps - done)
+    share = settings.company
+    seconds = sum((share if wide else 1 - share) * each for wide, (each, _) in measured.items())
+    peak = max(peak for _, peak in measured.values())
     # The identity of whole weights is as large as the square of a layer's width.
     frozen = sum(_bytes(getattr(adapter, part)) for adapter in run.adapters.values() for part in adapter.frozen)
-    memory = frozen + _learned_bytes(step, one + more * (settings.batch - 1), frozen, left, done)
-    return Estimate(seconds * settings.batch, memory, left, done, concept_bytes(run), checkpoint_bytes(run))
+    memory = frozen + _learned_bytes(step, peak, frozen, left, done)
+    return Estimate(seconds, memory, left, done, concept_bytes(run), checkpoint_bytes(run))
+
+
+def _kinds_of_steps(settings: TrainSettings) -> list[float]:
+    """Shares of company with which every step is one kind: pictures alone, and wide canvases."""
+    return [kind for kind, there in ((0.0, settings.company < 1), (1.0, settings.company > 0)) if there]
+
+
+def _measure(step: Step, settings: TrainSettings, company: float) -> tuple[float, int]:
+    """Seconds of a step, and bytes at its peak, of a whole batch, from those of one picture or canvas and of two."""
+    run, wide = step.run, company > 0
+    # Of pictures: two make one canvas, and class pictures are as many as before.
+    count, *batches = (canvases_of(settings.batch), 2, 4) if wide else (settings.batch, 1, 2)
+    less, more = (replace(settings, batch=min(batch, settings.batch), company=company) for batch in batches)
+    run.settings = less
+    one = _peak(step)
+    started = time.monotonic()
+    step.gradients()
+    _wait(step.parameters[0].device)
+    seconds = time.monotonic() - started
+    run.settings = more
+    return seconds * count, one + (_peak(step) - one) * (count - 1)
 
 
 def _learned_bytes(step: Step, peak: int, frozen: int, left: int, done: int) -> int:

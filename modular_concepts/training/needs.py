@@ -15,13 +15,14 @@ from .settings import TrainSettings
 def check_needs(settings: TrainSettings, *, masked: bool, attends: bool, networks: Iterable[nn.Module]) -> None:
     """Raise AdapterError for an option that cannot work.
 
-    masked: whether the pictures have masks.  attends: whether the base has a word that cross-attention reads.
+    masked: whether the pictures have masks; in company the concept's half is one.
+    attends: whether the base has a word that cross-attention reads.
     networks: those that are asked for a prediction.
     """
     optimizer_class(settings)
     if settings.gradient_checkpointing:
         known_blocks(networks)
-    if settings.attention_regularisation and not masked:
+    if settings.attention_regularisation and not (masked or settings.company):
         raise AdapterError(
             "attention_regularisation keeps the word's attention inside the masks, and these pictures have none; "
             "give a mask for each, or set it to 0"

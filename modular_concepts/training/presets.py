@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from ..errors import AdapterError
+from ..settings.training import COMPANY_PICTURES
 from .settings import TrainSettings
 
 _RANDOM = "random + class"
@@ -19,6 +20,7 @@ _RANDOM = "random + class"
 class Preset:
     """settings; targets, text_encoder_targets: as `layers.chosen_layers`; prior: pictures that the base draws itself.
 
+    company_pictures: others whom it draws, where the settings ask for company.
     help: one paragraph for people: whose it is, and when to take it.
     """
 
@@ -27,6 +29,7 @@ class Preset:
     help: str
     text_encoder_targets: tuple[str, ...] | None = None
     prior: int = 0
+    company_pictures: int = COMPANY_PICTURES.default
 
 
 _ORTHOGONAL = TrainSettings(

@@ -13,6 +13,7 @@ from ..adapters.sites import Layer
 from ..errors import AdapterError
 from ..models.base import Base
 from ..models.schedules import append_dims
+from .company import Company
 from .needs import check_needs
 from .settings import TrainSettings
 
@@ -110,6 +111,7 @@ class Problem:
     layers: canonical layer name -> Linear, Conv2d or `Site` inside the base's modules.
     triggers: trigger word -> rows (k, width) of the text model's table that its learned rows start from, all of them.
     prior: pictures of the class as the base draws it, for prior preservation.
+    company: pictures of others as the base draws them, for the other half of wide canvases.
     """
 
     base: Base
@@ -117,6 +119,7 @@ class Problem:
     examples: Examples
     triggers: Mapping[str, Tensor] = field(default_factory=dict)
     prior: Examples | None = None
+    company: Company | None = None
 
     def __post_init__(self):
         channels = self.examples.latents[0].shape[0]
@@ -125,6 +128,8 @@ class Problem:
                 f"class pictures have latents of {self.prior.latents[0].shape[0]} channels, the concept's {channels}; "
                 "draw them with the base that is trained"
             )
+        if self.company is not None:
+            self.company.check(self.examples.latents, self.examples.captions)
 
     def dataset_identity(self) -> str:
         return self.examples.identity() + (f"+{self.prior.identity()}" if self.prior else "")
@@ -133,6 +138,8 @@ class Problem:
         """Raise AdapterError for an option that these pictures or this base do not have what it takes for."""
         if settings.flip and self.examples.mirrored is None:
             raise AdapterError("flip needs the mirrored pictures' latents, which this data set lacks; turn flip off")
+        if settings.company and self.company is None:
+            raise AdapterError("company needs pictures of others that the base drew, and there are none; set it to 0")
         attends = bool(self.triggers and self.base.cross_attentions())
         check_needs(settings, masked=self.examples.masks is not None, attends=attends, networks=self.networks)
 

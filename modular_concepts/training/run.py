@@ -24,7 +24,7 @@ from .problem import Problem
 from .settings import TrainSettings
 from .shuffle import Shuffle
 
-PURPOSES = ("order", "noise", "erasure", "flip", "captions")  # what a run may have a generator for
+PURPOSES = ("order", "noise", "erasure", "flip", "captions", "company")  # what a run may have a generator for
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +68,8 @@ class Run:
             "frozen": _digest(self.adapters),
             "words": _digest_of_words(problem.triggers),
         }
+        if problem.company is not None and settings.company:
+            self.identity["company"] = problem.company.fingerprint
 
     def parameters(self) -> dict[str, Tensor]:
         """Name -> trained tensor, adapters first; the optimizer holds exactly these."""
@@ -118,7 +120,8 @@ class Run:
 
 def _purposes(settings: TrainSettings) -> list[str]:
     """What there is a generator for; an option that is off draws nothing."""
-    options = {"flip": settings.flip, "captions": settings.caption_dropout or settings.shuffle_tags}
+    captions = settings.caption_dropout or settings.shuffle_tags
+    options = {"flip": settings.flip, "captions": captions, "company": settings.company}
     return ["order", "noise", "erasure", *(name for name, on in options.items() if on)]
 
 

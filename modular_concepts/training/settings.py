@@ -57,6 +57,7 @@ class TrainSettings:
     gradient_checkpointing: bool = declared.GRADIENT_CHECKPOINTING.default
     checkpoint_every: int = declared.CHECKPOINT_EVERY.default
     keep_checkpoints: int = declared.KEEP_CHECKPOINTS.default
+    company: float = declared.COMPANY.default
 
     def __post_init__(self):
         for name, setting in TRAINING.items():

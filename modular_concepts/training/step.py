@@ -97,10 +97,11 @@ class Step:
         self.said = Said({0: [self._places[caption] for caption in captions]})
 
     def _attention_outside(self, batch: Batch) -> Tensor:
-        if batch.masks is None or self.watch is None:
+        masks = batch.masks if batch.attended is None else batch.attended
+        if masks is None or self.watch is None:
             return batch.latents.new_zeros(())
-        positions = self.problem.base.trigger_positions(batch.captions, self.run.tokens).to(batch.masks.device)
-        outside = attention_outside(self.watch.take_maps(positions), positions, batch.masks)
+        positions = self.problem.base.trigger_positions(batch.captions, self.run.tokens).to(masks.device)
+        outside = attention_outside(self.watch.take_maps(positions), positions, masks)
         return self.run.settings.attention_regularisation * outside
 
     def _draw_erasure(self) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +13,15 @@ from .. import __version__
 from ..adapters.basis import OrthogonalBasis
 from ..adapters.own_words import METHOD as OWN_WORDS
 from ..concept import Concept, Recipe
+from ..data.buckets import sizes_of
 from ..data.dataset import PLACE
-from ..data.latents import encoded, kept, latent_masks, mirrored
+from ..data.latents import encoded, latent_masks, mirrored
 from ..errors import AdapterError, listed
 from ..models.base import Base
 from ..models.targets import DEFAULT_TARGETS, Targets, concept_layers
-from ..sampling import SampleSettings, sample
 from ..text.triggers import says
+from .company import Company, company_for
+from .drawn import Prior, drawn_latents, drawn_pictures, fingerprint_of, how_drawn
 from .loop import NOBODY, NOWHERE, Keeping, Listeners, train
 from .methods import new_adapters, new_words
 from .needs import check_needs
@@ -42,6 +42,7 @@ class Subject:
     fingerprint: of the files that the pictures came from, kept in the concept.
     repeats: how often each picture comes in an epoch; None is once.
     prior: class pictures that the base drew itself, to be trained on too (`prior_examples`).
+    company: others whom it drew, for the other half of wide canvases (`company_examples`).
     """
 
     name: str
@@ -53,6 +54,7 @@ class Subject:
     description: str = ""
     repeats: Sequence[int] | None = None
     prior: Examples | None = None
+    company: Company | None = None
 
     @property
     def trigger(self) -> str:
@@ -64,28 +66,6 @@ def trigger_of(name: str) -> str:
     return f"<{name.lower()}>"
 
 
-class Draw(Protocol):
-    """`sampling.sample`, or what a host has in its place."""
-
-    __name__: str
-
-    def __call__(self, *args: Any, **options: Any) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Prior:
-    """Which class pictures a base draws by itself: how many, from which seed on, how.
-
-    draw: `sampling.sample`, or what a host has in its place.
-    """
-
-    class_word: str
-    count: int
-    seed: int = 0
-    settings: SampleSettings = SampleSettings()
-    draw: Draw = sample
-
-
 def prior_examples(
     base: Base, prior: Prior, callback: Callable[[int, int], None] | None = None, cache: Path | None = None
 ) -> Examples:
@@ -94,18 +74,29 @@ def prior_examples(
     cache: a folder to keep them in, as latents; the next training draws none.
     Source: prior preservation of DreamBooth (Ruiz et al. 2023); here also what lets a sum of concepts keep each.
     """
-    count, seed, settings = prior.count, prior.seed, prior.settings
-    prompts = base.prior_prompts(prior.class_word, count)
+    prompts = base.prior_prompts(prior.class_word, prior.count)
 
     def draw_anew() -> list[Tensor]:
-        seeds = range(seed, seed + count)
-        return list(base.encode(prior.draw(base, prompts, seeds, None, settings, callback=callback)))
+        return list(base.encode(drawn_pictures(base, prior, prompts, callback)))
 
-    # How they were made and not their bits, so that a training resumes where drawing is not exact to the bit.
-    made = f"{base.hash} {prior.draw.__name__} {prompts} {seed} {settings}"
-    size = (settings.height or base.size[0], settings.width or base.size[1])
-    latents = draw_anew() if cache is None else kept(base, cache, made, draw_anew, [size] * count)
-    return Examples(torch.stack(latents), prompts, fingerprint=sha256(made.encode()).hexdigest()[:16])
+    made = how_drawn(base, prior, prompts)
+    latents = drawn_latents(base, made, [prior.size(base)] * prior.count, draw_anew, cache)
+    return Examples(torch.stack(latents), prompts, fingerprint=fingerprint_of(made))
+
+
+def company_examples(
+    base: Base,
+    subject: Subject,
+    drawing: Prior,
+    callback: Callable[[int, int], None] | None = None,
+    cache: Path | None = None,
+) -> Company:
+    """Others whom the base draws by itself, in the surroundings that the subject's captions name.
+
+    drawing: how many of what size; for pictures of other heights they are scaled.  callback, cache: `prior_examples`.
+    """
+    heights = {height for height, _ in sizes_of(subject.pictures)}
+    return company_for(base, subject.captions, subject.trigger, drawing, heights, callback, cache)
 
 
 def problem_for(
@@ -122,7 +113,7 @@ def problem_for(
     """
     start = _start_rows(base, subject)
     layers, examples = concept_layers(base, targets), _examples(base, subject, flip, cache)
-    return Problem(base, layers, examples, {subject.trigger: start}, subject.prior)
+    return Problem(base, layers, examples, {subject.trigger: start}, subject.prior, subject.company)
 
 
 def check_training(base: Base, subject: Subject, settings: TrainSettings, targets: Targets = DEFAULT_TARGETS) -> None:

@@ -146,6 +146,7 @@ def test_a_lora_without_trigger_in_gated_regions_is_told(made, here, capsys):
         ),
         (["--text-encoder-lr", "0.1"], "--text-encoder-lr changes nothing without --text-encoder"),
         (["--prior-weight", "2"], "--prior-weight changes nothing without --prior"),
+        (["--company-pictures", "2"], "--company-pictures changes nothing without --company"),
         (["--checkpoint-every", "2"], "--checkpoint-every changes nothing without --checkpoints"),
         (["--keep-checkpoints", "2"], "--keep-checkpoints changes nothing without --checkpoints"),
         (["--accept-changes"], "--accept-changes changes nothing without --resume"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from test_cli import run
 
 from modular_concepts.cli import main as cli
@@ -47,6 +48,26 @@ def test_a_preset_is_trained_and_explicit_options_win(train, tmp_path):
     assert all(".attn" in name and name.startswith("unet.") for name in concept.layers)
     said = concept.recipe.training
     assert (said["token_start"], said["noise_offset"], said["schedule"]) == ("random + class", 0.01, "linear")
+
+
+def test_a_concept_is_trained_in_company(train, tmp_path):
+    company = ["--company", "1", "--company-pictures", "2", "--method", "lora", "--rank", "2", *QUICK]
+    for cache in ("first", "again"):
+        code, _, err = train(*company, "--cache", "kept", "--out", f"{cache}.safetensors")
+        assert code == 0 and "changes nothing" not in err, err
+        assert ("draw company" in err) == (cache == "first"), err
+    first, again = (load_concept(tmp_path / f"{name}.safetensors") for name in ("first", "again"))
+    assert first.recipe.training["company"] == 1.0
+    assert all(torch.equal(adapter.lora_up, again.layers[name].lora_up) for name, adapter in first.layers.items())
+
+
+def test_company_that_does_not_fit_is_told(train, monkeypatch):
+    monkeypatch.setattr("modular_concepts.models.budget.machine_memory", lambda: 2**36)
+    code, _, err = train("--company", "0.5", "--size", "4608x1024", *QUICK)
+    assert code == 2 and "--company trains on pictures twice as wide, and pictures of 9216 x 1024 pixels are too" in err
+    assert err.count("\n") == 1 and "or leave --company away" in err
+    code, _, err = train("--company", "0.5", "--company-pictures", "1", *QUICK)
+    assert code == 2 and "--company-pictures is 1; it must be from 2 to 10000 pictures" in err
 
 
 def test_a_word_alone_is_trained_shown_drawn_with_and_exported(train, tmp_path, capsys):
