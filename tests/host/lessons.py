@@ -60,6 +60,7 @@ def lesson(material: Material, case: dict) -> training.Plan:
         (f"a {subject.trigger}",),
         case.get("resume", False),
         case.get("accept_changes", False),
+        company_pictures=4,
     )
 
 

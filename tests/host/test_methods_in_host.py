@@ -74,11 +74,13 @@ STOPPED = [
         "settings": {"method": "custom_diffusion", "steps": 8, "batch": 2, "caption_dropout": 0.5},
         "targets": ["cross_attention_kv"],
     },
+    {"name": "stoppedcompany", "settings": {"method": "lora", "rank": 2, "steps": 8, "batch": 2, "company": 0.5}},
 ]
 RATES = {"learning_rate": 5e-3, "token_learning_rate": 1e-2, "preview_every": 0}
 SD_CASES = [
     {**CASES[0], "settings": {**CASES[0]["settings"], "steps": 4, "batch": 1}, **RATES},
     {**CASES[3], "settings": {**CASES[3]["settings"], "steps": 4}, **RATES, "prior": 2},
+    {"name": "company", "settings": {"method": "lora", "rank": 2, "steps": 4, "batch": 2, "company": 1.0}, **RATES},
 ]
 
 
