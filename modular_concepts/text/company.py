@@ -83,13 +83,15 @@ def spoken(caption: str, trigger: str, class_word: str = "") -> Spoken:
 
 
 def subjects_beside(class_word: str, count: int, subjects: Sequence[str] = SUBJECTS) -> list[str]:
-    """`count` phrases of who may stand beside a concept: each third its own class, where that is a subject."""
+    """`count` phrases of who may stand beside a concept: each second its own class, where that is a subject.
+
+    What a word is most easily taken for is what it has to be told from most often.
+    """
     words = class_word.lower().split()
     others = [subject for subject in subjects if subject != class_word.lower()] or list(subjects)
     if not words or words[-1] in NO_SUBJECTS:
         return [with_article(others[turn % len(others)]) for turn in range(count)]
-    # Every third is of its own class; the others take turns.
-    nouns = [class_word if turn % 3 == 0 else others[(turn - turn // 3 - 1) % len(others)] for turn in range(count)]
+    nouns = [others[turn // 2 % len(others)] if turn % 2 else class_word for turn in range(count)]
     return [with_article(noun) for noun in nouns]
 
 

@@ -134,5 +134,13 @@ def prior_prompts(class_word: str, count: int) -> list[str]:
 
 
 def company(class_word: str, count: int) -> list[str]:
-    """Phrases of who may stand beside a concept: of all classes, and a third of its own where that is one."""
-    return subjects_beside(class_word if class_word in CLASSES else "style", count, CLASSES)
+    """Phrases of who may stand beside a concept, of all classes, half of its own where that is one; half described."""
+    plain = subjects_beside(class_word if class_word in CLASSES else "style", count, CLASSES)
+    kinds = torch.tensor([CLASSES.index(phrase.split()[1]) for phrase in plain], dtype=torch.long)
+    generator = torch.Generator().manual_seed(len(class_word) + 2)
+    subjects = random_subjects(count, generator, kinds)
+    described = torch.rand(count, generator=generator).tolist()
+    return [
+        subject_phrase(subjects, index, features(subjects, index)[:2] if described[index] < 0.5 else [])
+        for index in range(count)
+    ]
