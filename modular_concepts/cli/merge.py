@@ -142,6 +142,7 @@ def run_merge(args: argparse.Namespace) -> None:
     from ..merging.own_words import split
     from ..stack import Stack
     from ..storage.names import resolved
+    from ..text.ordinary import tell_taken_words
     from ..unread import MERGE, find_unread
 
     check_concept_output(args.out, args.overwrite)
@@ -166,6 +167,7 @@ def run_merge(args: argparse.Namespace) -> None:
         *unfelt([concept.name for concept in concepts], strengths),
         *warnings_between(concepts),
         *(warnings_on_base(concepts, base.hash, base.sample, base.architecture) if base else []),
+        *(tell_taken_words([word for concept in concepts for word in concept.tokens], base.ordinary) if base else []),
     ]:
         note(sentence)
     evidence = _gather_evidence(args, concepts, paths, base)

@@ -239,7 +239,7 @@ def _teach(args: argparse.Namespace, lesson: Lesson, out: Path, replaces: bool) 
                 lesson.basis,
             )
         except Changed as error:
-            raise AdapterError(f"{error}; --accept-changes resumes all the same") from error
+            raise _explain_changed(error, args, lesson) from error
         except Occupied as error:
             raise _explain_occupied(error, args.checkpoints) from error
         except Unfinished as error:
@@ -322,6 +322,28 @@ def _explain_unexpected(error: Exception, result: TrainResult) -> AdapterError:
     return AdapterError(
         f"an unexpected fault after step {result.step} ({kind}). What was learned up to step {result.step} is kept"
     )
+
+
+def _explain_changed(error: AdapterError, args: argparse.Namespace, lesson: Lesson) -> AdapterError:
+    """With the option that makes the difference, and the way on."""
+    from ..training.checkpoint import checkpoint_settings, checkpoint_step
+    from ..training.settings import changes
+
+    settings, before = lesson.settings, checkpoint_settings(args.resume)
+    differing = changes(before, settings.decisive())
+    if len(differing) == 1 and before.get("steps") == checkpoint_step(args.resume) < settings.steps:
+        return AdapterError(
+            f"{error}; that training is finished, and --accept-changes trains on to step {settings.steps}, not as "
+            f"one of {settings.steps} steps from the start would have"
+        )
+    otherwise = argparse.Namespace(**{**vars(args), "description": "" if args.description else args.class_word})
+    _, other = _choose_settings(otherwise, lesson.base, settings.name)
+    if len(changes(before, other.decisive())) < len(differing):
+        now = "--description is there, and was not" if args.description else "--description was there, and is not"
+        return AdapterError(
+            f"{now}, by which other settings are usual here: {error}; --accept-changes resumes all the same"
+        )
+    return AdapterError(f"{error}; --accept-changes resumes all the same")
 
 
 def _explain_occupied(error, checkpoints: Path) -> AdapterError:

@@ -5,6 +5,11 @@ Every noun in three of the templates; fixed, so that the same base gives the sam
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+
+from ..errors import listed
+
 _NOUNS = """
 man, woman, child, person, girl, boy, family, crowd, musician, chef, soldier, dancer, dog, cat, horse, bird,
 fish, elephant, butterfly, bear, sheep, lion, house, castle, church, bridge, tower, street, kitchen, bedroom,
@@ -30,3 +35,18 @@ TEMPLATES = (
 CAPTIONS = tuple(
     TEMPLATES[(place + 8 * turn) % len(TEMPLATES)].format(noun) for place, noun in enumerate(NOUNS) for turn in range(3)
 )
+
+
+def tell_taken_words(words: Iterable[str], captions: Sequence[str] = CAPTIONS) -> list[str]:
+    """A sentence on trigger words that are a base's own, if there are any: whoever says them means the concept.
+
+    captions: as people write them for the base.
+    """
+    ordinary = {word for caption in captions for word in re.findall(r"\w+", caption.casefold())}
+    taken = [word for word in words if set(re.split(r"[\s_-]+", word.strip().casefold())) <= ordinary]
+    if not taken:
+        return []
+    return [
+        f"{listed(taken)} is a word that the base knows, and calls a concept here: in every text it means that concept "
+        "and no longer what the base means by it"
+    ]

@@ -2,11 +2,12 @@
 """What a hasty hand types: the sentence names the thing, and the way to write it."""
 
 import os
+from dataclasses import replace
 
 import pytest
 from test_cli import DRAW, QUICK, concept, files, here, made, run  # noqa: F401 - fixtures
 
-from modular_concepts.files.concept import load_concept
+from modular_concepts.files.concept import load_concept, save_concept
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -137,6 +138,40 @@ def test_a_resume_with_other_settings_is_refused_before_the_estimate(made, here,
     assert code == 2 and "steps was 1, is now 2" in err and "a step" not in out, out
     code, out, _ = run(capsys, *train, "--resume", "kept", "--steps", "2", "--accept-changes", "--overwrite")
     assert code == 0 and "for 1 more step after step 1;" in out
+
+
+def test_a_finished_training_says_how_it_goes_on_to_more_steps(made, here, capsys):
+    train = ["train", made / "pictures/tom", *TRAIN, "--checkpoints", "kept", "--overwrite"]
+    assert run(capsys, *train, "--steps", "2")[0] == 0
+    code, _, err = run(capsys, *train, "--resume", "kept", "--steps", "3")
+    assert code == 2 and "is finished" in err and "--accept-changes trains on to step 3" in err, err
+    assert run(capsys, *train, "--resume", "kept", "--steps", "3", "--accept-changes")[0] == 0
+
+
+@pytest.mark.parametrize("first", ["", "man red shirt"])
+def test_a_description_that_is_missing_or_new_on_resume_is_called_by_its_name(made, here, capsys, first):
+    second = "" if first else "man red shirt"
+    train = ["train", made / "pictures/tom", *QUICK, "--name", "ann", "--class-word", "man", "--checkpoints", "kept"]
+    train = [*train, "--overwrite", "--description"]
+    assert run(capsys, *train, first)[0] == 0
+    code, _, err = run(capsys, *train, second, "--resume", "kept")
+    words = "--description was there, and is not" if first else "--description is there, and was not"
+    assert code == 2 and words in err and "--accept-changes" in err, err
+
+
+@pytest.mark.parametrize(("trigger", "taken"), [("man", True), ("A", True), ("<man>", False), ("zorp", False)])
+def test_a_concept_that_takes_a_word_of_the_base_says_so(made, here, capsys, trigger, taken):
+    tom = load_concept(concept(made))
+    (rows,) = tom.tokens.values()
+    recipe = replace(tom.recipe, triggers=(trigger,))
+    save_concept(replace(tom, name="ordinary", tokens={trigger: rows}, recipe=recipe), here / "o.safetensors")
+    for command in (
+        ["sample", f"a photo of {trigger}", *DRAW, "--concept", "o.safetensors", "--out", "a.png"],
+        ["merge", "o.safetensors", "--base", "toy", "--out", "m.safetensors"],
+    ):
+        code, _, err = run(capsys, *command)
+        assert code == 0 and ("is a word that the base knows" in err) == taken, err
+        assert not taken or f"note: {trigger} is" in err
 
 
 # --- the wrong thing in a place -----------------------------------------------------------------------------
