@@ -128,7 +128,16 @@ def _joined(words: Sequence[LearnedWord], before: Mapping[str, LearnedWord]) -> 
             raise AdapterError(
                 f"{word.trigger} means another concept in this CLIP already; train one under another name"
             )
-    return {word.trigger: word for word in words} | dict(before)
+    every = {word.trigger: word for word in words} | dict(before)
+    spelled: dict[str, LearnedWord] = {}
+    for word in [*before.values(), *words]:
+        other = spelled.setdefault(word.trigger.lower(), word)
+        if other.trigger != word.trigger and not torch.equal(other.at_full_strength, word.at_full_strength):
+            raise AdapterError(
+                f"{word.trigger} and {other.trigger} are one word for CLIP, which knows no capitals, and mean two "
+                "concepts; use one of them, or train one under another name"
+            )
+    return every
 
 
 def at_layer(clip: comfy.sd.CLIP, layer: int | str) -> comfy.sd.CLIP:

@@ -131,6 +131,8 @@ def merged_weights(plan: dict, folder: Path, warnings: list[str]) -> tuple[dict[
     for title, attempt in {
         "twice": lambda: patching.merge_into(loud, loud_clip, [stacks["tom"][0]]),
         "other word": lambda: clip_module.with_tokens(at_once, {"<tom>": tokens["<tom>"] + 1}),
+        "other case": lambda: clip_module.with_tokens(at_once, {"<Tom>": tokens["<tom>"] + 1}),
+        "two cases": lambda: clip_module.with_tokens(clip, {"<New>": tokens["<tom>"], "<nEw>": tokens["<tom>"] + 1}),
         "narrow word": lambda: clip_module.with_tokens(clip, {"<new>": torch.zeros(1, 768)}),
         "nothing": lambda: patching.merge_into(model, clip, [], "block"),
     }.items():

@@ -113,6 +113,8 @@ def test_the_loaded_base_is_untouched_after_everything(found):
     [
         ("twice", "tom is in this model already"),
         ("other word", "<tom> means another concept in this CLIP already"),
+        ("other case", "<Tom> and <tom> are one word"),
+        ("two cases", "<nEw> and <New> are one word"),
         ("narrow word", "<new>: the learned tokens are 768 wide, the text model's 128"),
         ("nothing", "there is nothing to merge"),
     ],
