@@ -104,9 +104,8 @@ def run_sample(args: argparse.Namespace) -> None:
     texts = [args.prompt, *(region.prompt for region in regions)]
     learned = {word: rows.shape[-2] for concept in concepts for word, rows in concept.tokens.items()}
     _warn_unknown(base, texts, list(learned))
-    for sentence in tell_taken_words(learned, base.ordinary):
-        note(sentence)
-    for sentence in unheard_of(base, [*texts, *([args.negative] if args.negative else [])], learned):
+    heard = unheard_of(base, [*texts, *([args.negative] if args.negative else [])], learned)
+    for sentence in [*tell_taken_words(learned, base.ordinary), *heard]:
         note(sentence)
     gated, act_on = bool(regions) and args.mode != "merged", args.act_on or ACT_ON.default
     note_repeated(args)
