@@ -7,7 +7,7 @@
 #   TORTURE_FLAGS=--quick      handed to bench/torture
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gpu gpu-dry bench-train bench-merge bench-methods bench-merge-methods bench-families bench-regions torture test test-host check format install clean
+.PHONY: help demo gpu gpu-dry bench-train bench-merge bench-methods bench-words bench-merge-methods bench-families bench-regions torture test test-host check format install clean
 .NOTPARALLEL:
 
 VENV := .venv
@@ -41,6 +41,7 @@ help:
 	@echo "make test-host  only those in the real ComfyUI (in COMFYUI_PATH, else ~/comfy/ComfyUI)"
 	@echo "make bench-train  measure training beside ComfyUI's own trainer and peft (about an hour)"
 	@echo "make bench-methods  train every method on toy concepts and judge them (half an hour on two cores)"
+	@echo "make bench-words  fifteen toy concepts in one model, by how they were trained (an hour and a half on two cores)"
 	@echo "make bench-merge  measure merging beside ComfyUI's LoRA loaders and peft"
 	@echo "make bench-regions  measure regional sampling beside ComfyUI's masks and LoRA hooks (half an hour, 12 GB)"
 	@echo "make bench-merge-methods  merge toy concepts by every method and judge them (three quarters of an hour on two cores)"
@@ -67,6 +68,9 @@ test-host: $(STAMP)
 
 bench-train: $(STAMP)
 	@$(BIN)/python bench/train.py $(BENCH_FLAGS)
+
+bench-words: $(STAMP)
+	@$(BIN)/python -m bench.words $(BENCH_FLAGS)
 
 bench-methods: $(STAMP)
 	@$(BIN)/python -m bench.methods $(BENCH_FLAGS)

@@ -352,7 +352,8 @@ def _put_in_words(value: object) -> str:
 def run_export(args: argparse.Namespace) -> None:
     from ..files.diffusers import export_diffusers
     from ..files.embeddings import embedding_files, export_embedding
-    from ..files.kohya import export_kohya
+    from ..files.kohya import EXPORTED, export_kohya
+    from ..merging.compatibility import refuse_own_words
     from ..storage.atomic import all_or_none
     from ..storage.names import resolved
     from ..text.learned_word import layers_of
@@ -362,6 +363,8 @@ def run_export(args: argparse.Namespace) -> None:
     concept = _describe(_read_about(args), concept)
     out = args.out or Path("exports") / f"{_file_name(concept.name, source)}_{args.format}.safetensors"
     check_concept_output(out)
+    if args.format in ("kohya", "diffusers"):
+        refuse_own_words([concept], EXPORTED)
     source, words = resolved(source), out.parent / "embeddings"
     whole = args.format in ("concept", "compact")
     if source == resolved(out) or (source.parent == resolved(words) and not whole):

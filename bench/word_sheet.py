@@ -1,0 +1,72 @@
+"""The picture sheet of `bench.words`: each concept out of all merged, and two in one picture, a line for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modular_concepts.pictures import to_image
+from modular_concepts.storage.atomic import replacing
+from modular_concepts.toy.report import INK, PAPER
+
+ZOOM, LABEL, GAP, TOP = 2, 130, 6, 36
+SINGLES = ("tom", "tim", "ada", "ida", "minka", "rex", "omar", "nia", "candy", "riso")
+EACH = 2  # pictures of a pair
+
+
+def word_sheet(path: Path, out: Path, rows: Sequence[str], pairs: Sequence[tuple[str, str]]) -> None:
+    """rows: those whose pictures lie in OUT/ROW.pictures.safetensors; the first line is of the training pictures."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    from modular_concepts.toy.standard import BY_NAME, pictures_of
+
+    shown = {row: load_file(out / f"{row}.pictures.safetensors") for row in rows}
+    first = next(iter(shown.values()))
+    singles = [name for name in SINGLES if f"all {name}" in first]
+    chosen = [pair for pair in pairs if f"pair {' '.join(pair)}" in first]
+    lines: dict[str, Mapping[str, Tensor]] = {"their pictures": _as_taught(BY_NAME, pictures_of, singles, chosen)}
+    lines |= shown
+    side = 32 * ZOOM
+    width = LABEL + len(singles) * (side + GAP) + len(chosen) * (EACH * 2 * side + 2 * GAP)
+    image = Image.new("RGB", (width, TOP + len(lines) * (side + GAP)), PAPER)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    for number, (title, pictures) in enumerate(lines.items()):
+        y = TOP + number * (side + GAP)
+        draw.text((8, y + side / 2), title, INK, font, anchor="lm")
+        x = LABEL
+        for name in singles:
+            _paste(image, pictures[f"all {name}"][:1], x, y)
+            x += side + GAP
+        for pair in chosen:
+            x += GAP
+            _paste(image, pictures[f"pair {' '.join(pair)}"][:EACH], x, y)
+            x += EACH * 2 * side + GAP
+    _write_heads(draw, font, singles, chosen)
+    with replacing(path) as file:
+        image.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+
+
+def _write_heads(draw, font, singles: Sequence[str], pairs: Sequence[tuple[str, str]]) -> None:
+    side, x = 32 * ZOOM, LABEL
+    for name in singles:
+        draw.text((x + side / 2, TOP / 2), name, INK, font, anchor="mm")
+        x += side + GAP
+    for pair in pairs:
+        draw.text((x + GAP + EACH * side, TOP / 2), " and ".join(pair), INK, font, anchor="mm")
+        x += EACH * 2 * side + 2 * GAP
+
+
+def _as_taught(by_name, pictures_of, singles: Sequence[str], pairs: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+    """What the rows should look like: pictures that the concepts were taught with."""
+    each = {name: pictures_of(by_name[name])[0] for name in {*singles, *(name for pair in pairs for name in pair)}}
+    wide = {f"pair {left} {right}": torch.cat([each[left][:EACH], each[right][:EACH]], 3) for left, right in pairs}
+    return {**{f"all {name}": each[name] for name in singles}, **wide}
+
+
+def _paste(image, pictures: Tensor, x: int, y: int) -> None:
+    strip = to_image(torch.cat(list(pictures), dim=-1))
+    image.paste(strip.resize((strip.width * ZOOM, strip.height * ZOOM), 0), (x, y))
