@@ -31,6 +31,7 @@ class GivenBase:
     lean: bool = False
     attentions: Sequence[CrossAttention] = ()
     trigger_positions: Callable[[Sequence[str], Mapping[str, Tensor]], Tensor] | None = None
+    word_places: Callable[[str, Mapping[str, Tensor]], dict[str, list[int]]] | None = None
 
     def cross_attentions(self) -> list[CrossAttention]:
         return list(self.attentions)

@@ -3,11 +3,12 @@
     python -m bench.words                    all rows, then the table, a sheet of pictures and one line of JSON
     python -m bench.words --only lora block  these rows alone; what is finished in --out is not done again
 
-Rows share concepts, pictures, captions, seeds and steps; words learn, from a description where there is one.  Of each concept, from its trigger word in six scenes: `alone`
-(the share of pictures that the judge takes for it), `kept` (the same with all fifteen merged, as a share of alone) and
-`drift` (how much more often its class word draws it than before).  Of two in one wide picture, each in its half:
-`pair` (the share of halves that are who the prompt says) and `mistaken` (that are the other).  Toy base, toy judges:
-places and styles have no judge of identity, and are told by their colours (`Palette`).
+Rows share concepts, pictures, captions, seeds and steps; words learn, from a description where there is one.  Of each
+concept, from its trigger word in six scenes: `alone` (the share of pictures that the judge takes for it), `kept` (the
+same with all fifteen merged, as a share of alone) and `drift` (how much more often its class word draws it than
+before).  Of two in one wide picture, each in its half: `pair` (the share of halves that are who the prompt says) and
+`mistaken` (that are the other).  Toy base, toy judges: places and styles have no judge of identity, and are told by
+their colours (`Palette`).
 Writes OUT/ROW/CONCEPT.safetensors, OUT/ROW.json, OUT/ROW.pictures.safetensors, OUT/words.md and OUT/words.png.
 """
 

@@ -56,7 +56,7 @@ def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
     for number in range(2):
         to_image(torch.rand(3, 32, 32, generator=seeded(number))).save(f"pictures/{number}.png")
     save_concept(filled_concept("tom", 1), "tom.safetensors")
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
     names: dict[str, object] = {}
     for example in EXAMPLES:
         exec(compile(ast.parse(example), "docs/api.md", "exec"), names)  # noqa: S102 - our own page

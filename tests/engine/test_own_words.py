@@ -10,6 +10,7 @@ from laws import EFFECT, filled_adapter, relative_error, seeded
 from torch import nn
 from untrained_toy import QUICK, filled_concept, traces, untrained_base
 
+from bench.given_base import GivenBase
 from modular_concepts.adapters.low_rank import new_lora
 from modular_concepts.adapters.own_words import NOTHING_SAID, Said, WordResidual, at_own_words, reads_text
 from modular_concepts.adapters.sites import Site
@@ -22,11 +23,16 @@ from modular_concepts.files.kohya import export_kohya
 from modular_concepts.merging.as_concept import merged_concept
 from modular_concepts.merging.orthogonalize import orthogonal_concepts
 from modular_concepts.merging.own_words import split, spoken
+from modular_concepts.models.schedules import NoiseSchedule
 from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.regions.geometry import Region
 from modular_concepts.sampling import SampleSettings, customised, sample
+from modular_concepts.training.loop import Keeping, Listeners, train
+from modular_concepts.training.problem import Examples, Problem
+from modular_concepts.training.run import Run
 from modular_concepts.training.settings import TrainSettings
-from modular_concepts.training.teach import Subject, train_concept
+from modular_concepts.training.step import on_base
+from modular_concepts.training.teach import Subject, problem_for, train_concept
 
 NAMES = ("tom", "tim", "ted", "ada", "ida")
 KEYS_AND_VALUES = Targets(("cross_attention_kv",))
@@ -283,8 +289,6 @@ def test_training_moves_the_factors_and_the_word_and_leaves_the_base():
     def preview(at):
         previews.append(sample(base, ["a <tom>", "a man"], [0, 0], at.tokens, QUICK))
 
-    from modular_concepts.training.loop import Listeners
-
     concept, result = train_concept(base, subject, settings, KEYS_AND_VALUES, Listeners(preview))
     assert result.finished and concept.recipe.method == "own_words" and concept.recipe.basis is None
     assert all(adapter.lora_up.any() and adapter.kind == "lora" for adapter in concept.layers.values())
@@ -315,6 +319,100 @@ def test_layers_that_read_more_than_text_are_refused(targets):
 def test_erasure_has_nothing_to_erase():
     with pytest.raises(AdapterError, match="erasure"):
         TrainSettings(method="own_words", erasure=0.2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_planted_target_is_learned_through_the_gate(seed):
+    """Base + planted at the word's tokens = exact; anywhere else the base is right as it is."""
+    generator, count, name = seeded(seed), 24, "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    layer, alphas = nn.Linear(12, 6, bias=False), torch.linspace(0.9, 0.1, 1000)
+    texts = torch.randn(count, 5, 12, generator=generator)
+    planted = torch.randn(6, 2, generator=generator) @ torch.randn(2, 12, generator=generator) / 4
+    places = {f"<x> {number}": [number % 5, (number + 2) % 5] for number in range(count)}
+    gate = torch.zeros(count, 5, 1)
+    for row, mine in enumerate(places.values()):
+        gate[row, mine] = 1.0
+    wanted = (layer(texts) + gate * (texts @ planted.mT)).detach()
+
+    def predict(noisy, timesteps, rows):
+        noise = noisy / (1 - alphas[timesteps]).sqrt()[:, None, None, None]
+        return noise + (layer(texts[rows]) - wanted[rows])[:, None]
+
+    base = GivenBase(
+        predict,
+        lambda captions, tokens: torch.tensor([list(places).index(caption) for caption in captions]),
+        NoiseSchedule(alphas),
+        (layer,),
+        word_places=lambda caption, tokens: {"<x>": places[caption]},
+    )
+    problem = Problem(
+        base, {name: layer}, Examples(torch.zeros(count, 1, 5, 6), list(places)), {"<x>": torch.ones(1, 12)}
+    )
+    settings = TrainSettings(
+        method="own_words", rank=2, steps=400, batch=8, seed=seed, adapter_lr=0.05, schedule="cosine", weight_decay=0.0
+    )
+    result = train(problem, settings)
+    assert max(result.losses[-5:]) <= 1e-4 * result.losses[0]
+    assert (result.layers[name].delta() - planted).norm() <= 0.02 * planted.norm()
+
+
+def test_the_gradients_of_a_step_are_those_of_a_plain_mask():
+    """The same loss by masked products, in float64, on the toy base's own layers."""
+    base, subject, settings = lesson(adapter_lr=1e-2)
+    problem = problem_for(base, subject, KEYS_AND_VALUES)
+    grads = []
+    for way in range(2):
+        run = Run(problem, settings)
+        with torch.no_grad():
+            for number, adapter in enumerate(run.adapters.values()):
+                adapter.lora_up.copy_(torch.randn(adapter.lora_up.shape, generator=seeded(number)))
+        with on_base(problem, run) as step:
+            if way:
+                step_by_mask(problem, run, step)
+            step.gradients()
+        grads.append({name: value.grad.clone() for name, value in run.parameters().items()})
+    for name, gradient in grads[0].items():
+        assert gradient.any() and relative_error(gradient, grads[1][name]) < 1e-4, name
+
+
+def step_by_mask(problem, run, step):
+    """Takes the step's own hooks off, and puts a mask over the whole residual in their place."""
+    places = {caption: problem.base.word_places(caption, run.tokens)["<tom>"] for caption in problem.examples.captions}
+    drawn = {}
+    find = step._find_words
+
+    def note(captions):
+        find(captions)
+        drawn["captions"] = list(captions)
+
+    step._find_words = note
+    for name, adapter in run.adapters.items():
+        module = problem.layers[name]
+        module._forward_hooks.clear()
+
+        def masked(_module, args, output, adapter=adapter):
+            gate = torch.zeros(*args[0].shape[:2], 1)
+            for row, caption in enumerate(drawn["captions"]):
+                gate[row, places[caption]] = 1.0
+            return output + gate * adapter.residual(args[0])
+
+        module.register_forward_hook(masked)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_resumed_training_is_the_whole_one_bit_for_bit(tmp_path, layerwise):
+    base, subject, settings = lesson(layerwise=layerwise, steps=4)
+    whole_way, _ = train_concept(base, subject, settings, KEYS_AND_VALUES)
+    stopped = Listeners(lambda at: at.step == 2)
+    train_concept(base, subject, settings, KEYS_AND_VALUES, stopped, Keeping(tmp_path))
+    resumed, result = train_concept(base, subject, settings, KEYS_AND_VALUES, keeping=Keeping(tmp_path, tmp_path))
+    assert result.finished
+    for name, adapter in whole_way.layers.items():
+        assert torch.equal(adapter.lora_up, resumed.layers[name].lora_up)
+        assert torch.equal(adapter.lora_down, resumed.layers[name].lora_down)
+    assert torch.equal(whole_way.tokens["<tom>"], resumed.tokens["<tom>"])
+    alone = drawn((), "a <tom> at night", concepts=[resumed])
+    assert torch.equal(drawn((), "a <tom> at night", concepts=[resumed, worded("tim")]), alone)
 
 
 # --- files, merges of several, reports ----------------------------------------------------------------------
