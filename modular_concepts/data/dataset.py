@@ -354,12 +354,12 @@ def _decoded_in_parts(path: Path) -> tuple[Image, list[str]]:
     except Exception:  # by what is no pixels, perhaps
         image, more = _decoded(path, without(path, lambda chunk: chunk.beside_pixels and chunk.name != b"tRNS"))
         oddities = [DAMAGED_PART]
-    return image, [*oddities, *more]
+    return image, list(dict.fromkeys([*oddities, *more]))
 
 
 def _decoded(path: Path, source: Path | io.BytesIO) -> tuple[Image, list[str]]:
     """source: what of the file at `path` is decoded."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with _rewound(source), Image.open(source, formats=FORMATS) as probe:
@@ -369,11 +369,12 @@ def _decoded(path: Path, source: Path | io.BytesIO) -> tuple[Image, list[str]]:
             probe.verify()
         with _rewound(source), Image.open(source, formats=FORMATS) as image:
             moving = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
-            upright = ImageOps.exif_transpose(image)
+            upright, turned = _upright(image)
             odd = {
                 TRANSPARENT: _is_transparent(upright),
                 FIRST_FRAME: moving,
                 PROFILE: has_other_colours(path, image),
+                DAMAGED_PART: not turned,
             }
             return _flatten(upright), [oddity for oddity, there in odd.items() if there]
     except ValueError as error:
@@ -382,6 +383,17 @@ def _decoded(path: Path, source: Path | io.BytesIO) -> tuple[Image, list[str]]:
         raise AdapterError(
             f"{path}: what is written in it beside the picture is too long to be read; save it without metadata"
         ) from error
+
+
+def _upright(image: Image) -> tuple[Image, bool]:
+    """Turned as a camera says, and whether what it says could be read."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image), True
+    except Exception:  # Pillow raises whatever it meets in a camera's words
+        image.load()  # raises where it was the pixels
+        return image, False
 
 
 @contextmanager

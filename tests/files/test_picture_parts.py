@@ -284,6 +284,12 @@ def test_a_png_with_a_damaged_part_beside_its_pixels_is_read_and_that_is_told(tm
     assert load_picture(tmp_path / "x.png").shape == sound.shape
 
 
+def test_a_cameras_words_that_cannot_be_read_cost_a_webp_nothing(tmp_path):
+    (tmp_path / "x.webp").write_bytes(encoded("WEBP", exif=b"Exif\0\0junk"))
+    told = []
+    assert load_picture(tmp_path / "x.webp", tell=told.append).shape == (48, 64, 3) and told == [DAMAGED_PART]
+
+
 def test_damage_to_a_text_leaves_the_pixels_and_their_transparency(tmp_path):
     seen_through = encoded("PNG", mode="RGBA")
     (tmp_path / "x.png").write_bytes(with_broken(b"tEXt", b"a\0b", seen_through))
