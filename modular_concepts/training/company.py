@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..models.base import Base
+from ..settings.training import COMPANY_PICTURES
 from ..text.company import Spoken, spoken
 from ..text.triggers import replaced
 from .drawn import Prior, drawn_latents, drawn_pictures, fingerprint_of, how_drawn
@@ -86,6 +87,21 @@ def joined(concept: Tensor, other: Tensor, left: Tensor) -> Tensor:
 def canvases_of(batch: int) -> int:
     """How many canvases take the place of a batch of pictures: half as many, for they are twice as wide."""
     return max(1, batch // 2)
+
+
+def check_reach(base: Base, captions: Sequence[str], class_word: str, tokens: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError for a caption that is so long that its word would be cut off with somebody before it."""
+    (trigger,) = tokens
+    longest = max(base.company(class_word, COMPANY_PICTURES.default), key=len)
+    texts = list(dict.fromkeys(captions))
+    beside = [spoken(text, trigger, class_word).beside(longest, left=False) for text in texts]
+    alone, both = (base.trigger_positions(each, tokens).ge(0).all(dim=1).tolist() for each in (texts, beside))
+    for text, fits, fits_beside in zip(texts, alone, both, strict=True):
+        if fits and not fits_beside:
+            raise AdapterError(
+                f"caption {text!r} is too long for company: with {longest} before it, {trigger} stands beyond what the "
+                "text model reads; shorten it, or set company to 0"
+            )
 
 
 def company_for(

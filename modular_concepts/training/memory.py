@@ -20,6 +20,7 @@ def memory_advice(settings: TrainSettings) -> str:
     """The three settings that help most, of those that are not used yet; in the order of docs/training.md."""
     ways = (
         (settings.batch > 1, f"lower batch (now {settings.batch})"),
+        (settings.batch == 1 and settings.company > 0, "set company to 0 (its pictures are twice as wide)"),
         (True, "train on smaller pictures"),
         (not settings.gradient_checkpointing, "turn gradient_checkpointing on"),
         (settings.precision == "fp32", "set precision to bf16"),

@@ -20,7 +20,7 @@ from ..errors import AdapterError, listed
 from ..models.base import Base
 from ..models.targets import DEFAULT_TARGETS, Targets, concept_layers
 from ..text.triggers import says
-from .company import Company, company_for
+from .company import Company, check_reach, company_for
 from .drawn import Prior, drawn_latents, drawn_pictures, fingerprint_of, how_drawn
 from .loop import NOBODY, NOWHERE, Keeping, Listeners, train
 from .methods import new_adapters, new_words
@@ -118,7 +118,9 @@ def problem_for(
 
 def check_training(base: Base, subject: Subject, settings: TrainSettings, targets: Targets = DEFAULT_TARGETS) -> None:
     """Raise AdapterError at once for words, rank, slot and options that a training refuses, before a prior is drawn."""
-    new_words({subject.trigger: _start_rows(base, subject)}, settings, base.cross_attention_layers)
+    tokens = new_words({subject.trigger: _start_rows(base, subject)}, settings, base.cross_attention_layers)
+    if settings.company:
+        check_reach(base, subject.captions, subject.class_word, tokens)
     new_adapters(concept_layers(base, targets), settings)
     attends = bool(base.cross_attentions())
     check_needs(settings, masked=subject.masks is not None, attends=attends, networks=predicting(base))

@@ -31,10 +31,11 @@ from modular_concepts.training.company import Company, Mate, joined
 from modular_concepts.training.drawn import Prior
 from modular_concepts.training.estimate import LiveMemory, rehearse
 from modular_concepts.training.loop import Keeping, train
+from modular_concepts.training.memory import memory_advice
 from modular_concepts.training.problem import Examples
 from modular_concepts.training.run import Run
 from modular_concepts.training.settings import METHODS, TrainSettings
-from modular_concepts.training.teach import Subject, company_examples, problem_for, train_concept
+from modular_concepts.training.teach import Subject, check_training, company_examples, problem_for, train_concept
 
 QUICK = SampleSettings(steps=2, batch=24)
 PLACES = ("on the beach", "in the snow")
@@ -327,6 +328,21 @@ def test_the_estimate_is_that_of_the_widest_step(share):
 
 
 # --- refusals ---
+
+
+def test_a_caption_without_room_for_company_is_refused_before_anything_is_drawn():
+    base, settings = untrained_base(), replace(SETTINGS, token_vectors=4)
+    short = subject_of(2)
+    check_training(base, short, settings)
+    long = replace(short, captions=["a <x> on the beach", f"{'red ' * 33}<x>"])
+    check_training(base, long, replace(settings, company=0.0))
+    with pytest.raises(AdapterError, match="<x>' is too long for company: with a .* before it, <x> stands beyond what"):
+        check_training(base, long, settings)
+
+
+def test_memory_that_runs_out_over_one_canvas_is_told_with_the_way_out():
+    assert memory_advice(replace(SETTINGS, batch=1)).startswith("set company to 0 (its pictures are twice as wide), ")
+    assert "company" not in memory_advice(SETTINGS) + memory_advice(replace(SETTINGS, batch=1, company=0.0))
 
 
 def test_company_that_cannot_be_is_refused_in_words():
