@@ -17,12 +17,13 @@ import comfy.sd
 import comfy.sd1_clip
 from torch import Tensor, nn
 
-from ..modular_concepts.adapters.sites import rows_of_sites
+from ..modular_concepts.adapters.sites import Layer, Site, rows_of_sites
 from ..modular_concepts.errors import AdapterError
 from ..modular_concepts.families import encoder_names, titles
 from ..modular_concepts.models.base import tables_hash
 from ..modular_concepts.models.fingerprint import base_mark, weights_sample
 from ..modular_concepts.models.layers import canonical_name
+from .families.family import DENOISER
 from .families.lookup import host_family_of, projected_names
 
 _HASHES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, str]] = weakref.WeakKeyDictionary()
@@ -52,6 +53,11 @@ class HostLayer:
     def weight(self) -> Tensor:
         """Quantised ones too are tensors."""
         return cast(Tensor, self.module.weight)
+
+    def found_in(self, network: nn.Module) -> Layer:
+        """The denoiser's layer, or a site of it, in a network that may be a copy of the model's own."""
+        module = network.get_submodule(self.key.removeprefix(DENOISER).removesuffix(".weight"))
+        return cast(Layer, module) if self.rows is None else Site(cast(nn.Linear, module), *self.rows)
 
 
 def host_layers(model: comfy.model_patcher.ModelPatcher | None, clip: comfy.sd.CLIP | None) -> dict[str, HostLayer]:
@@ -89,7 +95,7 @@ def base_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | Non
     Patches that are applied just now do not count: it is the loader's own weights.  T5 does not count either, since
     concepts train without it and go with any.
     """
-    text = model.model if clip is None else clip.cond_stage_model
+    text = model.model if clip is None else clip.patcher.model
     hashes = _HASHES.setdefault(model.model, weakref.WeakKeyDictionary())
     if text not in hashes:
         hashes[text] = tables_hash(*_tables(model, clip))
@@ -98,7 +104,7 @@ def base_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | Non
 
 def mark_of(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None) -> str:
     """The mark that the headless face gives the same base in whatever precision: `fingerprint.base_mark`."""
-    text = model.model if clip is None else clip.cond_stage_model
+    text = model.model if clip is None else clip.patcher.model
     marks = _MARKS.setdefault(model.model, weakref.WeakKeyDictionary())
     if text not in marks:
         marks[text] = base_mark(_tables(model, clip), lambda: base_hash(model, clip))
@@ -116,7 +122,7 @@ def _tables(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None)
 
 def known_hash(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None) -> str:
     """`base_hash` where a training has asked for it before, else "": it reads every byte, which takes seconds."""
-    text = model.model if clip is None else clip.cond_stage_model
+    text = model.model if clip is None else clip.patcher.model
     return _HASHES.get(model.model, {}).get(text, "")
 
 

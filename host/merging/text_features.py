@@ -42,13 +42,13 @@ def _usual(host: HostModel) -> Tensor:
     """Second moments of ordinary captions as this CLIP reads them; read once for a CLIP, its patches and its layer."""
     clip = host.clip
     state = (clip.patcher.patches_uuid, clip.layer_idx)
-    read = _USUAL.get(clip.cond_stage_model)
+    read = _USUAL.get(clip.patcher.model)
     if read is None or read[0] != state:
         captions = host.family.family.ordinary()
         end = _ids(clip, "")[1]
         contexts = [encode_prompt(clip, text)[0][0][0] for text in captions]
         lengths = [length_of(_ids(clip, text), end) for text in captions]
-        read = _USUAL[clip.cond_stage_model] = (state, usual_rows(contexts, lengths))
+        read = _USUAL[clip.patcher.model] = (state, usual_rows(contexts, lengths))
     return read[1]
 
 

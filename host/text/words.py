@@ -26,6 +26,7 @@ from ...modular_concepts.text.triggers import TRIGGER, between, heard, replaced
 from ...modular_concepts.text.words import caption_ids, learned_rows, token_ids
 from ..layers import text_encoders_of
 from .layerwise import LAYERS
+from .word_places import marked, telling
 
 WORDS = "modular_concepts_words"  # on a tokenizer: trigger word -> LearnedWord
 MEAN = "mean"
@@ -103,6 +104,7 @@ def with_words(clip: comfy.sd.CLIP, words: Sequence[LearnedWord]) -> comfy.sd.CL
                 "they were trained on another base"
             )
     clone = _with_tokenizer(clip)
+    clone.cond_stage_model = telling(clip.cond_stage_model)
     setattr(clone.tokenizer, WORDS, every)
     split = {trigger: word.rows.split(widths, dim=-1) for trigger, word in every.items()}
     for number, (name, part) in enumerate(stock.items()):
@@ -239,6 +241,7 @@ class LearnedWords:
         # CLIP's vocabulary has no capitals, and neither have the words that people are told to type.
         self._spelled = {word.lower(): _of_layer(rows, layer) for word, rows in tokens.items()}
         self._rows = learned_rows(self._spelled)
+        self._triggers = [word for word, rows in tokens.items() for _ in range(rows.shape[-2])]
         self._vocab_size = max(stock.inv_vocab) + 1
         self.ids = token_ids(self._spelled, self._vocab_size)
         self._unsaid = {
@@ -275,7 +278,8 @@ class LearnedWords:
                 f"{self._unsaid[token]} was learned for each layer apart, which this node cannot say; write the prompt "
                 "in Concept Prompt, and sample with the MODEL from Merge Concepts"
             )
-        return self._rows[token - self._vocab_size] if learned else token
+        place = token - self._vocab_size if learned else -1
+        return marked(self._rows[place], self._triggers[place]) if learned else token
 
 
 class ClassWords:

@@ -76,7 +76,9 @@ def look(prefix: str, loaded: tuple, folder: Path, side: int, noisy: torch.Tenso
         found[f"{prefix}weighted|{kind}"] = draw(kind, "a ({}:1.3) in the snow")
     (context, about) = prompt("varied", "a {} in the snow")[0]
     found[f"{prefix}context"], found[f"{prefix}contexts"] = context, about[layerwise.LAYERS]
-    facts[f"{prefix}plain keys"] = sorted(prompt("varied", "a dog")[0][1]) == sorted(encode(clip, "a dog")[0][0][1])
+    facts[f"{prefix}plain keys"] = sorted(prompt("varied", "a dog")[0][1]) == sorted(
+        encode(merged["varied"][1], "a dog")[0][0][1]
+    )
 
     # By region: everywhere, in one half beside a plain global prompt, and with equal rows.
     def regional(kind: str, text: str, box: tuple, region: str, negative: str = ""):
