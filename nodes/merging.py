@@ -73,6 +73,7 @@ class ConceptMerge(io.ComfyNode):
                 _option(declared.RANK),
                 _option(declared.SEED, control_after_generate=io.ControlAfterGenerate.fixed),
                 apply_input(),
+                widget(declared.ACT_ON, optional=True),
             ],
             outputs=_outputs(),
         )
@@ -88,10 +89,13 @@ class ConceptMerge(io.ComfyNode):
         rank: int = DEFAULTS.rank,
         seed: int = DEFAULTS.seed,
         apply: str = APPLY[0],
+        act_on: str = declared.ACT_ON.default,
     ) -> io.NodeOutput:
-        stack = stacks.joined(concepts)
-        options = MergeOptions(density=density, rank=rank, seed=seed)
-        return io.NodeOutput(*merge_by(HostModel(model, clip), stack, Merge(method, options=options), apply), stack)
+        stack, merge = (
+            stacks.joined(concepts),
+            Merge(method, options=MergeOptions(density=density, rank=rank, seed=seed)),
+        )
+        return io.NodeOutput(*merge_by(HostModel(model, clip), stack, merge, apply, act_on), stack)
 
 
 class BlockLoRAMerge(io.ComfyNode):

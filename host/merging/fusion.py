@@ -23,9 +23,11 @@ from ...modular_concepts.merging import Evidence, MergeOptions
 from ...modular_concepts.merging.fusion import FUSION
 from ...modular_concepts.merging.methods import Merge
 from ...modular_concepts.merging.moments import Moment, recording
+from ...modular_concepts.merging.own_words import split
 from ...modular_concepts.models.fingerprint import concept_mark
 from ...modular_concepts.recording import PROMPTS, trigger_of
 from ...modular_concepts.settings import merging as declared
+from ...modular_concepts.stack import Stack
 from ..called import uncompiled
 from ..files.concepts import file_of
 from ..layers import host_layers
@@ -74,7 +76,9 @@ def fuse(
 
     anew: record also what a file beside the concept already says.  beside: as `merge_into`.
     """
-    merge_into(host.model, host.clip, stack)  # What does not fit together is refused before anything is drawn.
+    # What does not fit together is refused before anything is drawn.
+    split(Stack.of(stack), how=FUSION.name)
+    merge_into(host.model, host.clip, stack)
     bar, moments, sentences = comfy.utils.ProgressBar(len(stack)), [], []
     for concept, _ in stack:
         each, source = _find_moments(host, concept, drawing, anew)

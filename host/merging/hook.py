@@ -9,6 +9,8 @@ import comfy.model_patcher
 from comfy.weight_adapter.base import WeightAdapterBase
 
 from ...modular_concepts.concept import Concept
+from ...modular_concepts.errors import AdapterError
+from ...modular_concepts.merging.own_words import acts_by_word
 from ..model import HostModel
 from .weights import merge_into
 
@@ -18,6 +20,12 @@ def make_hook(host: HostModel, stack: Sequence[tuple[Concept, float]]) -> comfy.
 
     host: says where the layers are, and stays as it is.  Raises AdapterError as `weights.merge_into`.
     """
+    for concept, _ in stack:
+        if acts_by_word(concept):
+            raise AdapterError(
+                f"{concept.name} acts at its own words alone, which need no hook: a text that does not say them is "
+                "drawn as without it; connect it to Merge Concepts"
+            )
     changed, changed_clip = merge_into(host.model, host.clip, stack)
     hook = comfy.hooks.WeightHook()
     hook.need_weight_init = False

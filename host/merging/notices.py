@@ -13,6 +13,7 @@ from ...modular_concepts.crosstalk.report import warnings_between, warnings_on_b
 from ...modular_concepts.merging import MergeOptions, merge_concepts
 from ...modular_concepts.merging.method import TEXTS
 from ...modular_concepts.merging.methods import Merge
+from ...modular_concepts.merging.own_words import EVERYWHERE, split
 from ...modular_concepts.merging.truncation import SVD, share_kept
 from ...modular_concepts.stack import Stack
 from ...modular_concepts.unread import MERGE, find_unread
@@ -26,17 +27,22 @@ APPLY = ("weights", "activations")
 
 
 def merge_by(
-    host: HostModel, stack: Sequence[tuple[Concept, float]], merge: Merge, apply: str = APPLY[0]
+    host: HostModel,
+    stack: Sequence[tuple[Concept, float]],
+    merge: Merge,
+    apply: str = APPLY[0],
+    act_on: str = EVERYWHERE,
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP]:
     """`merge_into`, and on the node: warnings, and what a cut to a lower rank keeps of the sum.
 
     merge: by any method but fusion, which draws first (`fusion.fuse`).  apply: one of `APPLY`.
     """
+    divided = split(Stack.of(stack), act_on, merge.how)
     if merge.method.needs == TEXTS:
         merge = replace(merge, evidence=read_evidence(host, stack))
-    result = merge_into(host.model, host.clip, stack, merge, apply == "activations")
+    result = merge_into(host.model, host.clip, stack, merge, apply == "activations", act_on)
     chosen = [name for name, value in asdict(merge.options).items() if value != getattr(MergeOptions(), name)]
-    sentences = [*find_unread(MERGE, chosen, merge.how), *warnings_of(host, stack, apply)]
+    sentences = [*find_unread(MERGE, chosen, merge.how), *divided.notes, *warnings_of(host, stack, apply)]
     if merge.how == SVD.name:
         sentences.append(kept_by_cut(stack, merge.options))
     if sentences:

@@ -18,13 +18,15 @@ from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
 
 from ...modular_concepts.adapters.low_rank import ConvGeometry, LowRank
+from ...modular_concepts.adapters.own_words import WordResidual
 from ...modular_concepts.concept import Concept, same_concept
-from ...modular_concepts.errors import AdapterError
+from ...modular_concepts.errors import AdapterError, listed
 from ...modular_concepts.merging import Merged, merged_factors
 from ...modular_concepts.merging.as_concept import as_concept
-from ...modular_concepts.merging.compatibility import fit
+from ...modular_concepts.merging.compatibility import fit, fitting_concepts, learned_words
 from ...modular_concepts.merging.lift import lift
 from ...modular_concepts.merging.methods import SUMMED, Merge
+from ...modular_concepts.merging.own_words import EVERYWHERE, in_one_file, split
 from ...modular_concepts.merging.tensors import tensors_of, with_tensors
 from ...modular_concepts.stack import Stack
 from ..layers import HostLayer
@@ -32,6 +34,7 @@ from ..model import HostModel
 from ..text.layerwise import refuse_other_layers, with_layers
 from ..text.words import with_words
 from .activations import set_beside
+from .by_word import AtWords, let_act, words_of_residuals
 
 INSIDE = "modular_concepts"
 BESIDE = "modular_concepts_beside"
@@ -39,11 +42,15 @@ BESIDE = "modular_concepts_beside"
 
 @dataclass(frozen=True, eq=False)
 class Inside:
-    """A merge that a MODEL went through.  layers: canonical name -> what was merged there, of MODEL and CLIP."""
+    """A merge that a MODEL went through.
+
+    layers: canonical name -> what was merged there, of MODEL and CLIP.  by_word: what acts at its own words instead.
+    """
 
     stack: tuple[tuple[Concept, float], ...]
     how: str
     layers: Mapping[str, Merged]
+    by_word: tuple[WordResidual, ...] = ()
 
 
 class MergedWeight(WeightAdapterBase):
@@ -101,10 +108,12 @@ def merge_into(
     stack: Sequence[tuple[Concept, float]],
     merge: Merge = SUMMED,
     beside: bool = False,
+    act_on: str = EVERYWHERE,
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP]:
     """Clones of MODEL and CLIP with the concepts in their weights, and their words in the CLIP.
 
-    beside: compute them beside the weights instead (`activations.py`).
+    beside: compute them beside the weights instead (`activations.py`).  act_on: as `own_words.split`; what acts at its
+    own words alone is in no weight (`by_word.py`).
     Raises AdapterError for concepts that do not fit the model, each other, or are in it already.
     """
     stack = Stack.of(stack)
@@ -117,16 +126,26 @@ def merge_into(
                 "the concept out"
             )
     host = HostModel(model, clip)
-    adapters, words = fit(host.architecture, host.shapes, stack, merge, host.word_rows)
+    concepts = fitting_concepts(host.architecture, host.shapes, stack.concepts)
+    divided = split(Stack(zip(concepts, stack.strengths, strict=True)), act_on, merge.how)
+    adapters, _ = fit(host.architecture, host.shapes, divided.everywhere, merge)
+    words = learned_words(stack, host.word_rows)
     refuse_other_layers(words, host.cross_attention_layers)
+    words = words_of_residuals(host, words, divided.by_word)
     model, clip = model.clone(), with_words(clip.clone(), words)
     for part, patcher in (("unet", model), ("text_encoder", clip.patcher)):
         there = {name: place for name, place in host.places.items() if place.part == part}
         _put(adapters, there, patcher, beside)
+    let_act(model, [at_words(host, residual) for residual in divided.by_word])
     if stack.layerwise:
         with_layers(model)
-    model.set_attachments(INSIDE, (*_merges_in(model), Inside(stack, merge.how, adapters)))
+    model.set_attachments(INSIDE, (*_merges_in(model), Inside(stack, merge.how, adapters, divided.by_word)))
     return model, clip
+
+
+def at_words(host: HostModel, residual: WordResidual, texts: frozenset[int] | None = None) -> AtWords:
+    """What a residual adds in a MODEL; texts: as `AtWords`."""
+    return AtWords(residual, {name: host.places[name] for name in residual.layers}, texts)
 
 
 def _put(
@@ -194,5 +213,14 @@ def concept_inside(model: comfy.model_patcher.ModelPatcher, name: str = "") -> C
         for layer, adapters in parts.items()
     }
     how = ", ".join(dict.fromkeys(merge.how for merge in merges))
-    title = name.strip() or "+".join(concept.name for concept in concepts)
-    return as_concept(title[:100], concepts, strengths, how, layers)
+    title = (name.strip() or "+".join(concept.name for concept in concepts))[:100]
+    by_word = [residual for merge in merges for residual in merge.by_word]
+    if by_word and layers:
+        names = listed(dict.fromkeys(residual.name for residual in by_word))
+        everywhere = [concept.name for concept in concepts if concept.name not in {each.name for each in by_word}]
+        raise AdapterError(
+            f"{names} act at their own words alone and {listed(everywhere)} everywhere, which one file cannot hold; "
+            "save the two kinds apart, each from a merge of its own"
+        )
+    whole = as_concept(title, concepts, strengths, how, layers)
+    return in_one_file(whole, by_word) if by_word else whole
