@@ -16,6 +16,7 @@ from ..modular_concepts.regions.geometry import region_from
 from ..modular_concepts.regions.parsing import names_from, region_box
 from ..modular_concepts.regions.preview import draw_regions
 from ..modular_concepts.settings import drawing as declared
+from ..modular_concepts.settings.merging import ACT_ON
 from . import stacks
 from .types import CONCEPT_REGIONS, concepts_input
 from .unused import unused
@@ -42,6 +43,14 @@ def mode_input(optional: bool = False) -> io.Input:
 
 def overlap_input(optional: bool = False) -> io.Input:
     return widget(declared.OVERLAP, optional=optional)
+
+
+def act_on_input() -> io.Input:
+    return widget(
+        ACT_ON,
+        tooltip=f"{ACT_ON.help}. In gated mode what reads the picture still acts by place",
+        optional=True,
+    )
 
 
 def drawing_inputs() -> list[io.Input]:
@@ -241,6 +250,7 @@ class RegionalConcepts(io.ComfyNode):
                 *prompt_inputs(),
                 mode_input(),
                 overlap_input(),
+                act_on_input(),
             ],
             outputs=[
                 io.Model.Output("regional_model", display_name="MODEL", tooltip="For the sampler's model input"),
@@ -252,9 +262,11 @@ class RegionalConcepts(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, regions, prompt, negative, mode, overlap, concepts=None) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, regions, prompt, negative, mode, overlap, concepts=None, act_on=ACT_ON.default
+    ) -> io.NodeOutput:
         stack = stacks.as_stack(concepts)
-        scene = Scene(stack, regions, (prompt, negative), mode, overlap)
+        scene = Scene(stack, regions, (prompt, negative), mode, overlap, act_on)
         return io.NodeOutput(*with_regions(HostModel(model, clip), scene))
 
 
@@ -282,6 +294,7 @@ class RegionalConceptSampler(io.ComfyNode):
                 ),
                 mode_input(optional=True),
                 overlap_input(optional=True),
+                act_on_input(),
             ],
             outputs=[io.Latent.Output(tooltip="For VAE Decode")],
         )
@@ -304,8 +317,9 @@ class RegionalConceptSampler(io.ComfyNode):
         concepts=None,
         mode="merged",  # what a prompt meant before there was a choice
         overlap="average",
+        act_on=ACT_ON.default,
     ) -> io.NodeOutput:
         how, stack = Sampling(sampler_name, scheduler, steps, cfg, seed, denoise), stacks.as_stack(concepts)
         notes = unused(cls, dict(negative=negative, cfg=cfg))
-        scene = Scene(stack, regions, (prompt, negative), mode, overlap)
+        scene = Scene(stack, regions, (prompt, negative), mode, overlap, act_on)
         return io.NodeOutput(sample_regions(HostModel(model, clip), scene, latent, how, notes))

@@ -20,7 +20,9 @@ from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.regions.attention import attend_by_region, with_regions
 from ...modular_concepts.regions.shares import Places
 from ..families.cross_attention import blocks_of, patch_texts, replace_attention, replacements_in, text_patches_in
+from ..merging.by_word import NO_WORDS, Behind
 from ..text.layerwise import PickLayer, choose, joined
+from ..text.word_places import Wording
 from .kinds import POSITIVE, kinds_of
 
 DISPLACED = (
@@ -35,10 +37,19 @@ class Listening:
 
     contexts, negatives: (1, T, D) for each region, (1, L, T, D) where it is layer-wise.
     apart: whether rows of the negative prompt must ask the regions too; else one negative holds everywhere.
+    says: what each of the regions' texts and negatives says; nothing where it is left out.
     """
 
-    def __init__(self, places: Places, contexts: Sequence[Tensor], negatives: Sequence[Tensor], apart: bool):
+    def __init__(
+        self,
+        places: Places,
+        contexts: Sequence[Tensor],
+        negatives: Sequence[Tensor],
+        apart: bool,
+        says: Sequence[tuple[Wording, Wording]] = (),
+    ):
         self.places, self.apart = places, apart
+        self._says = [*says, *[(NO_WORDS, NO_WORDS)] * (len(contexts) - len(says))]
         pairs = [_same_length(c, n) for c, n in zip(contexts, negatives, strict=True)]
         self.lengths = [positive.shape[-2] for positive, _ in pairs]
         self.texts = [joined(texts) for texts in zip(*pairs, strict=True)]
@@ -56,6 +67,17 @@ class Listening:
         """
         refuse_displaced(self, options)
         return context, options, self.lengths
+
+    @property
+    def every_wording(self) -> list[Wording]:
+        return [wording for both in self._says for wording in both]
+
+    def wordings(self, options: dict) -> list[list[Behind]]:
+        """For each prompt of a batch the regions' texts, as `append_texts` puts them behind it."""
+        return [
+            [Behind(length, both[kind]) for length, both in zip(self.lengths, self._says, strict=True)]
+            for kind in kinds_of(options)
+        ]
 
     def append_texts(self, hidden: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple:
         """Put all regions' texts behind the global one: (rows, T, D) -> (rows, T + all of theirs, D)."""

@@ -15,6 +15,7 @@ from nodes import common_ksampler
 
 from ...modular_concepts.concept import Concept
 from ...modular_concepts.errors import AdapterError
+from ...modular_concepts.merging.own_words import split_gated
 from ...modular_concepts.regions.assignment import acting, called
 from ...modular_concepts.regions.find import HeardWords, disjoint_masks
 from ...modular_concepts.regions.geometry import Region
@@ -25,7 +26,7 @@ from ..model import HostModel
 from ..text.layerwise import with_layers
 from ..text.words import encode_prompt, word_positions
 from .cross_attention import attention, replace_cross_attention
-from .gating import HostGate, fitting_stack, with_concepts, with_words
+from .gating import HostGate, act_by_text, fitting_stack, with_concepts, with_words
 from .kinds import POSITIVE, kinds_of
 from .scene import Sampling, Scene
 
@@ -47,14 +48,16 @@ def place_regions(host: HostModel, scene: Scene, latent: dict, how: Sampling) ->
     stack = fitting_stack(host, scene.stack)
     wanted = _wanted(stack, scene.regions, searched)
     prompt = _whole_prompt(stack, scene.prompts[0], wanted)
-    host = with_words(host, stack)
+    residuals = split_gated(stack, scene.act_on)
+    host, by_word = with_words(host, stack, residuals), {residual.owner for residual in residuals}
     words = [_positions(host.clip, prompt, region, [stack[n][0] for n in numbers]) for region, numbers in wanted]
-    reading = with_concepts(host, stack)
+    reading = with_concepts(host, Stack(pair for number, pair in enumerate(stack) if number not in by_word))
     positive, negative = (encode_prompt(reading, text) for text in (prompt, scene.prompts[1]))
     heard = HeardWords(words, positive[0][0].shape[1], tuple(latent["samples"].shape[-2:]))
     steps = max(1, round(FIRST * how.steps))
     everyone = tuple(range(len(stack)))
-    scout = _scouting(host.model, HostGate(host, stack, [everyone], Places([])), heard, steps // 2)
+    gate = HostGate(host, stack, [everyone], Places([]), by_word)
+    scout = _scouting(act_by_text(host, residuals, [everyone]), gate, heard, steps // 2)
     if stack.layerwise:
         with_layers(scout)
     common_ksampler(

@@ -7,10 +7,9 @@ return.  Each text is encoded by a CLIP with its own concepts alone.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
 
 import comfy.model_management
 import comfy.model_patcher
@@ -18,7 +17,7 @@ import comfy.sd
 import torch
 from torch import nn
 
-from ...modular_concepts.adapters.sites import Site
+from ...modular_concepts.adapters.own_words import WordResidual
 from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.merging.compatibility import fit, fitting_concepts, learned_words
 from ...modular_concepts.regions.gating import Gate
@@ -26,21 +25,31 @@ from ...modular_concepts.regions.moment import Moment
 from ...modular_concepts.regions.shares import Places
 from ...modular_concepts.stack import Stack
 from ..called import Called, uncompiled
-from ..families.family import DENOISER
-from ..layers import HostLayer, host_layers
-from ..merging.weights import MergedWeight, is_inside
+from ..layers import host_layers
+from ..merging.by_word import let_act, words_of_residuals
+from ..merging.weights import MergedWeight, at_words, is_inside
 from ..model import HostModel
 from ..text.layerwise import refuse_other_layers
 from ..text.words import with_words as clip_with_words
 
 
 class HostGate:
-    """The gate of one MODEL, and what its calls of the network do with it."""
+    """The gate of one MODEL, and what its calls of the network do with it.
 
-    def __init__(self, host: HostModel, stack: Stack, texts: Sequence[tuple[int, ...]], places: Places):
+    by_word: as `Gate`.
+    """
+
+    def __init__(
+        self,
+        host: HostModel,
+        stack: Stack,
+        texts: Sequence[tuple[int, ...]],
+        places: Places,
+        by_word: Collection[int] = (),
+    ):
         self.places = {name: place for name, place in host.places.items() if place.part == "unet"}
-        layers = {name: _in(host.network, place) for name, place in self.places.items()}
-        self.gate = Gate(stack, texts, places, layers)
+        layers = {name: place.found_in(host.network) for name, place in self.places.items()}
+        self.gate = Gate(stack, texts, places, layers, by_word)
         self.watch = Called("gated concepts", "choose the merged mode")
 
     @contextmanager
@@ -56,16 +65,10 @@ class HostGate:
         """
         self.watch.look_at(network, options)
         self.gate.called.clear()
-        modules = {name: _in(network, self.places[name]) for name in self.gate.gated}
+        modules = {name: self.places[name].found_in(network) for name in self.gate.gated}
         with self.gate.attached(modules, lambda: moment), uncompiled():
             yield
         self.watch.count([name for name in self.gate.gated if name not in self.gate.called], len(self.gate.gated))
-
-
-def _in(network: nn.Module, place: HostLayer) -> nn.Module | Site:
-    """A layer, or a site of one, in a network that may be a copy of the model's own."""
-    module = network.get_submodule(place.key.removeprefix(DENOISER).removesuffix(".weight"))
-    return module if place.rows is None else Site(cast(nn.Linear, module), *place.rows)
 
 
 def fitting_stack(host: HostModel, stack: Stack) -> Stack:
@@ -98,11 +101,24 @@ def check_memory(model: comfy.model_patcher.ModelPatcher, stack: Stack) -> None:
         )
 
 
-def with_words(host: HostModel, stack: Stack) -> HostModel:
-    """The same with a CLIP that knows all learned words of the stack; no concept acts on it."""
+def with_words(host: HostModel, stack: Stack, residuals: Sequence[WordResidual] = ()) -> HostModel:
+    """The same with a CLIP that knows all words of the stack; no concept acts on it.
+
+    residuals: what acts at its own words, whose ordinary ones are known too.
+    """
     words = learned_words(stack, host.word_rows)
     refuse_other_layers(words, host.cross_attention_layers)
-    return HostModel(host.model, clip_with_words(host.clip, words))
+    return HostModel(host.model, clip_with_words(host.clip, words_of_residuals(host, words, residuals)))
+
+
+def act_by_text(
+    host: HostModel, residuals: Sequence[WordResidual], acts: Sequence[tuple[int, ...]]
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of its MODEL in which residuals act at their own words, in the texts where their concepts act."""
+    model = host.model.clone()
+    texts = [[text for text, concepts in enumerate(acts) if residual.owner in concepts] for residual in residuals]
+    let_act(model, [at_words(host, each, frozenset(at)) for each, at in zip(residuals, texts, strict=True)])
+    return model
 
 
 def with_concepts(host: HostModel, stack: Stack) -> comfy.sd.CLIP:

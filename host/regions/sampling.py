@@ -23,6 +23,7 @@ from torch import Tensor
 from nodes import common_ksampler
 
 from ...modular_concepts.errors import AdapterError
+from ...modular_concepts.merging.own_words import acts_by_word, split, split_gated
 from ...modular_concepts.regions.assignment import acting, check_names, unheard
 from ...modular_concepts.regions.geometry import Region, region_weights
 from ...modular_concepts.regions.moment import Moment
@@ -36,11 +37,12 @@ from ..merging.weights import concepts_in, is_inside, merge_into, merged_concept
 from ..messages import show_text
 from ..model import HostModel
 from ..text.layerwise import LAYERS, with_layers
+from ..text.word_places import NOTE, Wording, wording_of
 from ..text.words import encode_prompt, warnings_of_words
 from .controlnet import weighted
 from .cross_attention import MOMENT, Listening, Sigmas
 from .find import place_regions
-from .gating import HostGate, check_memory, fitting_stack, with_concepts, with_words
+from .gating import HostGate, act_by_text, check_memory, fitting_stack, with_concepts, with_words
 from .joint_attention import JointListening, positions_of
 from .kinds import NEGATIVE, POSITIVE, marked, with_kinds
 from .scene import Sampling, Scene
@@ -116,13 +118,14 @@ def with_regions(
         tuple(encode(clip, prompt) for prompt in both) for clip, both in zip(setup.clips, scene.spoken, strict=True)
     ]
     contexts, negatives = ([_context(both[kind]) for both in regional] for kind in range(2))
+    says = [(_wording(first), _wording(second)) for first, second in regional]
     places, gates = Places(scene.regions, scene.overlap, host.scale), any(setup.acts)
     if host.family.family.denoiser.joint:
         heard = JointListening(places, contexts, negatives)
     else:
         apart = gates or any(region.negative is not None for region in scene.regions)
-        heard = Listening(places, contexts, negatives, apart)
-    gate = HostGate(setup.host, setup.stack, setup.acts, places) if gates else None
+        heard = Listening(places, contexts, negatives, apart, says)
+    gate = HostGate(setup.host, setup.stack, setup.acts, places, setup.by_word) if gates else None
     model = listen(setup.host.model, heard, gate)
     if setup.stack.layerwise:
         with_layers(model)
@@ -130,18 +133,22 @@ def with_regions(
 
 
 class Setup(NamedTuple):
-    """What draws: MODEL and CLIP, the concepts that are gated, and for each text its CLIP and who acts in it."""
+    """What draws: MODEL and CLIP, the concepts that are gated, and for each text its CLIP and who acts in it.
+
+    by_word: numbers of the gated concepts that act at their own words alone in layers that read text.
+    """
 
     host: HostModel
     stack: Stack
     clips: list[comfy.sd.CLIP]
     acts: list[tuple[int, ...]]
+    by_word: frozenset[int] = frozenset()
 
 
 def _merged(host: HostModel, scene: Scene) -> Setup:
     missing = [pair for pair in scene.stack if not is_inside(host.model, pair[0])]
     if missing:
-        host = HostModel(*merge_into(host.model, host.clip, missing))
+        host = HostModel(*merge_into(host.model, host.clip, missing, act_on=scene.act_on))
     count = 1 + len(scene.regions)
     return Setup(host, NO_CONCEPTS, [host.clip] * count, [()] * count)
 
@@ -149,10 +156,15 @@ def _merged(host: HostModel, scene: Scene) -> Setup:
 def _gated(host: HostModel, scene: Scene) -> Setup:
     stack = fitting_stack(host, scene.stack)
     check_memory(host.model, stack)
-    host = with_words(host, stack)
+    residuals = split_gated(stack, scene.act_on)
+    by_word = frozenset(residual.owner for residual in residuals)
+    host = with_words(host, stack, residuals)
     acts = acting(stack, scene.prompts[0], scene.regions)
-    reading = {numbers: with_concepts(host, Stack(stack[n] for n in numbers)) for numbers in set(acts)}
-    return Setup(host, stack, [reading[numbers] for numbers in acts], acts)
+    reading = {
+        numbers: with_concepts(host, Stack(stack[n] for n in numbers if n not in by_word)) for numbers in set(acts)
+    }
+    host = HostModel(act_by_text(host, residuals, acts), host.clip)
+    return Setup(host, stack, [reading[numbers] for numbers in acts], acts, by_word)
 
 
 def listen(
@@ -220,7 +232,10 @@ def _warnings(host: HostModel, scene: Scene, size: tuple[int, int] | None) -> li
         sentences += warnings_here(host, stack)
     elif stack:
         sentences += warnings_of(host, stack, "weights")
-    sentences += unheard(stack, scene.prompts[0], scene.regions, gated, "name it in the concepts of a region")
+    by_word = {number for number, (concept, _) in enumerate(stack) if acts_by_word(concept, scene.act_on)}
+    way_out = "name it in the concepts of a region"
+    sentences += unheard(stack, scene.prompts[0], scene.regions, gated, way_out, by_word)
+    sentences += [] if gated else split(stack, scene.act_on).notes
     return [*sentences, *doubtful_places(scene.regions, size, scene.overlap)]
 
 
@@ -233,3 +248,8 @@ def _context(conditioning: list) -> Tensor:
     """(1, T, D) of a CONDITIONING with one entry, (1, L, T, D) where it is layer-wise."""
     plain, about = conditioning[0]
     return about.get(LAYERS, plain)
+
+
+def _wording(conditioning: list) -> Wording:
+    plain, about = conditioning[0]
+    return wording_of(plain, about.get(NOTE))

@@ -10,6 +10,7 @@ from ...modular_concepts.concept import Concept
 from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.regions.geometry import Region
 from ...modular_concepts.settings.drawing import MODE
+from ...modular_concepts.settings.merging import ACT_ON
 from ...modular_concepts.stack import Stack
 
 
@@ -19,7 +20,8 @@ class Scene:
 
     mode: "merged" has all concepts in the weights, everywhere; concepts that are in the model already are not merged
     again.  "gated" leaves the weights alone and lets each concept act where its regions are, or, if no region has it,
-    outside of all of them if the global prompt calls it.  overlap: as `region_weights`.
+    outside of all of them if the global prompt calls it.  overlap: as `region_weights`.  act_on: as `own_words.split`;
+    in gated mode layers that read text act by word, all others by place.
     Raises AdapterError for a mode that is none.
     """
 
@@ -28,9 +30,11 @@ class Scene:
     prompts: tuple[str, str]
     mode: str = "merged"
     overlap: str = "average"
+    act_on: str = ACT_ON.default
 
     def __post_init__(self):
         MODE.check(self.mode)
+        ACT_ON.check(self.act_on)
 
     @property
     def stack(self) -> Stack:
