@@ -17,7 +17,7 @@ from .regions import ConceptRegion, RegionalConcepts, RegionalConceptSampler, Re
 from .reports import CrosstalkReport
 from .stacking import ConceptStack
 from .toy import ToyBaseLoader, ToyPictures
-from .training import BlockLoRATrainer, LoRATrainer, OrthoLoRATrainer
+from .training import BlockLoRATrainer, LoRATrainer, OrthoLoRATrainer, OwnWordTrainer
 from .training_options import ConceptTrainingOptions
 
 NODES: list[type[io.ComfyNode]] = [
@@ -25,6 +25,7 @@ NODES: list[type[io.ComfyNode]] = [
     ToyPictures,
     OrthoBasisLoader,
     ConceptDataset,
+    OwnWordTrainer,
     OrthoLoRATrainer,
     BlockLoRATrainer,
     LoRATrainer,

@@ -1,15 +1,19 @@
-"""Teach the loaded model one concept: by orthogonal columns, by blocks of rows, or as a plain LoRA."""
+"""Teach the loaded model one concept: at its own words, by orthogonal columns or blocks of rows, or as a plain LoRA."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
 from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.models.targets import Targets
 from ..modular_concepts.settings import training as declared
+from ..modular_concepts.training.presets import PRESETS
 from .bases import ORTHO_BASIS, OrthoChoice
 from .training_form import Form, Trainer, Way, inputs, outputs, rank_input, train
 from .unused import unused
 from .widgets import widget
+
+OWN_WORDS = PRESETS["own words"]
 
 
 def _slot(tooltip: str) -> io.Input:
@@ -120,3 +124,35 @@ class LoRATrainer(Trainer):
     @classmethod
     def execute(cls, rank: int, **common) -> io.NodeOutput:
         return train(common, Way("lora", rank, notes=unused(cls, common)))
+
+
+class OwnWordTrainer(Trainer):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OwnWordTrainer",
+            display_name="Train Own-Word Concept",
+            category="modular concepts/training",
+            description="Learns one concept that acts where a prompt says its own word and nowhere else. Any number of "
+            "them add up without a trace of each other, and a prompt without the word draws what the base draws.",
+            search_aliases=["train lora", "token gate", "tara", "multi concept", "train concept", "dreambooth"],
+            inputs=inputs(
+                [],
+                Form(
+                    rank=rank_input(default=OWN_WORDS.settings.rank),
+                    steps=OWN_WORDS.settings.steps,
+                    rate=OWN_WORDS.settings.adapter_lr,
+                    rate_more=", per step; they act at the concept's own word alone, so they need not be small",
+                    token_rate=OWN_WORDS.settings.token_lr,
+                    vectors=OWN_WORDS.settings.token_vectors,
+                    targets=None,
+                    prior=OWN_WORDS.prior,
+                ),
+            ),
+            outputs=outputs(lora=False),
+        )
+
+    @classmethod
+    def execute(cls, rank: int, **common) -> io.NodeOutput:
+        way = Way(OWN_WORDS.settings.method, rank, targets=Targets(OWN_WORDS.targets), notes=unused(cls, common))
+        return train(common, way)

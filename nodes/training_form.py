@@ -12,6 +12,7 @@ from ..host.training.train import Plan, Rates, checked_name, lora_of, settings_f
 from ..modular_concepts.adapters.basis import OrthogonalBasis
 from ..modular_concepts.data.dataset import with_words
 from ..modular_concepts.errors import AdapterError
+from ..modular_concepts.merging.compatibility import trained_for_words
 from ..modular_concepts.models.targets import Targets
 from ..modular_concepts.settings import training as declared
 from .datasets import CONCEPT_DATASET
@@ -150,7 +151,7 @@ def _previews() -> list[io.Input]:
 
 
 def outputs(lora: bool = True) -> list[io.Output]:
-    """lora: whether layers are learned at all."""
+    """lora: whether layers are learned that a plain LoRA can have."""
     return [
         CONCEPT.Output("concept", display_name="CONCEPT", tooltip="What was learned, at strength 1"),
         *([_LORA] if lora else []),
@@ -220,7 +221,7 @@ def train(common: dict, way: Way) -> io.NodeOutput:
         common.get("company_pictures", declared.COMPANY_PICTURES.default),
     )
     concept, result = train_in_host(base, plan)
-    learned = [lora_of(concept)] if concept.layers else []
+    learned = [lora_of(concept)] if concept.layers and not trained_for_words(concept) else []
     return io.NodeOutput(concept, *learned, {"loss": result.losses})
 
 

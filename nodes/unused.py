@@ -38,7 +38,10 @@ TABLE: Mapping[str, tuple[Unused, ...]] = {
     ),
     "OrthoLoRATrainer": (_HASHED, _PREVIEWS, _COMPANY),
     "BlockLoRATrainer": (_BASIS_RANK, _PREVIEWS, _COMPANY),
-    **dict.fromkeys(("LoRATrainer", "WordTrainer", "CustomDiffusionTrainer", "EDLoRATrainer"), (_PREVIEWS, _COMPANY)),
+    **dict.fromkeys(
+        ("OwnWordTrainer", "LoRATrainer", "WordTrainer", "CustomDiffusionTrainer", "EDLoRATrainer"),
+        (_PREVIEWS, _COMPANY),
+    ),
     "LoRAToConcept": (
         Unused(("name",), lambda values: not isinstance(values["lora"], Mapping), "files have their own names"),
     ),

@@ -22,6 +22,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
+from ...modular_concepts.adapters.own_words import residuals_in
 from ...modular_concepts.adapters.sites import Layer
 from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.models.cross_attention import CrossAttention, cross_attentions_of
@@ -35,9 +36,12 @@ from ..called import uncompiled
 from ..families.cross_attention import TEXT_PATCHES
 from ..families.lookup import host_family_of
 from ..layers import base_hash, host_layers, text_encoders_of
+from ..merging.by_word import WORDING, let_act
+from ..merging.weights import at_words
 from ..model import HostModel
 from ..text.encode import HostContext, check_text_models, contexts
 from ..text.layerwise import LAYERS, PickLayer, stacked, with_layers
+from ..text.word_places import Wording
 from ..text.words import trigger_positions, word_places
 
 SAMPLER = ("euler", "normal")
@@ -225,8 +229,10 @@ def draw(
     """
     pictures, settings, tokens = [], settings or SampleSettings(), tokens or {}
     model, layerwise = base.model, any(map(layers_of, tokens.values()))
-    if layerwise:
+    if layerwise or residuals_in(tokens):
         model = model.clone()
+        let_act(model, [at_words(base, residual) for residual in residuals_in(tokens)])
+    if layerwise:
         with_layers(model)
     chunks = [slice(start, start + settings.batch) for start in range(0, len(prompts), settings.batch)]
     height, width = (side or base.family.family.side for side in (settings.height, settings.width))
@@ -236,7 +242,7 @@ def draw(
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds[chunk]]
         )
         positive, negative = (
-            _conditioning(base.context(texts, tokens), len(noise)) for texts in (prompts[chunk], [settings.negative])
+            _conditioning(base, texts, tokens, len(noise)) for texts in (prompts[chunk], [settings.negative])
         )
         done = number * settings.steps
 
@@ -263,10 +269,15 @@ def draw(
     return torch.cat(pictures)
 
 
-def _conditioning(context: Tensor | HostContext, rows: int) -> list:
-    """A CONDITIONING of one context for each row of a batch, or of one for all of them."""
+def _conditioning(base: HostBase, texts: Sequence[str], tokens: Mapping[str, Tensor], rows: int) -> list:
+    """A CONDITIONING of one text for each row of a batch, or of one for all of them."""
+    context = base.context(texts, tokens)
     text, pooled = context if isinstance(context, HostContext) else (context, None)
     text, about = text.expand(rows, *text.shape[1:]), {}
+    if residuals_in(tokens):
+        places = [base.word_places(each, tokens) for each in texts]
+        words = {word: tuple(tuple(each.get(word, ())) for each in places) for word in tokens}
+        about[WORDING] = Wording(len(texts), text.shape[-2], words)
     if pooled is not None:
         about["pooled_output"] = pooled.expand(rows, -1)
     if text.dim() == 4:

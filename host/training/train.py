@@ -21,12 +21,14 @@ import folder_paths
 from torch import Tensor
 
 from ...modular_concepts.adapters.basis import OrthogonalBasis
+from ...modular_concepts.adapters.own_words import METHOD as OWN_WORDS
 from ...modular_concepts.adapters.sites import put_together
 from ...modular_concepts.concept import Concept, check_token
 from ...modular_concepts.data.dataset import Dataset, filled_in
 from ...modular_concepts.errors import AdapterError
 from ...modular_concepts.families.family import Family
 from ...modular_concepts.files.concept import layer_tensors, save_concept
+from ...modular_concepts.merging.compatibility import trained_for_words
 from ...modular_concepts.models.layers import file_key
 from ...modular_concepts.models.schedules import FlowSchedule
 from ...modular_concepts.models.targets import Targets
@@ -294,9 +296,13 @@ def _find_concepts_folder() -> Path:
 
 
 def lora_of(concept: Concept) -> dict[str, Tensor]:
-    """The adapters under kohya's names, as the host's own LoRA nodes take them (LORA_MODEL)."""
+    """The adapters under kohya's names, as the host's own LoRA nodes take them (LORA_MODEL).
+
+    Those of a concept for its own words have names as in files, of which these nodes say that they know none.
+    """
+    before = f"{OWN_WORDS}." if trained_for_words(concept) else ""
     return {
-        key: tensor
+        f"{before}{key}": tensor
         for name, adapter in put_together(concept.layers).items()
         for key, tensor in layer_tensors(file_key(name, concept.recipe.architecture), adapter).items()
     }

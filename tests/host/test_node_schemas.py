@@ -19,6 +19,7 @@ NODES = {
     "ToyPictures": "IMAGE STRING MASK STRING STRING",
     "OrthoBasisLoader": "ORTHO_BASIS STRING",
     "ConceptDataset": "CONCEPT_DATASET",
+    "OwnWordTrainer": "CONCEPT LOSS_MAP",
     "OrthoLoRATrainer": "CONCEPT LORA_MODEL LOSS_MAP",
     "BlockLoRATrainer": "CONCEPT LORA_MODEL LOSS_MAP",
     "LoRATrainer": "CONCEPT LORA_MODEL LOSS_MAP",

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from served import HostServer
 from test_bad_input import taught
 
+from modular_concepts.adapters.own_words import Said, at_own_words
 from modular_concepts.files.concept import load_concept
 from modular_concepts.sampling import customised
 from modular_concepts.toy.base import load_toy_base
@@ -22,6 +23,7 @@ from modular_concepts.toy.standard import BY_NAME, pictures_of
 STEPS = 12
 # Title -> trainer, its own inputs, those of Training Options.
 CASES = {
+    "ownwords": ("OwnWordTrainer", {"token_vectors": 2}, {"gradient_checkpointing": True}),
     "columns": ("OrthoLoRATrainer", {"slot": 1}, {"word_layers": "one for each layer", "min_snr": 5.0}),
     "blocks": ("BlockLoRATrainer", {"blocks": 5, "rank": 4, "erasure": 0.2}, {"flip": "half of the pictures"}),
     "lora": ("LoRATrainer", {"rank": 4}, {"gradient_checkpointing": True, "noise_offset": 0.05, "warmup": 3}),
@@ -51,7 +53,7 @@ def lesson(server: HostServer, title: str, loader: dict | None = None, **changes
     if kind != "WordTrainer":
         inputs["learning_rate"] = 1e-3
     prompt["train"] = server.node(kind, **inputs, **TOY, **own, **changes)
-    losses = 1 if kind == "WordTrainer" else 2
+    losses = 1 if kind in ("WordTrainer", "OwnWordTrainer") else 2
     prompt["shown"] = server.node("LossGraphNode", loss=["train", losses], filename_prefix="loss")
     prompt["save"] = server.node("ConceptSave", concept=["train", 0], filename=title, replace=True)
     merge = {"model": ["base", 0], "clip": ["base", 1], "concepts.concept0": ["train", 0], "method": "sum"}
@@ -96,8 +98,12 @@ def loss_of(concept=None, count: int = 32) -> float:
     noisy, wanted = (make(latents, noise, indices) for make in (base.schedule.noisy, base.schedule.target))
     word = concept.recipe.triggers[0] if concept else "dog"
     with customised(base, [concept] if concept else [], [1.0] if concept else []) as tokens:
-        context = base.context([f"a {word} on the beach"] * count, tokens)
-        predicted = base.predict(noisy, base.schedule.times_of(indices), context)
+        prompt = f"a {word} on the beach"
+        context = base.context([prompt] * count, tokens)
+        places = base.word_places(prompt, tokens)
+        said = Said({number: [each.places(places)] * count for number, each in enumerate(tokens.by_word)})
+        with at_own_words(base.layers(("all_linear",), None), tokens.by_word, said):
+            predicted = base.predict(noisy, base.schedule.times_of(indices), context)
     return float((predicted - wanted).square().mean())
 
 
@@ -119,6 +125,7 @@ def test_methods_are_those_that_the_nodes_are_named_for(server, runs):
         runs(title)
         settings[title] = trained(server, title).recipe.training
     assert {title: own["method"] for title, own in settings.items()} == {
+        "ownwords": "own_words",
         "columns": "orthogonal",
         "blocks": "block",
         "lora": "lora",
@@ -228,7 +235,7 @@ def checkpoint(checkpoint, server):
     return {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}}
 
 
-@pytest.mark.parametrize("title", ["columns", "edlora", "custom", "pplus"])
+@pytest.mark.parametrize("title", ["ownwords", "columns", "edlora", "custom", "pplus"])
 def test_the_same_on_stable_diffusion(server, checkpoint, title):
     changes = {"preview_every": 0, "steps": 8, "token_learning_rate": 1e-3}
     prompt = lesson(server, title, loader=checkpoint)
