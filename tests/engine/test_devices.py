@@ -36,7 +36,7 @@ from modular_concepts.toy.base import load_toy_base
 from modular_concepts.training.loop import Keeping, Listeners, train
 from modular_concepts.training.problem import Problem
 from modular_concepts.training.settings import TrainSettings
-from modular_concepts.training.teach import Prior, Subject, prior_examples, train_concept
+from modular_concepts.training.teach import Prior, Subject, company_examples, prior_examples, train_concept
 
 NEAR = 1e-4
 
@@ -176,7 +176,8 @@ def test_the_loss_scaler_and_a_resumed_training_work_on_another_device(device, t
         assert torch.equal(learned(resumed)[name].cpu(), own.cpu()), name
 
 
-def test_a_base_on_another_device_trains_a_concept_that_is_as_from_a_file(device, base, pair):
+@pytest.mark.parametrize("company", [0.0, 1.0])
+def test_a_base_on_another_device_trains_a_concept_that_is_as_from_a_file(device, base, pair, company):
     """Pictures on the CPU, class pictures that the base draws, layer-wise words, rehearsal: as on the CPU."""
     pictures = torch.rand(2, 3, *base.size, generator=seeded(3))
     masks = (torch.rand(2, 1, *base.size, generator=seeded(4)) > 0.4).float()
@@ -185,11 +186,15 @@ def test_a_base_on_another_device_trains_a_concept_that_is_as_from_a_file(device
         "lora", 2, steps=2, batch=1, layerwise=True, flip=True, attention_regularisation=0.1, adapter_lr=1e-2
     )
 
-    def trained(own: BaseModel):
-        prior = prior_examples(own, Prior("man", 1, settings=QUICK))
-        return train_concept(own, replace(subject, prior=prior), settings, Targets(("attention",), ("attention",)))
+    def trained(base: BaseModel, company: float):
+        prior = prior_examples(base, Prior("man", 1, settings=QUICK))
+        taught = replace(subject, prior=prior)
+        if company:
+            taught = replace(taught, company=company_examples(base, subject, Prior("man", 2, settings=QUICK)))
+        chosen = replace(settings, company=company)
+        return train_concept(base, taught, chosen, Targets(("attention",), ("attention",)))
 
-    (here, losses), (there, others) = trained(untrained_base()), trained(base)
+    (here, losses), (there, others) = trained(untrained_base(), company), trained(base, company)
     tensors = [one for own in there.layers.values() for one in (own.lora_up, own.lora_down)]
     assert all(tensor.device.type == "cpu" for tensor in (*tensors, *there.tokens.values()))
     assert torch.allclose(torch.tensor(others.losses), torch.tensor(losses.losses), rtol=NEAR)

@@ -263,6 +263,7 @@ def test_the_command_line_trains_and_draws_on_a_folder(folder, tmp_path, capsys)
         array = (picture.permute(1, 2, 0) * 255).byte().numpy()
         Image.fromarray(array).save(shots / f"{number}.png")
     small = ["--rank", "2", "--steps", "2", "--batch", "1", "--slot", "0", "--text-encoder"]
+    small += ["--company", "0.5", "--company-pictures", "2"]
     command = ["train", str(shots), "--name", "kodo", "--class-word", "dog", "--base", str(folder)]
     assert main([*command, *small, "--out", str(concept)]) == 0
     assert main(["inspect", str(concept)]) == 0

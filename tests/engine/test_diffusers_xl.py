@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from modular_concepts.recording import text_features, usual_text
 from modular_concepts.regions.geometry import Region
 from modular_concepts.sampling import SampleSettings, customised, sample
 from modular_concepts.training.settings import TrainSettings
-from modular_concepts.training.teach import Subject, train_concept
+from modular_concepts.training.teach import Prior, Subject, company_examples, train_concept
 
 diffusers = pytest.importorskip("diffusers")
 PROMPT = "a photo of a dog, on the beach"
@@ -43,7 +44,10 @@ def base(folder):
 def trained(base, **changed):
     pictures = torch.rand(2, 3, 16, 16, generator=seeded(3))
     settings = TrainSettings(rank=2, steps=3, batch=2, slot=0, adapter_lr=0.05, token_lr=0.5, **changed)
-    return train_concept(base, Subject("kodo", pictures, ["a photo of <kodo>"] * 2, "dog"), settings, EVERYWHERE)[0]
+    subject = Subject("kodo", pictures, ["a photo of <kodo>"] * 2, "dog")
+    if settings.company:
+        subject = replace(subject, company=company_examples(base, subject, Prior("dog", 4, settings=QUICK)))
+    return train_concept(base, subject, settings, EVERYWHERE)[0]
 
 
 def test_a_folder_draws_what_its_own_pipeline_draws(folder, base):
@@ -121,6 +125,21 @@ def test_a_concept_is_trained_saved_and_drawn(base, tmp_path, changed):
     with customised(base, [concept], [1.0]) as tokens:
         assert torch.equal(sample(base, [prompt], [5], tokens, QUICK), drawn)
     assert relative_error(drawn, sample(base, ["a photo of dog"], [5], settings=QUICK)) > 1e-3
+
+
+def test_in_company_the_network_is_told_that_the_picture_is_wide(base):
+    """Both encoders read both subjects, and the sizes are those of the canvas."""
+    told = []
+
+    def note(_module, _args, named, _output):
+        told.append(tuple(named["added_cond_kwargs"]["time_ids"][0].tolist()))
+
+    handle = base.unet.register_forward_hook(note, with_kwargs=True)
+    try:
+        trained(base, method="lora", company=1.0)
+    finally:
+        handle.remove()
+    assert set(told[-3:]) == {(16, 32, 0, 0, 16, 32)} and (16, 16, 0, 0, 16, 16) in told
 
 
 def test_whole_weights_are_merged_as_custom_diffusion_merges_them(base):
