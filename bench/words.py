@@ -39,11 +39,12 @@ from modular_concepts.toy.judges import Judges, load_judges
 from modular_concepts.toy.presets import SETTINGS
 from modular_concepts.toy.standard import BY_NAME, STANDARD, StandardConcept, pictures_of
 from modular_concepts.toy.vocabulary import CLASSES, SCENE_PHRASES, SCENES
+from modular_concepts.training.drawn import Prior
 from modular_concepts.training.settings import TrainSettings
-from modular_concepts.training.teach import Subject, train_concept
+from modular_concepts.training.teach import Subject, company_examples, train_concept
 
 EVERYWHERE, TEXT = Targets(("attention", "feed_forward")), Targets(("cross_attention_kv",))
-PICTURES = 12
+PICTURES, COMPANY = 12, 96
 DRAWING = SampleSettings(steps=12, cfg=4.0, batch=24)
 WIDE = replace(DRAWING, width=64, batch=12)
 LOOK_ALIKES = (("tom", "tim"), ("ada", "ida"))
@@ -57,18 +58,24 @@ class Row:
     name: str
     changes: Mapping[str, object]
     targets: Targets = EVERYWHERE
+    company: float = 0.0
 
-    def settings(self, steps: int, slot: int) -> TrainSettings:
-        """The concept's number is its seed, and its slot where the method has slots."""
+    def settings(self, steps: int, slot: int, company: bool = False) -> TrainSettings:
+        """The concept's number is its seed, and its slot where the method has slots.
+
+        company: whether there is any, which places and styles have not.
+        """
         slotted = {"slot": slot} if self.changes["method"] in ("orthogonal", "block") else {}
-        return replace(SETTINGS, steps=steps, seed=slot, **self.changes, **slotted)
+        share = self.company if company else 0.0
+        return replace(SETTINGS, steps=steps, seed=slot, company=share, **self.changes, **slotted)
 
 
 ROWS = (
     Row("lora", {"method": "lora"}),
     Row("orthogonal", {"method": "orthogonal"}),
     Row("block", {"method": "block", "blocks": 15, "erasure": 0.2}),
-    Row("own words", {"method": "own_words"}, TEXT),
+    Row("own words", {"method": "own_words", "adapter_lr": 5e-4}, TEXT),
+    Row("own words, in company", {"method": "own_words", "adapter_lr": 5e-4}, TEXT, 0.5),
 )
 
 
@@ -91,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.train:
         return 0
     table = {row.name: json.loads((args.out / f"{row.name}.json").read_text()) for row in rows}
-    costs = {**sampling_cost(args.out, rows, args.concepts), **training_cost(args.steps)}
+    costs = {**sampling_cost(args.out, rows, args.concepts), **training_cost()}
     _keep(args.out / "words.md", markdown(table, args.steps, len(args.concepts), costs))
     word_sheet(args.out / "words.png", args.out, [row.name for row in rows], LOOK_ALIKES + MIXED)
     sys.stdout.write((args.out / "words.md").read_text())
@@ -115,8 +122,12 @@ def taught(row: Row, concept: StandardConcept, steps: int, out: Path) -> Concept
             fingerprint=f"standard-{concept.name}",
             description=concept.description,
         )
+        base, company = load_toy_base(), row.company > 0 and concept.family in ("person", "subject")
+        if company:
+            drawing = Prior(concept.class_word, COMPANY, 1000, DRAWING)
+            subject = replace(subject, company=company_examples(base, subject, drawing, cache=out / "company"))
         slot = list(BY_NAME).index(concept.name)
-        trained, _ = train_concept(load_toy_base(), subject, row.settings(steps, slot), row.targets)
+        trained, _ = train_concept(base, subject, row.settings(steps, slot, company), row.targets)
         save_concept(trained, file)
     return load_concept(file)
 
@@ -267,7 +278,7 @@ def sampling_cost(out: Path, rows: Sequence[Row], names: Sequence[str], rounds: 
     return {"step": median(ratios)}
 
 
-def training_cost(steps: int, rounds: int = 5) -> dict[str, float]:
+def training_cost(rounds: int = 5) -> dict[str, float]:
     """A training step at own words, in a plain LoRA's of all attention and feed-forward layers."""
     pictures, captions = pictures_of(BY_NAME["tom"])
     subject, base, ratios = Subject("tom", pictures, captions, "man"), load_toy_base(), []
@@ -276,13 +287,10 @@ def training_cost(steps: int, rounds: int = 5) -> dict[str, float]:
         times = []
         for row in (lora, own):
             began = time.process_time()
-            train_concept(base, subject, replace(row.settings(8, 0), **WITHOUT_COMPANY), row.targets)
+            train_concept(base, subject, row.settings(8, 0), row.targets)
             times.append(time.process_time() - began)
         ratios.append(times[1] / times[0])
     return {"training_step": median(ratios)}
-
-
-WITHOUT_COMPANY: dict[str, object] = {}
 
 
 def markdown(table: Mapping[str, Mapping], steps: int, concepts: int, costs: Mapping[str, float]) -> str:

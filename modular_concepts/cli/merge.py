@@ -297,6 +297,8 @@ def run_inspect(args: argparse.Namespace) -> None:
     from ..crosstalk.measures import delta_norm
     from ..crosstalk.report import warnings_between
     from ..merging.as_concept import SAMPLE
+    from ..merging.compatibility import trained_for_words
+    from ..merging.own_words import residuals_of
     from ..models.layers import block_of
     from ..text.learned_word import layers_of
     from ..unread import INSPECT, RECORDED, find_unread
@@ -321,6 +323,8 @@ def run_inspect(args: argparse.Namespace) -> None:
             say(f"  {len(adapters)} layers in {', '.join(blocks)}; size of the change ‖ΔW‖ = {size:.3f}")
         else:
             say("  no layers, the word alone")
+        for residual in residuals_of(concept, 1.0) if trained_for_words(concept) else ():
+            say(f"  acts at {' '.join(residual.triggers)} alone, and nowhere else")
         for word, rows in islice(concept.tokens.items(), MOST_WORDS):
             each = f", for each of {len(rows)} cross-attention layers" if layers_of(rows) else ""
             say(f"  learned word {word}: {rows.shape[-2]} x {rows.shape[-1]}{each}")

@@ -90,6 +90,8 @@ def test_several_become_one_file_and_not_together_with_one_that_acts_everywhere(
     code, _, err = run(capsys, "merge", "tom.safetensors", "rex.safetensors", *options)
     assert code == 0 and "is left out" in err
     assert load_concept("three.safetensors").recipe.method == "own_words"
+    code, out, _ = run(capsys, "inspect", "three.safetensors")
+    assert code == 0 and "acts at <tom> alone" in out and "acts at <rex> alone" in out
     code, _, err = run(capsys, "merge", "tom.safetensors", "--how", "ties", "--out", "ties.safetensors")
     assert code == 2 and "choose the sum" in err
 
