@@ -9,7 +9,8 @@ same with all fifteen merged, as a share of alone) and `drift` (how much more of
 before).  Of two in one wide picture, each in its half: `pair` (the share of halves that are who the prompt says) and
 `mistaken` (that are the other).  Toy base, toy judges: places and styles have no judge of identity, and are told by
 their colours (`Palette`).
-Writes OUT/ROW/CONCEPT.safetensors, OUT/ROW.json, OUT/ROW.pictures.safetensors, OUT/words.md and OUT/words.png.
+Writes OUT/ROW/CONCEPT.safetensors, OUT/ROW.json, OUT/ROW.pictures.safetensors, OUT/words.md, OUT/words.png
+and OUT/first.png.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.methods import _keep
-from bench.word_sheet import word_sheet
+from bench.word_sheet import first_picture, word_sheet
 from modular_concepts.concept import Concept
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.models.base import BaseModel
@@ -101,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     costs = {**sampling_cost(args.out, rows, args.concepts), **training_cost()}
     _keep(args.out / "words.md", markdown(table, args.steps, len(args.concepts), costs))
     word_sheet(args.out / "words.png", args.out, [row.name for row in rows], LOOK_ALIKES + MIXED)
+    asked = {f"{left} {right}": f"a <{left}> and a <{right}>" for left, right in (*LOOK_ALIKES, *MIXED[:2])}
+    first_picture(args.out / "first.png", load_file(args.out / f"{rows[-1].name}.pictures.safetensors"), asked)
     sys.stdout.write((args.out / "words.md").read_text())
     last = rows[-1].name
     print(json.dumps({**{key: table[last][key] for key in FIGURES}, **costs, "rows": table}))
@@ -250,8 +254,6 @@ def drift(base: BaseModel, jury: Jury, trained: Sequence[Concept], everyone: Seq
 
 
 def write_pictures(path: Path, shown: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
     save_file({name: pictures.contiguous() for name, pictures in shown.items()}, path)
 
 
