@@ -96,19 +96,36 @@ def at_own_words(layers: Mapping[str, Layer], residuals: Sequence[WordResidual],
 
 def _hook(name: str, place: Layer, residuals: Mapping[int, WordResidual], where: Where):
     site = place if isinstance(place, Site) else None
+    # What was added to the text that was read last: a sampling reads one text in every step.
+    last: tuple[Tensor, int, Mapping[int, Tensor], list[tuple[Tensor, Tensor]]] | None = None
 
     def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0]
-        for number, index in where(x).items():
-            if number not in residuals:
-                continue
-            down, up = residuals[number].factors(name, x)
-            hidden = x.flatten(0, -2).index_select(0, index)
-            added = F.linear(hidden if down is None else F.linear(hidden, down), up).to(output.dtype)
-            output = _with_rows(output, index, added, site)
+        nonlocal last
+        x, places = args[0], where(args[0])
+        if not places:
+            return output
+        keeps = not (torch.is_grad_enabled() or x.is_inference())
+        if not (keeps and last is not None and last[0] is x and last[1] == x._version and last[2] is places):
+            added = [
+                (index, _product(x, index, residuals[number].factors(name, x)).to(output.dtype))
+                for number, index in places.items()
+                if number in residuals
+            ]
+            last = (x, x._version, places, added) if keeps else None
+        else:
+            added = last[3]
+        for index, rows in added:
+            output = _with_rows(output, index, rows, site)
         return output
 
     return add
+
+
+def _product(x: Tensor, index: Tensor, factors: tuple[Tensor | None, Tensor]) -> Tensor:
+    """(n, out) that a residual adds at some of the tokens of x (B, T, in)."""
+    down, up = factors
+    hidden = x.flatten(0, -2).index_select(0, index)
+    return F.linear(hidden if down is None else F.linear(hidden, down), up)
 
 
 def _with_rows(output: Tensor, index: Tensor, added: Tensor, site: Site | None) -> Tensor:
