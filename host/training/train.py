@@ -147,6 +147,11 @@ def subject_of(dataset: Dataset, name: str, class_word: str, description: str = 
 
 def settings_for(family: Family, rates: Rates, **chosen) -> TrainSettings:
     """The settings that a person chose, with ours for the rest.  Raises AdapterError for values that cannot work."""
+    if chosen.get("method") == OWN_WORDS and family.denoiser.joint:
+        raise AdapterError(
+            f"{family.title} reads text and picture in one attention, so no layer hears a word alone; train an "
+            "orthogonal concept on it"
+        )
     ours: dict[str, Any] = dict(
         adapter_lr=rates.adapter,
         token_lr=rates.token,

@@ -29,10 +29,13 @@ Where = Callable[[Tensor], Mapping[int, Tensor]]
 
 
 def reads_text(name: str) -> bool:
-    """Whether a layer reads the text and nothing else, so that a residual on it can be one word's."""
+    """Whether a layer reads the text and nothing else, so that a residual on it can be one word's.
+
+    In a joint attention the text's tokens have heard the picture, and each other through it.
+    """
     part, _, path = name.partition(".")
     network = network_of(name)
-    return part == "unet" and network is not None and network.tokens_of(path) == TEXTS
+    return part == "unet" and network is not None and not network.joint and network.tokens_of(path) == TEXTS
 
 
 @dataclass(frozen=True, eq=False)

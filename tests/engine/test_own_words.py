@@ -489,3 +489,11 @@ def test_the_report_reads_nothing_where_nothing_is_and_says_what_is_shared():
 def test_all_layers_that_it_trains_read_text():
     assert all(map(reads_text, concept_layers(untrained_base(), KEYS_AND_VALUES)))
     assert not any(map(reads_text, concept_layers(untrained_base(), Targets(("feed_forward",), ("attention",)))))
+
+
+def test_tokens_of_a_joint_attention_have_heard_the_picture():
+    layers = ("context_block.attn.qkv.k", "context_block.mlp.fc1", "x_block.attn.qkv.q")
+    assert not any(reads_text(f"unet.joint_blocks.0.{layer}") for layer in layers)
+    concept = replace(whole("tom"), layers={f"unet.joint_blocks.0.{layers[1]}": new_lora(8, 8, 2, 2.0, seeded(1))})
+    with pytest.raises(AdapterError, match="tom changes no layer that reads the text alone"):
+        split([(concept, 1.0)], "own words")

@@ -14,6 +14,7 @@ from modular_concepts_pack.host.text.words import encode_prompt
 from modular_concepts_pack.host.toy_base import load_toy_base
 from modular_concepts_pack.host.training import train as training
 from modular_concepts_pack.host.training.base import SAMPLER, draw, host_base
+from modular_concepts_pack.modular_concepts.families.sd3 import SD3
 from modular_concepts_pack.modular_concepts.merging.own_words import residuals_of, spoken
 from modular_concepts_pack.modular_concepts.sampling import SampleSettings
 from modular_concepts_pack.nodes.training_form import lora_of
@@ -84,3 +85,10 @@ def test_a_preview_shows_what_is_drawn_with_it_later(trained):
 def test_no_plain_loader_takes_its_layers_for_a_lora(trained):
     _, concept, _, _ = trained
     assert all(key.startswith("own_words.") for key in lora_of(concept))
+
+
+def test_a_family_without_a_layer_for_it_is_refused_by_name():
+    rates = training.Rates(1e-3, 1e-3)
+    with pytest.raises(ValueError, match="Stable Diffusion 3 reads text and picture in one attention"):
+        training.settings_for(SD3, rates, method="own_words", steps=8)
+    assert training.settings_for(SD3, rates, method="lora", steps=8).method == "lora"
