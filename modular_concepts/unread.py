@@ -50,7 +50,7 @@ MERGE: Mapping[str, Read] = MappingProxyType(
 SAMPLE: Mapping[str, Read] = MappingProxyType(
     {
         **dict.fromkeys(("prompt", "concept", "region", "out", "base", "overwrite"), _ALWAYS),
-        ACT_ON.name: _ALWAYS,
+        ACT_ON.name: Read(None, "concept"),
         **_read_declarations(SAMPLED),
     }
 )

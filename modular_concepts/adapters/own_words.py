@@ -53,10 +53,15 @@ class WordResidual:
     owner: int = 0
     _ready: dict = field(default_factory=dict, repr=False)
 
-    def places(self, said: Mapping[str, Sequence[int]]) -> list[int]:
-        """said: trigger word -> where it stands in a text, as `Base.word_places` gives it."""
-        mine = {trigger.lower() for trigger in self.triggers}
-        return sorted(place for word, places in said.items() if word.lower() in mine for place in places)
+    def places(self, said: Mapping[str, Sequence[int]], by_case: bool = False) -> list[int]:
+        """said: trigger word -> where it stands in a text, as `Base.word_places` gives it.
+
+        by_case: whether it tells words apart that differ in capitals alone, as headless bases do.
+        """
+        mine = set(self.triggers) if by_case else {trigger.lower() for trigger in self.triggers}
+        return sorted(
+            place for word, places in said.items() if (word if by_case else word.lower()) in mine for place in places
+        )
 
     def factors(self, layer: str, like: Tensor) -> tuple[Tensor | None, Tensor]:
         """(down, up) of a layer on the device and in the dtype of `like`, strength and scale in `up`; kept.

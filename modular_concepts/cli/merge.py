@@ -139,7 +139,7 @@ def run_merge(args: argparse.Namespace) -> None:
     from ..merging.block_strengths import unfelt
     from ..merging.fusion import EXACT as LEAST_RIDGE
     from ..merging.methods import Merge
-    from ..merging.own_words import split
+    from ..merging.own_words import as_acting, split, words_of
     from ..stack import Stack
     from ..storage.names import resolved
     from ..text.ordinary import tell_taken_words
@@ -160,12 +160,13 @@ def run_merge(args: argparse.Namespace) -> None:
     check_together(concepts)
     base = base_named(args.base) if args.base is not None else None
     act_on = args.act_on or ACT_ON.default
+    acting = [as_acting(concept, act_on) for concept in concepts]
     typed = [name for name in MERGE if getattr(args, name) not in (None, False, "")]
     for sentence in [
         *find_unread(MERGE, typed, args.how, called=spell_flag),
         *split(Stack(zip(concepts, strengths, strict=True)), act_on, args.how).notes,
         *unfelt([concept.name for concept in concepts], strengths),
-        *warnings_between(concepts),
+        *warnings_between(acting),
         *(warnings_on_base(concepts, base.hash, base.sample, base.architecture) if base else []),
         *(tell_taken_words([word for concept in concepts for word in concept.tokens], base.ordinary) if base else []),
     ]:
@@ -177,11 +178,11 @@ def run_merge(args: argparse.Namespace) -> None:
     folder(args.out.parent)
     with take_free_names(args.overwrite):
         save_concept(merged, args.out)
-    names, words = listed([concept.name for concept in concepts], 20, " + "), listed(merged.tokens, 20, " ")
+    names, words = listed([concept.name for concept in concepts], 20, " + "), listed(words_of(merged), 20, " ")
     say(f"wrote {args.out}: {names}; triggers {words or 'none'}")
     if args.how == "svd":
         say(_say_kept(merged, concepts, strengths, options))
-    say_crosstalk(concepts)
+    say_crosstalk(acting)
 
 
 def _gather_evidence(args: argparse.Namespace, concepts: Sequence, paths: Sequence[Path], base) -> Evidence:

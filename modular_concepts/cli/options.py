@@ -80,7 +80,10 @@ def choose_preset(args: argparse.Namespace, usual: TrainSettings, suit: Callable
     if args.company_pictures is not None:
         COMPANY_PICTURES.check(args.company_pictures, "--company-pictures")
         preset = replace(preset, company_pictures=args.company_pictures)
-    if args.compact and preset.settings.method in ("lora", "words"):
+    without = preset.settings.method in ("lora", "words") or (
+        preset.settings.method == "own_words" and preset.settings.slot is None
+    )
+    if args.compact and without:
         raise AdapterError(
             f"--compact leaves out what the recipe gives back, and method {preset.settings.method} has nothing of the "
             "kind; leave --compact away"

@@ -15,7 +15,7 @@ from ..families.toy import TOY
 from ..settings import drawing
 from ..settings.merging import ACT_ON
 from ..typed import read_number
-from .declared import add_option
+from .declared import add_option, spell_flag
 from .paths import (
     add_overwrite,
     base_named,
@@ -150,14 +150,14 @@ def _find_unfelt(concepts: Sequence, strengths: Sequence[float]) -> list[str]:
 
 def _find_unheard(stack, args: argparse.Namespace, regions: Sequence, gated: bool, act_on: str) -> list[str]:
     """Sentences on concepts that no prompt calls, and on what is left out of those that act at their own words."""
-    from ..merging.own_words import split
+    from ..merging.own_words import notes_on_gated, split
     from ..regions.assignment import unheard
 
     divided = split(stack, act_on)
     owners = {residual.owner for residual in divided.by_word}
     way_out = "draw with --mode merged, where it acts everywhere"
-    sentences = unheard(stack, args.prompt, regions, gated, way_out, owners)
-    return sentences if gated else [*sentences, *divided.notes]
+    sentences = unheard(stack, args.prompt, regions, gated, way_out, owners, args.negative)
+    return [*sentences, *(notes_on_gated(stack, act_on) if gated else divided.notes)]
 
 
 def _find_unread(args: argparse.Namespace) -> list[str]:
@@ -165,8 +165,9 @@ def _find_unread(args: argparse.Namespace) -> list[str]:
     from ..unread import SAMPLE, find_unread
 
     typed = [name for name in SAMPLE if getattr(args, name) not in (None, "", [])]
-    present = [*(["region"] if args.region else []), *([drawing.GUIDANCE] if args.cfg != 1 else [])]
-    return find_unread(SAMPLE, typed, present=present, called=lambda name: f"--{name}")
+    present = [name for name in ("region", "concept") if getattr(args, name)]
+    present += [*([drawing.GUIDANCE] if args.cfg != 1 else [])]
+    return find_unread(SAMPLE, typed, present=present, called=spell_flag)
 
 
 def _find_odd_prompts(args: argparse.Namespace) -> list[str]:

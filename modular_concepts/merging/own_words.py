@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,9 @@ from .compatibility import WordRows, trained_for_words
 EVERYWHERE, OWN_WORDS = ACT_ON.choices
 PARTS = "own_words"  # in the origin of several concepts in one file: [[triggers, rank], ...]
 SUM = "sum"
+MOST_WORDS = 200  # of one file; each is looked for in every prompt
+ENCODER, READERS = "the text encoder", "layers that read the picture or in the text encoder"
+ENCODER_LAYERS = "text_encoder"  # how their names begin
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,7 @@ def split(stack: Stack, act_on: str = EVERYWHERE, how: str = SUM) -> Split:
                 "everywhere, so choose the sum"
             )
         by_word += residuals_of(concept, strength, number)
-        notes += _note_left_out(concept)
+        notes += _note_left_out(concept, READERS, lambda name: not reads_text(name))
     return Split(Stack(everywhere), tuple(by_word), tuple(notes))
 
 
@@ -65,14 +68,38 @@ def split_gated(stack: Stack, act_on: str = EVERYWHERE) -> list[WordResidual]:
     ]
 
 
+def notes_on_gated(stack: Stack, act_on: str = EVERYWHERE) -> list[str]:
+    """A sentence for each concept whose text encoder's layers are left out, for they change all words of a text."""
+    sentences = []
+    for concept, _ in stack:
+        if acts_by_word(concept, act_on):
+            sentences += _note_left_out(concept, ENCODER, lambda name: name.startswith(ENCODER_LAYERS))
+    return sentences
+
+
+def as_acting(concept: Concept, act_on: str = EVERYWHERE) -> Concept:
+    """The concept with what of it acts: at its own words alone where that is chosen, else as it is."""
+    if trained_for_words(concept) or not acts_by_word(concept, act_on):
+        return concept
+    layers = {name: adapter for name, adapter in concept.layers.items() if reads_text(name)}
+    return replace(concept, layers=layers, recipe=replace(concept.recipe, method=METHOD))
+
+
 def acts_by_word(concept: Concept, act_on: str = EVERYWHERE) -> bool:
     """Whether a concept acts at its own words alone: as it was trained, or since that was chosen and it has some."""
     return trained_for_words(concept) or (act_on == OWN_WORDS and bool(concept.layers and words_of(concept)))
 
 
 def words_of(concept: Concept) -> tuple[str, ...]:
-    """The words that call a concept."""
-    return tuple(dict.fromkeys([*concept.tokens, *concept.recipe.triggers]))
+    """The words that call a concept, each in one spelling: the learned one's, where it is learned."""
+    spellings: dict[str, str] = {}
+    for word in (*concept.tokens, *concept.recipe.triggers):
+        spellings.setdefault(word if word in concept.tokens else word.lower(), word)
+    return tuple(word for key, word in spellings.items() if word in concept.tokens or key not in _folded(concept))
+
+
+def _folded(concept: Concept) -> set[str]:
+    return {word.lower() for word in concept.tokens}
 
 
 def residuals_of(concept: Concept, strength: float, owner: int = 0) -> list[WordResidual]:
@@ -84,6 +111,10 @@ def residuals_of(concept: Concept, strength: float, owner: int = 0) -> list[Word
     words, layers = words_of(concept), {name: each for name, each in concept.layers.items() if reads_text(name)}
     if not words:
         raise AdapterError(f"{concept.name} acts at its own words alone and has none; train it anew")
+    if len(words) > MOST_WORDS:
+        raise AdapterError(
+            f"{concept.name} has {len(words)} trigger words; at own words a concept has at most {MOST_WORDS}"
+        )
     if not layers:
         raise AdapterError(
             f"{concept.name} changes no layer that reads the text alone (keys and values of cross-attention), so it "
@@ -108,10 +139,10 @@ def parts_in(concept: Concept) -> list[tuple[tuple[str, ...], int]]:
     noted = concept.recipe.origin.get(PARTS) if concept.recipe.method == METHOD else None
     if noted is None:
         return []
-    parts = []
+    parts, words = [], set(words_of(concept))
     for entry in noted if isinstance(noted, list) else [None]:
         triggers, rank = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        if not isinstance(triggers, list) or not triggers or any(word not in words_of(concept) for word in triggers):
+        if not isinstance(triggers, list) or not triggers or not _all_in(triggers, words):
             raise AdapterError(f"{concept.name}: which words its parts have cannot be read; the file is damaged")
         if type(rank) is not int or rank < 1:
             raise AdapterError(f"{concept.name}: the rank of its part {triggers[0]} is damaged")
@@ -124,6 +155,10 @@ def parts_in(concept: Concept) -> list[tuple[tuple[str, ...], int]]:
                 "damaged"
             )
     return parts
+
+
+def _all_in(triggers: Sequence[object], words: Collection[str]) -> bool:
+    return all(isinstance(trigger, str) and trigger in words for trigger in triggers)
 
 
 def check_own_words(concept: Concept) -> None:
@@ -147,10 +182,9 @@ def spoken(words: Collection[LearnedWord], by_word: Sequence[WordResidual], word
     Raises AdapterError for a trigger that the base does not know.
     """
     rows: dict[str, Tensor] = {word.trigger: word.rows for word in words}
-    there = {trigger.lower() for trigger in rows}
     for residual in by_word:
         for trigger in residual.triggers:
-            if trigger.lower() in there:
+            if trigger in rows:
                 continue
             ordinary = word_rows(trigger)
             if not len(ordinary):
@@ -158,7 +192,6 @@ def spoken(words: Collection[LearnedWord], by_word: Sequence[WordResidual], word
                     f"{residual.name}: the base does not know its trigger word {trigger}, so it can act nowhere"
                 )
             rows[trigger] = ordinary
-            there.add(trigger.lower())
     return Spoken(rows, by_word)
 
 
@@ -184,23 +217,23 @@ def in_one_file(concept: Concept, residuals: Sequence[WordResidual]) -> Concept:
     return replace(concept, layers=layers, recipe=recipe)
 
 
-def _note_left_out(concept: Concept) -> list[str]:
+def _note_left_out(concept: Concept, where: str, is_left_out: Callable[[str], bool]) -> list[str]:
     energies = {name: measure_energy(adapter) for name, adapter in concept.layers.items()}
-    rest = sum(energy for name, energy in energies.items() if not reads_text(name))
+    rest = sum(energy for name, energy in energies.items() if is_left_out(name))
     share = rest / (sum(energies.values()) or 1.0)
     if not rest:
         return []
-    return [
-        f"{concept.name}: {share:.0%} of its energy is in layers that read the picture or in the text encoder, which "
-        "no word can hold, and is left out"
-    ]
+    return [f"{concept.name}: {share:.0%} of its energy is in {where}, which no word can hold, and is left out"]
 
 
 def _columns(adapter: LowRank, first: int, count: int) -> LowRank:
     """Some columns between an adapter's factors, as loud as they are in it."""
     chosen = slice(first, first + count)
     return adapter.replace(
-        lora_up=adapter.lora_up[:, chosen], lora_down=adapter.lora_down[chosen], alpha=adapter.scale * count
+        lora_up=adapter.lora_up[:, chosen],
+        lora_down=adapter.lora_down[chosen],
+        alpha=adapter.scale * count,
+        kind="lora" if adapter.kind == "full" else adapter.kind,  # some columns of an identity are none
     )
 
 

@@ -40,16 +40,18 @@ def unheard(
     gated: bool,
     way_out: str,
     by_word: Collection[int] = (),
+    negative: str = "",
 ) -> list[str]:
     """A sentence for each concept of a stack that no prompt calls and no region names, and for names without effect.
 
     gated: whether concepts act where they are called alone; otherwise they are in the weights, and act everywhere.
     way_out: how a concept without a trigger word is made to act, in gated mode.
-    by_word: numbers of concepts that act at their own words alone, in either mode.
+    by_word: numbers of concepts that act at their own words alone, in either mode, and in the negative prompt too.
     """
     sentences = []
     everywhere = {number for text in (prompt, *(region.prompt for region in regions)) for number in called(stack, text)}
     acts = {number for numbers in acting(stack, prompt, regions) for number in numbers} if gated else set()
+    acts |= {number for number in called(stack, negative) if number in by_word}
     for number, (concept, strength) in enumerate(stack):
         words = listed(dict.fromkeys([*concept.tokens, *concept.recipe.triggers]))
         if strength == 0 or number in acts or (not gated and (number in everywhere or not words)):

@@ -84,7 +84,7 @@ class Speaking:
             return NOTHING_SAID
         places = {prompt: self.base.word_places(prompt, self.tokens) for prompt in dict.fromkeys(rows)}
         return Said(
-            {number: [self.residuals[number].places(places[row]) for row in rows] for number in self.active[text]}
+            {number: [self.residuals[number].places(places[row], True) for row in rows] for number in self.active[text]}
         )
 
     def _context(self, text: int, prompts: Sequence[str]) -> Context:

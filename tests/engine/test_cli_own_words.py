@@ -3,12 +3,16 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from laws import seeded
 from test_cli import run
 from untrained_toy import filled_concept, write_untrained
 
+from modular_concepts.adapters.low_rank import new_lora
 from modular_concepts.adapters.own_words import reads_text
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.toy import model
+from modular_concepts.toy.base import load_toy_base
 
 Image = pytest.importorskip("PIL.Image")
 QUICK = ("--steps", "2", "--batch", "2")
@@ -94,6 +98,39 @@ def test_several_become_one_file_and_not_together_with_one_that_acts_everywhere(
     assert code == 0 and "acts at <tom> alone" in out and "acts at <rex> alone" in out
     code, _, err = run(capsys, "merge", "tom.safetensors", "--how", "ties", "--out", "ties.safetensors")
     assert code == 2 and "choose the sum" in err
+
+
+def test_a_compact_file_that_would_leave_out_nothing_is_refused_before_a_step(here, capsys):
+    train = ("train", "pictures", "--name", "z", "--class-word", "man", "--method", "own_words", "--compact", *QUICK)
+    code, _, err = run(capsys, *train)
+    assert code == 2 and "leave --compact away" in err and not (here / "concepts/z.safetensors").exists()
+
+
+def test_what_acts_by_region_and_word_is_told_what_it_loses(here, capsys):
+    whole = load_concept("rex.safetensors")
+    options = {"act_on": "own words", "region": "0,0,0.5,1:a <rex>"}
+    _, err = shown(capsys, "a.png", "a man", "rex.safetensors", **options)
+    assert "read the picture" not in err
+    encoder = load_toy_base().layers(("attention",), ("attention",))
+    name = next(layer for layer in encoder if layer.startswith("text_encoder"))
+    out, inp = encoder[name].weight.shape
+    adapter = new_lora(out, inp, 2, None, seeded(3)).replace(lora_up=torch.ones(out, 2))
+    save_concept(replace(whole, layers={**whole.layers, name: adapter}), "deep.safetensors")
+    _, err = shown(capsys, "b.png", "a man", "deep.safetensors", **options)
+    assert "of its energy is in the text encoder, which no word can hold" in err
+
+
+def test_the_negative_prompt_calls_it_too_and_the_option_needs_a_concept(here, capsys):
+    _, err = shown(capsys, "a.png", "a man", "tom.safetensors", negative="<tom>")
+    assert "acts nowhere" not in err
+    _, err = shown(capsys, "b.png", "a man", act_on="own words")
+    assert "--act-on changes nothing without --concept" in err
+
+
+def test_a_merge_at_own_words_is_told_as_it_was_made(here, capsys):
+    options = ("--act-on", "own words", "--out", "pair.safetensors", "--overwrite")
+    code, out, err = run(capsys, "merge", "tom.safetensors", "rex.safetensors", *options)
+    assert code == 0 and "acts everywhere" not in err and "crosstalk tom and rex: 0.0000" in out
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])

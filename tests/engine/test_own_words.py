@@ -22,7 +22,7 @@ from modular_concepts.files.diffusers import export_diffusers
 from modular_concepts.files.kohya import export_kohya
 from modular_concepts.merging.as_concept import merged_concept
 from modular_concepts.merging.orthogonalize import orthogonal_concepts
-from modular_concepts.merging.own_words import split, spoken
+from modular_concepts.merging.own_words import residuals_of, split, spoken, words_of
 from modular_concepts.models.schedules import NoiseSchedule
 from modular_concepts.models.targets import Targets, concept_layers
 from modular_concepts.regions.geometry import Region
@@ -119,6 +119,43 @@ def test_hooks_end_also_by_an_exception_and_the_base_stays():
         drawn(NAMES, "a <tom>", callback=stop)
     drawn(NAMES, "a <tom>")
     assert traces(untrained_base()) == before
+
+
+def test_words_that_differ_in_capitals_alone_are_two_words():
+    loud = replace(worded("tim"), name="TOM", tokens={"<TOM>": worded("tim").tokens["<tim>"]})
+    loud = replace(loud, recipe=replace(loud.recipe, triggers=("<TOM>",)))
+    alone = drawn(["tom"], "a <tom> on the beach")
+    assert torch.equal(drawn((), "a <tom> on the beach", concepts=[worded("tom"), loud]), alone)
+    both = drawn((), "a <TOM> and a <tom>", concepts=[worded("tom"), loud])
+    assert relative_error(both, drawn((), "a <TOM> and a <tom>", [1.0, 0.5], concepts=[worded("tom"), loud])) > 0
+    # A trigger that is noted in capitals is the learned word all the same.
+    noted = replace(worded("tom"), recipe=replace(worded("tom").recipe, triggers=("<TOM>",)))
+    assert words_of(noted) == ("<tom>",)
+    assert torch.equal(drawn((), "a <tom> on the beach", concepts=[noted]), alone)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_file_of_more_words_than_anyone_says_is_refused_at_once(tmp_path, parts):
+    triggers = tuple(f"word{number}" for number in range(20_000))
+    origin = {"own_words": [[list(triggers), 2]]} if parts else {}
+    broken = replace(worded("tom"), recipe=replace(worded("tom").recipe, triggers=triggers, origin=origin))
+    with pytest.raises(AdapterError, match="20001 trigger words; at own words a concept has at most 200"):
+        save_concept(broken, tmp_path / "b.safetensors")
+
+
+def test_parts_of_whole_weights_act_as_their_columns_do():
+    wide = {name: filled_adapter("full", *one.weight_shape, 1) for name, one in worded("tom").layers.items()}
+    rank = next(iter(wide.values())).rank
+    parts = [[["<tom>"], rank // 2], [["<ann>"], rank - rank // 2]]
+    recipe = replace(worded("tom").recipe, triggers=("<tom>", "<ann>"), origin={"own_words": parts})
+    both = replace(worded("tom"), layers=wide, recipe=recipe)
+    first, second = residuals_of(both, 1.0)
+    text = torch.randn(1, 3, 128, generator=seeded(9))
+    for name, adapter in wide.items():
+        summed = sum(
+            F.linear(F.linear(text, down), up) for down, up in (one.factors(name, text) for one in (first, second))
+        )
+        assert relative_error(summed, adapter.residual(text)) < 1e-4
 
 
 # --- others at their own words ------------------------------------------------------------------------------
