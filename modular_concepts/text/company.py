@@ -40,7 +40,7 @@ _WORD = re.compile(r"[^\s,.;:!?|]+|[,.;:!?|]")
 
 
 @dataclass(frozen=True)
-class Spoken:
+class Phrased:
     """A caption in three: before, the phrase for the concept, after; together they are the caption."""
 
     before: str
@@ -62,7 +62,7 @@ class Spoken:
         return f"{self.before} " if touches else self.before
 
 
-def spoken(caption: str, trigger: str, class_word: str = "") -> Spoken:
+def phrased(caption: str, trigger: str, class_word: str = "") -> Phrased:
     """Find the phrase for the concept: from its article to the first word for a place, or to a comma.
 
     The class word beside the trigger belongs to it.  Where the trigger names a place or a style ("a man on <mars>",
@@ -77,9 +77,9 @@ def spoken(caption: str, trigger: str, class_word: str = "") -> Spoken:
         start, left = left[-len(nouns)].start(), left[: -len(nouns)]
     start, left = _with_article(start, left)
     if (left and left[-1][0].lower() in PLACES) or _is_style(left, right):
-        return Spoken("", caption, "")
+        return Phrased("", caption, "")
     end = _end(end, right)
-    return Spoken(caption[:start], caption[start:end], caption[end:])
+    return Phrased(caption[:start], caption[start:end], caption[end:])
 
 
 def subjects_beside(class_word: str, count: int, subjects: Sequence[str] = SUBJECTS) -> list[str]:

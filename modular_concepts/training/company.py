@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import AdapterError
 from ..models.base import Base
 from ..settings.training import COMPANY_PICTURES
-from ..text.company import Spoken, spoken
+from ..text.company import Phrased, phrased
 from ..text.triggers import replaced
 from .drawn import Prior, drawn_latents, drawn_pictures, fingerprint_of, how_drawn
 
@@ -44,7 +44,7 @@ class Company:
 
     latents: Mapping[int, Tensor]
     mates: Sequence[Mate]
-    captions: Mapping[str, Spoken]
+    captions: Mapping[str, Phrased]
     fingerprint: str
 
     def check(self, latents: Tensor | Sequence[Tensor], captions: Sequence[str]) -> None:
@@ -94,7 +94,7 @@ def check_reach(base: Base, captions: Sequence[str], class_word: str, tokens: Ma
     (trigger,) = tokens
     longest = max(base.company(class_word, COMPANY_PICTURES.default), key=len)
     texts = list(dict.fromkeys(captions))
-    beside = [spoken(text, trigger, class_word).beside(longest, left=False) for text in texts]
+    beside = [phrased(text, trigger, class_word).beside(longest, left=False) for text in texts]
     alone, both = (base.trigger_positions(each, tokens).ge(0).all(dim=1).tolist() for each in (texts, beside))
     for text, fits, fits_beside in zip(texts, alone, both, strict=True):
         if fits and not fits_beside:
@@ -118,9 +118,9 @@ def company_for(
     heights: of the concept's pictures, in pixels; the drawn ones are scaled to each that there is.
     cache: a folder to keep them in, as latents; the next training draws none.
     """
-    parts = {caption: spoken(caption, trigger, drawing.class_word) for caption in captions}
+    parts = {caption: phrased(caption, trigger, drawing.class_word) for caption in captions}
     mates = _invite(list(parts.values()), base.company(drawing.class_word, drawing.count))
-    prompts = [replaced(Spoken(mate.before, "", mate.after).of(mate.phrase), {trigger: mate.phrase}) for mate in mates]
+    prompts = [replaced(Phrased(mate.before, "", mate.after).of(mate.phrase), {trigger: mate.phrase}) for mate in mates]
     sizes = [_scaled(drawing.size(base), height, base.multiple) for height in sorted(set(heights))]
 
     def draw_anew() -> list[Tensor]:
@@ -133,7 +133,7 @@ def company_for(
     return Company({group.shape[-2]: group for group in groups}, mates, parts, fingerprint_of(made))
 
 
-def _invite(captions: Sequence[Spoken], phrases: Sequence[str]) -> list[Mate]:
+def _invite(captions: Sequence[Phrased], phrases: Sequence[str]) -> list[Mate]:
     """The same number of them in all surroundings that the captions name."""
     surroundings = list(dict.fromkeys((caption.before, caption.after) for caption in captions))
     places = [surroundings[number * len(surroundings) // len(phrases)] for number in range(len(phrases))]

@@ -23,7 +23,7 @@ from modular_concepts.errors import AdapterError
 from modular_concepts.families import SD15, SDXL, TOY
 from modular_concepts.models.targets import Targets
 from modular_concepts.sampling import SampleSettings
-from modular_concepts.text.company import spoken, subjects_beside
+from modular_concepts.text.company import phrased, subjects_beside
 from modular_concepts.toy.vocabulary import CLASSES
 from modular_concepts.training.batches import draw_batches
 from modular_concepts.training.checkpoint import checkpoint_settings
@@ -70,7 +70,7 @@ BESIDE = {
 
 @pytest.mark.parametrize("caption", BESIDE)
 def test_a_caption_names_both_in_the_order_of_their_places(caption):
-    said = spoken(caption, "<tom>", "man")
+    said = phrased(caption, "<tom>", "man")
     assert said.before + said.phrase + said.after == caption
     assert (said.beside("a dog", True), said.beside("a dog", False), said.of("a dog")) == BESIDE[caption]
 
@@ -243,7 +243,7 @@ def accompanied(problem, **changed):
 
     heard = with_base(problem, context=read(context), trigger_positions=read(positions))
     latents = {height: torch.randn(3, 4, height, 7, generator=seeded(height)) for height in (4, 6)}
-    captions = {caption: spoken(caption, "<x>") for caption in problem.examples.captions}
+    captions = {caption: phrased(caption, "<x>") for caption in problem.examples.captions}
     mates = [Mate("a man", "", ""), Mate("the man", "", ""), Mate("man", "", " on the beach")]
     return replace(heard, company=Company(latents, mates, captions, "of-three"), **changed)
 
