@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from modular_concepts.adapters.basis import OrthogonalBasis
 from modular_concepts.adapters.low_rank import KINDS, LowRank, block_rows, new_full
+from modular_concepts.adapters.own_words import reads_text
 from modular_concepts.concept import Concept, Recipe
 
 BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
@@ -65,9 +68,25 @@ def build_concept(kind: str = "orthogonal", tokens: bool = True) -> Concept:
     return Concept("kodo the dog", layers, words, recipe)
 
 
+def build_own_words(parts: bool = False) -> Concept:
+    """For its own words alone; parts: two of them in one file."""
+    concept = build_concept("lora")
+    layers = {name: adapter for name, adapter in concept.layers.items() if reads_text(name)}
+    origin = (
+        {**concept.recipe.origin, "own_words": [[["<kodo>"], 1], [["<fell>"], 3]]} if parts else concept.recipe.origin
+    )
+    recipe = replace(concept.recipe, method="own_words", slot=None, slot_policy=None, origin=origin)
+    return replace(concept, layers=layers, recipe=recipe)
+
+
 @pytest.fixture
 def make_concept():
     return build_concept
+
+
+@pytest.fixture
+def make_own_words():
+    return build_own_words
 
 
 @pytest.fixture(params=KINDS)

@@ -26,7 +26,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -46,6 +46,7 @@ from modular_concepts.adapters.low_rank import (
     new_lora,
     new_orthogonal,
 )
+from modular_concepts.adapters.own_words import reads_text
 from modular_concepts.concept import Concept, Recipe, check_concept
 from modular_concepts.crosstalk.measures import crosstalk_table
 from modular_concepts.data.dataset import Dataset, load_folder
@@ -629,6 +630,16 @@ def _write_locon(place: Path) -> Path:
     return place / "locon.safetensors"
 
 
+def _write_own_words(place: Path) -> Path:
+    """Two concepts for their own words in one file."""
+    pair = []
+    for concept in (made_concept(mixed=False), _partner()):
+        layers = {name: adapter for name, adapter in concept.layers.items() if reads_text(name)}
+        pair.append(replace(concept, layers=layers, recipe=replace(concept.recipe, method="own_words")))
+    save_concept(merged_concept("both", pair, [1.0, 0.5]), place / f"kodo{SUFFIX}")
+    return place / f"kodo{SUFFIX}"
+
+
 def _write_basis(place: Path) -> Path:
     basis = {str(width): OrthogonalBasis().columns(width, range(width)).mT.contiguous() for width in (8, 24)}
     (place / "basis.safetensors").write_bytes(save(basis))
@@ -756,6 +767,7 @@ def _as_concept(path: Path) -> Concept:
 KINDS: dict[str, Kind] = {
     "concept": Kind(_written(save_concept), _as_concept, use_file, changed_file),
     "compact": Kind(_written(lambda c, p: save_concept(c, p, compact=True)), _as_concept, use_file, changed_file),
+    "own words": Kind(_write_own_words, _as_concept, use_file, changed_file),
     "kohya": Kind(_written(export_kohya), _as_concept, use_file, changed_file),
     "diffusers": Kind(_written(export_diffusers), _as_concept, use_file, changed_file),
     "locon": Kind(_write_locon, _as_concept, use_file, changed_file),

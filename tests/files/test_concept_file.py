@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from modular_concepts.adapters.basis import OrthogonalBasis, hashed_indices, slot_indices
 from modular_concepts.concept import Recipe
@@ -39,6 +40,16 @@ def test_golden_file_of_version_1_is_written_and_read_the_same_for_ever(make_con
     assert load_concept(golden).about == ABOUT
     save_concept(concept, tmp_path / "again.safetensors", compact)
     assert (tmp_path / "again.safetensors").read_bytes() == golden.read_bytes()
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["one", "several"])
+def test_golden_file_of_own_words_is_written_and_read_the_same_for_ever(make_own_words, same_concept, tmp_path, parts):
+    golden = GOLDEN / f"concept-v1-own-words{'-parts' * parts}.safetensors"
+    concept = make_own_words(parts)
+    same_concept(load_concept(golden), concept)
+    save_concept(concept, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == golden.read_bytes()
+    assert all(key.startswith("own_words.lora_unet_") for key in load_file(golden))
 
 
 @pytest.mark.parametrize("file", ["concept-v1.safetensors", "concept-v1-compact.safetensors"])
