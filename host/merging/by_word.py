@@ -31,6 +31,7 @@ from ..text.word_places import NOTE, Wording, WordingCond, wording_of
 from ..text.words import words_in
 
 BY_WORD = "modular_concepts_by_word"  # attachment of a MODEL, wrappers, and in transformer_options the `Drawing`
+WATCH = "modular_concepts_by_word_watch"  # attachment: `Called`
 WORDING = "modular_concepts_wording"  # `Wording` in model_conds, or in a CONDITIONING that comes with one
 NO_WORDS = Wording(1, 0, {})
 
@@ -86,6 +87,7 @@ def let_act(model: comfy.model_patcher.ModelPatcher, acting: Sequence[AtWords]) 
     if not acting:
         return
     model.set_attachments(BY_WORD, (*acting_in(model), *acting))
+    model.set_attachments(WATCH, Called("concepts at their own words", "leave them out"))
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, _outer_sample), (WrappersMP.APPLY_MODEL, _apply)):
         model.remove_wrappers_with_key(kind, BY_WORD)
         model.add_wrapper_with_key(kind, BY_WORD, wrapper)
@@ -101,20 +103,25 @@ def acting_in(model: comfy.model_patcher.ModelPatcher) -> tuple[AtWords, ...]:
 class Drawing:
     """One sampling: what acts in it, and where each call of the network says it."""
 
-    def __init__(self, acting: Sequence[AtWords]):
+    def __init__(self, acting: Sequence[AtWords], watch: Called):
         # With factors of this sampling alone, which leave the device with it.
         residuals = [one.residual for one in acting]
         self.residuals = [
             WordResidual(each.name, each.triggers, each.layers, each.strength, each.owner) for each in residuals
         ]
-        self.acting = acting
+        self.acting, self.watch = acting, watch
         self.places = {name: place for one in acting for name, place in one.places.items()}
-        self.watch = Called("concepts at their own words", "leave them out")
-        self._found: dict[tuple, Said] = {}
+        self._found: dict[tuple, Said | None] = {}
 
     @contextmanager
     def attached(self, network: nn.Module, call: Call) -> Generator[None]:
-        """A block in which a network, the model's own or a copy on another device, has the residuals."""
+        """A block in which a network, the model's own or a copy on another device, has the residuals that are said."""
+        if call.key not in self._found:
+            self._found[call.key] = self._find(call)
+        where = self._found[call.key]
+        if where is None:
+            yield
+            return
         self.watch.look_at(network, call.options)
         layers = {name: place.found_in(network) for name, place in self.places.items()}
         heard: set[str] = set()
@@ -122,30 +129,22 @@ class Drawing:
             for name, place in layers.items():
                 module = place.module if isinstance(place, Site) else place
                 stack.callback(module.register_forward_hook(lambda *_, name=name: heard.add(name)).remove)
-            stack.enter_context(at_own_words(layers, self.residuals, lambda text: self._where(text, call)))
+            stack.enter_context(at_own_words(layers, self.residuals, lambda text: where(call.checked(text))))
             stack.enter_context(uncompiled())
             yield
         self.watch.count([name for name in layers if name not in heard], len(layers))
 
-    def _where(self, text: Tensor, call: Call) -> Mapping[int, Tensor]:
-        """`own_words.Where` of a text (B, T, D) that a layer reads in a call."""
-        if call.key not in self._found:
-            self._found[call.key] = Said(self._find(call))
-        numbers = self._found[call.key](text)
-        if numbers:
-            call.check(text)
-        return numbers
-
-    def _find(self, call: Call) -> dict[int, list[list[int]]]:
-        """Number of each residual -> for each row of the batch where in it its words stand."""
+    def _find(self, call: Call) -> Said | None:
+        """Where the rows of a call's batch say which residual's words; None where they say none."""
         prompts = call.prompts()
-        return {
+        places = {
             number: [
                 sorted(place for part in parts if one.acts_in(part.text) for place in part.places(one.residual))
                 for parts in (prompts[row % len(prompts)] for row in range(call.rows))
             ]
             for number, one in enumerate(self.acting)
         }
+        return Said(places) if any(any(rows) for rows in places.values()) else None
 
 
 class Part(NamedTuple):
@@ -177,20 +176,23 @@ class Call:
         self.options, self.rows, self.chunks = options, rows, chunks
         patches = text_patches_in(options)
         layers = next((patch.layers for patch in patches if isinstance(patch, PickLayer)), 1)
-        lengthening = [one for one in _owners(patches) if hasattr(one, "wordings")]
+        lengthening = _lengthening(patches)
         self.behind = lengthening[0].wordings(options) if lengthening else [[] for _ in chunks]
         self.tokens = context.shape[1] // layers
         everything = [*(wording for wording, _ in chunks), *(each for behind in self.behind for _, each in behind)]
         self.key = (rows, self.tokens, *(id(wording) for wording in everything), *(count for _, count in chunks))
 
-    def check(self, text: Tensor) -> None:
-        """Raise AdapterError for a text (B, T, D) that is none of the call's own."""
+    def checked(self, text: Tensor) -> Tensor:
+        """A text (B, T, D) that a layer reads.  Raises AdapterError for one that is none of the call's own."""
         tokens = self.tokens + sum(length for length, _ in self.behind[0])
-        if text.shape[:2] != (self.rows, tokens) or self.rows % sum(count for _, count in self.chunks):
+        whole = self.rows % sum(count for _, count in self.chunks) == 0
+        whole = whole and not any(self.tokens % wording.length for wording, _ in self.chunks if wording.length)
+        if text.shape[:2] != (self.rows, tokens) or not whole:
             raise AdapterError(
                 "another node changes the texts that the model reads (attention couple or a prompt scheduler), where "
                 "words then cannot be found; leave it out, or merge without concepts that act at their own words"
             )
+        return text
 
     def prompts(self) -> list[list[Part]]:
         """For each row of the batch the texts that it reads."""
@@ -207,8 +209,9 @@ class Call:
         return parts
 
 
-def _owners(patches: Sequence) -> list:
-    return [getattr(patch, "__self__", None) for patch in patches]
+def _lengthening(patches: Sequence) -> list[Lengthens]:
+    """What some of the patches of the texts belong to."""
+    return [one for patch in patches if hasattr(one := getattr(patch, "__self__", None), "every_wording")]
 
 
 def _outer_sample(sample, *args, **kwargs):
@@ -222,7 +225,7 @@ def _outer_sample(sample, *args, **kwargs):
         wordings.append(wording_of(text, entry.get(NOTE)) if ready is None else ready)
         entry["model_conds"] = {**entry.get("model_conds", {}), WORDING: WordingCond(wordings[-1])}
     options = guider.model_options.setdefault("transformer_options", {})
-    options[BY_WORD] = Drawing(acting)
+    options[BY_WORD] = Drawing(acting, guider.model_patcher.get_attachment(WATCH))
     if sentences := _warnings(acting, [*wordings, *_behind(options)]):
         show_text("\n".join(sentences))
     return sample(*args, **kwargs)
@@ -230,8 +233,7 @@ def _outer_sample(sample, *args, **kwargs):
 
 def _behind(options: Mapping) -> list[Wording]:
     """What texts say that patches put behind those of the prompts."""
-    owners = _owners(text_patches_in(options))
-    return [each for one in owners if hasattr(one, "every_wording") for each in one.every_wording]
+    return [each for one in _lengthening(text_patches_in(options)) for each in one.every_wording]
 
 
 def _warnings(acting: Sequence[AtWords], wordings: Sequence[Wording]) -> list[str]:

@@ -6,12 +6,15 @@ import comfy.model_management
 import pytest
 import tiny_models
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from compiled_pictures import FusedKernel
 from laws import relative_error
 from left_behind import hooks_on, traces
 from made_concepts import foreign_concept, made_concept, toy_base
 from modular_concepts_pack.host.merging import by_word, notices
 from modular_concepts_pack.host.merging.weights import concept_inside, concepts_in, merge_into
 from modular_concepts_pack.host.model import HostModel
+from modular_concepts_pack.host.text.words import encode_prompt
 from modular_concepts_pack.modular_concepts.merging.methods import SUMMED, Merge
 from modular_concepts_pack.nodes import merging
 from own_words_made import Drawn, made, of_layers
@@ -247,6 +250,31 @@ def test_nothing_is_left_on_the_model(drawn):
     assert torch.equal(drawn.picture(drawn.sum, "a <tom>"), picture)
 
 
+def test_a_compiled_model_is_drawn_as_it_was_before_and_that_is_told_once(drawn, caplog):
+    traced = drawn.model.clone()
+    set_torch_compile_wrapper(traced, backend="eager")
+    assert (
+        relative_error(drawn.picture((traced, drawn.clip), "a man"), drawn.picture((drawn.model, drawn.clip), "a man"))
+        < 1e-5
+    )
+    loaded = merge_into(traced, drawn.clip, [(drawn.concepts[0], 1.0)])
+    for _ in range(2):
+        assert relative_error(drawn.picture(loaded, "a <tom>"), drawn.picture(drawn.alone, "a <tom>")) < 1e-5
+    assert sum("the model is compiled" in line.getMessage() for line in caplog.records) == 1
+
+
+def test_a_layer_that_a_kernel_goes_around_is_named(drawn, caplog):
+    block = drawn.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2
+    plain = block.to_k
+    block.to_k = FusedKernel(plain)
+    try:
+        drawn.picture(drawn.merged(drawn.concepts), "a <tom>")
+    finally:
+        block.to_k = plain
+    (line,) = [record.getMessage() for record in caplog.records if "without being called" in record.getMessage()]
+    assert line.startswith("1 of ") and "attn2.to_k" in line and "concepts at their own words" in line
+
+
 def test_two_text_models_and_layerwise_words(checkpoint):
     model, clip, _ = tiny_models.load(checkpoint("vega"))
     host = HostModel(model, clip)
@@ -262,8 +290,6 @@ def test_two_text_models_and_layerwise_words(checkpoint):
     @torch.inference_mode()
     def picture(concepts, text, acting=True):
         changed, knowing = merge_into(model, clip, [(each, 1.0) for each in concepts])
-        from modular_concepts_pack.host.text.words import encode_prompt
-
         said, unsaid = encode_prompt(knowing, text), encode_prompt(knowing, "a car")
         drawing = changed if acting else merge_into(model, clip, [(by_layer, 0.0)])[0]
         return nodes.common_ksampler(drawing, 5, 2, 3.0, "euler", "normal", said, unsaid, noise)[0]["samples"].clone()
