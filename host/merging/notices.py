@@ -13,7 +13,7 @@ from ...modular_concepts.crosstalk.report import warnings_between, warnings_on_b
 from ...modular_concepts.merging import MergeOptions, merge_concepts
 from ...modular_concepts.merging.method import TEXTS
 from ...modular_concepts.merging.methods import Merge
-from ...modular_concepts.merging.own_words import EVERYWHERE, split
+from ...modular_concepts.merging.own_words import EVERYWHERE, as_acting, split
 from ...modular_concepts.merging.truncation import SVD, share_kept
 from ...modular_concepts.stack import Stack
 from ...modular_concepts.unread import MERGE, find_unread
@@ -42,7 +42,8 @@ def merge_by(
         merge = replace(merge, evidence=read_evidence(host, stack))
     result = merge_into(host.model, host.clip, stack, merge, apply == "activations", act_on)
     chosen = [name for name, value in asdict(merge.options).items() if value != getattr(MergeOptions(), name)]
-    sentences = [*find_unread(MERGE, chosen, merge.how), *divided.notes, *warnings_of(host, stack, apply)]
+    acting = [(as_acting(concept, act_on), strength) for concept, strength in stack]
+    sentences = [*find_unread(MERGE, chosen, merge.how), *divided.notes, *warnings_of(host, acting, apply)]
     if merge.how == SVD.name:
         sentences.append(kept_by_cut(stack, merge.options))
     if sentences:
