@@ -27,6 +27,7 @@ from ..storage.names import not_a_file
 from .buckets import bucket, stacked
 from .captions import checked_caption, read_caption
 from .colour_space import has_other_colours
+from .faint_masks import TWO_VALUES, check_bright, whiten, whiten_tensor
 from .folder import FolderReport, Found, survey
 from .picture_size import check_parts, check_promise, is_png, without_tail
 from .png_chunks import damaged_chunks, without
@@ -44,6 +45,7 @@ FIRST_FRAME = "of a moving picture the first frame is learned"
 FIRST_MASK = "of a moving mask the first frame is used"
 COLOURED_MASK = "a mask in colour is read by its brightness"
 PLAIN_MASK = "masks of one grey all over leave the whole picture to be learned"
+WHITE_MASK = "white masks leave the whole picture to be learned"
 CROPPED = "the crop leaves less than half of the picture"
 PROFILE = "colours are read as sRGB, and the colour profile in the file is not applied; convert it to sRGB first"
 DAMAGED_PART = "a part of the file beside its pixels is damaged, and is not read"
@@ -171,10 +173,11 @@ def of_pictures(
     fitted = [
         _fit_tensor(name, picture, size_of) for name, picture, size_of in zip(names, pictures, sizes, strict=True)
     ]
-    covers = None
+    covers, oddities = None, []
     if masks is not None:
         fits = zip(names, pictures, _one_each("mask", masks, len(pictures)), sizes, strict=True)
-        covers = [_fit_cover(name, picture, mask, size_of) for name, picture, mask, size_of in fits]
+        read = [_fit_cover(name, picture, mask, size_of) for name, picture, mask, size_of in fits]
+        covers, oddities = [cover for cover, _ in read], [odd for _, odd in read]
     pixels = [to_pixels(picture) for picture in fitted]
     coverage = None if covers is None else [to_pixels(cover[0]) for cover in covers]
     fingerprint = _fingerprint(names, captions, pixels, coverage)
@@ -183,7 +186,7 @@ def of_pictures(
         notes.see(number, picture)
         notes.see_crop(number, (pictures[number].shape[-1], pictures[number].shape[-2]), sizes[number])
         if coverage is not None:
-            notes.see_mask(number, coverage[number])
+            notes.see_mask(number, coverage[number], oddities[number])
     report = FolderReport(len(names), len(names), 0 if covers is None else len(names), notes=notes.sentences())
     covers = None if covers is None else stacked(covers)
     return Dataset(stacked(fitted), captions, covers, names, fingerprint, report=report)
@@ -205,17 +208,18 @@ def _fit_tensor(name: str, picture: Tensor, size: tuple[int, int]) -> Tensor:
     return rearrange(torch.from_numpy(_fit(name, to_image(picture), size, "RGB")), "h w c -> c h w").float() / 255
 
 
-def _fit_cover(name: str, picture: Tensor, mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """(1, H, W) of a mask (H, W) that lies on `picture`."""
+def _fit_cover(name: str, picture: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, list[str]]:
+    """(1, H, W) of a mask (H, W) that lies on `picture`, and what is odd about it."""
     if mask.shape != picture.shape[1:]:
         raise AdapterError(
             f"{name}: the mask is {mask.shape[-1]}×{mask.shape[0]} pixels but its picture is "
             f"{picture.shape[2]}×{picture.shape[1]}; give it in the picture's size"
         )
-    cover = _fit(name, to_image(mask.nan_to_num()), size, "L")
-    if not cover.any():
-        raise AdapterError(f"{name}: the mask is black all over, or where the crop keeps it; paint the concept white")
-    return torch.from_numpy(cover)[None].float() / 255
+    white, two_values = whiten_tensor(mask.nan_to_num().cpu())
+    image = to_image(white)
+    oddities = check_bright(name, image, size)
+    cover = torch.from_numpy(_fit_mask(name, image, size))[None].float() / 255
+    return cover, [TWO_VALUES, *oddities] if two_values else oddities
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -247,10 +251,9 @@ class _Notes:
             self.copies.append(f"{listed([self.names[number]])} is the same picture as {listed([self.names[first]])}")
 
     def see_mask(self, number: int, cover: np.ndarray, oddities: Sequence[str] = ()) -> None:
-        if cover.min() == 255:
-            oddities = [*oddities, "white masks leave the whole picture to be learned"]
-        elif cover.min() == cover.max():
-            oddities = [*oddities, PLAIN_MASK]
+        if cover.min() == cover.max():
+            grey = TWO_VALUES in oddities or cover.min() < 255
+            oddities = [*(odd for odd in oddities if odd != TWO_VALUES), PLAIN_MASK if grey else WHITE_MASK]
         for oddity in oddities:
             self.numbers.setdefault(oddity, []).append(number)
 
@@ -454,12 +457,24 @@ def _mask(path: Path, picture_size: tuple[int, int], size: tuple[int, int]) -> t
             f"{path}: the mask is {image.width}×{image.height} pixels but its picture is "
             f"{picture_size[0]}×{picture_size[1]}; save it in the picture's size"
         )
+    white, two_values = whiten(image)
+    oddities = check_bright(path, white, size)
+    cover = _fit_mask(path, white, size)
+    moving, coloured = FIRST_FRAME in lost, image.mode != "L" and not two_values and not _colourless(image)
+    there = {
+        FIRST_MASK: moving,
+        COLOURED_MASK: coloured,
+        TWO_VALUES: two_values,
+        DAMAGED_PART: DAMAGED_PART in lost,
+    }
+    return cover, [*(oddity for oddity, is_there in there.items() if is_there), *oddities]
+
+
+def _fit_mask(path: Path | str, image: Image, size: tuple[int, int]) -> np.ndarray:
     cover = _fit(path, image, size, "L")
     if not cover.any():
         raise AdapterError(f"{path}: the mask is black all over, or where the crop keeps it; paint the concept white")
-    moving, coloured = FIRST_FRAME in lost, image.mode != "L" and not _colourless(image)
-    there = {FIRST_MASK: moving, COLOURED_MASK: coloured, DAMAGED_PART: DAMAGED_PART in lost}
-    return cover, [oddity for oddity, is_there in there.items() if is_there]
+    return cover
 
 
 def _fingerprint(
