@@ -10,6 +10,7 @@ import torch
 from .geometry import Region, region_weights
 
 FINEST = (128, 128)  # of a latent whose size is not known yet: that of 1024 x 1024 pixels
+FAINT = 0.1  # the brightest place of a mask, from 0 to 1, that is painted in white by no one
 
 
 def doubtful_places(
@@ -33,6 +34,11 @@ def _alone(region: Region, size: tuple[int, int] | None) -> list[str]:
         return [f"region {region.prompt!r} has strength 0, so the global prompt is drawn there"]
     if region.mask is not None and not _drawn(region):
         return [f"region {region.prompt!r} has an empty mask, so it draws nothing; paint where it is"]
+    if region.mask is not None and region.mask.max() < FAINT:
+        return [
+            f"region {region.prompt!r} has a mask that is nearly black all over, so hardly anything of it is drawn; "
+            "paint where it is in white"
+        ]
     if region.box is None or region.pixels:
         return []
     (left, top, right, bottom), (height, width) = region.box, size or FINEST

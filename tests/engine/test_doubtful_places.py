@@ -20,6 +20,7 @@ def test_regions_apart_say_nothing():
     [
         (Region("a dog", (0.1, 0.1, 0.101, 0.9)), "smaller than one of the 64 x 64 positions"),
         (Region("a dog", mask=torch.zeros(8, 8)), "empty mask"),
+        (Region("a dog", mask=torch.eye(8) / 255), "mask that is nearly black all over"),
         (replace(LEFT, strength=0.0), "strength 0"),
     ],
 )
