@@ -45,6 +45,11 @@ def regions_from_json(text: str, masks: Tensor | None = None) -> list[Region]:
     masks: (N, H, W), which entries name as "mask".  A list without entries gives no region.
     Raises AdapterError that says which entry is wrong and what it should be.
     """
+    return [_read_region(f"region {number}", entry, masks) for number, entry in enumerate(_entries(text), 1)]
+
+
+def _entries(text: str) -> list:
+    """What a text lists, of whatever kind; also behind a byte order mark.  AdapterError for what is no list."""
     if len(text) > MOST_TEXT:
         raise AdapterError(f"the regions are {len(text)} characters of JSON; at most {MOST_TEXT} are read")
     try:
@@ -67,7 +72,7 @@ def regions_from_json(text: str, masks: Tensor | None = None) -> list[Region]:
         raise AdapterError(f"the regions must be a JSON list of objects; got {clip(data)}")
     if len(data) > MOST_REGIONS:
         raise AdapterError(f"there are {len(data)} regions; at most {MOST_REGIONS} fit in one picture")
-    return [_read_region(f"region {number}", entry, masks) for number, entry in enumerate(data, 1)]
+    return data
 
 
 def json_problem(text: str) -> str:
@@ -81,9 +86,7 @@ def json_problem(text: str) -> str:
 
 def unnamed_masks(text: str, masks: Tensor) -> list[int]:
     """Which of the masks, (H, W) or (N, H, W), no entry of a text names that `regions_from_json` has read."""
-    data = json.loads(text)
-    entries = data["regions"] if isinstance(data, dict) else data
-    named = {entry.get("mask") for entry in entries}
+    named = {entry.get("mask") for entry in _entries(text)}
     return [number for number in range(1 if masks.dim() == 2 else len(masks)) if number not in named]
 
 

@@ -9,7 +9,15 @@ import torch
 
 from modular_concepts.errors import AdapterError
 from modular_concepts.regions.geometry import Region
-from modular_concepts.regions.parsing import FIELDS, json_problem, names_from, one_mask, region_box, regions_from_json
+from modular_concepts.regions.parsing import (
+    FIELDS,
+    json_problem,
+    names_from,
+    one_mask,
+    region_box,
+    regions_from_json,
+    unnamed_masks,
+)
 
 DOG = {"prompt": "a dog", "box": [0, 0, 0.5, 1]}
 EVERYTHING = DOG | {
@@ -176,3 +184,11 @@ def test_a_problem_is_told_before_any_mask_is_there():
 
 def test_a_mark_of_the_encoding_before_the_regions_is_no_part_of_them():
     assert regions_from_json("\ufeff" + json.dumps([DOG])) == parsed(DOG)
+
+
+def test_masks_that_nobody_names_are_found_in_all_that_is_read_as_regions():
+    entries = [{"prompt": "a", "mask": 1}, DOG]
+    for text in (json.dumps(entries), json.dumps({"regions": entries})):
+        for mark in ("", "\ufeff"):
+            assert unnamed_masks(mark + text, torch.ones(3, 4, 4)) == [0, 2]
+            assert unnamed_masks(mark + text, torch.ones(4, 4)) == [0]
