@@ -24,6 +24,7 @@ import socket
 import struct
 import sys
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -31,6 +32,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+MOST_BYTES = 200  # of a picture's name; file systems take 255, and some more is needed for a number
 ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -180,8 +182,8 @@ def variants(workflow: dict, choices: Sequence[str]) -> Iterator[tuple[dict, dic
 def _value(text: str, known: object, target: str) -> object:
     """What `text` says, as JSON or as it stands; SystemExit where the workflow has a value of another kind."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
         value = text
     if isinstance(known, str):
         return value if isinstance(value, str) else text
@@ -192,21 +194,32 @@ def _value(text: str, known: object, target: str) -> object:
     return value
 
 
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number that a server reads")
+
+
 def find_node(workflow: dict, title: str) -> str:
     """The id of the node that has this id or title."""
-    titled = [node for node, found in workflow.items() if found.get("_meta", {}).get("title") == title]
+    titled = [node for node, about in workflow.items() if _title(about) == title]
     if title in workflow:
         return title
     if len(titled) != 1:
-        known = ", ".join(f"{node} ({found.get('_meta', {}).get('title')})" for node, found in workflow.items())
-        raise SystemExit(f"{len(titled)} nodes are titled {title!r}; there are: {known}")
+        there = ", ".join(f"{node} ({_title(about)})" for node, about in workflow.items())
+        raise SystemExit(f"{len(titled)} nodes are titled {title!r}; there are: {there}")
     return titled[0]
+
+
+def _title(about: dict) -> str | None:
+    """What a node is called, where anybody called it anything."""
+    meta = about.get("_meta")
+    title = meta.get("title") if isinstance(meta, dict) else None
+    return title if isinstance(title, str) and title else None
 
 
 def title_of(prompt: dict, node: str | None) -> str:
     """What the browser shows above a node, which is what --set takes; else its class or its id."""
-    found = prompt.get(node, {})
-    return found.get("_meta", {}).get("title") or found.get("class_type") or f"node {node}"
+    about = prompt.get(node, {})
+    return _title(about) or about.get("class_type") or f"node {node}"
 
 
 def described(values: dict) -> str:
@@ -224,12 +237,38 @@ def file_name(values: dict, own: str) -> str:
         f"{name if inputs.count(name) == 1 else target}={_text(value)[:40]}"
         for name, (target, value) in zip(inputs, values.items(), strict=True)
     ]
-    return "_".join(re.sub(r"[^\w.=+-]+", "-", part) for part in [*parts, own])[-200:]
+    return cut_front("_".join(re.sub(r"[^\w.=+-]+", "-", part) for part in [*parts, own]), MOST_BYTES)
+
+
+def cut_front(text: str, bytes_left: int) -> str:
+    """The end of a text in no more bytes than a file system takes for a name, on whole letters."""
+    text = text.encode(errors="replace")[-bytes_left:].decode(errors="ignore")
+    # A mark that was put on a letter which is gone.
+    return text.lstrip("".join(mark for mark in text if unicodedata.combining(mark)))
 
 
 def keep(folder: Path, name: str, picture: bytes, about: dict) -> None:
     """Write a picture whole, over no other one, and a line about it into index.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        path = _place(folder, name, picture)
+    except (OSError, ValueError) as error:  # a name that this file system does not take, if it takes a plain one
+        plain = f"picture{Path(name).suffix if Path(name).suffix.isascii() and len(Path(name).suffix) < 9 else ''}"
+        path = _place(folder, plain, picture)
+        _say(f"{name!r} cannot be a name here ({getattr(error, 'strerror', None) or error}): saved as {path.name}")
+    line = json.dumps({"file": path.name, **about}, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+    with (folder / "index.jsonl").open("a+b") as index:
+        if index.tell():
+            index.seek(-1, os.SEEK_END)
+            # What broke off in the middle of a line keeps a line of its own.
+            line = line if index.read() == b"\n" else b"\n" + line
+        index.write(line)
+        index.flush()
+        os.fsync(index.fileno())
+
+
+def _place(folder: Path, name: str, picture: bytes) -> Path:
+    """The file that a picture is in: the first of that name, or of one with a number, that is no other picture."""
     path, number = folder / name, 1
     while path.exists() and path.read_bytes() != picture:
         number += 1
@@ -244,15 +283,7 @@ def keep(folder: Path, name: str, picture: bytes, about: dict) -> None:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-    line = json.dumps({"file": path.name, **about}, ensure_ascii=False).encode() + b"\n"
-    with (folder / "index.jsonl").open("a+b") as index:
-        if index.tell():
-            index.seek(-1, os.SEEK_END)
-            # What broke off in the middle of a line keeps a line of its own.
-            line = line if index.read() == b"\n" else b"\n" + line
-        index.write(line)
-        index.flush()
-        os.fsync(index.fileno())
+    return path
 
 
 def _text(value: object) -> str:
@@ -311,7 +342,8 @@ def run_all(server: Server, prompts: Sequence[tuple[dict, dict]], save: Path | N
 
 
 def _say(text: str, end: str = "\n") -> None:
-    sys.stdout.write(text + end)
+    letters = sys.stdout.encoding or "utf-8"  # a terminal that lacks some must not cost what is drawn
+    sys.stdout.write(text.encode(letters, "backslashreplace").decode(letters) + end)
     sys.stdout.flush()
 
 
@@ -334,13 +366,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     try:
-        workflow = json.loads(chosen.workflow.read_text(encoding="utf-8"))
+        workflow = copy.deepcopy(json.loads(chosen.workflow.read_text(encoding="utf-8-sig")))  # as each prompt is
     except OSError as error:
         parser.error(f"{chosen.workflow} cannot be read: {error.strerror}")
     except ValueError:
         parser.error(f"{chosen.workflow} is no workflow: it is not JSON")
+    except RecursionError:
+        parser.error(f"{chosen.workflow} is no workflow: its JSON is nested too deeply")
     if not isinstance(workflow, dict) or not all(
-        isinstance(node, dict) and "inputs" in node for node in workflow.values()
+        isinstance(node, dict) and isinstance(node.get("inputs"), dict) for node in workflow.values()
     ):
         parser.error(
             f"{chosen.workflow} is not in API format; export it with Export (API) in the browser, or see workflows/api/"
