@@ -377,7 +377,7 @@ def _decoded(path: Path, source: Path | io.BytesIO) -> tuple[Image, list[str]]:
                 TRANSPARENT: _is_transparent(upright),
                 FIRST_FRAME: moving,
                 PROFILE: has_other_colours(path, image),
-                DAMAGED_PART: not turned,
+                DAMAGED_PART: not turned or image.info.get("icc_profile", b"") is None,  # one that cannot be unpacked
             }
             return _flatten(upright), [oddity for oddity, there in odd.items() if there]
     except ValueError as error:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 _BLOCK = 2**20  # bytes that are looked at together
+_COLOUR_TYPE = 25  # where a PNG says of what its colours are: grey, three of them, or a palette
+_TRANSPARENCY = {b"\0": (2, _BLOCK), b"\2": (6, _BLOCK), b"\3": (0, 256)}  # bytes that what is seen through takes there
 _PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 
@@ -56,9 +58,16 @@ def contents(path: Path, name: bytes) -> bytes | None:
 
 
 def damaged_chunks(path: Path) -> list[Chunk]:
-    """Parts beside the pixels whose sums are not those that the file says."""
+    """Parts beside the pixels whose sums are not those that the file says, and transparency of no such picture."""
     with open(path, "rb") as file:
-        return [chunk for chunk in chunks(file) if chunk.beside_pixels and not _is_sound(file, chunk)]
+        beside = [chunk for chunk in chunks(file) if chunk.beside_pixels]
+        file.seek(_COLOUR_TYPE)
+        shortest, longest = _TRANSPARENCY.get(file.read(1), (0, _BLOCK))
+        return [
+            chunk
+            for chunk in beside
+            if (chunk.name == b"tRNS" and not shortest <= chunk.length <= longest) or not _is_sound(file, chunk)
+        ]
 
 
 def without(path: Path, leave_out: Callable[[Chunk], bool]) -> io.BytesIO:

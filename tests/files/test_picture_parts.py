@@ -284,6 +284,43 @@ def test_a_png_with_a_damaged_part_beside_its_pixels_is_read_and_that_is_told(tm
     assert load_picture(tmp_path / "x.png").shape == sound.shape
 
 
+@pytest.mark.parametrize(("mode", "length"), [("P", 257), ("P", 5000), ("RGB", 0), ("RGB", 5), ("L", 1)])
+def test_transparency_that_is_of_no_such_picture_is_left_out_and_told(tmp_path, mode, length):
+    sound = encoded("PNG", mode=mode)
+    at = sound.index(b"IDAT") - 4
+    part = with_chunk(b"tRNS", b"\0" * length)[33 : 33 + 12 + length]
+    (tmp_path / "x.png").write_bytes(sound[:at] + part + sound[at:])
+    (tmp_path / "y.png").write_bytes(sound)
+    told = []
+    assert load_picture(tmp_path / "x.png", tell=told.append).equal(load_picture(tmp_path / "y.png"))
+    assert told == [DAMAGED_PART]
+
+
+@pytest.mark.parametrize("length", [1, 256])
+def test_transparency_of_a_palette_is_read(tmp_path, length):
+    sound = encoded("PNG", mode="P")
+    at = sound.index(b"IDAT") - 4
+    part = with_chunk(b"tRNS", b"\0" * length)[33 : 33 + 12 + length]
+    (tmp_path / "x.png").write_bytes(sound[:at] + part + sound[at:])
+    told = []
+    assert (load_picture(tmp_path / "x.png", tell=told.append).min() == 1) == (length == 256)
+    assert DAMAGED_PART not in told
+
+
+def test_a_profile_that_cannot_be_unpacked_is_told(tmp_path):
+    sound = encoded("JPEG", icc_profile=b"x" * 300)
+    at = sound.index(b"ICC_PROFILE\0") + 13
+    pictures = {
+        "x.png": with_chunk(b"iCCP", b"icc\0\0no deflate"),
+        "x.jpg": sound[:at] + b"\2" + sound[at + 1 :],  # the first of two parts, the second is not there
+    }
+    for name, data in pictures.items():
+        (tmp_path / name).write_bytes(data)
+        told = []
+        assert load_picture(tmp_path / name, tell=told.append).shape == (48, 64, 3)
+        assert told == [DAMAGED_PART], name
+
+
 def test_a_cameras_words_that_cannot_be_read_cost_a_webp_nothing(tmp_path):
     (tmp_path / "x.webp").write_bytes(encoded("WEBP", exif=b"Exif\0\0junk"))
     told = []
