@@ -81,6 +81,12 @@ class LowRank:
         return self.alpha / self.rank
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no number of the delta can reach the smallest normal one of float32."""
+        up, down = (float(factor.detach().abs().amax()) for factor in (self.lora_up, self.lora_down))
+        return abs(self.alpha) * up * down < torch.finfo(torch.float32).tiny
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight that this adapter is for: (out, in) or (out, in / groups, kh, kw)."""
         return (self.out_features, *self.lora_down.shape[1:])

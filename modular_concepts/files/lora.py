@@ -27,6 +27,8 @@ from .concept import KEY, load_concept
 from .kohya import Imported, assemble, imported_concept, tell_lost_layers
 from .modelspec import tell_left_out
 
+IDLE = "it changes nothing: in every layer alpha is 0 or a factor is all zeros, as before a training"
+
 
 class Place(NamedTuple):
     """Where a foreign module's adapter belongs: a layer, and which of its output rows, start and count, or all."""
@@ -124,7 +126,8 @@ def lora_concept(
         *diffusers.tell_unknown_parts(metadata),
         *tell_left_out(metadata),
     ]
-    return Imported(with_words(concept, bundled.rows), unmatched, sentences, bundled.explained)
+    concept = with_words(concept, bundled.rows)
+    return Imported(concept, unmatched, [*tell_idle(concept), *sentences], bundled.explained)
 
 
 def told_apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
@@ -193,12 +196,19 @@ def _joined(
     return whole
 
 
+def tell_idle(concept: Concept) -> list[str]:
+    """A sentence for a concept without words of whose layers none changes anything."""
+    adapters = concept.layers.values()
+    return [IDLE] if adapters and not concept.tokens and all(adapter.is_idle for adapter in adapters) else []
+
+
 def read_concept(path: Path | str) -> Imported:
     """A concept file, or any program's LoRA as a concept with the learned words that came in its file."""
     path = Path(path)
     metadata = read_header(path, tuple(BITS), empty=True).metadata
     if KEY in metadata:
-        return Imported(load_concept(path), [], tell_left_out(metadata))
+        concept = load_concept(path)
+        return Imported(concept, [], [*tell_idle(concept), *tell_left_out(metadata)])
     return import_lora(path)
 
 

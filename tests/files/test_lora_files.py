@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from modular_concepts.adapters.low_rank import shaped_for
 from modular_concepts.errors import AdapterError
+from modular_concepts.files.concept import save_concept
 from modular_concepts.files.diffusers import export_diffusers
 from modular_concepts.files.kohya import export_kohya
-from modular_concepts.files.lora import Place, by_rule, import_lora, lora_concept
+from modular_concepts.files.lora import IDLE, Place, by_rule, import_lora, lora_concept, read_concept
 
 CONV = "unet.down_blocks.0.resnets.0.conv1"
 KOHYA_CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -172,3 +173,47 @@ def test_a_concept_says_that_it_was_imported(make_concept, tmp_path):
     export_kohya(concept, tmp_path / "k.safetensors")
     assert import_lora(tmp_path / "k.safetensors").concept.recipe.origin == {"imported_from": "kohya"}
     assert import_lora(tmp_path / "k.safetensors").concept.about == {"title": "kodo"}
+
+
+def two_layers(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Two convolutions of rank 2; changes: up, down or alpha of both."""
+    tensors = {}
+    for stem in (KOHYA_CONV, KOHYA_CONV.replace("conv1", "conv2")):
+        parts = {"up": torch.ones(6, 2, 1, 1), "down": torch.ones(2, 8, 3, 3), "alpha": torch.tensor(2.0)} | changes
+        tensors |= {
+            f"{stem}.{name if name == 'alpha' else f'lora_{name}.weight'}": part.clone() for name, part in parts.items()
+        }
+    return tensors
+
+
+NOTHING = {
+    "alpha 0": {"alpha": torch.tensor(0.0)},
+    "alpha -0": {"alpha": torch.tensor(-0.0)},
+    "denormal alpha": {"alpha": torch.tensor(1e-42)},
+    "up 0": {"up": torch.zeros(6, 2, 1, 1)},
+    "down -0": {"down": -torch.zeros(2, 8, 3, 3)},
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+def test_a_file_that_changes_nothing_is_told_in_one_sentence(tmp_path, kind):
+    path = tmp_path / "x.safetensors"
+    save_file(two_layers(**NOTHING[kind]), path)
+    for read in (import_lora, read_concept):
+        assert read(path).notes("x.safetensors") == [f"x.safetensors: {IDLE}"]
+    one = next(iter(NOTHING[kind]))
+    whole = two_layers(**NOTHING[kind])
+    key = next(key for key in whole if one in key.rsplit("conv2")[-1] and "conv2" in key)
+    save_file(whole | {key: two_layers()[key]}, path)  # one layer that does something
+    assert import_lora(path).notes("x") == []
+
+
+def test_a_concept_file_that_changes_nothing_is_told_unless_it_brings_a_word(tmp_path):
+    concept, _ = lora_concept(Path("x"), two_layers(up=torch.zeros(6, 2, 1, 1)), {})
+    save_concept(concept, tmp_path / "x.safetensors")
+    assert read_concept(tmp_path / "x.safetensors").sentences == [IDLE]
+    recipe = dataclasses.replace(concept.recipe, triggers=("<x>",))
+    save_concept(
+        dataclasses.replace(concept, recipe=recipe, tokens={"<x>": torch.ones(1, 8)}), tmp_path / "y.safetensors"
+    )
+    assert read_concept(tmp_path / "y.safetensors").sentences == []
