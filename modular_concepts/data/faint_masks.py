@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
 from ..errors import AdapterError
@@ -54,7 +55,8 @@ def check_bright(path: Path | str, cover: Image, size: tuple[int, int]) -> list[
 
     scale = min(cover.width / size[1], cover.height / size[0])
     crop = max(1, round(size[1] * scale)), max(1, round(size[0] * scale))
-    _, brightest = ImageOps.fit(cover, crop, method=images.Resampling.NEAREST).getextrema()
+    within = np.asarray(ImageOps.fit(cover, crop, method=images.Resampling.NEAREST))
+    brightest = int(within.max())
     if not brightest:
         raise AdapterError(f"{path}: the mask is black all over, or where the crop keeps it; paint the concept white")
     if brightest < FAINTEST:
