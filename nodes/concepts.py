@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace as replaced
 
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..host.files import concepts as files
 from ..host.files.loras import concepts_of
@@ -22,6 +23,15 @@ FORMATS = ("concept", "concept, compact", "LoRA for stock loaders", "LoRA in dif
 def _tell(sentences: list[str]) -> None:
     if sentences:
         show_text("\n".join(sentences))
+
+
+def _oddities(thumbnail: Tensor) -> list[str]:
+    """What of a thumbnail (N, H, W, C) does not go into the file."""
+    seen_through = thumbnail.shape[-1] > 3 and bool((thumbnail[0, ..., 3] < 1).any())
+    clear = (
+        ["the thumbnail is kept without its transparency, with the colours that lie under it"] if seen_through else []
+    )
+    return ([f"of {len(thumbnail)} thumbnails the first is used"] if len(thumbnail) > 1 else []) + clear
 
 
 class ConceptLoader(io.ComfyNode):
@@ -226,8 +236,8 @@ class ConceptSave(io.ComfyNode):
         shown = "" if thumbnail is None else small_picture(thumbnail[0])
         about = {"thumbnail": shown, "description": description, "author": author}
         saved = files.save(concepts, strengths, filename, files.Format(FORMATS.index(format)), replace, about)
-        if thumbnail is not None and len(thumbnail) > 1:
-            saved = replaced(saved, message=f"{saved.message}\nof {len(thumbnail)} thumbnails the first is used")
+        oddities = [] if thumbnail is None else _oddities(thumbnail)
+        saved = replaced(saved, message="\n".join([saved.message, *oddities]))
         show_text(saved.message)
         return io.NodeOutput(saved.name, ui=ui.PreviewText(saved.message))
 

@@ -116,6 +116,12 @@ def exchanged(plan: dict, folder: Path, warnings: list[str], replaced) -> tuple[
     facts["bundled saved"] = [
         save(stack, "bundled", form, True).ui.as_dict()["text"][0] for form in loading.FORMATS[::2]
     ]
+    clear = torch.ones(2, 8, 8, 4)
+    clear[0, 0, 0, 3] = 0
+    facts["thumbnails"] = [
+        save(concepts["tom"], "seen", loading.FORMATS[0], True, picture).ui.as_dict()["text"][0]
+        for picture in (clear, clear[1:], clear[..., :3])
+    ]
     back_to_base()
 
     # Two merges of two families, one on top of the other, taken out as one concept.

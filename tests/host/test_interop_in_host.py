@@ -123,6 +123,13 @@ def test_words_that_come_in_a_lora_are_shown_saved_and_named_where_left_out(foun
     assert "trigger words: buddy" in concept and "buddy is embedding:bundled" in lora
 
 
+def test_what_of_a_thumbnail_does_not_go_into_the_file_is_told(found):
+    clear, opaque, plain = found[1]["thumbnails"]
+    first, without = "of 2 thumbnails the first is used", "kept without its transparency"
+    assert first in clear and without in clear
+    assert without not in opaque + plain and first not in opaque and first in plain
+
+
 def test_what_is_in_a_model_comes_out_as_one_exact_concept(found):
     same_weights(found, "taken out", "in turn", 3e-6)
     same_weights(found, "taken out by core", "in turn", 3e-6)
