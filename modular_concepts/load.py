@@ -7,6 +7,7 @@ from pathlib import Path
 from .errors import AdapterError
 from .families.toy import TOY
 from .models.base import BaseModel
+from .storage.names import nameable
 
 
 def load_base(name: str | Path) -> BaseModel:
@@ -18,7 +19,7 @@ def load_base(name: str | Path) -> BaseModel:
         from .toy.base import load_toy_base
 
         return load_toy_base()
-    path = Path(name).expanduser()
+    path = nameable(Path(name).expanduser())
     if not str(name).strip() or not path.is_dir():
         raise AdapterError(f"there is no base {str(name)!r}; give {TOY.name}, or the folder of a diffusers model")
     from .models.diffusers_folder import load_diffusers_base

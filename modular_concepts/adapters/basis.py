@@ -165,11 +165,13 @@ def load_basis(path: Path | str) -> OrthogonalBasis:
     Raises AdapterError for anything else, and for a matrix that is not orthogonal to 1e-5.
     """
     # Here and not at the top: what reads files stands above bases.
-    from ..storage.names import printed
+    from ..storage.names import nameable, printed
     from ..storage.npy import read_square
     from ..storage.safetensors import read_safetensors
 
-    path = Path(path)
+    if not str(path).strip():
+        raise AdapterError("the basis has no name; give a file or a folder of matrices")
+    path = nameable(path)
     matrices: dict[int, Tensor] = {}
     if path.suffix.lower() == ".safetensors":
         try:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import AdapterError, listed
 from ..pictures import to_image, to_pixels
 from ..storage.atomic import reason
-from ..storage.names import not_a_file
+from ..storage.names import nameable, not_a_file
 from .buckets import bucket, stacked
 from .captions import checked_caption, read_caption
 from .colour_space import has_other_colours
@@ -309,7 +309,7 @@ def load_picture(path: Path, longest: int | None = None, tell: Callable[[str], o
     longest: the pixels of a side that are needed; a larger picture is made smaller before it takes four times the
     memory as numbers.  tell: called with each thing of the file that is lost by it.
     """
-    if not path.is_file():
+    if not nameable(path).is_file():
         raise AdapterError(f"{path}: {not_a_file(path)}")
     image, oddities = _opened(path)
     image = image.convert("RGB")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import AdapterError, listed
-from ..storage.names import not_a_folder
+from ..storage.names import nameable, not_a_folder
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 CAPTIONS = (".txt", ".caption")
@@ -105,7 +105,7 @@ def survey(folder: Path, grey: Callable[[Path], bool]) -> tuple[list[Found], Fol
     grey: whether a picture file has no colour.
     Raises AdapterError for what is doubtful: captions or masks that some pictures lack, or that belong to none.
     """
-    if folder.is_file():
+    if nameable(folder).is_file():
         raise AdapterError(f"{folder}: this is a file; give the folder that holds the pictures")
     if not folder.is_dir():
         raise AdapterError(f"{folder}: {not_a_folder(folder)}; give the folder that holds the pictures")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..models.base import Base
+from ..storage.names import nameable
 from ..storage.safetensors import read_safetensors, tensor_bytes, write_safetensors
 from .buckets import sizes_of
 
@@ -66,7 +67,7 @@ def kept(
     Raises AdapterError when the folder cannot be written.
     """
     of = sha256(f"{base.hash} {key}".encode()).hexdigest()
-    path = cache / f"latents-{of[:32]}.safetensors"
+    path = nameable(cache) / f"latents-{of[:32]}.safetensors"
     probe = base.encode(_probe(base.multiple))[0]
     stored = _read(path, of)
     if PROBE in stored and _alike(stored.pop(PROBE), probe):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, listed
 from ..families.stable_diffusion import SD2, SD15
+from ..storage.names import nameable
 from ..storage.safetensors import FLOATS, check_finite, check_fits, read_header, read_safetensors
 from ..text.words import spelled
 from .base import BaseModel, weights_hash
@@ -176,7 +177,7 @@ def _as_weights(network: nn.Module, tensor: Tensor) -> Tensor:
 
 def check_index(folder: Path) -> str:
     """The pipeline's name; refuses what is not a Stable Diffusion 1.x, 2.x or XL folder, in words that name it."""
-    if folder.is_file():
+    if nameable(folder).is_file():
         raise AdapterError(
             f"{folder}: this is a file, and a base is a folder in diffusers' layout; "
             f"convert a checkpoint with diffusers: {_FROM_FILE}"

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import AdapterError
+from ..errors import AdapterError, cut_in_the_middle
 
 # Of `all_or_none`: temporary files and the names that they will take.
 _WAITING: ContextVar[list[tuple[Path, Path]] | None] = ContextVar("waiting", default=None)
@@ -45,6 +45,8 @@ def replacing(path: Path | str) -> Generator[BinaryIO]:
     Raises AdapterError, in words, for what the system refuses.
     """
     path, waiting = Path(path), _WAITING.get()
+    if not path.name or "\0" in str(path):
+        raise AdapterError(f"{cut_in_the_middle(str(path), 80)!r} is no file's name; choose one to write to")
     temporary = _beside(path)
     try:
         with open(temporary, "xb") as handle:

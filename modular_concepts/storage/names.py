@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import itertools
 import os
 import re
@@ -90,6 +91,21 @@ def safe_child(folder: Path | str, name: str) -> Path:
             f"{cut_in_the_middle(ascii(name), 80)} leads outside the folder {root.name}; choose a name inside it"
         )
     return child
+
+
+def nameable(path: Path | str) -> Path:
+    """The path, to be asked whether it is there.
+
+    Raises AdapterError for one that is longer than any system has, or has no letter that could be a name's.
+    """
+    path = Path(path)
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            fault = "no file can have this name" if isinstance(error, ValueError) else "the path is too long"
+            raise AdapterError(f"{cut_in_the_middle(printed(str(path)), 80)}: {fault}; choose another") from error
+    return path
 
 
 def not_a_file(path: Path) -> str:

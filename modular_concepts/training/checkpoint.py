@@ -19,6 +19,7 @@ from torch import Tensor
 from ..concept import clip
 from ..errors import AdapterError
 from ..storage.atomic import sync_folder
+from ..storage.names import nameable
 from ..storage.safetensors import read_header, read_safetensors
 from .checkpoint_checks import Origin, check_state, optimizer_parts, read_origin
 from .optimizers import optimizer_state, set_optimizer_state
@@ -116,7 +117,7 @@ def check_checkpoint(path: Path | str) -> Path:
 
 def newest_checkpoint(path: Path | str) -> Path:
     """The checkpoint itself, or the newest in a folder.  Raises AdapterError when there is none."""
-    path = Path(path)
+    path = nameable(path)
     if not path.exists():
         raise AdapterError(f"{path}: there is no such checkpoint or folder; start the training without resuming")
     if not path.is_dir():

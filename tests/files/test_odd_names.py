@@ -1,16 +1,25 @@
 """A file's name and what it holds may be anything; what is said of it stays one line that does nothing else."""
 
 import time
+from pathlib import Path
 
 import pytest
-from mutations import in_shell
+import torch
+from mutations import in_shell, toy_base
 
+from modular_concepts.adapters.basis import load_basis
 from modular_concepts.cli.main import main
+from modular_concepts.data.dataset import load_folder, load_picture
+from modular_concepts.data.latents import kept
 from modular_concepts.errors import AdapterError
 from modular_concepts.files.lora import read_concept
+from modular_concepts.load import load_base
+from modular_concepts.models.diffusers_folder import load_diffusers_base
 from modular_concepts.regions.parsing import region_box, regions_from_json
 from modular_concepts.storage.names import resolved, safe_child
+from modular_concepts.storage.safetensors import write_safetensors
 from modular_concepts.storage.strict_json import MAX_DEPTH, parse_json
+from modular_concepts.training.checkpoint import newest_checkpoint
 
 NAMES = ("a\nerror: b", "a\x1b[2J", "a\u202eb", "a\u2028b", "a\tb")
 
@@ -25,6 +34,35 @@ def test_a_name_breaks_no_line_and_moves_no_cursor(tmp_path, name, capsys):
     in_shell("inspect", str(path))
     assert main(["inspect", str(path)]) == 2
     assert capsys.readouterr().err.removesuffix("\n").isprintable()
+
+
+DOORS = {
+    "basis": load_basis,
+    "pictures": lambda path: load_folder(path, (32, 32)),
+    "picture": lambda path: load_picture(Path(path)),
+    "concept": read_concept,
+    "base": load_base,
+    "folder of a base": load_diffusers_base,
+    "checkpoint": newest_checkpoint,
+    "latents": lambda path: kept(toy_base(), Path(path), "pictures", list),
+    "what is written": lambda path: write_safetensors(path, {"a": torch.ones(1)}, {}),
+}
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "b/" * 3000 + "a", "a\0b"])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_path_that_no_system_has_is_one_sentence(tmp_path, monkeypatch, door, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdapterError) as caught:
+        DOORS[door](name)
+    assert str(caught.value).isprintable() and not list(tmp_path.iterdir())
+
+
+def test_no_name_at_all_is_no_basis_and_no_file_to_write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for door in ("basis", "what is written"):
+        with pytest.raises(AdapterError, match="name"):
+            DOORS[door]("")
 
 
 def test_a_name_that_people_read_is_said_as_it_is(tmp_path):
