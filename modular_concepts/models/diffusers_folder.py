@@ -297,6 +297,7 @@ class Opened:
                     state[wanted[_short(name)]] = _as_float(self.folder, file, name, tensor)
         if len(state) < len(wanted):
             raise AdapterError(f"{self.folder}: its files changed while they were read; try again")
+        _refuse_hollow(self.folder, state)
         self.network.load_state_dict(state, assign=True)
         _fill_positions(self.folder, self.network)
         return self.network.requires_grad_(False).eval()
@@ -318,6 +319,17 @@ def open_network(
         raise AdapterError(f"{path}: no network can be built from it ({why(error)}); the file is damaged") from error
     _check_shapes(files[0], {name: tuple(weight.shape) for name, weight in network.state_dict().items()}, shapes)
     return Opened(folder, network, files)
+
+
+def _refuse_hollow(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError for a network that is zeros for the most part, as a file is that was made room for alone."""
+    matrices = [tensor for tensor in state.values() if tensor.dim() >= 2]
+    hollow = sum(not tensor.any() for tensor in matrices)
+    if 2 * hollow > len(matrices):
+        raise AdapterError(
+            f"{folder}: in {hollow} of its {len(matrices)} matrices every number is 0, as where a download was not "
+            "finished; get the model again"
+        )
 
 
 def _as_float(folder: Path, file: Path, name: str, tensor: Tensor) -> Tensor:
