@@ -19,7 +19,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bench.methods import _keep
 from bench.word_sheet import first_picture, word_sheet
+from modular_concepts.adapters.own_words import Said, at_own_words
 from modular_concepts.concept import Concept
 from modular_concepts.files.concept import load_concept, save_concept
 from modular_concepts.models.base import BaseModel
@@ -260,24 +261,42 @@ def write_pictures(path: Path, shown: Mapping[str, Tensor]) -> None:
 # --- costs --------------------------------------------------------------------------------------------------
 
 
-def sampling_cost(out: Path, rows: Sequence[Row], names: Sequence[str], rounds: int = 7) -> dict[str, float]:
-    """A step of drawing with all concepts, two of which the prompt says, as a share of the plain one."""
-    if not any(row.targets is TEXT for row in rows):
+def sampling_cost(out: Path, rows: Sequence[Row], names: Sequence[str], rounds: int = 9) -> dict[str, float]:
+    """A step of drawing with all concepts, two of which the prompt says, as a share of the plain one.
+
+    What the layers that read the text take more, each asked many times, beside the time of a whole step: the machine's
+    own unrest is larger than the difference of two steps.
+    """
+    row = next((row for row in rows if row.targets is TEXT), None)
+    if row is None:
         return {}
-    base, row = load_toy_base(), next(row for row in rows if row.targets is TEXT)
+    base = load_toy_base()
     trained = [load_concept(out / row.name / f"{name}.safetensors") for name in names]
-    words = {word: rows for concept in trained for word, rows in concept.tokens.items()}
-    prompt, how = ["a <tom> and a <ida> on the beach"], SampleSettings(steps=10, cfg=4.0)
-    ratios = []
-    for _ in range(rounds):
-        times = []
-        for concepts in ([], trained):
-            with customised(base, concepts, [1.0] * len(concepts)) as tokens:
-                began = time.process_time()
-                sample(base, prompt, [0], tokens if concepts else words, how)
-                times.append(time.process_time() - began)
-        ratios.append(times[1] / times[0])
-    return {"step": median(ratios)}
+    layers, prompts = base.layers(TEXT.unet, None), ["", "a <tom> and a <ida> on the beach"]
+    with customised(base, trained, [1.0] * len(trained)) as tokens, torch.no_grad():
+        context, places = base.context(prompts, tokens), [base.word_places(prompt, tokens) for prompt in prompts]
+        said = Said({n: [one.places(each, True) for each in places] for n, one in enumerate(tokens.by_word)})
+        noisy, times = torch.randn(2, base.latent_channels, 16, 16), torch.tensor([500, 500])
+
+        def read() -> None:
+            for layer in layers.values():
+                layer(context)
+
+        extra = []
+        for _ in range(rounds):
+            plain = _seconds(read, 200)
+            with at_own_words(layers, tokens.by_word, said):
+                extra.append(_seconds(read, 200) - plain)
+        step = median(_seconds(lambda: base.predict(noisy, times, context), 3) for _ in range(rounds))
+    return {"step": 1 + median(extra) / step}
+
+
+def _seconds(action: Callable[[], object], times: int) -> float:
+    """Processor seconds of one of several."""
+    began = time.process_time()
+    for _ in range(times):
+        action()
+    return (time.process_time() - began) / times
 
 
 def training_cost(rounds: int = 5) -> dict[str, float]:
