@@ -94,7 +94,7 @@ def test_a_list_twice_is_refused(made, here, capsys):
     ],
 )
 def test_what_a_file_says_of_itself_is_looked_at_before_the_merge(made, here, capsys, monkeypatch, more, words):
-    monkeypatch.setattr("modular_concepts.merging.as_concept.merge_concepts", lambda *_: pytest.fail("merged"))
+    monkeypatch.setattr("modular_concepts.merging.as_concept.merge_layers", lambda *_: pytest.fail("merged"))
     code, _, err = run(capsys, "merge", concept(made), concept(made, "tim"), "--out", "m.safetensors", *more)
     assert code == 2 and words in err and err.count("\n") == 1, err
     assert files(here) == {}

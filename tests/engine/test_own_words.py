@@ -1,5 +1,6 @@
 """Promise 10 without regions: what acts at its own words alone changes nothing else, and no sum mixes."""
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 
@@ -396,24 +397,24 @@ def test_a_planted_target_is_learned_through_the_gate(seed):
 def test_the_gradients_of_a_step_are_those_of_a_plain_mask():
     """The same loss by masked products, in float64, on the toy base's own layers."""
     base, subject, settings = lesson(adapter_lr=1e-2)
-    problem = problem_for(base, subject, KEYS_AND_VALUES)
+    problem, before = problem_for(base, subject, KEYS_AND_VALUES), traces(base)
     grads = []
     for way in range(2):
         run = Run(problem, settings)
         with torch.no_grad():
             for number, adapter in enumerate(run.adapters.values()):
                 adapter.lora_up.copy_(torch.randn(adapter.lora_up.shape, generator=seeded(number)))
-        with on_base(problem, run) as step:
-            if way:
-                step_by_mask(problem, run, step)
+        with on_base(problem, run) as step, by_mask(problem, run, step) if way else nullcontext():
             step.gradients()
         grads.append({name: value.grad.clone() for name, value in run.parameters().items()})
+    assert traces(base) == before
     for name, gradient in grads[0].items():
         assert gradient.any() and relative_error(gradient, grads[1][name]) < 1e-4, name
 
 
-def step_by_mask(problem, run, step):
-    """Takes the step's own hooks off, and puts a mask over the whole residual in their place."""
+@contextmanager
+def by_mask(problem, run, step):
+    """Within the block a mask over the whole residual is in the place of the step's own hooks."""
     places = {caption: problem.base.word_places(caption, run.tokens)["<tom>"] for caption in problem.examples.captions}
     drawn = {}
     find = step._find_words
@@ -423,9 +424,9 @@ def step_by_mask(problem, run, step):
         drawn["captions"] = list(captions)
 
     step._find_words = note
+    handles, before = [], {name: dict(problem.layers[name]._forward_hooks) for name in run.adapters}
     for name, adapter in run.adapters.items():
-        module = problem.layers[name]
-        module._forward_hooks.clear()
+        problem.layers[name]._forward_hooks.clear()
 
         def masked(_module, args, output, adapter=adapter):
             gate = torch.zeros(*args[0].shape[:2], 1)
@@ -433,7 +434,12 @@ def step_by_mask(problem, run, step):
                 gate[row, places[caption]] = 1.0
             return output + gate * adapter.residual(args[0])
 
-        module.register_forward_hook(masked)
+        handles.append(problem.layers[name].register_forward_hook(masked))
+    yield
+    for handle in handles:
+        handle.remove()
+    for name, hooks in before.items():
+        problem.layers[name]._forward_hooks.update(hooks)
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
