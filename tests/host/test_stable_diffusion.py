@@ -36,6 +36,12 @@ def checkpoint(checkpoint, server) -> str:
     return Path(shutil.copy(checkpoint("sd15"), folder)).name
 
 
+def saved_as(trainer: dict) -> str:
+    """Concepts for their own words beside others of their names."""
+    kind = "_words" if trainer["class_type"] == "OwnWordTrainer" else ""
+    return f"{trainer['inputs']['name']}{kind}_sd15"
+
+
 def on_stable_diffusion(name: str, checkpoint: str) -> dict:
     """The workflow with the checkpoint for its base, pictures of its size, few steps.
 
@@ -48,7 +54,7 @@ def on_stable_diffusion(name: str, checkpoint: str) -> dict:
             about |= {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}}
         elif kind in TRAINERS:
             inputs |= TRAINING
-            saving = {"concept": [node, 0], "filename": f"{inputs['name']}_sd15", "format": "concept", "replace": True}
+            saving = {"concept": [node, 0], "filename": saved_as(about), "format": "concept", "replace": True}
             prompt[f"save {inputs['name']}"] = {"class_type": "ConceptSave", "inputs": saving}
         elif kind == "ConceptSave":  # not under the name that the toy base's workflows save theirs
             inputs |= {"filename": "workflow_sd15"}
@@ -149,11 +155,14 @@ def test_its_concepts_are_those_of_stable_diffusion(server, runs, name):
     run = runs[0](name)
     trainers = run.of_class(*TRAINERS)
     for node in trainers:
-        inputs = run.prompt[node]["inputs"]
-        concept = load_concept(server.models / "concepts" / f"{inputs['name']}_sd15.safetensors")
+        concept = load_concept(server.models / "concepts" / f"{saved_as(run.prompt[node])}.safetensors")
         assert concept.recipe.architecture == "sd15" and concept.recipe.training["steps_done"] == TRAINING["steps"]
-        # Two transformers in the levels, one in the middle, one more on the way up: attention and feed-forward.
-        assert len(concept.layers) >= 3 * 10 and all(name.startswith("unet.") for name in concept.layers)
+        # Two transformers in the levels, one in the middle, one more on the way up: attention and feed-forward, or
+        # keys and values of their cross-attentions alone.
+        by_word = run.prompt[node]["class_type"] == "OwnWordTrainer"
+        assert len(concept.layers) >= (4 * 2 if by_word else 3 * 10) and all(
+            name.startswith("unet.") for name in concept.layers
+        )
         for layer, adapter in concept.layers.items():
             assert adapter.lora_up.isfinite().all() and adapter.lora_up.any(), layer
         (rows,) = concept.tokens.values()

@@ -53,8 +53,9 @@ adapters, concept_of, files = (
     pack_module("modular_concepts.concept"),
     pack_module("modular_concepts.files.concept"),
 )
-customisation, merge, training = (
+customisation, sampling, merge, training = (
     pack_module("modular_concepts.training.teach"),
+    pack_module("modular_concepts.sampling"),
     pack_module("modular_concepts.merging"),
     pack_module("modular_concepts.training.settings"),
 )
@@ -260,7 +261,7 @@ def trainings(look: Look):
 
         def train(settings=settings, method=method):
             with base.trainable():
-                drawn = customisation.SampleSettings(steps=1, height=side, width=side)
+                drawn = sampling.SampleSettings(steps=1, height=side, width=side)
                 asked = customisation.Prior("dog", 1, settings=drawn, draw=host["base"].draw)
                 prior = customisation.prior_examples(base, asked) if method == "orthogonal" else None
                 seen = []
@@ -276,7 +277,7 @@ def trainings(look: Look):
                     ["a <x>"],
                     [1],
                     seen[-1].tokens,
-                    customisation.SampleSettings(steps=1, height=side, width=side),
+                    sampling.SampleSettings(steps=1, height=side, width=side),
                 )
             assert all(own.lora_up.device.type == "cpu" for own in concept.layers.values())
             learned = [own.delta().flatten() for own in concept.layers.values()]
