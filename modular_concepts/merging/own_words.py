@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,14 +92,13 @@ def acts_by_word(concept: Concept, act_on: str = EVERYWHERE) -> bool:
 
 def words_of(concept: Concept) -> tuple[str, ...]:
     """The words that call a concept, each in one spelling: the learned one's, where it is learned."""
-    spellings: dict[str, str] = {}
-    for word in (*concept.tokens, *concept.recipe.triggers):
-        spellings.setdefault(word if word in concept.tokens else word.lower(), word)
-    return tuple(word for key, word in spellings.items() if word in concept.tokens or key not in _folded(concept))
-
-
-def _folded(concept: Concept) -> set[str]:
-    return {word.lower() for word in concept.tokens}
+    there = {word.lower() for word in concept.tokens}
+    words = list(concept.tokens)
+    for word in concept.recipe.triggers:
+        if word.lower() not in there:
+            there.add(word.lower())
+            words.append(word)
+    return tuple(words)
 
 
 def residuals_of(concept: Concept, strength: float, owner: int = 0) -> list[WordResidual]:
@@ -195,7 +194,7 @@ def spoken(words: Collection[LearnedWord], by_word: Sequence[WordResidual], word
     return Spoken(rows, by_word)
 
 
-def joined(residuals: Sequence[WordResidual]) -> tuple[dict[str, LowRank], list[list]]:
+def _join(residuals: Sequence[WordResidual]) -> tuple[dict[str, LowRank], list[list]]:
     """(layers, what `parts_in` reads) of several residuals side by side, strengths inside."""
     ranks = [max(adapter.rank for adapter in residual.layers.values()) for residual in residuals]
     layers = {}
@@ -209,7 +208,7 @@ def joined(residuals: Sequence[WordResidual]) -> tuple[dict[str, LowRank], list[
 
 def in_one_file(concept: Concept, residuals: Sequence[WordResidual]) -> Concept:
     """A merge's concept with the layers of residuals, each for its own words still."""
-    layers, parts = joined(residuals)
+    layers, parts = _join(residuals)
     rank = sum(rank for _, rank in parts)
     recipe = replace(
         concept.recipe, method=METHOD, rank=rank, alpha=float(rank), origin={**concept.recipe.origin, PARTS: parts}
@@ -246,11 +245,3 @@ def _padded(residual: WordResidual, name: str, like: LowRank, rank: int) -> tupl
         up[:, : adapter.rank] = residual.strength * adapter.scale * adapter.full_up().detach().float().cpu()
         down[: adapter.rank] = adapter.lora_down.detach().float().cpu()
     return up, down
-
-
-def triggers_by_owner(by_word: Sequence[WordResidual]) -> Mapping[int, tuple[str, ...]]:
-    """Number of each concept in its stack -> the words at which it acts."""
-    owners: dict[int, list[str]] = {}
-    for residual in by_word:
-        owners.setdefault(residual.owner, []).extend(residual.triggers)
-    return {owner: tuple(dict.fromkeys(words)) for owner, words in owners.items()}
