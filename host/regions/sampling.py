@@ -23,7 +23,7 @@ from torch import Tensor
 from nodes import common_ksampler
 
 from ...modular_concepts.errors import AdapterError
-from ...modular_concepts.merging.own_words import acts_by_word, notes_on_gated, split, split_gated
+from ...modular_concepts.merging.own_words import acts_by_word, as_acting, notes_on_gated, split, split_gated
 from ...modular_concepts.regions.assignment import acting, check_names, unheard
 from ...modular_concepts.regions.geometry import Region, region_weights
 from ...modular_concepts.regions.moment import Moment
@@ -231,7 +231,8 @@ def _warnings(host: HostModel, scene: Scene, size: tuple[int, int] | None) -> li
     if stack and gated:
         sentences += warnings_here(host, stack)
     elif stack:
-        sentences += warnings_of(host, stack, "weights")
+        together = [(as_acting(concept, scene.act_on), strength) for concept, strength in stack]
+        sentences += warnings_of(host, together, "weights")
     by_word = {number for number, (concept, _) in enumerate(stack) if acts_by_word(concept, scene.act_on)}
     way_out = "name it in the concepts of a region"
     sentences += unheard(stack, scene.prompts[0], scene.regions, gated, way_out, by_word, scene.prompts[1])

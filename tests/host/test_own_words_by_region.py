@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from laws import relative_error
@@ -9,6 +11,7 @@ from left_behind import traces
 from made_concepts import made_concept, toy_base
 from modular_concepts_pack.host.merging import by_word
 from modular_concepts_pack.host.model import HostModel
+from modular_concepts_pack.host.regions import sampling as regional_sampling
 from modular_concepts_pack.host.regions.sampling import with_regions
 from modular_concepts_pack.host.regions.scene import Scene
 from modular_concepts_pack.modular_concepts.regions.geometry import Region as HostRegion
@@ -131,3 +134,14 @@ def test_what_regions_say_is_not_called_unsaid(drawn, monkeypatch):
     assert texts == []
     drawn.draw(*regional(drawn, drawn.concepts, TWO, "merged"), size=SIZE)
     assert len(texts) == 1 and texts[0].startswith("no prompt says <rex>, so rex acts nowhere")
+
+
+def test_what_acts_at_its_own_words_is_not_said_to_act_everywhere(drawn, monkeypatch):
+    texts = []
+    monkeypatch.setattr(regional_sampling, "show_text", texts.append)
+    tom, ida, _ = drawn.concepts
+    plain = replace(ida, recipe=replace(ida.recipe, method="lora"))
+    for act_on, is_told in (("everywhere", True), ("own words", False)):
+        texts.clear()
+        regional(drawn, [tom, plain], TWO, "merged", act_on=act_on)
+        assert ("ida acts everywhere" in "\n".join(texts)) is is_told
